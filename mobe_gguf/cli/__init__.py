@@ -1,0 +1,48 @@
+"""The ``mobe-gguf`` command.  One subcommand a file; each is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from mobe_gguf import __version__
+
+#: Subcommand -> one line of help, in the order of use.  The module of the same name holds ``command``.
+COMMANDS = {
+    "build": "Get, patch, compile and install the llama.cpp runtime.",
+    "factorize": "Turn a MoE checkpoint into MoBE factors.",
+    "export": "Write a MoBE checkpoint as one GGUF file.",
+    "inspect": "Show what a model directory or GGUF file holds.",
+    "demo": "Run the whole path on the tiny model that ships with the project.",
+}
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module when it is called: ``--help`` must not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"mobe_gguf.cli.{name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mobe-gguf")
+def main() -> None:
+    """Compress mixture-of-experts models into shared bases and run them with llama.cpp.
+
+    \b
+    A first run:
+      mobe-gguf build                                  get and compile the runtime
+      mobe-gguf factorize Qwen3-30B-A3B/ mobe/         fit the factors
+      mobe-gguf export mobe/ out.gguf --quant q4_k     write them as GGUF
+      llama-cli -m out.gguf                            run
+    """

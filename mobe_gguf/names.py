@@ -1,0 +1,45 @@
+"""Every name that the parts of this project must agree on: GGUF keys, tensor names, activations.
+
+The C side (``native/ggml_mobe/ggml-mobe.h``) holds the same strings; ``tests/test_names.py`` compares them.
+"""
+
+from __future__ import annotations
+
+#: Version of the GGUF layout that this package writes and the patched runtime accepts.
+MOBE_VERSION = 1
+
+#: f in ``A . f(sum_j alpha_j B_j)``; the position is the number the C operator uses.
+ACTIVATIONS = ("none", "silu", "tanh")
+
+#: Projections that are factorized, with their Hugging Face suffix.
+PROJECTIONS = {"gate": "gate_proj", "up": "up_proj"}
+
+
+def key_version(arch: str) -> str:
+    """GGUF key, u32."""
+    return f"{arch}.mobe.version"
+
+
+def key_activation(arch: str) -> str:
+    """GGUF key, string: one of ACTIVATIONS."""
+    return f"{arch}.mobe.activation"
+
+
+def key_group_count(arch: str) -> str:
+    """GGUF key, u32: groups of experts, each with its own bases."""
+    return f"{arch}.mobe.group_count"
+
+
+def transform_name(layer: int, projection: str) -> str:
+    """A of all experts; ggml shape [r, p, n_expert]."""
+    return f"blk.{layer}.ffn_{projection}_exps.weight"
+
+
+def basis_name(layer: int, projection: str) -> str:
+    """B of all groups; ggml shape [d, r, m]."""
+    return f"blk.{layer}.ffn_{projection}_basis.weight"
+
+
+def mix_name(layer: int, projection: str) -> str:
+    """alpha, F32; ggml shape [m/g, n_expert], or [r, m/g, n_expert] row by row."""
+    return f"blk.{layer}.ffn_{projection}_basis.mix"
