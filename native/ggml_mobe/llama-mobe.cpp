@@ -1,0 +1,149 @@
+#include "llama-mobe.h"
+
+#include "llama-arch.h"
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include <cinttypes>
+#include <stdexcept>
+#include <vector>
+
+static std::string shape_str(const ggml_tensor * t) { return llama_format_tensor_shape(t); }
+
+// the index of "<arch>.mobe.*", which must be there with this type
+static int64_t find_key(const llama_model_loader & ml, const char * pattern, gguf_type type, const std::string & basis_name) {
+    const std::string key = format(pattern, ml.get_arch_name().c_str());
+    const int64_t id = gguf_find_key(ml.metadata, key.c_str());
+    if (id < 0) {
+        throw std::runtime_error(format("tensor '%s' needs the key '%s', which the file does not hold", basis_name.c_str(), key.c_str()));
+    }
+    if (gguf_get_kv_type(ml.metadata, id) != type) {
+        throw std::runtime_error(format("key '%s' has type %s, expected %s", key.c_str(),
+            gguf_type_name(gguf_get_kv_type(ml.metadata, id)), gguf_type_name(type)));
+    }
+    return id;
+}
+
+void llama_mobe::read_keys(const llama_model_loader & ml, const std::string & basis_name) {
+    const uint32_t version = gguf_get_val_u32(ml.metadata, find_key(ml, GGML_MOBE_KEY_VERSION, GGUF_TYPE_UINT32, basis_name));
+    if (version != GGML_MOBE_VERSION) {
+        throw std::runtime_error(format("tensor '%s': the file has MoBE version %u, this build reads version %d",
+            basis_name.c_str(), version, GGML_MOBE_VERSION));
+    }
+
+    const char * name = gguf_get_val_str(ml.metadata, find_key(ml, GGML_MOBE_KEY_ACTIVATION, GGUF_TYPE_STRING, basis_name));
+    const int number = ggml_mobe_activation_from_name(name);
+    if (number < 0) {
+        throw std::runtime_error(format("tensor '%s': unknown MoBE activation '%s'", basis_name.c_str(), name));
+    }
+
+    const uint32_t groups = gguf_get_val_u32(ml.metadata, find_key(ml, GGML_MOBE_KEY_GROUP_COUNT, GGUF_TYPE_UINT32, basis_name));
+    if (groups == 0) {
+        throw std::runtime_error(format("tensor '%s': the MoBE group count is 0", basis_name.c_str()));
+    }
+
+    activation  = (ggml_mobe_activation) number;
+    group_count = groups;
+}
+
+ggml_tensor * llama_mobe::create_tensor(
+        llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne,
+        int flags, bool & handled) {
+    handled = false;
+
+    const bool is_gate = tn.tensor == LLM_TENSOR_FFN_GATE_EXPS;
+    const bool is_up   = tn.tensor == LLM_TENSOR_FFN_UP_EXPS;
+    if ((!is_gate && !is_up) || tn.suffix == nullptr || std::string(tn.suffix) != "weight" || ne.size() != 3) {
+        return nullptr;
+    }
+
+    const LLM_TN name(tn.arch);
+    const llm_tensor  kind       = is_gate ? LLM_TENSOR_FFN_GATE_BASIS : LLM_TENSOR_FFN_UP_BASIS;
+    const std::string basis_name = name(kind, "weight", tn.bid).str();
+    const std::string mix_name   = name(kind, "mix",    tn.bid).str();
+
+    const ggml_tensor * basis = ml.get_tensor_meta(basis_name.c_str());
+    const ggml_tensor * mix   = ml.get_tensor_meta(mix_name.c_str());
+    if (basis == nullptr && mix == nullptr) {
+        return nullptr;
+    }
+    if (basis == nullptr || mix == nullptr) {
+        throw std::runtime_error(format("missing tensor '%s' (the file holds '%s', which is of no use without it)",
+            basis ? mix_name.c_str() : basis_name.c_str(), basis ? basis_name.c_str() : mix_name.c_str()));
+    }
+
+    const ggml_tensor * transform = ml.get_tensor_meta(tn.str().c_str());
+    if (transform == nullptr) {
+        throw std::runtime_error(format("missing tensor '%s' (the file holds its bases '%s')", tn.str().c_str(), basis_name.c_str()));
+    }
+
+    if (group_count == 0) {
+        read_keys(ml, basis_name);
+    }
+
+    // the shapes: everything is checked here, before any data is read
+    const std::vector<int64_t> asked(ne); // d, p, n
+    const int64_t d = asked[0];
+    const int64_t p = asked[1];
+    const int64_t n = asked[2];
+    const int64_t r = transform->ne[0];
+    const int64_t m = basis->ne[2];
+    const int64_t g = group_count;
+
+    if (m % g != 0 || n % g != 0) {
+        throw std::runtime_error(format("tensor '%s': %" PRId64 " bases and %" PRId64 " experts do not divide into %" PRId64 " groups",
+            basis_name.c_str(), m, n, g));
+    }
+    if (basis->ne[0] != d || basis->ne[1] != r || basis->ne[3] != 1) {
+        throw std::runtime_error(format("tensor '%s' has wrong shape; expected [%" PRId64 ", %" PRId64 ", n_basis], got %s",
+            basis_name.c_str(), d, r, shape_str(basis).c_str()));
+    }
+    const bool row_mix = mix->ne[2] > 1;
+    const bool mix_fits = row_mix ?
+        mix->ne[0] == r && mix->ne[1] == m/g && mix->ne[2] == n && mix->ne[3] == 1 :
+        mix->ne[0] == m/g && mix->ne[1] == n && mix->ne[3] == 1;
+    if (!mix_fits) {
+        throw std::runtime_error(format(
+            "tensor '%s' has wrong shape; expected [%" PRId64 ", %" PRId64 "] or [%" PRId64 ", %" PRId64 ", %" PRId64 "], got %s",
+            mix_name.c_str(), m/g, n, r, m/g, n, shape_str(mix).c_str()));
+    }
+    if (mix->type != GGML_TYPE_F32) {
+        throw std::runtime_error(format("tensor '%s' has type %s, expected f32", mix_name.c_str(), ggml_type_name(mix->type)));
+    }
+
+    handled = true;
+    ggml_tensor * a = model.create_tensor_in_file(ml, tn, {r, p, n}, flags);
+    const factors f = {
+        /*.basis =*/ model.create_tensor_in_file(ml, name(kind, "weight", tn.bid), {d, r, m}, flags),
+        /*.mix   =*/ row_mix ?
+            model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {r, m/g, n}, flags) :
+            model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {m/g, n},    flags),
+    };
+    if (a != nullptr) { // a skipped layer has no tensors
+        by_transform.emplace(a, f);
+    }
+    return a;
+}
+
+ggml_tensor * llama_mobe::example_op(ggml_context * ctx, ggml_tensor * w, int64_t n_expert, int64_t n_expert_used) {
+    const std::string name   = w->name;
+    const bool        is_mix = name.size() > 4 && name.compare(name.size() - 4, 4, ".mix") == 0;
+
+    // a mix goes where bases can go; of what type these are is not known here, so the plainest is asked for
+    ggml_tensor * basis = !is_mix ? w :
+        w->ne[2] > 1 ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 256, w->ne[0], w->ne[1]) :
+                       ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 256, 256,      w->ne[0]);
+    ggml_tensor * mix = is_mix ? w : ggml_new_tensor_2d(ctx, GGML_TYPE_F32, w->ne[2], n_expert);
+    ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, basis->ne[0], 1, 512);
+    ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_expert_used, 512);
+    return ggml_mobe_proj(ctx, basis, mix, x, ids, GGML_MOBE_ACTIVATION_TANH);
+}
+
+ggml_tensor * llama_mobe::project(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids) const {
+    const auto it = by_transform.find(w);
+    if (it == by_transform.end()) {
+        return x;
+    }
+    return ggml_mobe_proj(ctx, it->second.basis, it->second.mix, x, ids, activation);
+}

@@ -1,0 +1,45 @@
+// What llama.cpp knows of factorized experts: which weight is an A, and what stands between it and the layer's input.
+// Compiled into libllama; the patches call it in three places: where a model asks for an expert tensor, where a graph
+// multiplies by one, and where a model is saved.
+
+#pragma once
+
+#include "ggml-mobe.h"
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <unordered_map>
+
+struct LLM_TN_IMPL;
+struct llama_model_base;
+struct llama_model_loader;
+
+struct llama_mobe {
+    struct factors {
+        ggml_tensor * basis; // [d, r, m]
+        ggml_tensor * mix;   // [m/g, n] or [r, m/g, n]
+    };
+
+    // the key is A, blk.L.ffn_{gate,up}_exps.weight
+    std::unordered_map<const ggml_tensor *, factors> by_transform;
+
+    ggml_mobe_activation activation  = GGML_MOBE_ACTIVATION_NONE;
+    uint32_t             group_count = 0; // 0: the file's keys have not been read
+
+    // Takes A, basis and mix of the expert tensor tn (asked for with dimensions ne = {d, p, n}) from the file and returns A.
+    // handled is set to false, and nothing done, when the file holds no bases for that tensor.
+    // Throws std::runtime_error naming the tensor when the factors or the keys do not fit together.
+    ggml_tensor * create_tensor(
+            llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne,
+            int flags, bool & handled);
+
+    // an example of the operation that uses the weight w (a basis or a mix), for asking a backend whether it supports it
+    static ggml_tensor * example_op(ggml_context * ctx, ggml_tensor * w, int64_t n_expert, int64_t n_expert_used);
+
+    // what A of these experts is to be multiplied by: x itself when w is an ordinary expert stack
+    ggml_tensor * project(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids) const;
+
+private:
+    void read_keys(const llama_model_loader & ml, const std::string & basis_name);
+};
