@@ -82,7 +82,18 @@ ggml_tensor * llama_mobe::create_tensor(
         read_keys(ml, basis_name);
     }
 
-    // the shapes: everything is checked here, before any data is read
+    // everything is checked here, before any data is read
+    for (const ggml_tensor * t : { transform, basis, mix }) {
+        if (ggml_is_empty(t)) {
+            throw std::runtime_error(format("tensor '%s' is empty: its shape is %s", t->name, shape_str(t).c_str()));
+        }
+    }
+    // llama.cpp would run into such a type only when it multiplies (the basis: when it looks for a backend)
+    if (transform->type != GGML_TYPE_F32 && ggml_get_type_traits(transform->type)->to_float == nullptr) {
+        throw std::runtime_error(format("tensor '%s' has type %s, which nothing can be multiplied by",
+            transform->name, ggml_type_name(transform->type)));
+    }
+
     const std::vector<int64_t> asked(ne); // d, p, n
     const int64_t d = asked[0];
     const int64_t p = asked[1];

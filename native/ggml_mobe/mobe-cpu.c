@@ -12,6 +12,7 @@
 #include "ggml-mobe.h"
 
 #include "ggml-cpu-impl.h"
+#include "mobe-dequant.h"
 #include "mobe-vec.h"
 
 #include <stdlib.h>
@@ -87,7 +88,7 @@ size_t ggml_mobe_proj_cpu_work_size(const struct ggml_tensor * dst, int n_tasks)
 
 bool ggml_mobe_proj_cpu_supports(const struct ggml_tensor * dst) {
     const struct ggml_tensor * basis = dst->src[0];
-    const bool readable = basis->type == GGML_TYPE_F32 || ggml_get_type_traits(basis->type)->to_float != NULL;
+    const bool readable = basis->type == GGML_TYPE_F32 || mobe_dequantizer(basis->type) != NULL;
     return readable && MOBE_COLS % ggml_blck_size(basis->type) == 0 &&
         ggml_mobe_proj_check(basis, dst->src[1], dst->src[2], dst->src[3]) == NULL &&
         dst->src[2]->nb[0] == sizeof(float) && dst->src[3]->nb[0] == sizeof(int32_t);
@@ -162,12 +163,13 @@ static void mobe_gather_terms(
 }
 
 // dst[:] of one row of one basis, columns c0 .. c0 + n_cols; what lies between n_cols and the next vector is set to zero
-static void mobe_dequantize(const struct ggml_tensor * basis, int64_t j, int64_t rho, int64_t c0, int64_t n_cols, float * dst) {
+static void mobe_dequantize(
+        const struct ggml_tensor * basis, ggml_to_float_t to_float, int64_t j, int64_t rho, int64_t c0, int64_t n_cols, float * dst) {
     const char * src = (const char *) basis->data + j*basis->nb[2] + rho*basis->nb[1] + ggml_row_size(basis->type, c0);
-    if (basis->type == GGML_TYPE_F32) {
-        memcpy(dst, src, n_cols*sizeof(float));
+    if (to_float) {
+        to_float(src, dst, n_cols);
     } else {
-        ggml_get_type_traits(basis->type)->to_float(src, dst, n_cols);
+        memcpy(dst, src, n_cols*sizeof(float));
     }
     for (int64_t c = n_cols; c % MOBE_VEC != 0; c++) {
         dst[c] = 0.0f;
@@ -265,7 +267,8 @@ static void mobe_forward_ref(const struct ggml_mobe_shape * s, enum ggml_mobe_ac
 
     for (int64_t i = 0; i < s->m*s->r; i++) {
         for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
-            mobe_dequantize(basis, i/s->r, i%s->r, c0, s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS, b + i*s->d + c0);
+            const int64_t n_cols = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
+            mobe_dequantize(basis, ggml_get_type_traits(basis->type)->to_float, i/s->r, i%s->r, c0, n_cols, b + i*s->d + c0);
         }
     }
     for (int64_t t = 0; t < s->T; t++) {
@@ -292,6 +295,8 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
 
     GGML_ASSERT(ggml_mobe_proj_cpu_supports(dst));
     GGML_ASSERT(ggml_is_contiguous(dst));
+
+    const ggml_to_float_t to_float = mobe_dequantizer(basis->type);
 
     if (params->use_ref) {
         if (params->ith == 0) {
@@ -341,7 +346,7 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
             for (int row = 0; row < n_rows; row++) {
                 for (int64_t j = 0; j < s.m; j++) {
                     if (w.needed[j]) {
-                        mobe_dequantize(basis, j, rho + row, c0, n_cols, w.block + (row*s.m + j)*MOBE_COLS);
+                        mobe_dequantize(basis, to_float, j, rho + row, c0, n_cols, w.block + (row*s.m + j)*MOBE_COLS);
                     }
                 }
             }

@@ -7,6 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__GNUC__)
 
 #if defined(__AVX512F__)
@@ -23,6 +27,23 @@ typedef int32_t mobe_veci __attribute__((vector_size(4*MOBE_VEC)));
 static inline mobe_vec mobe_vec_set(float v) { return v - (mobe_vec) {0}; }
 static inline mobe_vec mobe_vec_load(const float * p) { mobe_vec v; memcpy(&v, p, sizeof(v)); return v; }
 static inline void     mobe_vec_store(float * p, mobe_vec v) { memcpy(p, &v, sizeof(v)); }
+
+// MOBE_VEC bytes, widened (GCC 12 takes __builtin_convertvector of bytes apart, so x86 gets the intrinsic)
+static inline mobe_veci mobe_veci_load_u8(const uint8_t * p) {
+#if defined(__AVX512F__)
+    return (mobe_veci) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+#elif defined(__AVX2__)
+    return (mobe_veci) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p));
+#else
+    mobe_veci v;
+    for (int i = 0; i < MOBE_VEC; i++) {
+        v[i] = p[i];
+    }
+    return v;
+#endif
+}
+
+static inline mobe_vec mobe_vec_from_int(mobe_veci v) { return __builtin_convertvector(v, mobe_vec); }
 
 static inline float mobe_vec_sum(mobe_vec v) {
     float sum[MOBE_VEC];
@@ -64,11 +85,14 @@ static inline mobe_vec mobe_vec_exp(mobe_vec v) {
 
 #define MOBE_VEC 1
 
-typedef float mobe_vec;
+typedef float   mobe_vec;
+typedef int32_t mobe_veci;
 
 static inline mobe_vec mobe_vec_set(float v) { return v; }
 static inline mobe_vec mobe_vec_load(const float * p) { return *p; }
 static inline void     mobe_vec_store(float * p, mobe_vec v) { *p = v; }
+static inline mobe_veci mobe_veci_load_u8(const uint8_t * p) { return *p; }
+static inline mobe_vec mobe_vec_from_int(mobe_veci v) { return (float) v; }
 static inline float    mobe_vec_sum(mobe_vec v) { return v; }
 static inline mobe_vec mobe_vec_exp(mobe_vec v) { return expf(v); }
 

@@ -68,7 +68,9 @@ def shape_of(basis, mix, x, ids):
     """basis [m, r, d], mix [n, m/g] or [n, m/g, r], x [T, 1|k, d], ids [T, k] (C order)."""
     m, r, d = basis.shape
     t, k = ids.shape
-    return ffi.new("ggml_mobe_shape *", [d, r, m, mix.shape[1], mix.shape[0], k, t, x.shape[1], mix.ndim == 3])
+    return ffi.new(
+        "ggml_mobe_shape *", [d, r, m, mix.shape[1], mix.shape[0], k, t, x.shape[1], mix.ndim == 3]
+    )
 
 
 def reference(basis, mix, x, ids, activation: str) -> np.ndarray:
@@ -93,10 +95,12 @@ class Graph:
         lib = library()
         m, r, d = shape
         t, k = ids.shape
-        self._ctx = lib.ggml_init([16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead(), ffi.NULL, True])
+        self._ctx = lib.ggml_init(
+            [16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead(), ffi.NULL, True]
+        )
         self.basis = lib.ggml_new_tensor_3d(self._ctx, ggml.types()[basis_type].id, d, r, m)
         if mix.ndim == 3:
-            self.mix = lib.ggml_new_tensor_3d(self._ctx, F32, r, mix.shape[1], mix.shape[0])
+            self.mix = lib.ggml_new_tensor_3d(self._ctx, F32, mix.shape[2], mix.shape[1], mix.shape[0])
         else:
             self.mix = lib.ggml_new_tensor_2d(self._ctx, F32, mix.shape[1], mix.shape[0])
         self.x = lib.ggml_new_tensor_3d(self._ctx, F32, x.shape[2], x.shape[1], t)

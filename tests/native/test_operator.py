@@ -67,13 +67,27 @@ def check(rng, basis_type, activation, n_group, operands, n_threads=2):
 @pytest.mark.parametrize("n_tokens", [1, 2, 33, 512])
 def test_grid(activation, n_group, row_mix, n_tokens):
     rng = np.random.default_rng(0)
-    ops = operands(rng, d=64 if n_tokens == 512 else 288, r=9, m=4, n=12, k=3, t=n_tokens, n_group=n_group, row_mix=row_mix)
+    ops = operands(
+        rng,
+        d=64 if n_tokens == 512 else 288,
+        r=9,
+        m=4,
+        n=12,
+        k=3,
+        t=n_tokens,
+        n_group=n_group,
+        row_mix=row_mix,
+    )
     check(rng, "f32", activation, n_group, ops)
 
 
 def readable_types() -> list[str]:
-    """Every type libggml can both write (without an imatrix) and read back."""
-    return [name for name, t in ggml.types().items() if t.quantizable and not t.requires_imatrix]
+    """Every type libggml can both write (without an imatrix) and read back.
+
+    Without two whose search tables take half a minute to make; test-backend-ops has cases of them.
+    """
+    found = [name for name, t in ggml.types().items() if t.encodes and t.decodes and not t.requires_imatrix]
+    return [name for name in found if name not in ("iq2_s", "iq1_m")]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 33])
@@ -128,7 +142,14 @@ def test_any_shape(data):
         row_mix=data.draw(st.booleans()),
         x_experts=data.draw(st.sampled_from([1, k])),
     )
-    check(rng, "f32", data.draw(st.sampled_from(names.ACTIVATIONS)), n_group, ops, n_threads=data.draw(st.integers(1, 3)))
+    check(
+        rng,
+        "f32",
+        data.draw(st.sampled_from(names.ACTIVATIONS)),
+        n_group,
+        ops,
+        n_threads=data.draw(st.integers(1, 3)),
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+# Everything needed is set up on first use, in $(VENV); a second run sets nothing up again.
+#
+#   make demo     the whole path on the tiny model, from build to generated text
+#   make test     the tests
+#   make build    the llama.cpp runtime only
+#   make lint     ruff
+#   make clean    remove what these made; the downloads and objects in ~/.cache/mobe-gguf stay
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test build lint format clean
+
+demo: build
+	$(BIN)/mobe-gguf demo
+
+test: build
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# has nothing to do, and says so, while patches, kernels and options are those of the installed runtime
+build: $(READY)
+	$(BIN)/mobe-gguf build
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# an environment that is there already is kept, and brought up to date
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,266 @@
+"""``mobe-gguf build``: get, patch, compile and install the runtime, doing again only what has changed.
+
+The cache directory holds
+
+    llama_cpp_python-V.tar.gz    the source distribution, checked against its checksum on each use
+    lock                         held while a build is at work
+    VARIANT/src/                 the patched tree, updated in place; VARIANT/source.key says from what
+    VARIANT/ggml_mobe/           the kernel sources (CMake's GGML_MOBE_DIR)
+    VARIANT/build/               CMake's and Ninja's
+    VARIANT/build.log
+
+One VARIANT stands for one set of options, tool chain and processor.  Patches and kernels are not part of its
+name: when they change, the files that differ are replaced and Ninja recompiles what depends on them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf import resources
+from mobe_gguf.atomic import atomic_path
+from mobe_gguf.errors import MobeError
+from mobe_gguf.runtime import compile as compiling
+from mobe_gguf.runtime import install, patch, source
+from mobe_gguf.runtime.compile import Options
+from mobe_gguf.runtime.install import Environment
+from mobe_gguf.runtime.source import LLAMA_CPP, Pin
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a build produces: source, patches, kernel sources, options.
+
+    ``patches=(), kernels=None`` builds the unpatched runtime, in a variant of its own.
+    """
+
+    options: Options
+    patches: tuple[Path, ...]
+    kernels: Path | None
+    pin: Pin = LLAMA_CPP
+
+    @classmethod
+    def patched(cls, options: Options) -> Recipe:
+        """The recipe of this installation: its own patches and kernel sources."""
+        patches = sorted(resources.path("patches").glob("*.patch"))
+        return cls(options, tuple(patches), resources.path("native") / "ggml_mobe")
+
+    @property
+    def version(self) -> str:
+        """The version that pip lists for the installed package."""
+        return f"{self.pin.version}+mobe" if self.patches else self.pin.version
+
+    def definitions(self) -> dict[str, str]:
+        """CMake cache entries without paths."""
+        commit = f"{self.pin.name}-{self.version}"
+        return {**compiling.definitions(self.options), "LLAMA_BUILD_COMMIT": commit}
+
+    def source_key(self) -> str:
+        """Changes whenever the patched tree does."""
+        return _digest(self.pin.sha256, [(path.name, _sha256(path)) for path in self.patches])
+
+    def variant(self) -> str:
+        """Name of the build tree whose objects this recipe may reuse."""
+        # test tools are only some more targets in the same tree
+        definitions = {k: v for k, v in self.definitions().items() if k != "LLAMA_BUILD_TESTS"}
+        toolchain = {name: os.environ.get(name) for name in compiling.TOOLCHAIN_VARIABLES}
+        processor = None if self.options.portable else compiling.processor()
+        words = ["cuda" if self.options.cuda else "cpu", "portable" if self.options.portable else "native"]
+        words += [] if self.patches else ["stock"]
+        return "-".join([*words, _digest(self.pin.sha256, definitions, toolchain, processor)[:10]])
+
+    def key(self) -> str:
+        """Changes whenever the installed runtime would."""
+        kernels = [(path.as_posix(), _sha256(self.kernels / path)) for path in self.kernel_files()]
+        return _digest(self.variant(), self.source_key(), self.definitions(), self.options.tools, kernels)
+
+    def kernel_files(self) -> list[Path]:
+        """Paths of the kernel sources, relative to ``kernels``."""
+        if self.kernels is None or not self.kernels.is_dir():
+            return []
+        return sorted(
+            path.relative_to(self.kernels)
+            for path in self.kernels.rglob("*")
+            if path.is_file() and not path.name.startswith(".") and "__pycache__" not in path.parts
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``build`` did: Ninja's steps, seconds; ``fresh`` if there was nothing to do."""
+
+    stamp: Mapping[str, Any]
+    fresh: bool
+    steps: int
+    seconds: float
+
+
+def build(
+    recipe: Recipe,
+    environment: Environment | None = None,
+    *,
+    jobs: int | None = None,
+    force: bool = False,
+    cache: Path | None = None,
+) -> Result:
+    """Bring the runtime of ``recipe`` into ``environment`` (default: the running interpreter's).
+
+    ``force`` compiles from scratch.  Raises ``MobeError`` when something that the build needs is missing or
+    a step fails; nothing half-done is taken for whole by the next run.
+    """
+    start = time.monotonic()
+    environment = environment or Environment.active()
+    cache = cache or source.cache_dir()
+    key = recipe.key()
+    stamp = current(environment, key)
+    if stamp and not force:
+        return Result(stamp, True, 0, time.monotonic() - start)
+    env = compiling.environment()
+    compiling.check_toolchain(recipe.options, env)
+    try:
+        environment.check_writable()
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache) as lock:
+            stamp = current(environment, key)  # another build may have just made it
+            steps = 0
+            if force or not stamp:
+                for leftover in [*cache.glob("download-*"), *cache.glob("*/unpack-*")]:  # of a killed build
+                    source.remove(leftover)
+                steps = _build(recipe, key, environment, cache / recipe.variant(), jobs, force, env, lock)
+                stamp = current(environment, key)
+    except OSError as error:
+        raise MobeError(
+            f"the build stopped: {error.filename or cache}: {error.strerror or error}; "
+            "mend that and run mobe-gguf build again, it goes on from where it was"
+        ) from error
+    assert stamp, "an installation must be whole when it has just been made"
+    return Result(stamp, False, steps, time.monotonic() - start)
+
+
+def current(environment: Environment, key: str) -> Mapping[str, Any] | None:
+    """The stamp of ``environment`` if its runtime is whole and of ``key``."""
+    stamp = install.read_stamp(environment)
+    return stamp if stamp and stamp["key"] == key and install.is_whole(environment, stamp) else None
+
+
+def _build(
+    recipe: Recipe,
+    key: str,
+    environment: Environment,
+    work: Path,
+    jobs: int | None,
+    force: bool,
+    env: dict[str, str],
+    lock: int,
+) -> int:
+    """The steps of a build below ``work``; returns Ninja's count."""
+    if force:
+        source.remove(work)
+    work.mkdir(exist_ok=True)
+    # nothing below the cache directory is a checkout, whatever repository the cache may lie in
+    env["GIT_CEILING_DIRECTORIES"] = str(work.resolve())
+    log = work / "build.log"
+    log.unlink(missing_ok=True)
+
+    tree = _patched_tree(recipe, work, env)
+    kernels = work / "ggml_mobe"
+    _copy_kernels(recipe, work, kernels)
+
+    source.say(f"configuring (log: {log})")
+    values = recipe.definitions()
+    if recipe.kernels is not None:
+        values["GGML_MOBE_DIR"] = str(kernels)
+    built = work / "build"
+    compiling.configure(tree / "vendor" / "llama.cpp", built, values, env, log, lock)
+    targets = (*compiling.LIBRARIES, *recipe.options.tools)
+    jobs = jobs or len(os.sched_getaffinity(0))
+    steps = compiling.compile_targets(built, targets, jobs, env, log, lock)
+
+    stamp = {
+        "key": key,
+        "version": recipe.version,
+        "patches": [path.name for path in recipe.patches],
+        "options": asdict(recipe.options),
+    }
+    source.say(f"installing into {environment.libraries}")
+    install.install(environment, tree, built, recipe.pin, recipe.version, recipe.options, stamp)
+    return steps
+
+
+def _patched_tree(recipe: Recipe, work: Path, env: Mapping[str, str]) -> Path:
+    """Bring ``work/src`` to the patched source; files that do not change keep their time stamps."""
+    tree, marker, fresh = work / "src", work / "source.key", work / "src.new"
+    key = recipe.source_key()
+    if marker.is_file() and marker.read_text(encoding="utf-8") == key:
+        return tree
+    archive = source.fetch(recipe.pin, work.parent, env)
+    source.say(f"unpacking and applying {len(recipe.patches)} patches")
+    source.remove(fresh)
+    source.unpack(archive, recipe.pin, fresh)
+    patch.apply(fresh, recipe.patches, env)
+    marker.unlink(missing_ok=True)
+    patch.mirror(fresh, tree)
+    source.remove(fresh)
+    with atomic_path(marker) as part:
+        part.write_text(key, encoding="utf-8")
+    return tree
+
+
+def _copy_kernels(recipe: Recipe, work: Path, target: Path) -> None:
+    """Bring ``target`` to the kernel sources; files that do not change keep their time stamps."""
+    fresh = work / "ggml_mobe.new"
+    source.remove(fresh)
+    fresh.mkdir()
+    for name in recipe.kernel_files():
+        copy = fresh / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((recipe.kernels / name).read_bytes())
+    patch.mirror(fresh, target)
+    source.remove(fresh)
+
+
+@contextmanager
+def _locked(cache: Path) -> Iterator[int]:
+    """Hold the cache's lock, waiting for another build to end; yields the lock's file descriptor."""
+    with open(cache / "lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            source.say(f"another build is at work in {cache}, waiting for it")
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield f.fileno()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def inherited(environment: Environment, **chosen: Any) -> Options:
+    """Options with what the user left open (None) as in the runtime that is installed, or the default.
+
+    So that ``mobe-gguf build`` after ``mobe-gguf build --cuda`` has nothing to do.
+    """
+    before = (install.read_stamp(environment) or {}).get("options", {})
+    values = {**before, **{name: value for name, value in chosen.items() if value is not None}}
+    if not values.get("cuda") and chosen.get("cuda_arch") is None:
+        values.pop("cuda_arch", None)
+    return Options(**values)
+
+
+def describe(stamp: Mapping[str, Any], names: Sequence[str] = ("cuda", "portable")) -> str:
+    """One line about an installed runtime."""
+    chosen = [name for name in names if stamp["options"].get(name)] or ["cpu"]
+    return f"llama-cpp-python {stamp['version']}, {len(stamp['patches'])} patches, {' '.join(chosen)}"

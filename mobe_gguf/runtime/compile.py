@@ -1,0 +1,266 @@
+"""Compile llama.cpp with CMake and Ninja: which options, which targets, and what the user sees meanwhile."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.progress import bar, console
+from mobe_gguf.runtime.source import say
+
+#: Installed on the PATH.
+TOOLS = (
+    "llama-cli",
+    "llama-completion",
+    "llama-server",
+    "llama-perplexity",
+    "llama-bench",
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-gguf-split",
+)
+
+#: llama.cpp's own operator tests: built on request (``Options.test_tools``), not put on the PATH.
+TEST_TOOLS = ("test-backend-ops",)
+
+#: What the Python package loads; the libraries behind them follow.
+LIBRARIES = ("llama", "mtmd")
+
+#: Environment variables that CMake takes compilers and flags from when it first configures a tree.
+TOOLCHAIN_VARIABLES = ("CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
+
+#: Without a terminal, a line at least this often (seconds).
+LINE_EVERY = 15.0
+
+#: Compiler lines that end a failed build.
+TAIL = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose about the build; each field changes what is compiled.
+
+    ``cuda_arch`` is CMake's CUDA_ARCHITECTURES ("90", "80;90"); None stands for the GPUs of this machine.
+    """
+
+    cuda: bool = False
+    cuda_arch: str | None = None
+    portable: bool = False
+    test_tools: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cuda_arch is not None and not self.cuda:
+            raise UsageError("--cuda-arch says which GPUs to compile for and needs --cuda")
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        return TOOLS + (TEST_TOOLS if self.test_tools else ())
+
+
+def definitions(options: Options) -> dict[str, str]:
+    """The CMake cache entries that ``options`` ask for: no paths in them, so they can be part of a key."""
+    chosen = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "BUILD_SHARED_LIBS": "ON",
+        # tools and libraries are installed side by side and find each other wherever that is
+        "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+        "CMAKE_INSTALL_RPATH": "$ORIGIN",
+        "GGML_NATIVE": "OFF" if options.portable else "ON",
+        "GGML_BACKEND_DL": "ON" if options.portable else "OFF",
+        "GGML_CPU_ALL_VARIANTS": "ON" if options.portable else "OFF",
+        "GGML_CUDA": "ON" if options.cuda else "OFF",
+        "GGML_RPC": "OFF",
+        "LLAMA_OPENSSL": "OFF",
+        "LLAMA_BUILD_APP": "OFF",
+        "LLAMA_BUILD_EXAMPLES": "OFF",
+        "LLAMA_BUILD_TESTS": "ON" if options.test_tools else "OFF",
+        # the server's web page is not in the source distribution: it would be fetched from a model hub
+        "LLAMA_BUILD_UI": "OFF",
+        "LLAMA_USE_PREBUILT_UI": "OFF",
+    }
+    if options.cuda:
+        chosen["CMAKE_CUDA_ARCHITECTURES"] = options.cuda_arch or "native"
+    return chosen
+
+
+def processor() -> str:
+    """What ``-march=native`` depends on: instruction set and features of this machine's CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    features = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return f"{os.uname().machine} {features[1] if features else ''}"
+
+
+def environment() -> dict[str, str]:
+    """The process environment for every command of a build: this environment's cmake and ninja first."""
+    return {
+        **os.environ,
+        "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath),
+        "NINJA_STATUS": "[%f/%t] ",
+    }
+
+
+def check_toolchain(options: Options, env: Mapping[str, str]) -> None:
+    """Raise ``MobeError`` naming the missing program and how to get it, before anything is downloaded."""
+
+    def found(variable: str, *names: str) -> bool:
+        names = (env[variable].split()[0],) if env.get(variable, "").strip() else names
+        return any(shutil.which(name, path=env["PATH"]) for name in names)
+
+    for program in ("cmake", "ninja"):
+        if not found("", program):
+            raise MobeError(f"{program} is not installed: python -m pip install {program}")
+    for language, variable, names in (
+        ("C", "CC", ("cc", "gcc", "clang")),
+        ("C++", "CXX", ("c++", "g++", "clang++")),
+    ):
+        if not found(variable, *names):
+            looked = f"${variable} = {env[variable]}" if env.get(variable) else ", ".join(names)
+            raise MobeError(f"no {language} compiler found (looked for {looked}): apt install g++")
+    if options.cuda:
+        if not _nvcc(env):
+            raise MobeError(
+                "--cuda needs the CUDA compiler nvcc, found neither on the PATH nor below $CUDA_HOME, $CUDA_PATH "
+                "or /usr/local/cuda: install the CUDA toolkit, or run mobe-gguf build --no-cuda"
+            )
+        if options.cuda_arch is None and not glob.glob("/dev/nvidia[0-9]*"):
+            raise MobeError(
+                "--cuda compiles for this machine's GPUs and found none: name the target, "
+                "for instance mobe-gguf build --cuda --cuda-arch 90 (H100), 89 (RTX 40), 86 (RTX 30), 80 (A100)"
+            )
+
+
+def _nvcc(env: Mapping[str, str]) -> str | None:
+    homes = [env[name] for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)] + ["/usr/local/cuda"]
+    path = os.pathsep.join([env["PATH"], *(os.path.join(home, "bin") for home in homes)])
+    return shutil.which(env.get("CUDACXX") or "nvcc", path=path)
+
+
+def configure(
+    tree: Path, build: Path, values: Mapping[str, str], env: Mapping[str, str], log: Path, lock: int
+) -> None:
+    """Run CMake on ``tree`` into ``build``.  Raises ``MobeError`` with the end of its output."""
+    values = dict(values)
+    values["CMAKE_MAKE_PROGRAM"] = shutil.which("ninja", path=env["PATH"]) or "ninja"
+    if values.get("GGML_CUDA") == "ON":
+        values["CMAKE_CUDA_COMPILER"] = _nvcc(env) or "nvcc"
+    command = [shutil.which("cmake", path=env["PATH"]) or "cmake", "-G", "Ninja", "-S", str(tree)]
+    command += ["-B", str(build), *(f"-D{name}={value}" for name, value in values.items())]
+    lines = []
+    with _run(command, env, log, lock) as (process, output):
+        lines += output
+    if process.returncode != 0:
+        raise _failure("configuring llama.cpp", process.returncode, lines, log)
+
+
+def compile_targets(
+    build: Path, targets: Sequence[str], jobs: int, env: Mapping[str, str], log: Path, lock: int
+) -> int:
+    """Build ``targets`` with Ninja; return how many steps it took (0: all was up to date).
+
+    Shows Ninja's own count as a bar, or a line now and then where stderr is no terminal.  Raises
+    ``MobeError`` with what the compiler said and the log's path.
+    """
+    ninja = shutil.which("ninja", path=env["PATH"]) or "ninja"
+    lines: list[str] = []
+    steps = 0
+    with _run([ninja, "-C", str(build), f"-j{jobs}", *targets], env, log, lock) as (process, output):
+        for line in output:
+            lines.append(line)
+            if match := _STATUS.match(line):
+                steps = _show(int(match[2]), match, output, lines)
+    if process.returncode != 0:
+        raise _failure("compiling llama.cpp", process.returncode, lines, log)
+    return steps
+
+
+#: Ninja's line for a finished step, as set by ``environment()``.
+_STATUS = re.compile(r"^\[(\d+)/(\d+)\] (.*)$")
+
+
+def _show(total: int, match: re.Match[str], output: Iterator[str], lines: list[str]) -> int:
+    """Consume the rest of Ninja's output behind a bar over ``total`` steps; return the steps done."""
+    done = 0
+    with bar("compile", total) as progress:
+        say(f"compiling llama.cpp: {total} steps")
+        printed = time.monotonic()
+        while True:
+            now = time.monotonic()
+            line = None
+            if now - printed > LINE_EVERY and not console.is_terminal:
+                line, printed = match[3].rsplit("/", 1)[-1], now
+            progress.advance(int(match[1]) - done, line)
+            done = int(match[1])
+            for text in output:
+                lines.append(text)
+                if following := _STATUS.match(text):
+                    match = following
+                    break
+            else:
+                return done
+
+
+@contextmanager
+def _run(
+    command: Sequence[str], env: Mapping[str, str], log: Path, lock: int
+) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
+    """Run ``command``, yielding the process and its output's lines, which are appended to ``log`` as well.
+
+    ``lock`` is inherited: should this process be killed, the lock holds until its children are gone too.
+    """
+    with open(log, "a", encoding="utf-8") as sink:
+        sink.write(f"$ {' '.join(command)}\n")
+        sink.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=dict(env),
+            pass_fds=(lock,),
+        )
+        try:
+            yield process, _logged(process.stdout, sink)
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            process.stdout.close()
+
+
+def _logged(stream: TextIO, sink: TextIO) -> Iterator[str]:
+    for line in stream:
+        sink.write(line)
+        sink.flush()
+        yield line.rstrip("\n")
+
+
+def _failure(what: str, code: int, lines: Sequence[str], log: Path) -> MobeError:
+    """The error for a failed command: of its output, the first failing step's part, or else the end."""
+    first = next((i for i, line in enumerate(lines) if line.startswith("FAILED: ")), None)
+    if first is None:
+        shown = list(lines[-TAIL:])
+    else:
+        # the line after "FAILED: target" is the compiler's command, thousands of characters long
+        end = next((i for i in range(first + 2, len(lines)) if _STATUS.match(lines[i])), len(lines))
+        shown = [lines[first], *lines[first + 2 : end]][:TAIL]
+    text = "".join(f"\n{line[:300]}" for line in shown)
+    how = f"failed (exit code {code})" if code > 0 else f"was stopped by {signal.Signals(-code).name}"
+    return MobeError(f"{what} {how}:{text}\nthe whole log: {log}")

@@ -1,0 +1,271 @@
+"""Put a compiled runtime into a Python environment, and tell what is installed there.
+
+Layout, for an environment with site-packages S, scripts directory B and prefix P:
+
+    S/llama_cpp/                 the Python package of the patched source distribution
+    S/llama_cpp/lib/             shared libraries and tools, side by side: they find each other by $ORIGIN
+    S/llama_cpp_python-V.dist-info/   so that pip lists it, and can uninstall it
+    B/llama-cli ...              links into S/llama_cpp/lib
+    P/share/mobe-gguf/llama.cpp/ the parts of the source tree that Python code reads: converter, gguf-py, headers
+    P/share/mobe-gguf/runtime.json    the stamp: key, options, every file with its size; written last
+
+Nothing of an installed runtime refers to the cache directory.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf.atomic import write_json
+from mobe_gguf.errors import MobeError
+from mobe_gguf.runtime.compile import TEST_TOOLS, Options
+from mobe_gguf.runtime.source import Pin, remove
+
+#: Version of the stamp's format and of this layout.
+FORMAT = 1
+
+#: Parts of ``vendor/llama.cpp`` that are installed beside the compiled runtime.
+TREE_PARTS = (
+    "LICENSE",
+    "convert_hf_to_gguf.py",
+    "conversion",
+    "gguf-py",
+    "include",
+    "ggml/include",
+    "models/templates",
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a runtime is installed: site-packages, scripts directory and data directory."""
+
+    libraries: Path
+    scripts: Path
+    data: Path
+
+    @classmethod
+    def active(cls) -> Environment:
+        """The environment of the running interpreter."""
+        return cls(
+            libraries=Path(sysconfig.get_path("platlib")),
+            scripts=Path(sysconfig.get_path("scripts")),
+            data=Path(sysconfig.get_path("data")) / "share" / "mobe-gguf",
+        )
+
+    @classmethod
+    def at(cls, prefix: Path) -> Environment:
+        """A plain directory: its ``site-packages`` on PYTHONPATH makes the runtime importable."""
+        return cls(prefix / "site-packages", prefix / "bin", prefix / "share" / "mobe-gguf")
+
+    @property
+    def package(self) -> Path:
+        return self.libraries / "llama_cpp"
+
+    @property
+    def lib(self) -> Path:
+        return self.package / "lib"
+
+    @property
+    def tree(self) -> Path:
+        return self.data / "llama.cpp"
+
+    @property
+    def stamp(self) -> Path:
+        return self.data / "runtime.json"
+
+    def check_writable(self) -> None:
+        """Raise ``MobeError`` unless this process may install here."""
+        marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+        if self == Environment.active() and sys.prefix == sys.base_prefix and marker.exists():
+            raise MobeError(
+                f"{sys.prefix} belongs to the operating system's package manager: "
+                "make a virtual environment (python3 -m venv env), install mobe-gguf there, and build from it"
+            )
+        for directory in (self.libraries, self.scripts, self.data):
+            there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+            if not os.access(there, os.W_OK):
+                raise MobeError(
+                    f"cannot install into {directory}: {there} is not writable; "
+                    "make a virtual environment (python3 -m venv env), install mobe-gguf there, and build from it"
+                )
+
+
+def read_stamp(environment: Environment) -> dict[str, Any] | None:
+    """The stamp of the runtime in ``environment``, or None where there is no whole one of this format."""
+    try:
+        stamp = json.loads(environment.stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) and stamp.get("format") == FORMAT else None
+
+
+def is_whole(environment: Environment, stamp: dict[str, Any]) -> bool:
+    """Whether every file that ``stamp`` lists is there with its size."""
+    roots = asdict(environment)
+    try:
+        return all(
+            os.stat(os.path.join(roots[root], name)).st_size == size
+            for root, files in stamp["files"].items()
+            for name, size in files.items()
+        )
+    except OSError:
+        return False
+
+
+def install(
+    environment: Environment,
+    tree: Path,
+    build: Path,
+    pin: Pin,
+    version: str,
+    options: Options,
+    stamp: dict[str, Any],
+) -> None:
+    """Install what was compiled in ``build`` from ``tree`` (the source distribution's top directory).
+
+    ``version`` is what pip will list.  Replaces whatever llama-cpp-python the environment holds.  ``stamp``
+    is completed with format and file list and written last: an interrupted installation is not mistaken
+    for a whole one.
+    """
+    environment.stamp.unlink(missing_ok=True)
+    for directory in (environment.libraries, environment.scripts, environment.data):
+        directory.mkdir(parents=True, exist_ok=True)
+    _uninstall(environment, pin)
+
+    with _replacing(environment.package) as package:
+        shutil.copytree(
+            tree / "llama_cpp",
+            package,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__", "lib"),
+        )
+        _copy_binaries(build / "bin", package / "lib", options.tools)
+    with _replacing(environment.tree) as parts:
+        for name in TREE_PARTS:
+            _copy(tree / "vendor" / "llama.cpp" / name, parts / name)
+    links = [environment.scripts / tool for tool in options.tools if tool not in TEST_TOOLS]
+    for link in links:
+        _link(link, environment.lib / link.name)
+    info = _write_dist_info(environment, tree, pin, version, links)
+
+    files = {
+        "libraries": _sizes(environment.libraries, [environment.package, info]),
+        "scripts": _sizes(environment.scripts, links),
+        "data": _sizes(environment.data, [environment.tree]),
+    }
+    write_json(environment.stamp, {"format": FORMAT, **stamp, "files": files})
+
+
+class _replacing:
+    """``with _replacing(final) as new``: fill the directory ``new``; on success it takes final's place.
+
+    What runs from the old directory goes on running: its files are unlinked, never written to.
+    """
+
+    def __init__(self, final: Path):
+        self.final = final
+        self.new = final.with_name(f".{final.name}.new")
+        self.old = final.with_name(f".{final.name}.old")
+
+    def __enter__(self) -> Path:
+        remove(self.new)
+        self.new.mkdir(parents=True)
+        return self.new
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.new, ignore_errors=True)
+            return
+        remove(self.old)
+        if self.final.exists():
+            os.replace(self.final, self.old)
+        os.replace(self.new, self.final)
+        remove(self.old)
+
+
+def _uninstall(environment: Environment, pin: Pin) -> None:
+    """Remove the files of any llama-cpp-python that is installed in the environment."""
+    for distribution in metadata.distributions(name=pin.name, path=[str(environment.libraries)]):
+        for file in distribution.files or ():
+            path = Path(os.path.normpath(distribution.locate_file(file)))
+            if path.is_relative_to(environment.libraries) or path.is_relative_to(environment.scripts):
+                path.unlink(missing_ok=True)
+    for info in environment.libraries.glob(f"{pin.name.replace('-', '_')}-*.dist-info"):
+        remove(info)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(
+            source,
+            target,
+            symlinks=True,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__", "tests"),
+        )
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _copy_binaries(source: Path, target: Path, tools: Sequence[str]) -> None:
+    """Copy the shared libraries, with their version links, and ``tools``."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.glob("lib*")) + [source / tool for tool in tools]:
+        _copy(path, target / path.name)
+
+
+def _link(link: Path, target: Path) -> None:
+    part = link.with_name(f".{link.name}.part")
+    part.unlink(missing_ok=True)
+    part.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(part, link)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (
+        path for path in sorted(directory.rglob("*")) if "__pycache__" not in path.parts and not path.is_dir()
+    )
+
+
+def _sizes(root: Path, paths: Sequence[Path]) -> dict[str, int]:
+    """Size of every file of ``paths`` (files and directories below ``root``), by its path from ``root``."""
+    found = [file for path in paths for file in (_files(path) if path.is_dir() else [path])]
+    return {file.relative_to(root).as_posix(): file.stat().st_size for file in found}
+
+
+def _write_dist_info(
+    environment: Environment, tree: Path, pin: Pin, version: str, links: Sequence[Path]
+) -> Path:
+    """Write the package's metadata directory (PEP 376, 427); return its path."""
+    info = environment.libraries / f"{pin.name.replace('-', '_')}-{version}.dist-info"
+    text = (tree / "PKG-INFO").read_text(encoding="utf-8")
+    with _replacing(info) as new:
+        (new / "METADATA").write_text(
+            text.replace(f"\nVersion: {pin.version}\n", f"\nVersion: {version}\n", 1), encoding="utf-8"
+        )
+        (new / "INSTALLER").write_text("mobe-gguf\n", encoding="utf-8")
+        _copy(tree / "LICENSE.md", new / "licenses" / "LICENSE.md")
+        rows = [_record(environment.libraries, file) for file in _files(environment.package)]
+        rows += [f"{info.name}/{file.relative_to(new).as_posix()},," for file in _files(new)]
+        rows += [f"{os.path.relpath(link, environment.libraries)},," for link in links]
+        rows.append(f"{info.name}/RECORD,,")
+        (new / "RECORD").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return info
+
+
+def _record(root: Path, file: Path) -> str:
+    digest = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).rstrip(b"=").decode()
+    return f"{file.relative_to(root).as_posix()},sha256={digest},{file.stat().st_size}"

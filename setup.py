@@ -1,0 +1,31 @@
+"""Puts the files that lie outside the package, but that an installed package needs, into the wheel.
+
+All else is in pyproject.toml.  ``mobe_gguf.resources`` finds the files again, in a checkout or in a wheel.
+"""
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+#: Copied to ``mobe_gguf/_data`` under the same path.  Of the models, the one that ``mobe-gguf demo`` runs on.
+DATA = ("patches", "native", "models/tiny-moe")
+
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # a checkout's own directories are used
+            return
+        target = Path(self.build_lib) / "mobe_gguf" / "_data"
+        shutil.rmtree(target, ignore_errors=True)
+        for name in DATA:
+            shutil.copytree(ROOT / name, target / name, ignore=IGNORED)
+
+
+setup(cmdclass={"build_py": BuildPy})
