@@ -7,7 +7,14 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 #: Logs, tables and bars meant for a person go here; data goes to stdout.
 console = Console(stderr=True)
@@ -40,7 +47,9 @@ class Bar:
         elif line and not self._quiet:
             spent = time.monotonic() - self._start
             left = spent / self._done * (self._total - self._done) if self._done else 0.0
-            console.print(f"[{self._done:g}/{self._total:g}] {line}, {left:.0f} s left", highlight=False, markup=False)
+            console.print(
+                f"[{self._done:g}/{self._total:g}] {line}, {left:.0f} s left", highlight=False, markup=False
+            )
 
 
 @contextlib.contextmanager
@@ -49,6 +58,12 @@ def bar(label: str, total: float, quiet: bool = False) -> Iterator[Bar]:
     if quiet or not console.is_terminal:
         yield Bar(label, total, None, quiet)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         yield Bar(label, total, progress, quiet)

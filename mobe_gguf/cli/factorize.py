@@ -1,0 +1,146 @@
+"""``mobe-gguf factorize``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.names import ACTIVATIONS, PROJECTIONS
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--bases", type=int, metavar="M", help="Basis matrices of a layer.  [default: a quarter of the experts]"
+)
+@click.option(
+    "--rank",
+    type=int,
+    metavar="R",
+    help="Rows of a basis.  [default: rows of an expert's gate; d/2 if those are more than d]",
+)
+@click.option(
+    "--groups", type=int, metavar="G", help="Groups of experts, each with its own M/G bases.  [default: 1]"
+)
+@click.option(
+    "--activation",
+    type=click.Choice(sorted(ACTIVATIONS)),
+    help="Function on the mixed bases; 'none' is linear in the input and cheapest to run.  [default: tanh]",
+)
+@click.option("--steps", type=int, metavar="N", help="Optimizer steps for each unit.  [default: 500]")
+@click.option(
+    "--objective",
+    type=click.Choice(["mse", "activation"]),
+    help="Error of the matrices, or of their outputs on the inputs that --imatrix saw.  "
+    "[default: activation with --imatrix, else mse]",
+)
+@click.option(
+    "--imatrix",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="File of llama-imatrix for the original model.",
+)
+@click.option("--layers", metavar="LIST", help="MoE layers to factorize, as 0-3,7.  [default: all]")
+@click.option("--projections", metavar="LIST", help="Of gate,up.  [default: both]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16"]),
+    help="Type of the factors on disk.  [default: MODEL's own]",
+)
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N.")
+@click.option("--seed", type=int, help="Same seed, same factors.  [default: 0]")
+@click.option("--resume", is_flag=True, help="Continue the job that OUT.work holds, if there is one.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the plan before the work.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result (or plan) as JSON on stdout.")
+def command(
+    model: Path,
+    out: Path,
+    layers: str | None,
+    projections: str | None,
+    device: str,
+    resume: bool,
+    dry_run: bool,
+    verbose: bool,
+    quiet: bool,
+    as_json: bool,
+    **settings: object,
+) -> None:
+    """Replace the gate and up matrices of a MoE's experts by shared bases.
+
+    MODEL is a Hugging Face model directory (config.json, safetensors); OUT becomes a MoBE checkpoint of the same
+    kind, to be written as GGUF by `mobe-gguf export`. Each expert's matrix W becomes A f(sum of alpha B): A is the
+    expert's own, the M bases B are shared. Kept of gate and up: R/d + M/n (d: hidden size, n: experts).
+
+    Finished units stay in OUT.work until OUT is whole, so a stopped job costs at most one unit: run the same command
+    with --resume.
+
+    \b
+    Examples:
+      mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --dry-run       what would come out
+      mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --device cuda
+      mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --resume        after a kill
+      mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --imatrix imatrix.gguf
+      mobe-gguf factorize model/ mobe/ --bases 48 --layers 4-47 --steps 1000
+
+    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage.
+    """
+    from mobe_gguf.factorize import job as jobs
+    from mobe_gguf.factorize import plan, report
+    from mobe_gguf.progress import console
+
+    options = plan.Options(
+        layers=None if layers is None else plan.parse_layers(layers),
+        projections=None if projections is None else _parse_projections(projections),
+        **settings,
+    )
+    _check_device(device)
+    job = jobs.prepare(model, out, options, resume=resume)
+    if job.plan.shed <= 0 and not quiet:
+        kept = job.plan.projected_after / job.plan.projected_before
+        console.print(
+            f"warning: the factors have {kept:.1%} of the parameters that they replace; choose a smaller --rank or "
+            "fewer --bases",
+            **report.PLAIN,
+        )
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps(report.plan_json(job), indent=2))
+        elif not quiet:
+            report.print_plan(job, console)
+        return
+    if verbose and not quiet:
+        report.print_plan(job, console)
+    try:
+        result = jobs.run(job, device=device, quiet=quiet)
+    except KeyboardInterrupt as e:
+        raise MobeError(f"stopped. Finished units are kept in {job.work}; run again with --resume.") from e
+    if as_json:
+        click.echo(json.dumps(report.result_json(result), indent=2))
+    elif not quiet:
+        report.print_result(result, console)
+
+
+def _parse_projections(text: str) -> tuple[str, ...]:
+    """``"up,gate"`` -> ("gate", "up")."""
+    asked = [part.strip() for part in text.split(",")]
+    for name in asked:
+        if name not in PROJECTIONS:
+            raise UsageError(f"--projections: {name!r} is unknown; expected some of {','.join(PROJECTIONS)}")
+    return tuple(p for p in PROJECTIONS if p in asked)
+
+
+def _check_device(device: str) -> None:
+    """UsageError unless torch can compute on ``device``."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UsageError(f"--device {device} cannot be used: {reason}. Expected cpu, cuda or cuda:N.") from e

@@ -1,0 +1,126 @@
+"""The projected problem: the loss as a function of basis and mix alone, A being solved for exactly.
+
+For one group of experts, all in the metric of :mod:`metric` (W and Z already multiplied by its root):
+
+    Z_i = f( sum_j alpha_ij B_j )                                      [r, d]
+    A_i = W_i Z_i^T (Z_i Z_i^T + lambda_i I)^-1                        [p, r],  lambda_i = ridge trace(Z_i Z_i^T) / r
+    loss = sum_i |W_i - A_i Z_i|^2 + lambda_i |A_i|^2 = sum_i |W_i|^2 - <A_i, W_i Z_i^T>
+
+Because A minimises the loss, its own change with Z does not matter to first order (variable projection, Golub and
+Pereyra 1973): the gradient is the partial one at fixed A, and nothing is differentiated through the Cholesky factor:
+
+    dloss/dZ_i = 2 (A_i^T A_i + ridge |A_i|^2 / r) Z_i - 2 A_i^T W_i
+
+The second term of the bracket is lambda's dependence on Z; with it the loss does not change with the scale of Z, nor
+does the gradient.  Cost per expert: two products of p r d multiply-adds, two of r r d, one Cholesky of r.  Experts are
+taken in blocks, so that beside W and the parameters only a block's matrices are in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mobe_gguf.factorize.metric import Metric
+from mobe_gguf.formula import activate, combine
+
+
+class SingularError(ArithmeticError):
+    """A Gram matrix was not positive definite, or the loss not finite."""
+
+
+def combine_gradient(
+    g: torch.Tensor, mix: torch.Tensor, basis: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of :func:`combine` at its result's gradient g ``[n, r, d]``: adds B's to ``out``, returns mix's."""
+    if mix.dim() == 2:
+        out.view(out.shape[0], -1).addmm_(mix.T, g.flatten(1))
+        return g.flatten(1) @ basis.flatten(1).T
+    rows, basis_rows = g.transpose(0, 1), basis.transpose(0, 1)  # [r, n, d], [r, m, d]
+    out += torch.bmm(mix.permute(2, 1, 0), rows).transpose(0, 1)
+    return torch.bmm(rows, basis_rows.transpose(1, 2)).permute(1, 2, 0)
+
+
+def derivative_(g: torch.Tensor, u: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
+    """``g * f'(u)`` in place of g; ``z = f(u)``."""
+    if activation == "tanh":
+        return g.addcmul_(g * z, z, value=-1)
+    if activation == "silu":
+        s = torch.sigmoid(u)
+        return g.mul_(s.addcmul_(s * (1 - s), u))
+    return g
+
+
+def solve_transform(w: torch.Tensor, z: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(A, W Z^T)`` for w ``[n, p, d]``, z ``[n, r, d]``, both in the metric; SingularError if that fails."""
+    gram = torch.bmm(z, z.transpose(1, 2))
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += ridge * diagonal.mean(1, keepdim=True)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info.any():
+        raise SingularError(f"the Gram matrix of expert {int(info.nonzero()[0])} of a block is singular")
+    product = torch.bmm(w, z.transpose(1, 2))
+    return torch.cholesky_solve(product.transpose(1, 2), factor).transpose(1, 2), product
+
+
+@dataclass(frozen=True)
+class Projected:
+    """One group's problem.  ``w`` ``[n, p, d]`` is normalised and in the metric; it may lie on another device than
+    basis and mix, a block at a time is then sent over.  ``block`` is the number of experts taken at once.
+    """
+
+    w: torch.Tensor
+    activation: str
+    metric: Metric
+    ridge: float
+    block: int
+
+    @cached_property
+    def mean_square(self) -> float:
+        """Mean of the squares of ``w``: divides a loss to make it relative."""
+        return float(sum(x.square().sum(dtype=torch.float64) for x in self.w)) / self.w.numel()
+
+    def blocks(self) -> list[slice]:
+        n = self.w.shape[0]
+        return [slice(i, min(i + self.block, n)) for i in range(0, n, self.block)]
+
+    def loss_and_gradient(
+        self, basis: torch.Tensor, mix: torch.Tensor, basis_grad: torch.Tensor, mix_grad: torch.Tensor
+    ) -> float:
+        """Loss over the group, per element of W; its gradient (same scale) goes to ``basis_grad``, ``mix_grad``."""
+        basis_grad.zero_()
+        total = torch.zeros((), dtype=torch.float64, device=basis.device)
+        for s in self.blocks():
+            w, metric = self.w[s].to(basis.device), self.metric.slice(s, basis)
+            u = combine(mix[s], basis)
+            z = activate(u, self.activation)
+            zm = metric.apply(z)
+            a, product = solve_transform(w, zm, self.ridge)
+            total += w.flatten().dot(w.flatten()).double() - (a * product).sum(dtype=torch.float64)
+            inner = torch.bmm(a.transpose(1, 2), a)
+            diagonal = inner.diagonal(dim1=1, dim2=2)
+            diagonal += self.ridge * diagonal.mean(1, keepdim=True)
+            g = torch.bmm(inner, zm)
+            g.baddbmm_(a.transpose(1, 2), w, beta=2.0, alpha=-2.0)
+            g = derivative_(metric.adjoint(g), u, z, self.activation)
+            mix_grad[s] = combine_gradient(g, mix[s], basis, basis_grad)
+        loss = float(total) / self.w.numel()
+        if not loss == loss or abs(loss) == float("inf"):
+            raise SingularError("the loss is not finite")
+        basis_grad /= self.w.numel()
+        mix_grad /= self.w.numel()
+        return loss
+
+    def transform(self, basis: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+        """A of every expert, ``[n, p, r]``, in float64 (the Gram matrix squares Z's condition number), an expert at a
+        time; returned as float32 on W's device.
+        """
+        out = torch.empty(*self.w.shape[:2], basis.shape[1], device=self.w.device)
+        for i in range(self.w.shape[0]):
+            s = slice(i, i + 1)
+            z = activate(combine(mix[s].double(), basis.double()), self.activation)
+            zm = self.metric.slice(s, z).apply(z)
+            out[s] = solve_transform(self.w[s].to(basis.device).double(), zm, self.ridge)[0].float()
+        return out

@@ -1,0 +1,200 @@
+"""Writing the MoBE checkpoint: finished units become shards, everything else is copied byte for byte.
+
+The directory grows under a temporary name beside the final one and is renamed when it is whole.  Unit files are
+linked, not copied, where the file system can, so the factors need no second place on disk; the rest streams in chunks,
+so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobe_gguf.atomic import write_json
+from mobe_gguf.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, read_header
+
+MAX_SHARD = 5_000_000_000
+CHUNK = 16 << 20
+
+#: Files that hold weights in one way or another; every other file of the source is copied.
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: ``dtype`` in safetensors' spelling, ``data()`` its bytes in chunks."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+    data: Callable[[], Iterable[Any]]
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> Entry:
+        """A tensor in memory."""
+        dtype = next(k for k, v in DTYPES.items() if v == tensor.dtype)
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        return cls(name, dtype, tuple(tensor.shape), raw.nbytes, lambda: [raw])
+
+    @classmethod
+    def copy(cls, name: str, dtype: str, shape: tuple[int, ...], file: Path, begin: int, end: int) -> Entry:
+        """A run of bytes of another file."""
+        return cls(name, dtype, shape, end - begin, lambda: _chunks(file, begin, end))
+
+
+def _chunks(file: Path, begin: int, end: int) -> Iterator[bytes]:
+    with open(file, "rb") as f:
+        f.seek(begin)
+        while begin < end:
+            chunk = f.read(min(CHUNK, end - begin))
+            if not chunk:
+                raise OSError(f"{file} became shorter while it was read")
+            begin += len(chunk)
+            yield chunk
+
+
+def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+    """One safetensors file: 8 bytes of header length, JSON, data.
+
+    Not the library's ``save_file``, which wants all tensors in memory, orders metadata differently from run to run,
+    and makes files that only their owner may read.
+    """
+    # Widest elements first, as the library does it: readers want a tensor's data aligned to its type.
+    entries = sorted(entries, key=lambda e: -e.n_bytes // max(1, math.prod(e.shape)))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for e in entries:
+        header[e.name] = {
+            "dtype": e.dtype,
+            "shape": list(e.shape),
+            "data_offsets": [offset, offset + e.n_bytes],
+        }
+        offset += e.n_bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(raw)) + raw)
+        for e in entries:
+            for chunk in e.data():
+                f.write(chunk)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def copies(checkpoint: Checkpoint, factorized: Iterable[tuple[int, str]]) -> list[Entry]:
+    """What is taken over from the source: all but the matrices of the ``factorized`` (layer, projection) units.
+
+    Where transformers 5 has fused a layer's experts into one tensor they are taken apart again, and the MoE block gets
+    its classic name: a MoBE checkpoint always has one tensor an expert.
+    """
+    factorized = set(factorized)
+    dropped = {source for unit in factorized for source in checkpoint.expert_sources(*unit)}
+    family, fused, out = checkpoint.family, {}, []
+    for layer in checkpoint.moe_layers:
+        for projection in ("gate", "up", "down"):
+            if checkpoint.is_fused(layer, projection):
+                for source in checkpoint.expert_sources(layer, projection):
+                    fused.setdefault(source, []).append((layer, projection))
+    renamed = {
+        family.fused_weight(layer, "down").removesuffix("experts.down_proj"): family.block_name(layer) + "."
+        for units in fused.values()
+        for layer, _ in units
+    }
+    for name in checkpoint.names:
+        info = checkpoint.info(name)
+        if name in fused:
+            for layer, projection in fused[name]:
+                if (layer, projection) not in factorized:
+                    out += _split(checkpoint, name, info, layer, projection)
+        elif name not in dropped:
+            for old, new in renamed.items():
+                name = new + name.removeprefix(old) if name.startswith(old) else name
+            file = checkpoint.path / info.shard
+            out.append(Entry.copy(name, info.dtype, info.shape, file, info.begin, info.end))
+    return out
+
+
+def _split(
+    checkpoint: Checkpoint, name: str, info: TensorInfo, layer: int, projection: str
+) -> Iterator[Entry]:
+    """One expert after the other out of a fused tensor ``[n, 2p, d]`` (gate first) or ``[n, d, p]``, or its scales."""
+    n, rows, columns = info.shape
+    halves = 1 if projection == "down" else 2
+    size = (info.end - info.begin) // n // halves
+    offset = size if projection == "up" else 0
+    suffix = "_scale_inv" if name.endswith("_scale_inv") else ""
+    for e in range(n):
+        begin = info.begin + e * halves * size + offset
+        to = checkpoint.family.expert_weight(layer, e, projection) + suffix
+        yield Entry.copy(
+            to, info.dtype, (rows // halves, columns), checkpoint.path / info.shard, begin, begin + size
+        )
+
+
+def write_checkpoint(
+    out: Path, checkpoint: Checkpoint, units: Mapping[tuple[int, str], Path], config: dict[str, Any]
+) -> None:
+    """Assemble directory ``out`` from the source and the unit files; it appears only when it is whole."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        rest = _shards(copies(checkpoint, units))
+        count = len(units) + len(rest)
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        weight_map: dict[str, str] = {}
+        total = 0
+        for name, unit in zip(names, units.values(), strict=False):
+            _link(unit, part / name)
+            for tensor, info in read_header(unit).items():
+                weight_map[tensor] = name
+                total += info.n_bytes
+        for name, shard in zip(names[len(units) :], rest, strict=True):
+            write_safetensors(part / name, shard, {"format": "pt"})
+            weight_map |= {entry.name: name for entry in shard}
+            total += sum(entry.n_bytes for entry in shard)
+        _copy_small_files(checkpoint.path, part)
+        write_json(part / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(part / "config.json", config)
+        os.rename(part, out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _shards(items: list[Entry]) -> list[list[Entry]]:
+    """Runs of tensors of at most MAX_SHARD bytes (a larger tensor gets a shard of its own)."""
+    shards: list[list[Entry]] = []
+    size = 0
+    for item in items:
+        if not shards or size + item.n_bytes > MAX_SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.n_bytes
+    return shards
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _copy_small_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat template, generation config, remote code: whatever is not weights nor written anew."""
+    for path in sorted(source.iterdir()):
+        is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and path.name != "config.json" and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,25 @@
+"""The formula itself, in torch: W_i ~ A_i . f( sum_j alpha_ij B_j ).  The reference of everything else."""
+
+from __future__ import annotations
+
+import torch
+
+
+def activate(u: torch.Tensor, activation: str) -> torch.Tensor:
+    """f, element by element: one of ``names.ACTIVATIONS``."""
+    if activation == "none":
+        return u
+    return torch.tanh(u) if activation == "tanh" else torch.nn.functional.silu(u)
+
+
+def combine(mix: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """``sum_j alpha_ij B_j`` of one group: mix ``[n, m]`` or ``[n, m, r]``, basis ``[m, r, d]`` -> ``[n, r, d]``."""
+    if mix.dim() == 2:
+        return (mix @ basis.flatten(1)).view(mix.shape[0], *basis.shape[1:])
+    return torch.bmm(mix.permute(2, 0, 1), basis.transpose(0, 1)).transpose(0, 1)
+
+
+def combine_groups(mix: torch.Tensor, basis: torch.Tensor, n_group: int) -> torch.Tensor:
+    """The same over all groups: mix ``[n, m/g]`` or ``[n, m/g, r]``, basis ``[m, r, d]`` -> ``[n, r, d]``."""
+    pairs = zip(mix.chunk(n_group), basis.chunk(n_group), strict=True)
+    return torch.cat([combine(a, b) for a, b in pairs])

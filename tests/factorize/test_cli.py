@@ -1,0 +1,163 @@
+"""The command: what it prints, its exit codes, and that nothing is written when it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from mobe_gguf.cli import main
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["factorize", *map(str, arguments)])
+
+
+def refused(code: int, *arguments: object) -> str:
+    """Stderr of a call that must fail with ``code`` and a message, not with a traceback."""
+    result = call(*arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.stderr
+    assert "Error" in result.stderr and "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_the_whole_command(model, tmp_path):
+    result = call(model("qwen3_moe"), tmp_path / "out", "--steps", 4, "--bases", 4, "--layers", "0,2", "-v")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    for expected in (
+        "qwen3_moe, 3 of 3 layers MoE, 8 experts (2 used) of 48 x 64",
+        "layers 0,2, gate and up: 4 bases of rank 48",
+        "[1/4] layer 0 gate: error 0.",
+        "[4/4] layer 2 up: error 0.",
+        "0 s left",
+        "whole model",
+        "mobe-gguf export",
+    ):
+        assert expected in result.stderr
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_json_and_quiet(model, tmp_path):
+    result = call(model("olmoe"), tmp_path / "out", "--steps", 2, "--rank", 40, "--json", "-q")
+    assert result.exit_code == 0 and result.stderr == ""
+    report = json.loads(result.stdout)
+    assert len(report["units"]) == 6 and all(0 < u["error"] < 1 for u in report["units"])
+    assert report["settings"]["bases"] == 2 and report["plan"]["model_shed_share"] > 0
+
+
+def test_factors_larger_than_the_experts_are_remarked_upon(model, tmp_path):
+    result = call(model("olmoe"), tmp_path / "out", "--bases", 8, "--dry-run")
+    assert result.exit_code == 0 and "warning: the factors have 175" in result.stderr
+
+
+def test_dry_run_writes_nothing(model, tmp_path):
+    result = call(model("deepseek_v3"), tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0 and "whole model" in result.stderr
+    plan = json.loads(call(model("deepseek_v3"), tmp_path / "out", "--dry-run", "--json").stdout)
+    assert plan["settings"]["layers"] == [1, 2] and plan["plan"]["units"] == 4
+    assert not any(tmp_path.iterdir())
+
+
+def test_help_does_not_need_torch_and_shows_examples():
+    result = call("--help")
+    assert result.exit_code == 0
+    assert (
+        "--resume" in result.stdout and "mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --dry-run" in result.stdout
+    )
+
+
+def test_wrong_usage(model, tmp_path):
+    source, out = model("qwen3_moe"), tmp_path / "out"
+    for options, message in (
+        (["--bases", 3, "--groups", 2], "--bases 3 does not divide by --groups 2"),
+        (["--rank", 49], "--rank 49 is more than the 48 rows"),
+        (["--bases", 9], "more than the 8 experts"),
+        (["--groups", 3], "must divide 8"),
+        (["--groups", 0], "at least 1"),
+        (["--layers", "0-x"], "cannot read '0-x'"),
+        (["--layers", "3"], "layer 3 has no routed experts"),
+        (["--projections", "gate,down"], "'down' is unknown"),
+        (["--activation", "relu"], "'relu' is not one of"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--objective", "activation"], "needs --imatrix"),
+        (["--steps", "many"], "not a valid integer"),
+    ):
+        assert message in refused(2, source, out, *options)
+    refused(2, source)
+    assert not any(tmp_path.iterdir())
+
+
+def damage(path: Path, kind: str) -> str:
+    """Break a model; returns what the message must say."""
+    if kind == "missing shard":
+        shard = sorted(path.glob("*.safetensors"))[-1]
+        shard.unlink()
+        return f"shard {shard.name} is missing"
+    if kind == "truncated":
+        shard = sorted(path.glob("*.safetensors"))[-1]
+        os.truncate(shard, shard.stat().st_size - 100)
+        return f"{shard.name}: truncated or corrupt safetensors file"
+    if kind == "nan":
+        shard = next(
+            s for s in sorted(path.glob("*.safetensors")) if any(".experts.7.up" in n for n in load_file(s))
+        )
+        tensors = load_file(shard)
+        name = next(n for n in tensors if ".experts.7.up" in n)
+        tensors[name][0, 0] = float("nan")
+        save_file(tensors, shard)
+        return f"tensor {name} holds 1 values that are NaN or Inf"
+    config = json.loads((path / "config.json").read_text())
+    if kind == "family":
+        config["model_type"] = "llama"
+        message = "Known: qwen3_moe, qwen2_moe, deepseek_v2"
+    elif kind == "already factorized":
+        config["num_B"] = 4
+        message = "is a MoBE checkpoint already"
+    else:
+        del config["num_experts_per_tok"], config["moe_intermediate_size"]
+        message = "no 'moe_intermediate_size'"
+    (path / "config.json").write_text(json.dumps(config))
+    return message
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing shard", "truncated", "nan", "family", "already factorized", "config key"]
+)
+def test_a_broken_source(kind, own_model, tmp_path):
+    source = own_model("qwen3_moe", max_shard_size="200KB")
+    message = damage(source, kind)
+    # one layer at least before the NaN would be read: then what is finished stays
+    error = refused(1, source, tmp_path / "out", "--steps", 1, "--layers", "0", "--projections", "up")
+    assert message in error.replace("\n", " ")
+    assert {p.name for p in tmp_path.iterdir()} == {"own"}
+
+
+def test_out_in_the_way(model, tmp_path):
+    source = model("qwen3_moe")
+    (tmp_path / "out").mkdir()
+    assert "exists already. Choose another OUT" in refused(1, source, tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(1, source, tmp_path / "file" / "out", "--steps", 1)
+    assert (tmp_path / "file").read_text() == ""
+    assert "cannot be written" in refused(1, source, tmp_path / ("x" * 300), "--steps", 1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_out_not_writable(model, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert "cannot be written" in refused(1, model("qwen3_moe"), tmp_path / "closed" / "out", "--steps", 1)
+
+
+def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mobe_gguf.factorize.job.fit", interrupt)
+    assert "--resume" in refused(1, model("qwen3_moe"), tmp_path / "out")

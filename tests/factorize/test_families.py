@@ -1,0 +1,75 @@
+"""Families: what config.json says, in both spellings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.errors import MobeError
+from mobe_gguf.families import FAMILIES, family_of, known_model_types
+
+
+def test_every_family_has_a_tiny_model():
+    assert {f.name for f in FAMILIES} == set(tiny.FAMILIES)
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_numbers_of_a_real_config(name, model):
+    checkpoint = Checkpoint(model(name))
+    assert checkpoint.family.name == name
+    assert (checkpoint.n_expert, checkpoint.n_expert_used) == (8, 2)
+    assert (checkpoint.n_embd, checkpoint.n_ff_exp, checkpoint.n_layer) == (64, 48, 3)
+    assert checkpoint.moe_layers == ((1, 2) if name.startswith("deepseek") else (0, 1, 2))
+    assert not checkpoint.is_mobe
+
+
+@pytest.mark.parametrize(
+    "model_type, config, expected",
+    [
+        ("qwen3_moe", dict(decoder_sparse_step=2), (1, 3, 5)),
+        ("qwen2_moe", dict(decoder_sparse_step=1, mlp_only_layers=[0, 5]), (1, 2, 3, 4)),
+        ("qwen3_moe", dict(decoder_sparse_step=None, mlp_only_layers=None), (0, 1, 2, 3, 4, 5)),
+        ("deepseek_v2", dict(first_k_dense_replace=1, moe_layer_freq=1), (1, 2, 3, 4, 5)),
+        ("deepseek_v3", dict(first_k_dense_replace=3), (3, 4, 5)),
+        ("kimi_k2", dict(first_k_dense_replace=1, moe_layer_freq=2), (2, 4)),
+        ("deepseek_v2", dict(moe_layer_freq=[0, 1, 1, 0, 1, 1]), (1, 2, 4, 5)),
+        ("bailing_moe", dict(first_k_dense_replace=0), (0, 1, 2, 3, 4, 5)),
+        ("olmoe", {}, (0, 1, 2, 3, 4, 5)),
+        ("mixtral", {}, (0, 1, 2, 3, 4, 5)),
+    ],
+)
+def test_moe_layers(model_type, config, expected):
+    config = {"model_type": model_type, "num_hidden_layers": 6} | config
+    assert family_of(config).moe_layers(config) == expected
+
+
+def test_both_spellings_of_the_expert_count():
+    for key in ("num_experts", "num_local_experts"):
+        config = {"model_type": "qwen3_moe", key: 128}
+        assert family_of(config).n_expert(config) == 128
+
+
+def test_mixtral_names():
+    family = family_of({"model_type": "mixtral"})
+    assert family.expert_weight(3, 7, "up") == "model.layers.3.block_sparse_moe.experts.7.w3.weight"
+    assert family.basis(3, "gate") == "model.layers.3.block_sparse_moe.B_gate"
+    assert family.mix(3, "up", 1) == "model.layers.3.block_sparse_moe.W_up_1"
+
+
+def test_unknown_family_lists_the_known(own_model):
+    path = own_model()
+    config = json.loads((path / "config.json").read_text()) | {"model_type": "llama"}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MobeError, match="'llama'") as e:
+        Checkpoint(path)
+    assert all(name in e.value.message for name in known_model_types())
+
+
+@pytest.mark.parametrize("value", [None, 0, -3, "8", 2.5, True])
+def test_a_bad_number_names_its_key(value):
+    config = {"model_type": "olmoe", "num_experts": value}
+    with pytest.raises(MobeError, match="num_experts"):
+        family_of(config).n_expert(config)

@@ -1,0 +1,53 @@
+"""Reading llama-imatrix files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+
+from mobe_gguf.errors import MobeError
+from mobe_gguf.factorize.imatrix import PRIOR, Imatrix
+
+
+def write(path, sums, counts, layer=0):
+    """As llama-imatrix does: ``in_sum2`` of ggml shape [d, n], ``counts`` [1, n]."""
+    writer = GGUFWriter(path, "")
+    for projection in ("gate", "up"):
+        stem = f"blk.{layer}.ffn_{projection}_exps.weight"
+        writer.add_tensor(f"{stem}.in_sum2", np.asarray(sums, dtype=np.float32))
+        writer.add_tensor(f"{stem}.counts", np.asarray(counts, dtype=np.float32)[:, None])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_weights_are_mean_squares_by_use(tmp_path):
+    sums, counts = np.array([[8.0, 4.0], [0.0, 0.0], [1.0, 3.0]]), np.array([4.0, 0.0, 2.0])
+    weight = Imatrix(write(tmp_path / "i.gguf", sums, counts)).weight(0, "up", 3, 2)
+    mean = sums.sum(0) / 6
+    expected = (sums + PRIOR * 2 * mean) / 6
+    assert weight.shape == (3, 1, 2)
+    assert torch.allclose(weight[:, 0], torch.from_numpy(expected))
+    assert (weight > 0).all(), "an expert that was never used must keep some weight"
+
+
+def test_errors(tmp_path):
+    path = write(tmp_path / "i.gguf", np.ones((3, 2)), np.ones(3))
+    with pytest.raises(MobeError, match="blk.5.ffn_gate_exps.weight.in_sum2"):
+        Imatrix(path).weight(5, "gate", 3, 2)
+    with pytest.raises(MobeError, match="6 sums and 3 counts, expected 4 x 2 and 4"):
+        Imatrix(path).weight(0, "gate", 4, 2)
+    with pytest.raises(MobeError, match="no usable data"):
+        Imatrix(write(tmp_path / "z.gguf", np.ones((3, 2)), np.zeros(3))).weight(0, "gate", 3, 2)
+    with pytest.raises(MobeError, match="no such file"):
+        Imatrix(tmp_path / "absent")
+    (tmp_path / "old.dat").write_bytes(b"\x01\x00\x00\x00")
+    with pytest.raises(MobeError, match="old .dat format"):
+        Imatrix(tmp_path / "old.dat")
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:40])
+    with pytest.raises(MobeError, match="truncated or corrupt"):
+        Imatrix(tmp_path / "cut.gguf")

@@ -1,0 +1,132 @@
+"""The projected problem: value against the formula, gradient against autograd, blocks against the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mobe_gguf.errors import MobeError
+from mobe_gguf.factorize.metric import Metric
+from mobe_gguf.factorize.projected import Projected, SingularError
+from mobe_gguf.formula import activate, combine
+
+RIDGE = 1e-3  # large enough that its share of the gradient is seen
+
+
+def problem(n=5, p=7, d=11, m=3, r=4, mix="scalar", metric="none", activation="tanh", block=2, seed=0):
+    """``(Projected, basis, mix, root of the metric as [n, d, d])``, float64."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    w, basis = randn(n, p, d), randn(m, r, d)
+    alpha = randn(n, m) if mix == "scalar" else randn(n, m, r)
+    weight = {
+        "none": None,
+        "diagonal": randn(d).square(),
+        "expert": randn(n, 1, d).square(),
+        "full": (lambda x: x.T @ x)(randn(2 * d, d)),
+    }[metric]
+    metric = Metric.of(weight, n, d)
+    if metric.root is None:
+        root = torch.eye(d, dtype=torch.float64).expand(n, d, d)
+    elif metric.per_expert:
+        root = torch.diag_embed(metric.root.double())
+    else:
+        root = (metric.root if metric.root.dim() == 2 else metric.root.diag()).double().expand(n, d, d)
+    return Projected(w @ root, activation, metric, RIDGE, block), basis, alpha, root
+
+
+def loss_by_autograd(problem, basis, alpha, root):
+    """The same loss written down plainly, A from torch's own least squares, all of it differentiable."""
+    total = 0
+    for i, w in enumerate(problem.w):
+        weights = alpha[i][:, :, None] if alpha.dim() == 3 else alpha[i][:, None, None]
+        z = activate((weights * basis).sum(0), problem.activation) @ root[i]
+        ridge = problem.ridge * z.square().sum() / z.shape[0]
+        a = torch.linalg.solve(z @ z.T + ridge * torch.eye(z.shape[0], dtype=z.dtype), z @ w.T).T
+        total = total + (w - a @ z).square().sum() + ridge * a.square().sum()
+    return total / problem.w.numel()
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "tanh"])
+@pytest.mark.parametrize("mix", ["scalar", "row"])
+@pytest.mark.parametrize("metric", ["none", "diagonal", "expert", "full"])
+def test_gradient_is_that_of_autograd(activation, mix, metric):
+    p, basis, alpha, root = problem(activation=activation, mix=mix, metric=metric)
+    basis_grad, mix_grad = torch.empty_like(basis), torch.empty_like(alpha)
+    loss = p.loss_and_gradient(basis, alpha, basis_grad, mix_grad)
+    basis.requires_grad_()
+    alpha.requires_grad_()
+    expected = loss_by_autograd(p, basis, alpha, root)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-10)
+    assert torch.allclose(basis_grad, basis.grad, rtol=1e-7, atol=1e-10)
+    assert torch.allclose(mix_grad, alpha.grad, rtol=1e-7, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 6),
+    p=st.integers(1, 6),
+    d=st.integers(1, 9),
+    m=st.integers(1, 4),
+    r=st.integers(1, 6),
+    block=st.integers(1, 7),
+    mix=st.sampled_from(["scalar", "row"]),
+    metric=st.sampled_from(["none", "diagonal", "expert", "full"]),
+)
+def test_blocks_give_the_same_as_the_whole(n, p, d, m, r, block, mix, metric):
+    shape = dict(n=n, p=p, d=d, m=m, r=min(r, p, d), mix=mix, metric=metric)
+    results = []
+    for size in (block, n):
+        q, basis, alpha, _ = problem(**shape, block=size)
+        grads = torch.empty_like(basis), torch.empty_like(alpha)
+        results.append((q.loss_and_gradient(basis, alpha, *grads), *grads))
+    (loss, basis_grad, mix_grad), (loss2, basis_grad2, mix_grad2) = results
+    assert loss == pytest.approx(loss2, rel=1e-9, abs=1e-12)
+    assert torch.allclose(basis_grad, basis_grad2, rtol=1e-8, atol=1e-12)
+    assert torch.allclose(mix_grad, mix_grad2, rtol=1e-8, atol=1e-12)
+
+
+def test_an_exact_factorization_has_no_loss_and_no_gradient():
+    p, basis, alpha, _ = problem()
+    a = torch.randn(5, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    p = Projected(a @ activate(combine(alpha, basis), "tanh"), "tanh", Metric(), 1e-12, 2)
+    grads = torch.empty_like(basis), torch.empty_like(alpha)
+    assert p.loss_and_gradient(basis, alpha, *grads) < 1e-10
+    assert max(g.abs().max() for g in grads) < 1e-9
+    assert torch.allclose(p.transform(basis, alpha).double(), a, atol=1e-5)
+
+
+def test_the_loss_does_not_change_with_the_scale_of_the_bases():
+    p, basis, alpha, _ = problem(activation="none")
+    grads = torch.empty_like(basis), torch.empty_like(alpha)
+    losses = [p.loss_and_gradient(basis * scale, alpha, *grads) for scale in (1.0, 1e-3, 50.0)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-9)
+
+
+def test_what_cannot_be_solved_is_reported():
+    p, basis, alpha, _ = problem()
+    grads = torch.empty_like(basis), torch.empty_like(alpha)
+    for bad in (torch.zeros_like(basis), torch.full_like(basis, float("nan"))):
+        with pytest.raises(SingularError):
+            p.loss_and_gradient(bad, alpha, *grads)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(4),
+        torch.ones(3, 1, 5),
+        -torch.ones(5),
+        torch.zeros(5),
+        torch.tensor([1.0, float("nan")] * 2 + [1]),
+    ],
+)
+def test_bad_input_weights(weight):
+    with pytest.raises(MobeError, match="input weights"):
+        Metric.of(weight, 2, 5)
