@@ -1,0 +1,39 @@
+"""``mobe-gguf inspect``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="FILE_OR_DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(path: Path, as_json: bool) -> None:
+    """Show what a GGUF file, a MoBE checkpoint or a Hugging Face MoE model holds.
+
+    Layers, experts (n, k of them used by a token; d hidden size, p intermediate size), bases (m of rank r),
+    types, sizes, recorded errors. Reads headers only.
+    """
+    from rich.console import Console
+
+    from mobe_gguf.export.report import size_table
+    from mobe_gguf.inspect import describe, layer_table, summary
+
+    description = describe(path)
+    if as_json:
+        click.echo(json.dumps(description.as_json(), indent=2))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+        console.print("\n".join(summary(description)), markup=False, soft_wrap=True)
+        console.print()
+        console.print(layer_table(description.layers))
+        console.print()
+        console.print(size_table(description.entries))
+    for problem in description.problems:
+        click.echo(f"{path}: {problem}", err=True)
+    if description.problems:
+        sys.exit(1)

@@ -1,0 +1,263 @@
+"""llama.cpp's own Hugging Face converter, run for everything but the bytes of the tensors.
+
+The pinned ``conversion`` package knows the tokenizers, hyper-parameters, permutations, MLA splits and FP8
+sources of every architecture.  Its model class is subclassed on the fly: the tensors B and W (basis and
+mix) are hidden from it, and what it would write is caught on the way to the file, still lazy.  A of a
+factorized projection has the name of the expert it replaces, so the class stacks the A's by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mobe_gguf import runtime
+from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.errors import MobeError
+from mobe_gguf.export import tokenizer
+from mobe_gguf.export.source import Lazy, Source, Whole, cast, evaluate
+
+#: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
+FACTOR = re.compile(r"\.[BW]_(gate|up)(_\d+)?$")
+
+#: Hugging Face class of a family, for a config.json whose ``architectures`` the converter does not know: the published
+#: checkpoints name the authors' own classes there (``Qwen3MoBEForCausalLM``), ours the original's.
+ARCHITECTURES = {
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "bailing_moe": "BailingMoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+
+
+@dataclass
+class Tensor:
+    """What the converter would write: ``forced`` is the ggml type it insists on, if not float32."""
+
+    name: str
+    source: Source
+    forced: str | None = None
+
+
+@dataclass
+class Conversion:
+    """A model as the converter sees it, before a byte is written.  ``writer`` is a ``gguf.GGUFWriter``."""
+
+    arch: str = ""
+    model: Any = None
+    writer: Any = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    pre: tokenizer.Recognized | None = None
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """GGUF keys and values set so far."""
+        return {key: value.value for part in self.writer.kv_data for key, value in part.items()}
+
+    def finish(self, file_type: str, out: Path, trust_remote_code: bool) -> None:
+        """Set the remaining keys, tokenizer included; ``file_type`` as in ``gguf.LlamaFileType``."""
+        gguf = _package().base.gguf
+        self.model.ftype = gguf.LlamaFileType[file_type]
+        self.model.fname_out = out
+        path = self.model.dir_model
+        with _explained(path, "the tokenizer and metadata"), _remote_code(path, trust_remote_code):
+            self.model.prepare_metadata(vocab_only=False)
+
+
+def convert(
+    checkpoint: Checkpoint, out: Path, tokenizer_pre: str | None = None, verbose: bool = False
+) -> Conversion:
+    """Run the converter's model class over ``checkpoint``; ``out`` is only a name here.
+
+    ``tokenizer_pre``: a value for ``tokenizer.ggml.pre`` instead of what would be recognized.  MobeError if the
+    converter does not know the architecture, or says no.
+    """
+    conversion = _package()
+    _set_log_level(verbose)
+    pre = None
+    if tokenizer_pre is not None:
+        listing = inspect.getsource(conversion.base.TextModel.get_vocab_base_pre)
+        pre = tokenizer.check_name(tokenizer_pre, tokenizer.known_names(listing))
+    with _explained(checkpoint.path, "the tensors"), torch.inference_mode():
+        hparams = conversion.ModelBase.load_hparams(checkpoint.path, False)
+        model_class = _model_class(conversion, checkpoint, hparams)
+        gguf = conversion.base.gguf
+        result = Conversion()
+        caught: dict[str, Any] = {}
+        subclass = _catching(model_class, conversion.base.LazyTorchTensor, caught, result, pre)
+        result.model = subclass(checkpoint.path, gguf.LlamaFileType.ALL_F32, out, hparams=hparams)
+        result.arch = result.model.gguf_writer.arch
+        result.writer = _catcher(gguf.GGUFWriter, caught, result)(path=None, arch=result.arch)
+        result.writer.kv_data = result.model.gguf_writer.kv_data  # some classes set keys when they are made
+        result.model.gguf_writer = result.writer
+        result.model.prepare_tensors()
+    return result
+
+
+def _model_class(conversion: Any, checkpoint: Checkpoint, hparams: dict[str, Any]) -> Any:
+    """The converter's class; ``hparams["architectures"]`` is corrected where it names one of the authors' classes."""
+    names = [*(hparams.get("architectures") or []), ARCHITECTURES.get(checkpoint.family.name)]
+    for name in names:
+        if name is None:
+            continue
+        try:
+            found = conversion.get_model_class(name)
+        except NotImplementedError:
+            continue
+        hparams["architectures"] = [name]
+        return found
+    raise MobeError(
+        f"{checkpoint.path}/config.json: llama.cpp's converter knows no architecture {names[0]!r}"
+    )
+
+
+def _catching(base: Any, lazy: Any, caught: dict[str, Any], result: Conversion, pre: Any) -> Any:
+    """A subclass of the converter's model class ``base`` that hides B and W and puts what it makes in ``caught``."""
+
+    class Marked(lazy):
+        """A LazyTorchTensor whose conversions can be told from other operations, see ``source.is_cast``."""
+
+        _tensor_type = torch.Tensor
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and isinstance(args[0], torch.dtype) and not kwargs:
+                meta = self.meta_with_dtype_and_shape(args[0], self.shape)
+                return type(self)(meta=meta, args=(self, args[0]), func=cast)
+            return self._wrap_fn(torch.Tensor.to)(self, *args, **kwargs)
+
+    class Catching(base):
+        model_arch = base.model_arch
+
+        @classmethod
+        def filter_tensors(cls, item: Any) -> Any:
+            return None if FACTOR.search(item[0]) else super().filter_tensors(item)
+
+        def get_tensors(self) -> Iterator[tuple[str, Any]]:
+            for name, tensor in super().get_tensors():
+                if type(tensor) is lazy and tensor._data is None:
+                    tensor = Marked(
+                        meta=tensor._meta, args=tensor._args, kwargs=tensor._kwargs, func=tensor._func
+                    )
+                yield name, tensor
+
+        def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
+            for new_name, tensor in super().modify_tensors(data_torch, name, bid):
+                caught[new_name] = tensor
+                yield new_name, tensor
+
+        def get_vocab_base_pre(self, tokenizer_: Any) -> str:
+            result.pre = pre or self._recognized(tokenizer_)
+            return result.pre.name
+
+        def _recognized(self, tokenizer_: Any) -> tokenizer.Recognized:
+            logger = logging.getLogger("hf-to-gguf")
+            level = logger.level
+            logger.setLevel(
+                logging.ERROR
+            )  # its twelve lines of stars are about something that is handled here
+            try:
+                return tokenizer.Recognized(
+                    super().get_vocab_base_pre(tokenizer_), "llama.cpp's converter knows it"
+                )
+            except NotImplementedError:
+                return tokenizer.recognize(self.dir_model)
+            finally:
+                logger.setLevel(level)
+
+    return Catching
+
+
+def _catcher(base: Any, caught: dict[str, Any], result: Conversion) -> Any:
+    """A subclass of GGUFWriter ``base`` that lists the tensors in ``result`` and keeps no data."""
+
+    class Catcher(base):
+        def add_tensor(
+            self, name: str, tensor: Any, raw_shape: Any = None, raw_dtype: Any = None, **_: Any
+        ) -> None:
+            if name in caught:
+                node = caught.pop(name)
+                source: Source = Lazy(node) if hasattr(node, "_func") else Whole(node)
+            else:  # the class writes it past modify_tensors: small things, such as scales
+                array = np.asarray(evaluate(tensor))
+                if array.dtype not in (np.float32, np.float16):
+                    raise MobeError(
+                        f"tensor {name} is already quantized in the source; convert the model to bf16 first"
+                    )
+                source = Whole(torch.from_numpy(array))
+            shape = source.shape
+            self.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape, dtype=np.int64)))
+            forced = None if raw_dtype is None or raw_dtype.name == "F32" else raw_dtype.name.lower()
+            result.tensors[name] = Tensor(name, source, forced)
+
+    return Catcher
+
+
+def _package() -> Any:
+    """The pinned tree's ``conversion`` package, its models not yet loaded."""
+    runtime.use_conversion()
+    return importlib.import_module("conversion")
+
+
+def _set_log_level(verbose: bool) -> None:
+    """The converter logs through these; its warnings are about what is handled, or explained, here."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("hf-to-gguf", "gguf", "transformers"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+@contextlib.contextmanager
+def _remote_code(path: Path, allowed: bool) -> Iterator[None]:
+    """Let the converter run Python code from the model's directory only if the user ``allowed`` it.
+
+    For some tokenizers (Kimi-K2's) it asks transformers to do so by itself, and for all others transformers
+    would ask the terminal.
+    """
+    from transformers import AutoTokenizer
+
+    original = AutoTokenizer.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **(kwargs | {"trust_remote_code": allowed}))
+        except ValueError as e:
+            if allowed or "trust_remote_code" not in str(e):
+                raise
+            code = ", ".join(sorted(p.name for p in path.glob("*.py"))) or "not in this directory"
+            raise MobeError(
+                f"{path}: this tokenizer is Python code ({code}). Read it, and if you trust it, let it run with "
+                "--trust-remote-code."
+            ) from e
+
+    AutoTokenizer.from_pretrained = from_pretrained
+    try:
+        yield
+    finally:
+        AutoTokenizer.from_pretrained = original
+
+
+@contextlib.contextmanager
+def _explained(path: Path, what: str) -> Iterator[None]:
+    """Foreign code may raise anything about a model that it does not like: make that a MobeError."""
+    try:
+        yield
+    except MobeError:
+        raise
+    except Exception as e:
+        raise MobeError(
+            f"{path}: llama.cpp's converter cannot take over {what}: {type(e).__name__}: {e}. "
+            "Run again with -v to see what it did."
+        ) from e

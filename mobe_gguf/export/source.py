@@ -1,0 +1,131 @@
+"""Where a tensor's values come from, read in pieces: memory holds a few million values, not a tensor.
+
+A source has a ``shape`` (torch's order); :func:`chunks` yields its rows as float32, in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+#: Values converted and encoded at a time (4 MiB of float32): small, for every core holds two such pieces.
+CHUNK = 1 << 20
+
+
+class Source(Protocol):
+    """Values of one tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Tensors of any float type that, one after the other and flattened, are the tensor."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor that is in memory."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        yield self.tensor
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """``shape[0]`` slices, each read when its turn comes: ``read(i)`` has shape ``shape[1:]``."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int], torch.Tensor]
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        for i in range(self.shape[0]):
+            yield self.read(i)
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A lazy tensor of llama.cpp's converter (``LazyTorchTensor``), evaluated without keeping what it computes.
+
+    The converter's own ``to_eager`` stores every intermediate result in the graph: for one stack of experts that is
+    the experts in float32 twice, until the tensor is written.  Here a stack along the first axis is
+    evaluated slice by slice, and a tensor that is only read and converted stays a view of the mapped file.
+    """
+
+    node: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.node.shape)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        yield from _pieces(self.node)
+
+
+def _pieces(node: Any) -> Iterator[torch.Tensor]:
+    if is_cast(node):  # chunks() converts, a chunk at a time
+        yield from _pieces(node._args[0])
+    elif (
+        node._data is None
+        and node._func is torch.stack
+        and node._kwargs.get("dim", 0) == 0
+        and len(node._args) == 1
+    ):
+        for slice_node in node._args[0]:
+            yield from _pieces(slice_node)
+    else:
+        yield evaluate(node)
+
+
+def is_cast(node: Any) -> bool:
+    """True for a conversion to float32 from a narrower float type, as :func:`cast` marks them."""
+    return (
+        getattr(node, "_func", None) is cast
+        and node.dtype == torch.float32
+        and node._args[0].dtype in WIDENED
+    )
+
+
+#: Conversion from these to float32 is exact, so it may as well happen later.
+WIDENED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, under a name that is recognized in a graph."""
+    return tensor.to(dtype)
+
+
+def evaluate(node: Any) -> Any:
+    """The value of a lazy tensor (or of the lists and tuples that hold some); nothing is stored in the graph."""
+    if isinstance(node, (list, tuple)):
+        return type(node)(evaluate(item) for item in node)
+    if not hasattr(node, "_func"):
+        return node
+    if node._data is not None:
+        return node._data
+    return node._func(*evaluate(node._args), **node._kwargs)
+
+
+def chunks(source: Source, limit: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of ``source`` in order, float32 ``[rows, row length]``, about ``limit`` values at a time, each with the
+    number of its first row."""
+    row = source.shape[-1]
+    step = max(1, limit // row)
+    total = 0
+    for piece in source.pieces():
+        rows = piece.reshape(-1, row)
+        for start in range(0, rows.shape[0], step):
+            yield total + start, rows[start : start + step].to(torch.float32).contiguous().numpy()
+        total += rows.shape[0]
+    expected = math.prod(source.shape[:-1])
+    assert total == expected, f"source gave {total} rows of {expected}"

@@ -1,0 +1,112 @@
+"""Writing a GGUF file tensor by tensor: header and sizes first, then the data in pieces, encoded as they come."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from mobe_gguf.atomic import atomic_path
+from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.source import chunks
+from mobe_gguf.runtime import ggml
+
+
+def check_output(out: Path) -> None:
+    """MobeError or UsageError if ``out`` cannot become a file, before any work is done."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a directory; name the file to write, for instance {out / 'model.gguf'}")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise MobeError(f"{parent}: no such directory. Make it first:\n  mkdir -p {parent}")
+    if not os.access(parent, os.W_OK):
+        raise MobeError(f"{parent}: no permission to write there; choose another place for {out.name}")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """MobeError if the file system of ``out`` has less than ``needed`` bytes free.
+
+    What an interrupted run left is overwritten, so it counts as free; an existing ``out`` is not, for it is replaced
+    only once the new file is whole.
+    """
+    part = out.with_name(f".{out.name}.part")
+    free = shutil.disk_usage(out.absolute().parent).free + (
+        part.stat().st_blocks * 512 if part.is_file() else 0
+    )
+    if free < needed:
+        raise MobeError(
+            f"{out.absolute().parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
+            "Make room, write elsewhere, or choose a smaller --quant."
+        )
+
+
+@dataclass
+class Encoded:
+    """A tensor for ``GGUFWriter.write_tensor_data``: it asks for ``nbytes`` and calls ``tofile``."""
+
+    tensor: Tensor
+    type: str
+    nbytes: int
+
+    def tofile(self, file: IO[bytes]) -> None:
+        written = sum(file.write(block) for block in encode(self.tensor, self.type))
+        assert written == self.nbytes, f"{self.tensor.name}: {written} bytes, {self.nbytes} were announced"
+
+
+def encode(tensor: Tensor, type_name: str) -> Iterator[memoryview]:
+    """The bytes of ``tensor`` in ggml type ``type_name``, piece by piece.
+
+    libggml encodes outside Python's lock, so each core encodes a piece while the next is read; no more than one
+    piece a core and one besides are in memory.  MobeError names the tensor if a value is NaN, Inf or too large.
+    """
+    workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[np.ndarray]] = deque()
+        try:
+            for first, chunk in chunks(tensor.source):
+                name = f"tensor {tensor.name}, counted from its row {first}"
+                pending.append(pool.submit(ggml.quantize, chunk, type_name, name=name, threads=1))
+                if len(pending) > workers:
+                    yield memoryview(pending.popleft().result()).cast("B")
+            while pending:
+                yield memoryview(pending.popleft().result()).cast("B")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_gguf(
+    out: Path,
+    writer: Any,
+    tensors: list[Encoded],
+    on_tensor: Callable[[Encoded], None],
+) -> None:
+    """Write header, keys, tensor table (all in ``writer``) and the data of ``tensors`` to ``out``, atomically.
+
+    MobeError if the disk fills up or goes away; nothing stays behind then.
+    """
+    try:
+        with atomic_path(out) as part:
+            try:
+                writer.write_header_to_file(part)
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for tensor in tensors:
+                    writer.write_tensor_data(tensor)
+                    on_tensor(tensor)
+            finally:
+                writer.close()
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MobeError(
+                f"{out}: the disk is full; nothing was written. Make room or write elsewhere."
+            ) from e
+        raise MobeError(f"{out}: cannot be written: {e.strerror or e}; nothing was written") from e

@@ -1,0 +1,351 @@
+"""What a GGUF file, a Hugging Face directory or a MoBE checkpoint holds: experts, factors, types, sizes."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mobe_gguf import names
+from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.errors import MobeError
+from mobe_gguf.export.report import Entry, amount, original_params, rows
+from mobe_gguf.gguf_file import GgufFile, read_gguf
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Gate or up of one layer: types of A (or of the ordinary experts) and B; m and r are None if not factorized.
+
+    ``error`` is |W - W'|^2 / |W|^2 over the layer's experts, where the checkpoint recorded it.
+    """
+
+    type: str
+    m: int | None = None
+    r: int | None = None
+    basis_type: str | None = None
+    by_row: bool = False
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer; ``down`` is the type of its down projections."""
+
+    index: int
+    gate: Projection
+    up: Projection
+    down: str
+
+
+@dataclass
+class Description:
+    """Sizes by the names of DESIGN: n_expert n, n_expert_used k, n_embd d, n_ff_exp p.
+
+    ``kind``: ``gguf``, ``huggingface`` or ``mobe`` (a checkpoint directory).  ``n_bytes``: of all files together.
+    ``activation`` and ``group_count`` are None if nothing is factorized.  ``problems``: what contradicts itself.
+    """
+
+    path: str
+    kind: str
+    arch: str
+    n_layer: int
+    n_expert: int
+    n_expert_used: int
+    n_embd: int
+    n_ff_exp: int | None
+    entries: list[Entry]
+    original_params: int
+    n_bytes: int
+    name: str | None = None
+    activation: str | None = None
+    group_count: int | None = None
+    version: int | None = None
+    layers: list[Layer] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def n_params(self) -> int:
+        return sum(e.n_params for e in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(e.n_bytes for e in self.entries) / max(1, self.n_params)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``: plain values only."""
+        plain = {k: v for k, v in asdict(self).items() if k != "entries"}
+        plain |= {"parameters": self.n_params, "bits_per_weight": round(self.bits_per_weight, 4)}
+        plain["classes"] = [
+            {
+                "class": r.label,
+                "tensors": r.count,
+                "types": dict(r.types),
+                "parameters": r.n_params,
+                "bytes": r.n_bytes,
+            }
+            for r in rows(self.entries)
+        ]
+        return plain
+
+
+def describe(path: str | os.PathLike[str]) -> Description:
+    """Look at a file or directory.  MobeError if it is neither a GGUF file nor a MoE model directory."""
+    path = Path(path)
+    if not path.exists():
+        raise MobeError(f"{path}: no such file or directory")
+    if path.is_dir():
+        return _describe_directory(path)
+    return _describe_gguf(read_gguf(path))
+
+
+# GGUF
+
+
+def _describe_gguf(file: GgufFile) -> Description:
+    entries = [Entry(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
+    layers, problems = _gguf_layers(file)
+    down = next((t.shape for t in file.tensors.values() if ".ffn_down_exps.weight" in t.name), None)
+    factorized = any(layer.gate.m or layer.up.m for layer in layers)
+    version = file.keys.get(names.key_version(file.arch))
+    if factorized and version != names.MOBE_VERSION:
+        problems.append(
+            f"key {names.key_version(file.arch)} is {version}, this program knows {names.MOBE_VERSION}"
+        )
+    return Description(
+        path=str(file.path),
+        kind="gguf",
+        arch=file.arch,
+        name=file.keys.get("general.name"),
+        n_layer=file.arch_key("block_count") or 0,
+        n_expert=file.arch_key("expert_count") or 0,
+        n_expert_used=file.arch_key("expert_used_count") or 0,
+        n_embd=file.arch_key("embedding_length") or 0,
+        n_ff_exp=down[-1] if down else None,
+        entries=entries,
+        original_params=original_params(entries),
+        n_bytes=file.size,
+        activation=file.keys.get(names.key_activation(file.arch)),
+        group_count=file.keys.get(names.key_group_count(file.arch)),
+        version=version,
+        layers=layers,
+        problems=problems,
+    )
+
+
+def _gguf_layers(file: GgufFile) -> tuple[list[Layer], list[str]]:
+    problems: list[str] = []
+    layers = []
+    for name, down in file.tensors.items():
+        match = re.fullmatch(r"blk\.(\d+)\.ffn_down_exps\.weight", name)
+        if match is None:
+            continue
+        index = int(match[1])
+        gate, up = (_gguf_projection(file, index, p, problems) for p in names.PROJECTIONS)
+        layers.append(Layer(index, gate, up, down.type))
+    return sorted(layers, key=lambda layer: layer.index), problems
+
+
+def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list[str]) -> Projection:
+    """One projection, with what contradicts DESIGN "GGUF layout" added to ``problems``."""
+    transform = file.tensors.get(names.transform_name(layer, projection))
+    basis = file.tensors.get(names.basis_name(layer, projection))
+    mix = file.tensors.get(names.mix_name(layer, projection))
+    if transform is None:
+        fused = file.tensors.get(f"blk.{layer}.ffn_gate_up_exps.weight")
+        if fused is None or basis is not None:
+            problems.append(f"tensor {names.transform_name(layer, projection)} is missing")
+        return Projection(fused.type if fused else "?")
+    if basis is None:
+        if mix is not None:
+            problems.append(f"tensor {mix.name} has no {names.basis_name(layer, projection)} beside it")
+        return Projection(transform.type)
+    m, r = basis.shape[0], basis.shape[-2]
+    groups = file.keys.get(names.key_group_count(file.arch))
+    n, d = file.arch_key("expert_count"), file.arch_key("embedding_length")
+    if len(basis.shape) != 3 or basis.shape[-1] != d:
+        problems.append(f"tensor {basis.name} has shape {list(basis.shape)}, expected [m, r, {d}]")
+    if transform.shape[-1] != r:
+        problems.append(
+            f"tensor {transform.name} has rows of {transform.shape[-1]}, {basis.name} has rank {r}"
+        )
+    if not isinstance(groups, int) or groups < 1 or m % groups:
+        problems.append(
+            f"tensor {basis.name} has {m} bases, key {names.key_group_count(file.arch)} is {groups}"
+        )
+    elif mix is None:
+        problems.append(f"tensor {names.mix_name(layer, projection)} is missing")
+    elif mix.type != "f32" or mix.shape not in ((n, m // groups), (n, m // groups, r)):
+        problems.append(
+            f"tensor {mix.name} is {mix.type} {list(mix.shape)}, expected f32 {[n, m // groups]} or "
+            f"{[n, m // groups, r]}"
+        )
+    by_row = mix is not None and len(mix.shape) == 3
+    return Projection(transform.type, m, r, basis.type, by_row)
+
+
+# directories
+
+
+def _describe_directory(path: Path) -> Description:
+    checkpoint = Checkpoint(path)
+    if checkpoint.is_mobe:
+        checkpoint = MobeCheckpoint(path)
+    labels = _labels(checkpoint)
+    infos = {name: checkpoint.info(name) for name in checkpoint.names}
+    entries = [
+        Entry(name, info.dtype.lower(), info.shape, info.n_bytes, label=labels.get(name) or _label(name))
+        for name, info in infos.items()
+    ]
+    ours = checkpoint.config.get("mobe")
+    description = Description(
+        path=str(path),
+        kind="mobe" if checkpoint.is_mobe else "huggingface",
+        arch=checkpoint.family.name,
+        n_layer=checkpoint.n_layer,
+        n_expert=checkpoint.n_expert,
+        n_expert_used=checkpoint.n_expert_used,
+        n_embd=checkpoint.n_embd,
+        n_ff_exp=checkpoint.n_ff_exp,
+        entries=entries,
+        original_params=0,
+        n_bytes=sum((path / shard).stat().st_size for shard in {info.shard for info in infos.values()}),
+        version=ours.get("version") if isinstance(ours, dict) else None,
+        layers=[_layer(checkpoint, index) for index in checkpoint.moe_layers],
+    )
+    in_factors = sum(e.n_params for e in entries if e.label in ("A", "B", "mix"))
+    replaced = [p for layer in description.layers for p in (layer.gate, layer.up) if p.m is not None]
+    dense = math.prod((checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd))
+    description.original_params = description.n_params - in_factors + len(replaced) * dense
+    if isinstance(checkpoint, MobeCheckpoint):
+        description.activation = checkpoint.activation
+        index = next((layer.index for layer in description.layers if layer.gate.m or layer.up.m), None)
+        if index is not None:
+            layer = checkpoint.layer(index)
+            description.group_count = layer.group_count(layer.projections[0])
+    return description
+
+
+def _layer(checkpoint: Checkpoint, index: int) -> Layer:
+    found = {}
+    for projection in names.PROJECTIONS:
+        family = checkpoint.family
+        dtype = checkpoint.info(checkpoint.expert_sources(index, projection)[0]).dtype.lower()
+        layer = checkpoint.layer(index) if isinstance(checkpoint, MobeCheckpoint) else None
+        if layer is None or projection not in layer.projections:
+            found[projection] = Projection(dtype)
+            continue
+        basis = next(
+            name
+            for name in (family.basis(index, projection), family.basis(index, projection, 0))
+            if name in checkpoint
+        )
+        found[projection] = Projection(
+            type=dtype,
+            m=layer.n_basis(projection),
+            r=layer.rank(projection),
+            basis_type=checkpoint.info(basis).dtype.lower(),
+            by_row=layer.is_row_mixed(projection),
+            error=_recorded_error(checkpoint.config, index, projection),
+        )
+    down = checkpoint.info(checkpoint.expert_sources(index, "down")[0]).dtype.lower()
+    return Layer(index, found["gate"], found["up"], down)
+
+
+def _recorded_error(config: dict[str, Any], layer: int, projection: str) -> float | None:
+    """What ``factorize`` wrote under ``mobe.errors[layer][projection]``; other checkpoints have nothing there."""
+    value: Any = config
+    for key in ("mobe", "errors", str(layer), projection):
+        value = value.get(key) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _labels(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor name -> class of ``report.CLASSES``, for everything that belongs to routed experts."""
+    labels = {}
+    for index in checkpoint.moe_layers:
+        layer = checkpoint.layer(index) if isinstance(checkpoint, MobeCheckpoint) else None
+        for projection in (*names.PROJECTIONS, "down"):
+            factorized = layer is not None and projection in layer.projections
+            label = "A" if factorized else "down" if projection == "down" else "experts"
+            for name in checkpoint.expert_sources(index, projection):
+                labels[name] = label
+    return labels
+
+
+def _label(name: str) -> str:
+    """Class of a tensor that belongs to no routed expert, by its Hugging Face name."""
+    if re.search(r"\.B_(gate|up)(_\d+)?$", name):
+        return "B"
+    if re.search(r"\.W_(gate|up)(_\d+)?$", name):
+        return "mix"
+    if re.search(r"embed|lm_head", name):
+        return "embeddings"
+    return "attention" if re.search(r"\.(self_attn|attention)\.(?!.*norm)", name) else "other"
+
+
+# tables
+
+
+def summary(d: Description) -> list[str]:
+    """A few lines of text."""
+    kinds = {"gguf": "GGUF file", "huggingface": "Hugging Face model", "mobe": "MoBE checkpoint"}
+    p = f", p {d.n_ff_exp}" if d.n_ff_exp else ""
+    lines = [
+        f"{d.path}: {kinds[d.kind]}" + (f", {d.name}" if d.name else ""),
+        f"{d.arch}: {d.n_layer} layers, {len(d.layers)} of them MoE; n {d.n_expert}, k {d.n_expert_used}, "
+        f"d {d.n_embd}{p}",
+    ]
+    if d.group_count is not None:
+        layout = f", layout version {d.version}" if d.version is not None else ""
+        lines.append(f"factorized: f {d.activation}, {d.group_count} group{'s'[: d.group_count > 1]}{layout}")
+    ratio = ""
+    if d.n_params != d.original_params:
+        ratio = f"; {d.n_params / d.original_params:.1%} of the original's {amount(d.original_params)}"
+    lines.append(
+        f"{amount(d.n_params)} parameters{ratio}; "
+        f"{d.n_bytes / 1e6:,.2f} MB, {d.bits_per_weight:.2f} bits per weight"
+    )
+    return lines
+
+
+def layer_table(layers: list[Layer]) -> Table:
+    """MoE layers, runs of equal ones on one line; at most 100 columns wide."""
+    table = Table(pad_edge=False, box=None)
+    columns = ("layers", "projection", "m", "r", "mix", "A", "B", "down", "error")
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("m", "r", "error") else "left")
+    for first, last, projection, p, down in _runs(layers):
+        form = (
+            (str(p.m), str(p.r), "by row" if p.by_row else "scalar") if p.m is not None else ("-", "-", "-")
+        )
+        error = "-" if p.error is None else f"{p.error:.4f}"
+        numbers = str(first) if first == last else f"{first}-{last}"
+        table.add_row(numbers, projection, *form, p.type, p.basis_type or "-", down, error)
+    return table
+
+
+def _runs(layers: list[Layer]) -> list[tuple[int, int, str, Projection, str]]:
+    """``(first, last, projections, what they are, down type)``, runs of layers in which nothing differs together."""
+    runs: list[list[Layer]] = []
+    for layer in layers:
+        previous = runs[-1][-1] if runs else None
+        same = previous and (previous.gate, previous.up, previous.down) == (layer.gate, layer.up, layer.down)
+        if same and layer.index == previous.index + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    out = []
+    for run in runs:
+        first, last, head = run[0].index, run[-1].index, run[0]
+        if head.gate == head.up:
+            out.append((first, last, "gate, up", head.gate, head.down))
+        else:
+            out += [(first, last, "gate", head.gate, head.down), (first, last, "up", head.up, head.down)]
+    return out

@@ -1,0 +1,62 @@
+"""MoBE checkpoints with random factors, made by hand: what export must write is known number by number."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mobe_gguf.families import family_of
+
+
+def make_mobe(
+    source: Path,
+    target: Path,
+    *,
+    m: int = 4,
+    r: int | None = None,
+    g: int = 1,
+    by_row: bool = False,
+    activation: str = "tanh",
+    dtype: torch.dtype = torch.float32,
+    layers: tuple[int, ...] | None = None,
+    projections: tuple[str, ...] = ("gate", "up"),
+    architectures: list[str] | None = None,
+    our_key: bool = False,
+) -> Path:
+    """Replace gate and up of the single-file model ``source`` by random factors; returns ``target``.
+
+    ``dtype`` is that of all tensors written.  ``our_key`` adds a ``mobe`` key as ``factorize`` does; the published
+    checkpoints have none.  Tensors are named as in DESIGN "MoBE checkpoint".
+    """
+    config = json.loads((source / "config.json").read_text())
+    family = family_of(config)
+    n, p, d = family.n_expert(config), family.n_ff_exp(config), family.n_embd(config)
+    r = r or p
+    tensors = load_file(source / "model.safetensors")
+    random = torch.Generator().manual_seed(7)
+    for layer in layers or family.moe_layers(config):
+        for projection in projections:
+            for expert in range(n):
+                name = family.expert_weight(layer, expert, projection)
+                tensors[name] = torch.randn(p, r, generator=random) * 0.1
+            for group in range(g):
+                suffix = group if g > 1 else None
+                tensors[family.basis(layer, projection, suffix)] = torch.randn(m // g, r, d, generator=random)
+                shape = (n // g, m // g, r) if by_row else (n // g, m // g)
+                tensors[family.mix(layer, projection, suffix)] = torch.randn(*shape, generator=random)
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, target / path.name)
+    config |= {"num_B": m, "activation": activation}
+    if architectures is not None:
+        config["architectures"] = architectures
+    if our_key:
+        config["mobe"] = {"version": 1, "solver": "by hand"}
+    (target / "config.json").write_text(json.dumps(config))
+    save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, target / "model.safetensors")
+    return target

@@ -1,0 +1,135 @@
+"""``mobe-gguf inspect`` on files and directories."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from parity.gguf_files import GgufFile, factorize, qwen3moe
+
+from mobe_gguf.cli import main
+from mobe_gguf.export import Recipe, export
+from mobe_gguf.inspect import describe
+
+Maker = Callable[..., Path]
+
+
+def run(*args: Any) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["inspect", *map(str, args)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_checkpoint_and_its_gguf_agree(mobe: Maker, tmp_path: Path) -> None:
+    source = mobe("deepseek_v3", r=32, g=2, by_row=True, activation="silu")
+    export(
+        source,
+        tmp_path / "out.gguf",
+        Recipe("q8_0", basis="q5_0", overrides=(("blk.2.ffn_up_e", "f16"),)),
+        quiet=True,
+    )
+    a, b = describe(source), describe(tmp_path / "out.gguf")
+    assert (a.kind, b.kind) == ("mobe", "gguf")
+    for d in (a, b):
+        assert (d.n_layer, d.n_expert, d.n_expert_used, d.n_embd, d.n_ff_exp) == (3, 8, 2, 64, 48)
+        assert (d.activation, d.group_count, d.problems) == ("silu", 2, [])
+        assert [layer.index for layer in d.layers] == [1, 2]
+        for layer in d.layers:
+            for p in (layer.gate, layer.up):
+                assert (p.m, p.r, p.by_row) == (4, 32, True)
+    assert a.n_params == b.n_params and a.original_params == b.original_params
+    assert (a.layers[0].gate.type, a.layers[0].gate.basis_type, a.bits_per_weight) == ("f32", "f32", 32)
+    assert (b.layers[1].gate.type, b.layers[1].up.type, b.layers[1].up.basis_type) == ("q8_0", "f16", "q5_0")
+    assert a.n_bytes == (source / "model.safetensors").stat().st_size
+
+
+def test_original(model: Maker) -> None:
+    d = describe(model("mixtral"))
+    assert (d.kind, d.arch, d.activation, d.n_params) == ("huggingface", "mixtral", None, d.original_params)
+    classes = {row["class"]: row["tensors"] for row in d.as_json()["classes"]}
+    assert classes["experts"] == 3 * 8 * 2 and classes["down"] == 3 * 8 and classes["embeddings"] == 2
+    assert classes["attention"] == 3 * 4 and "A" not in classes
+
+
+def test_recorded_errors(mobe: Maker, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(mobe("olmoe", dtype=torch.bfloat16), source)
+    config = json.loads((source / "config.json").read_text())
+    config["mobe"] = {"version": 1, "errors": {"0": {"gate": 0.0312, "up": 0.5}, "1": {"gate": 0.1}}}
+    (source / "config.json").write_text(json.dumps(config))
+    layers = describe(source).layers
+    assert [(x.gate.error, x.up.error) for x in layers] == [(0.0312, 0.5), (0.1, None), (None, None)]
+    code, out, _ = run(source)
+    assert code == 0 and "0.0312" in out and "0.5000" in out
+
+
+def test_tables_fit_a_hundred_columns(mobe: Maker, tmp_path: Path) -> None:
+    source = mobe("deepseek_v2", r=32)
+    export(source, tmp_path / "out.gguf", Recipe("q4_k_m"), quiet=True)
+    for path in (source, tmp_path / "out.gguf"):
+        code, out, err = run(path)
+        assert (code, err) == (0, "")
+        head, *tables = out.split("\n\n")
+        assert len(tables) == 2 and all(len(line) <= 100 for table in tables for line in table.splitlines())
+        assert "1-2" in tables[0] and "gate, up" in tables[0]
+        assert "n 8, k 2, d 64, p 48" in head and "of the original's" in head
+
+
+def test_json(mobe: Maker) -> None:
+    code, out, _ = run(mobe("qwen3_moe", layers=(1,), projections=("up",), r=16), "--json")
+    d = json.loads(out)
+    assert code == 0 and d["kind"] == "mobe" and d["parameters"] < d["original_params"]
+    assert [(x["gate"]["m"], x["up"]["m"]) for x in d["layers"]] == [(None, None), (None, 4), (None, None)]
+
+
+def test_nothing_to_inspect(tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "no", "no such file"), (tmp_path, "config.json")):
+        code, out, err = run(path)
+        assert (code, out) == (1, "") and words in err
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    code, _, err = run(tmp_path / "x.gguf")
+    assert code == 1 and "x.gguf" in err
+
+
+def _without(name: str) -> Callable[[GgufFile], Any]:
+    return lambda file: file.tensors.pop(name)
+
+
+def _with(name: str, *shape: int, dtype: Any = np.float32) -> Callable[[GgufFile], Any]:
+    return lambda file: file.tensors.update({name: np.ones(shape, dtype)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (_without("blk.0.ffn_gate_basis.mix"), "blk.0.ffn_gate_basis.mix"),
+        (_without("blk.1.ffn_up_basis.weight"), "blk.1.ffn_up_basis.mix"),
+        (_without("blk.1.ffn_up_exps.weight"), "blk.1.ffn_up_exps.weight"),
+        (_with("blk.0.ffn_up_basis.weight", 4, 32, 60), "blk.0.ffn_up_basis.weight"),
+        (_with("blk.0.ffn_up_basis.weight", 4, 31, 64), "blk.0.ffn_up_exps.weight"),
+        (_with("blk.0.ffn_up_basis.mix", 8, 3), "blk.0.ffn_up_basis.mix"),
+        (_with("blk.0.ffn_up_basis.mix", 8, 4, dtype=np.float16), "blk.0.ffn_up_basis.mix"),
+        (lambda file: file.keys.update({"qwen3moe.mobe.group_count": 3}), "group_count"),
+        (lambda file: file.keys.update({"qwen3moe.mobe.version": 9}), "mobe.version"),
+        (lambda file: file.keys.pop("qwen3moe.mobe.version"), "mobe.version"),
+    ],
+)
+def test_contradictions(damage: Callable[[GgufFile], Any], name: str, tmp_path: Path) -> None:
+    """Shown all the same, with what is wrong on stderr and exit code 1."""
+    file = factorize(qwen3moe())
+    damage(file)
+    code, out, err = run(file.write(tmp_path / "bad.gguf"))
+    assert code == 1 and name in err and "qwen3moe" in out
+
+
+def test_a_file_without_experts(tmp_path: Path) -> None:
+    file = GgufFile("llama", {"llama.block_count": 1}, {"token_embd.weight": np.ones((4, 32), np.float32)})
+    code, out, err = run(file.write(tmp_path / "dense.gguf"))
+    assert (code, err) == (0, "") and "0 of them MoE" in out
