@@ -1,0 +1,125 @@
+"""What of the documentation comes out of the program.
+
+    python docs/generate.py                                writes docs/cli.md and the table of names in docs/format.md
+    mobe-gguf demo | python docs/generate.py --demo -      puts the demo's output into README.md
+
+``tests/test_docs.py`` fails when the first two are stale.  The demo's output has measured numbers in it: renew it
+when the tiny model, the solver or the kernels change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from mobe_gguf import names
+from mobe_gguf.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = "made by docs/generate.py, do not edit"
+
+
+def outputs() -> dict[Path, str]:
+    """Every generated page, by its path, as it should be."""
+    page = ROOT / "docs" / "format.md"
+    return {
+        ROOT / "docs" / "cli.md": cli_page(),
+        page: with_block(page.read_text(encoding="utf-8"), "names", names_table()),
+    }
+
+
+def cli_page() -> str:
+    """The command line as Markdown: from the commands' own parameters, so that click's version does not matter."""
+    lines = ["# Command line", "", f"<!-- {NOTE} -->", "", *_help(main)]
+    lines += ["| command | |", "|---|---|"]
+    lines += [f"| [`mobe-gguf {name}`](#mobe-gguf-{name}) | {text} |" for name, text in COMMANDS.items()]
+    for name in COMMANDS:
+        command = main.get_command(click.Context(main), name)
+        arguments = [p for p in command.params if isinstance(p, click.Argument)]
+        options = [p for p in command.params if isinstance(p, click.Option)]
+        usage = " ".join([f"mobe-gguf {name}", *(a.metavar or a.name.upper() for a in arguments)])
+        lines += ["", f"## mobe-gguf {name}", "", f"    {usage}{' [OPTIONS]' * bool(options)}", ""]
+        lines += _help(command)
+        if options:
+            lines += ["| option | |", "|---|---|", *(_option(option) for option in options)]
+    return "\n".join(lines) + "\n"
+
+
+def _help(command: click.Command) -> Iterator[str]:
+    """The help text's paragraphs; those that click keeps as they are (``\\b``) become code."""
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        first, *rest = paragraph.split("\n")
+        if first.strip() != "\b":
+            yield from (first, *rest, "")
+            continue
+        indented = [line for line in rest if line.startswith(" ")]
+        if indented != rest:
+            yield from (rest[0], "")
+        yield from (f"    {line.strip()}" for line in indented)
+        yield ""
+
+
+def _option(option: click.Option) -> str:
+    value = option.metavar
+    if value is None and isinstance(option.type, click.Choice):
+        value = " or ".join(option.type.choices)
+    elif value is None and not option.is_flag:
+        value = "N"
+    spelled = ", ".join(option.opts) + "".join(f" / {o}" for o in option.secondary_opts)
+    text = option.help or ""
+    if option.show_default:
+        text += f" [default: {option.default}]"
+    text = " ".join(text.split()).replace("|", "\\|")
+    return f"| `{spelled}{f' {value}' if value else ''}` | {text} |"
+
+
+def names_table() -> str:
+    """GGUF keys and tensors, out of ``mobe_gguf/names.py`` with its docstrings."""
+    lines = ["| key or tensor | |", "|---|---|"]
+    for name, function in vars(names).items():
+        if not inspect.isfunction(function):
+            continue
+        spelled = function("{arch}") if name.startswith("key_") else function("L", "P")
+        lines.append(f"| `{spelled}` | {inspect.getdoc(function)} |")
+    activations = ", ".join(f"`{name}`" for name in names.ACTIVATIONS)
+    lines += [
+        "",
+        f"Version {names.MOBE_VERSION}. P: {' or '.join(names.PROJECTIONS)}. Activations: {activations}.",
+    ]
+    return "\n".join(lines)
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """``text`` with what stands between the comments ``name: ...`` and ``end of name`` replaced by ``content``."""
+    begin, end = f"<!-- {name}: {NOTE} -->", f"<!-- end of {name} -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"no block {begin} ... {end} to fill")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
+def put_demo(output: str) -> None:
+    """Put the demo's output into README.md."""
+    page = ROOT / "README.md"
+    lines = "\n".join(line.rstrip() for line in output.strip("\n").splitlines())
+    text = with_block(page.read_text(encoding="utf-8"), "demo", f"```\n{lines}\n```")
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", metavar="FILE", help="output of mobe-gguf demo, - for standard input")
+    given = parser.parse_args().demo
+    if given:
+        put_demo(sys.stdin.read() if given == "-" else Path(given).read_text(encoding="utf-8"))
+    else:
+        for path, text in outputs().items():
+            path.write_text(text, encoding="utf-8")

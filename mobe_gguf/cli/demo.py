@@ -1,0 +1,26 @@
+"""``mobe-gguf demo``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="[DIR]", default="demo")
+def command(directory: Path) -> None:
+    """Run the whole path on the tiny model that ships with the project.
+
+    Factorizes it, exports the original and the MoBE checkpoint, and shows sizes, held-out perplexity and text of
+    both. All files stay in DIR (default: demo). Done again, factors with the same settings are kept.
+    """
+    from rich.console import Console
+
+    from mobe_gguf.demo import render, run
+
+    demo = run(directory)
+    out = Console(highlight=False)
+    out.width = min(out.width, 100) if sys.stdout.isatty() else 100
+    out.print(render(demo))

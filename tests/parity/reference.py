@@ -1,0 +1,80 @@
+"""The model that a MoBE checkpoint stands for: experts multiplied out in float64, run by transformers in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from mobe_gguf.families import family_of
+
+_ACTIVATIONS = {
+    "none": lambda u: u,
+    "tanh": torch.tanh,
+    "silu": lambda u: u / (1 + torch.exp(-u)),
+}
+
+
+def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
+    """Write the ordinary checkpoint, float32, with W_i = A_i f(sum_j alpha_ij B_j); returns ``target``.
+
+    config.json is that of ``original``, the model that was factorized.  Reads the tensors by DESIGN's names and
+    shapes and none of the package's own code for them.
+    """
+    config = json.loads((mobe / "config.json").read_text())
+    family = family_of(config)
+    f = _ACTIVATIONS[config["activation"]]
+    tensors = {}
+    for shard in sorted(mobe.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    for layer in family.moe_layers(config):
+        for projection in ("gate", "up"):
+            bases, mixes = (
+                _take(tensors, f"{family.block_name(layer)}.{kind}_{projection}") for kind in ("B", "W")
+            )
+            experts = [family.expert_weight(layer, e, projection) for e in range(family.n_expert(config))]
+            per_group = len(experts) // max(1, len(bases))
+            for e, name in enumerate(experts if bases else ()):
+                basis, alpha = bases[e // per_group].double(), mixes[e // per_group][e % per_group].double()
+                if alpha.dim() == 1:  # the same for all rows of the basis
+                    alpha = alpha[:, None].expand(*basis.shape[:2])
+                tensors[name] = tensors[name].double() @ f((alpha[:, :, None] * basis).sum(0))
+    target.mkdir(parents=True)
+    for path in original.iterdir():
+        if path.is_file() and ".safetensors" not in path.name:
+            shutil.copy(path, target / path.name)
+    config = json.loads((original / "config.json").read_text())
+    config["dtype"] = config["torch_dtype"] = "float32"
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(
+        {n: t.float().contiguous() for n, t in tensors.items()},
+        target / "model.safetensors",
+        {"format": "pt"},
+    )
+    return target
+
+
+def _take(tensors: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """Remove and return ``name``, or ``name_0``, ``name_1``, ... of one group each; empty if there is neither."""
+    if name in tensors:
+        return [tensors.pop(name)]
+    found = []
+    while f"{name}_{len(found)}" in tensors:
+        found.append(tensors.pop(f"{name}_{len(found)}"))
+    return found
+
+
+def transformers_logits(model: Path, tokens: Sequence[int]) -> np.ndarray:
+    """float32 [len(tokens), vocabulary] of an ordinary checkpoint that transformers knows."""
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return loaded(torch.tensor([tokens])).logits[0].numpy()

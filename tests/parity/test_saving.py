@@ -1,0 +1,47 @@
+"""A MoBE file that llama.cpp itself writes, from a model in memory or shard by shard, is the same model."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from mobe_gguf import runtime
+from parity.gguf_files import factorize, qwen3moe
+from parity.llama import logits, open_model
+
+TOKENS = list(range(40, 60))
+
+
+@pytest.mark.parametrize("factors", [{"n_group": 2, "activation": "silu"}, {"by_row": True}], ids=str)
+def test_saved_model(factors, tmp_path):
+    path, saved = factorize(qwen3moe(), **factors).write(tmp_path / "model.gguf"), tmp_path / "saved.gguf"
+    with closing(open_model(path)) as model:
+        from llama_cpp import llama_model_save_to_file
+
+        llama_model_save_to_file(model.model, str(saved).encode())
+    assert_same(path, saved)
+
+
+def test_split_file(tmp_path):
+    """Factors of one layer in different shards."""
+    path = factorize(qwen3moe()).write(tmp_path / "model.gguf")
+    split = [
+        runtime.tool("llama-gguf-split"),
+        "--split",
+        "--split-max-tensors",
+        "4",
+        path,
+        tmp_path / "shard",
+    ]
+    subprocess.run(split, check=True, capture_output=True)
+    first, *others = sorted(tmp_path.glob("shard-*.gguf"))
+    assert len(others) > 5
+    assert_same(path, first)
+
+
+def assert_same(path, other) -> None:
+    expected, got = (logits(p, TOKENS, [len(TOKENS)])[len(TOKENS)] for p in (path, other))
+    assert np.array_equal(expected, got)
