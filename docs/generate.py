@@ -74,6 +74,8 @@ def _option(option: click.Option) -> str:
     text = option.help or ""
     if option.show_default:
         text += f" [default: {option.default}]"
+    if option.required:
+        text += " [required]"
     text = " ".join(text.split()).replace("|", "\\|")
     return f"| `{spelled}{f' {value}' if value else ''}` | {text} |"
 

@@ -48,6 +48,9 @@ TEMPERATURE, SEED = 0.7, 1
 #: Tokens of a chunk of held-out text; llama-perplexity counts those of its second half.
 CONTEXT = 512
 
+#: How often a program is run that ends without its answer.
+ATTEMPTS = 5
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -57,7 +60,7 @@ class Effort:
     """
 
     steps: int = 500
-    chunks: int = 24
+    chunks: int = 64
     tokens: int = 110
 
     def options(self) -> Options:
@@ -67,7 +70,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Measured:
-    """One GGUF file.  ``spread`` is llama-perplexity's standard error; ``speed`` in tokens per second of decoding."""
+    """One GGUF file.  ``spread`` is llama-perplexity's standard error; ``speed``: tokens per second of decoding,
+    on one core."""
 
     model: str
     quant: str
@@ -191,44 +195,44 @@ def measure(model: str, source: Path, quant: str, directory: Path, heldout: Path
 
 def perplexity(gguf: Path, text: Path, chunks: int) -> tuple[float, float]:
     """llama-perplexity's final estimate on the first ``chunks`` of ``text``, and its standard error."""
-    options = ("-f", str(text), "-c", str(CONTEXT), "--chunks", str(chunks))
-    done = _tool("llama-perplexity", gguf, *options)
     number = r"(-?(?:[0-9.]+(?:e[+-]?\d+)?|nan|inf))"
-    found = re.search(rf"Final estimate: PPL = {number} \+/- {number}", done.stdout + done.stderr)
-    if found is None:
-        raise _failure("llama-perplexity gave no final estimate", done)
+    options = ("-f", str(text), "-c", str(CONTEXT), "--chunks", str(chunks))
+    found, _ = _ask("llama-perplexity", gguf, options, rf"Final estimate: PPL = {number} \+/- {number}")
     return float(found[1]), float(found[2])
 
 
-def complete(gguf: Path, tokens: int) -> tuple[str, float | None]:
-    """PROMPT and what the model makes of it; tokens per second, None if the program does not say."""
+def complete(gguf: Path, tokens: int) -> tuple[str, float]:
+    """PROMPT and what the model makes of it; tokens per second."""
     options = ("-p", PROMPT, "-n", str(tokens), "--temp", str(TEMPERATURE), "--seed", str(SEED))
     quiet = ("-no-cnv", "--no-display-prompt", "--simple-io", "--perf")
-    done = _tool("llama-completion", gguf, *options, *quiet)
-    speed = re.search(r"\beval time =.* runs .*?([0-9.]+) tokens per second", done.stderr)
-    text = PROMPT + done.stdout.strip("\n").removesuffix(" [end of text]")
-    return text.rstrip(), float(speed[1]) if speed else None
-
-
-def _tool(name: str, gguf: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run one of llama.cpp's programs on ``gguf``; MobeError with its last lines if it fails."""
-    threads = str(len(os.sched_getaffinity(0)))
-    done = subprocess.run(
-        [str(runtime.tool(name)), "-m", str(gguf), "-t", threads, *options],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
+    # this line comes after the text: where it is found, the text is whole
+    found, stdout = _ask(
+        "llama-completion", gguf, options + quiet, r"\beval time =.* runs .*?([0-9.]+) tokens per second"
     )
-    if done.returncode != 0:
-        raise _failure(f"{name} -m {gguf} failed (exit code {done.returncode})", done)
-    return done
+    return (PROMPT + stdout.strip("\n").removesuffix(" [end of text]")).rstrip(), float(found[1])
 
 
-def _failure(what: str, done: subprocess.CompletedProcess[str]) -> MobeError:
+def _ask(name: str, gguf: Path, options: tuple[str, ...], pattern: str) -> tuple[re.Match[str], str]:
+    """Run one of llama.cpp's programs on ``gguf``: the match of ``pattern`` in its log, and its standard output.
+
+    The programs may end before their log's last lines are written (``common_log_main`` says so; on a busy machine it
+    was one run in ten), so one that gives no answer is asked again.  MobeError with the log's last lines if it fails.
+    """
+    # one thread: in a model this small threads wait for each other, and on a busy machine for most of the time
+    command = [str(runtime.tool(name)), "-m", str(gguf), "-t", "1", *options]
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )
+        found = re.search(pattern, done.stderr) or re.search(pattern, done.stdout)
+        if done.returncode != 0:
+            break
+        if found:
+            return found, done.stdout
+    what = f"failed (exit code {done.returncode})" if done.returncode else "gave no answer"
     tail = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-12:])
-    return MobeError(
-        f"{what}:\n{tail}\nIf the runtime is older than this checkout, bring it up to date: mobe-gguf build"
+    raise MobeError(
+        f"{name} -m {gguf} {what}:\n{tail}\nIs the runtime older than this mobe-gguf? Run mobe-gguf build"
     )
 
 
@@ -242,7 +246,7 @@ def _say(line: str) -> None:
 def render(demo: Demo) -> RenderableType:
     """Table, texts side by side and what to try next; fits 100 columns."""
     table = Table(pad_edge=False, box=None)
-    table.add_column("file")
+    table.add_column("file", no_wrap=True)
     for column in ("MB", "bits/weight", "parameters", "in experts", "perplexity", "tokens/s"):
         table.add_column(column, justify="right")
     for file in demo.files:
@@ -259,7 +263,8 @@ def render(demo: Demo) -> RenderableType:
     s = demo.settings
     about = (
         f"MoBE: {demo.n_expert} experts from {s['bases']} bases of rank {s['rank']}, {s['activation']}, "
-        f"{s['steps']} steps; relative error of gate and up {demo.error:.3f}."
+        f"{s['steps']} steps; relative error of gate and up {demo.error:.3f}. "
+        "tokens/s: writing, on one core."
     )
     shown = [file for file in demo.files if file.text]
     texts = Table.grid(expand=True)

@@ -60,8 +60,8 @@ def test_perplexities(done: demo.Demo):
     for file in done.files:
         assert math.isfinite(file.perplexity) and 1 < file.perplexity < unigram / 2, file
     original, mobe = by_quant(done)[demo.MODEL, "f16"], by_quant(done)[demo.MOBE, "f16"]
-    assert original.perplexity < mobe.perplexity
-    assert 0 < done.error < 0.5
+    assert mobe.perplexity < 1.5 * original.perplexity
+    assert 0 < done.error < 0.3
 
 
 def test_texts_and_table(done: demo.Demo):
@@ -115,3 +115,12 @@ def test_without_runtime_the_message_names_the_command(tmp_path: Path, monkeypat
     result = CliRunner().invoke(main, ["demo", str(tmp_path / "demo")])
     assert result.exit_code == 1 and result.output.strip().endswith("run mobe-gguf build")
     assert not (tmp_path / "demo").exists()
+
+
+def test_a_program_that_fails_is_quoted(done: demo.Demo, tmp_path: Path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    heldout = MODEL.parent / "heldout.txt"
+    with pytest.raises(MobeError, match=r"llama-perplexity -m .*broken\.gguf failed \(exit code 1\):\n"):
+        demo.perplexity(tmp_path / "broken.gguf", heldout, 1)
+    with pytest.raises(MobeError, match="gave no answer"):  # too little text for a chunk is no error to it
+        demo.perplexity(done.files[-1].path, MODEL / "config.json", 1)

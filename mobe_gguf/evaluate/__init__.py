@@ -1,0 +1,27 @@
+"""How far GGUF files are from the model that they were made of: KL divergence and perplexity by llama-perplexity.
+
+    rows = evaluate.compare("original-bf16.gguf", ["q4.gguf", "mobe-q4.gguf"], "text.txt", Settings(chunks=100))
+    for row in rows:
+        print(row.facts.path, row.facts.n_bytes, row.divergence.kl.value)
+
+What each part does: ``tool`` runs the programs, ``parse`` reads what they print, ``vocabulary`` checks that files can be
+compared and counts tokens, ``logits`` knows the file between the two runs, ``facts`` the sizes, ``report`` and ``plot`` show rows.
+"""
+
+from __future__ import annotations
+
+from mobe_gguf.evaluate.compare import Row, Settings, compare, heldout, perplexity
+from mobe_gguf.evaluate.facts import Facts, facts_of
+from mobe_gguf.evaluate.parse import Divergence, Estimate
+
+__all__ = [
+    "Divergence",
+    "Estimate",
+    "Facts",
+    "Row",
+    "Settings",
+    "compare",
+    "facts_of",
+    "heldout",
+    "perplexity",
+]

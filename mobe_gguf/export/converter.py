@@ -42,6 +42,10 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
 }
 
+#: What a family's code implies where its config.json does not say so, and the converter does not know: transformers 5
+#: drops DeepSeek-V3's ``scoring_func``, and llama.cpp would take a softmax.
+IMPLIED = {"deepseek_v3": {"scoring_func": "sigmoid"}}
+
 
 @dataclass
 class Tensor:
@@ -92,7 +96,7 @@ def convert(
         listing = inspect.getsource(conversion.base.TextModel.get_vocab_base_pre)
         pre = tokenizer.check_name(tokenizer_pre, tokenizer.known_names(listing))
     with _explained(checkpoint.path, "the tensors"), torch.inference_mode():
-        hparams = conversion.ModelBase.load_hparams(checkpoint.path, False)
+        hparams = IMPLIED.get(checkpoint.family.name, {}) | conversion.ModelBase.load_hparams(checkpoint.path, False)
         model_class = _model_class(conversion, checkpoint, hparams)
         gguf = conversion.base.gguf
         result = Conversion()

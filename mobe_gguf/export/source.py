@@ -116,16 +116,21 @@ def evaluate(node: Any) -> Any:
     return node._func(*evaluate(node._args), **node._kwargs)
 
 
-def chunks(source: Source, limit: int = CHUNK) -> Iterator[tuple[int, np.ndarray]]:
+def chunks(source: Source, limit: int = CHUNK, within: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """Rows of ``source`` in order, float32 ``[rows, row length]``, about ``limit`` values at a time, each with the
-    number of its first row."""
+    number of its first row.  ``within``: no chunk holds rows of two runs of so many rows (of two matrices)."""
     row = source.shape[-1]
     step = max(1, limit // row)
     total = 0
     for piece in source.pieces():
         rows = piece.reshape(-1, row)
-        for start in range(0, rows.shape[0], step):
-            yield total + start, rows[start : start + step].to(torch.float32).contiguous().numpy()
-        total += rows.shape[0]
+        start, n = 0, rows.shape[0]
+        while start < n:
+            stop = min(start + step, n)
+            if within is not None:
+                stop = min(stop, start + within - (total + start) % within)
+            yield total + start, rows[start:stop].to(torch.float32).contiguous().numpy()
+            start = stop
+        total += n
     expected = math.prod(source.shape[:-1])
     assert total == expected, f"source gave {total} rows of {expected}"

@@ -130,13 +130,10 @@ def _settings(
         options = options.replace(imatrix=imatrix.checksum)
     work = work_directory(out)
     if os.path.lexists(out):
+        if resume and work.exists():
+            raise MobeError(f"{out} is whole already: there is nothing left to do. {work} can be removed.")
         raise MobeError(
-            f"{out} exists already. Choose another OUT or remove it"
-            + (
-                f"; to continue an unfinished job, {out} must not exist yet (only {work.name} beside it)."
-                if resume
-                else "."
-            )
+            f"{out} exists already. Choose another OUT or remove it. (--resume continues from {work.name}.)"
         )
     if not (work / "job.json").exists():
         return settle(options, checkpoint)

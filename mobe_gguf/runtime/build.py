@@ -119,11 +119,11 @@ def build(
     """
     start = time.monotonic()
     environment = environment or Environment.active()
-    cache = cache or source.cache_dir()
     key = recipe.key()
     stamp = current(environment, key)
     if stamp and not force:
         return Result(stamp, True, 0, time.monotonic() - start)
+    cache = cache or source.cache_dir()
     env = compiling.environment()
     compiling.check_toolchain(recipe.options, env)
     try:
@@ -185,6 +185,10 @@ def _build(
     jobs = jobs or len(os.sched_getaffinity(0))
     steps = compiling.compile_targets(built, targets, jobs, env, log, lock)
 
+    if recipe.key() != key:
+        raise MobeError(
+            "patches or kernel sources changed while they were being compiled: run mobe-gguf build again"
+        )
     stamp = {
         "key": key,
         "version": recipe.version,

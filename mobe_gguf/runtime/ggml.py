@@ -140,7 +140,8 @@ def quantize(
 ) -> np.ndarray:
     """Encode float32 ``array`` [..., n] as ``type``: uint8 [..., row_bytes(n)].
 
-    ``imatrix`` is float32 [n], the importance of each column, the same for all rows.  Rows are shared out to
+    ``imatrix`` is float32 [n], the importance of each column, the same for all rows.  (A block whose columns
+    all have importance zero is encoded as zeros by most types: give unseen columns a small one.)  Rows are shared out to
     ``threads`` threads (default: all cores); their number does not change the result.  Raises ``MobeError``,
     which calls the array ``name``, for a type that cannot be encoded or needs an imatrix, a row that is not
     a whole number of blocks, and values that are not finite or, in a type with float16 scales, above 65504.

@@ -22,6 +22,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -168,31 +169,25 @@ def install(
     write_json(environment.stamp, {"format": FORMAT, **stamp, "files": files})
 
 
-class _replacing:
+@contextmanager
+def _replacing(final: Path) -> Iterator[Path]:
     """``with _replacing(final) as new``: fill the directory ``new``; on success it takes final's place.
 
     What runs from the old directory goes on running: its files are unlinked, never written to.
     """
-
-    def __init__(self, final: Path):
-        self.final = final
-        self.new = final.with_name(f".{final.name}.new")
-        self.old = final.with_name(f".{final.name}.old")
-
-    def __enter__(self) -> Path:
-        remove(self.new)
-        self.new.mkdir(parents=True)
-        return self.new
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.new, ignore_errors=True)
-            return
-        remove(self.old)
-        if self.final.exists():
-            os.replace(self.final, self.old)
-        os.replace(self.new, self.final)
-        remove(self.old)
+    new, old = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
+    remove(new)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    remove(old)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    remove(old)
 
 
 def _uninstall(environment: Environment, pin: Pin) -> None:

@@ -211,3 +211,17 @@ def test_fp8_source(model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ours = tmp_path / "ours.gguf"
     export(source, ours, Recipe("f32"), allow_dense=True, quiet=True)
     assert ours.read_bytes() == stock_f32(source, tmp_path / "stock.gguf", monkeypatch).read_bytes()
+
+
+def test_deepseek_v3_routes_by_sigmoid_even_if_its_config_does_not_say_so(model: Maker, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    source = tmp_path / "source"
+    shutil.copytree(model("deepseek_v3"), source)
+    config = json.loads((source / "config.json").read_text())
+    del config["scoring_func"]
+    (source / "config.json").write_text(json.dumps(config))
+    for directory in (source, model("deepseek_v3")):
+        export(directory, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+        assert read_gguf(tmp_path / "out.gguf").keys["deepseek2.expert_gating_func"] == 2

@@ -40,20 +40,16 @@ class Case:
     factors: dict[str, Any] = field(default_factory=dict)
 
 
-#: As the published config.json says; without it llama.cpp takes a model of few layers for a DeepSeek-V2.
-SIGMOID = dict(scoring_func="sigmoid")
-
 CASES = [
     Case("qwen3_moe", "qwen3_moe"),
     Case("qwen3_moe-row-mix", "qwen3_moe", factors=dict(by_row=True, r=40, activation="silu")),
     Case("qwen3_moe-mixed-file", "qwen3_moe", factors=dict(layers=(1,), projections=("up",))),
     Case("qwen2_moe-p40", "qwen2_moe", dict(moe_intermediate_size=40), dict(activation="silu")),
     Case("deepseek_v2", "deepseek_v2", factors=dict(activation="none")),
-    Case("deepseek_v3-2-groups", "deepseek_v3", SIGMOID, dict(g=2)),
-    Case("deepseek_v3-r32", "deepseek_v3", SIGMOID, dict(r=32, activation="silu")),
+    Case("deepseek_v3-2-groups", "deepseek_v3", factors=dict(g=2)),
+    Case("deepseek_v3-r32", "deepseek_v3", factors=dict(r=32, activation="silu")),
     Case("bailing_moe", "bailing_moe", factors=dict(activation="silu")),
-    # llama.cpp's OLMoE has as many key-value heads as query heads, as the published ones
-    Case("olmoe-r24-2-groups", "olmoe", dict(num_key_value_heads=4), dict(r=24, g=2)),
+    Case("olmoe-r24-2-groups", "olmoe", factors=dict(r=24, g=2)),
     Case("mixtral", "mixtral", factors=dict(m=3, activation="none")),
 ]
 

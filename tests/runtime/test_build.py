@@ -98,6 +98,19 @@ def test_changed_kernels_rebuild(tmp_path: Path, miniature: Miniature, environme
     assert answer(environment) == 40
 
 
+def test_sources_that_change_during_a_build_are_noticed(
+    miniature: Miniature, environment: Environment, patch_41: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def edited_meanwhile(*arguments: object) -> int:
+        patch_41.write_text(PATCH.replace("+    return 41", "+    return 43"))
+        return 0
+
+    monkeypatch.setattr(compiling, "compile_targets", edited_meanwhile)
+    with pytest.raises(MobeError, match="changed while they were being compiled"):
+        build(miniature.recipe((patch_41,)), environment, cache=miniature.cache)
+    assert not environment.stamp.exists()
+
+
 def test_an_option_left_out_stays_as_installed(miniature: Miniature, environment: Environment):
     assert inherited(environment, cuda=None, portable=None) == Options()
     build(miniature.recipe(), environment, cache=miniature.cache)

@@ -1,0 +1,111 @@
+"""What llama-perplexity prints (tools/perplexity/perplexity.cpp of the pinned llama.cpp), as numbers.
+
+The program logs through a thread that it does not wait for: its last lines may be missing when it ends ("could be lost
+if not flushed", common/log.cpp).  So each function returns None for output that stops early, and raises ParseError
+for output that is not of the form known here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NUMBER = r"(-?(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|nan|inf))"
+
+#: One finished chunk of a perplexity run, and of a KL divergence run.
+PERPLEXITY_CHUNK = re.compile(r"\[(\d+)\][^,\[\n]*,")
+DIVERGENCE_CHUNK = re.compile(r"^ *(\d+) [^\n]*%\n", re.MULTILINE)
+
+#: Percentiles of KL divergence over tokens, by the program's names.
+PERCENTILES = ("Maximum", "99.9%", "99.0%", "95.0%", "90.0%", "Median", "10.0%", "5.0%", "1.0%", "0.1%", "Minimum")
+
+#: The first line of the statistics, and their last.
+BEGIN, END = "====== Perplexity statistics ======\n", "Same top p"
+
+
+class ParseError(ValueError):
+    """Output of another form; the message names the line that is missing."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tokens and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One file against the reference, over all evaluated tokens.
+
+    ``kl``: KL divergence of the file's distribution from the reference's, in nats per token, and ``percentiles`` of it by
+    PERCENTILES.  ``perplexity`` of the file, ``reference`` of the reference, ``ratio`` of the two.  ``delta_p``: root mean
+    square of the change of the probability of the token that follows; ``top1``: share of tokens for which both find
+    the same token likeliest.  Both of the last two are fractions, not percent.
+    """
+
+    kl: Estimate
+    percentiles: dict[str, float]
+    perplexity: Estimate
+    reference: Estimate
+    ratio: Estimate
+    delta_p: Estimate
+    top1: Estimate
+
+
+def divergence(stdout: str) -> Divergence | None:
+    """Statistics of a ``--kl-divergence`` run; None if they are not there to the end."""
+    _, begin, text = stdout.partition(BEGIN)
+    if not begin:
+        return None
+
+    def estimate(label: str, scale: float = 1.0) -> Estimate | None:
+        found = re.search(rf"^{re.escape(label)}\s*:\s*{NUMBER} ± +{NUMBER}(?: %)?\n", text, re.MULTILINE)
+        return Estimate(float(found[1]) * scale, float(found[2]) * scale) if found else None
+
+    def percentile(label: str) -> float | None:
+        found = re.search(rf"^ *{re.escape(label)} +KLD: +{NUMBER}\n", text, re.MULTILINE)
+        return float(found[1]) if found else None
+
+    values = {
+        "kl": estimate("Mean    KLD"),
+        "perplexity": estimate("Mean PPL(Q)"),
+        "reference": estimate("Mean PPL(base)"),
+        "ratio": estimate("Mean PPL(Q)/PPL(base)"),
+        "delta_p": estimate("RMS Δp", 0.01),
+        "top1": estimate("Same top p", 0.01),
+    }
+    percentiles = {label: percentile(label) for label in PERCENTILES}
+    if values["top1"] is None and not re.search(rf"^{END}", text, re.MULTILINE):
+        return None
+    missing = [name for name, value in (*values.items(), *percentiles.items()) if value is None]
+    if missing:
+        raise ParseError(f"its statistics lack {', '.join(missing)}")
+    return Divergence(percentiles=percentiles, **values)
+
+
+def perplexity(output: str) -> Estimate | None:
+    """``Final estimate`` of a perplexity run (it goes to stderr); None if it is not there."""
+    found = re.search(rf"Final estimate: PPL = {NUMBER} \+/- {NUMBER}", output)
+    return Estimate(float(found[1]), float(found[2])) if found else None
+
+
+class Chunks:
+    """Counts chunks in output that comes in pieces; calls ``on_chunk`` with the number of each."""
+
+    def __init__(self, pattern: re.Pattern[str], on_chunk: Callable[[int], None]):
+        self._pattern = pattern
+        self._on_chunk = on_chunk
+        self._rest = ""
+        self.last = 0
+
+    def feed(self, piece: str) -> None:
+        self._rest += piece
+        end = 0
+        for match in self._pattern.finditer(self._rest):
+            end = match.end()
+            self.last = int(match[1])
+            self._on_chunk(self.last)
+        self._rest = self._rest[end:]

@@ -1,0 +1,81 @@
+"""Run one of llama.cpp's programs and follow what it prints."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mobe_gguf import runtime
+from mobe_gguf.errors import MobeError
+
+#: Lines of a program's messages that an error shows.
+TAIL = 12
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a program printed; its exit code was 0."""
+
+    name: str
+    stdout: str
+    stderr: str
+
+    def failure(self, what: str) -> MobeError:
+        """``what``, and the program's last words."""
+        return _error(what, self.stdout, self.stderr)
+
+
+def run(name: str, *arguments: str, on_stdout: Callable[[str], None] | None = None) -> Finished:
+    """Run program ``name`` of the installed runtime; ``on_stdout`` gets its output piece by piece, as it comes.
+
+    The program ends with the caller: an exception (Ctrl-C) kills it.
+    Raises MobeError, with its last lines, if it fails, and if the runtime is not installed.
+    """
+    command = [str(runtime.tool(name)), *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=_environment(os.environ), **pipes) as process:
+        try:
+            stdout, stderr = _read(process, on_stdout)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        code = process.returncode
+        how = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+        raise _error(f"{name} failed ({how}): {' '.join(command)}", stdout, stderr)
+    return Finished(name, stdout, stderr)
+
+
+def _read(
+    process: subprocess.Popen[bytes], on_stdout: Callable[[str], None] | None
+) -> tuple[str, str]:
+    """All of both streams; the second is drained by a thread, so that neither pipe can fill up."""
+    errors: list[bytes] = []
+    drain = threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True)
+    drain.start()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = []
+    while chunk := process.stdout.read1(1 << 16):
+        pieces.append(decoder.decode(chunk))
+        if on_stdout is not None:
+            on_stdout(pieces[-1])
+    drain.join()
+    return "".join(pieces) + decoder.decode(b"", final=True), b"".join(errors).decode(errors="replace")
+
+
+def _environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Without the variables that change how the programs log: their output is read."""
+    return {name: value for name, value in given.items() if not re.match(r"LLAMA_(ARG_)?LOG_", name)}
+
+
+def _error(what: str, stdout: str, stderr: str) -> MobeError:
+    lines = (stderr.strip() or stdout.strip() or "(it printed nothing)").splitlines()[-TAIL:]
+    tail = "\n".join(f"  {line}" for line in lines)
+    return MobeError(
+        f"{what}\n{tail}\nIf the runtime is older than this checkout, bring it up to date: mobe-gguf build"
+    )
