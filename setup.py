@@ -11,8 +11,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
-#: Copied to ``mobe_gguf/_data`` under the same path.  Of the models, the one that ``mobe-gguf demo`` runs on.
-DATA = ("patches", "native", "models/tiny-moe")
+#: Copied to ``mobe_gguf/_data`` under the same path.  Of the models, what ``mobe-gguf demo`` and ``eval`` run on.
+DATA = ("patches", "native", "models/tiny-moe", "models/heldout.txt", "models/calibration.txt")
 
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
@@ -25,7 +25,10 @@ class BuildPy(build_py):
         target = Path(self.build_lib) / "mobe_gguf" / "_data"
         shutil.rmtree(target, ignore_errors=True)
         for name in DATA:
-            shutil.copytree(ROOT / name, target / name, ignore=IGNORED)
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, target / name, ignore=IGNORED)
+            else:
+                shutil.copy2(ROOT / name, target / name)
 
 
 setup(cmdclass={"build_py": BuildPy})

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,13 @@ from rich.text import Text
 from mobe_gguf import resources, runtime
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
+from mobe_gguf.evaluate import Settings, heldout, perplexity, tool
 from mobe_gguf.export import Recipe, Report, export, parse_quant
 from mobe_gguf.export.report import amount, rows
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import Options, plan_checkpoint, settle
 from mobe_gguf.progress import console
+from mobe_gguf.runtime.install import Environment
 
 MODEL = "tiny-moe"
 MOBE = f"{MODEL}-mobe"
@@ -47,6 +48,9 @@ TEMPERATURE, SEED = 0.7, 1
 
 #: Tokens of a chunk of held-out text; llama-perplexity counts those of its second half.
 CONTEXT = 512
+
+#: In a model this small threads wait for each other, and on a busy machine for most of the time.
+THREADS = 1
 
 #: How often a program is run that ends without its answer.
 ATTEMPTS = 5
@@ -109,19 +113,16 @@ def run(directory: Path, effort: Effort = Effort()) -> Demo:
     MobeError if the runtime is not built, or ``directory`` cannot be written.
     """
     started = time.monotonic()
-    for tool in ("llama-perplexity", "llama-completion"):
-        runtime.tool(tool)  # better said now than after the factorization
-    models = resources.path("models")
-    heldout = models / "heldout.txt"
-    if not heldout.is_file():
-        raise MobeError(f"{heldout}: this installation lacks the held-out text; reinstall mobe-gguf")
+    for name in ("llama-perplexity", "llama-completion"):
+        runtime.tool(name)  # better said now than after the factorization
+    models, text = resources.path("models"), heldout()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise MobeError(f"{directory}: cannot be made a directory: {e.strerror}; name another") from e
     source = {MODEL: models / MODEL, MOBE: directory / MOBE}
     factorize(source[MODEL], source[MOBE], effort.options())
-    files = tuple(measure(model, source[model], quant, directory, heldout, effort) for model, quant in FILES)
+    files = tuple(measure(model, source[model], quant, directory, text, effort) for model, quant in FILES)
     about = json.loads((source[MOBE] / "config.json").read_text(encoding="utf-8"))["mobe"]
     errors = [error for layer in about["errors"].values() for error in layer.values()]
     return Demo(
@@ -166,7 +167,7 @@ def factorize(model: Path, out: Path, options: Options) -> None:
     done = [unit for unit in result.units if unit.seconds is not None]
     if done:
         a_step = sum(unit.seconds or 0 for unit in done) / sum(unit.steps for unit in done)
-        _say(f"{out}: made in {result.seconds:.0f} s, {1000 * a_step:.1f} ms a step")
+        _say(f"{out}: made in {result.seconds:.0f} s, {1000 * a_step:.1f} ms a step of one unit")
 
 
 def _description(mobe: Path) -> dict[str, Any] | None:
@@ -178,62 +179,37 @@ def _description(mobe: Path) -> dict[str, Any] | None:
     return about if isinstance(about, dict) else None
 
 
-def measure(model: str, source: Path, quant: str, directory: Path, heldout: Path, effort: Effort) -> Measured:
+def measure(model: str, source: Path, quant: str, directory: Path, text: Path, effort: Effort) -> Measured:
     """Write ``directory/model-quant.gguf`` from ``source``, measure its perplexity and, if SHOWN, let it write."""
     path = directory / f"{model}-{quant}.gguf"
     started = time.monotonic()
     report = export(source, path, Recipe(parse_quant(quant)), allow_dense=True, quiet=True)
-    estimate, spread = perplexity(path, heldout, effort.chunks)
-    measured = Measured(model, quant, report, estimate, spread)
+    found = perplexity(path, text, Settings(CONTEXT, effort.chunks, THREADS))
+    measured = Measured(model, quant, report, found.value, found.error)
     if (model, quant) in SHOWN:
-        text, speed = complete(path, effort.tokens)
-        measured = replace(measured, text=text, speed=speed)
+        written, speed = complete(path, effort.tokens)
+        measured = replace(measured, text=written, speed=speed)
     spent = time.monotonic() - started
-    _say(f"{path}: {report.n_bytes / 1e6:.2f} MB, perplexity {estimate:.2f}, {spent:.1f} s")
+    _say(f"{path}: {report.n_bytes / 1e6:.2f} MB, perplexity {found.value:.2f}, {spent:.1f} s")
     return measured
 
 
-def perplexity(gguf: Path, text: Path, chunks: int) -> tuple[float, float]:
-    """llama-perplexity's final estimate on the first ``chunks`` of ``text``, and its standard error."""
-    number = r"(-?(?:[0-9.]+(?:e[+-]?\d+)?|nan|inf))"
-    options = ("-f", str(text), "-c", str(CONTEXT), "--chunks", str(chunks))
-    found, _ = _ask("llama-perplexity", gguf, options, rf"Final estimate: PPL = {number} \+/- {number}")
-    return float(found[1]), float(found[2])
-
-
 def complete(gguf: Path, tokens: int) -> tuple[str, float]:
-    """PROMPT and what the model makes of it; tokens per second."""
+    """PROMPT and what the model makes of it; tokens per second.
+
+    The program may end before its log's last lines are written (``common_log_main`` says so; on a busy machine it was
+    one run in ten), so if it gives no speed it is asked again.
+    """
     options = ("-p", PROMPT, "-n", str(tokens), "--temp", str(TEMPERATURE), "--seed", str(SEED))
     quiet = ("-no-cnv", "--no-display-prompt", "--simple-io", "--perf")
-    # this line comes after the text: where it is found, the text is whole
-    found, stdout = _ask(
-        "llama-completion", gguf, options + quiet, r"\beval time =.* runs .*?([0-9.]+) tokens per second"
-    )
-    return (PROMPT + stdout.strip("\n").removesuffix(" [end of text]")).rstrip(), float(found[1])
-
-
-def _ask(name: str, gguf: Path, options: tuple[str, ...], pattern: str) -> tuple[re.Match[str], str]:
-    """Run one of llama.cpp's programs on ``gguf``: the match of ``pattern`` in its log, and its standard output.
-
-    The programs may end before their log's last lines are written (``common_log_main`` says so; on a busy machine it
-    was one run in ten), so one that gives no answer is asked again.  MobeError with the log's last lines if it fails.
-    """
-    # one thread: in a model this small threads wait for each other, and on a busy machine for most of the time
-    command = [str(runtime.tool(name)), "-m", str(gguf), "-t", "1", *options]
     for _ in range(ATTEMPTS):
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-        )
-        found = re.search(pattern, done.stderr) or re.search(pattern, done.stdout)
-        if done.returncode != 0:
-            break
-        if found:
-            return found, done.stdout
-    what = f"failed (exit code {done.returncode})" if done.returncode else "gave no answer"
-    tail = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-12:])
-    raise MobeError(
-        f"{name} -m {gguf} {what}:\n{tail}\nIs the runtime older than this mobe-gguf? Run mobe-gguf build"
-    )
+        done = tool.run("llama-completion", "-m", str(gguf), "-t", str(THREADS), *options, *quiet)
+        # this line comes after the text: where it is found, the text is whole
+        speed = re.search(r"\beval time =.* runs .*?([0-9.]+) tokens per second", done.stderr)
+        if speed:
+            text = PROMPT + done.stdout.strip("\n").removesuffix(" [end of text]")
+            return text.rstrip(), float(speed[1])
+    raise done.failure(f"llama-completion -m {gguf} did not say how fast it was:")
 
 
 def _say(line: str) -> None:
@@ -276,7 +252,16 @@ def render(demo: Demo) -> RenderableType:
     last = demo.files[-1].path
     try_it = (
         f"done in {demo.seconds:.0f} s. To try it:\n"
-        f'  llama-completion -m {last} -p "{PROMPT}" -n 100 -no-cnv\n'
-        f"  llama-cli -m {last}"
+        f'  {_program("llama-completion")} -m {last} -p "{PROMPT}" -n 100 -no-cnv\n'
+        f"  {_program('llama-cli')} -m {last}"
     )
     return Group(table, "", Text(about), "", texts, Text(try_it))
+
+
+def _program(name: str) -> str:
+    """How to call an installed program from here: by its name where the PATH has it, else by its path."""
+    script = Environment.active().scripts / name
+    on_path = shutil.which(name)
+    if on_path and script.exists() and os.path.samefile(on_path, script):
+        return name
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)

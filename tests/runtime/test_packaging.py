@@ -45,6 +45,7 @@ def test_the_wheel_carries_patches_kernels_and_model(tmp_path: Path):
     for name in ("patches", "native", "models/tiny-moe"):
         expected = files(ROOT / name)
         assert expected and {f"mobe_gguf/_data/{name}/{file}" for file in expected} <= held
+    assert {"mobe_gguf/_data/models/heldout.txt", "mobe_gguf/_data/models/calibration.txt"} <= held
     assert not [name for name in held if not name.startswith(("mobe_gguf/", "mobe_gguf-"))]
 
     # an import that finds the wheel first, from a directory that holds no checkout
