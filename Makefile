@@ -16,7 +16,9 @@ READY  := $(VENV)/.ready
 demo: build
 	$(BIN)/mobe-gguf demo
 
-test: build
+# with llama.cpp's own operator tests, which the suite runs for the operator of this project
+test: $(READY)
+	$(BIN)/mobe-gguf build --test-tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # has nothing to do, and says so, while patches, kernels and options are those of the installed runtime

@@ -103,7 +103,7 @@ class Graph:
             self.mix = lib.ggml_new_tensor_3d(self._ctx, F32, mix.shape[2], mix.shape[1], mix.shape[0])
         else:
             self.mix = lib.ggml_new_tensor_2d(self._ctx, F32, mix.shape[1], mix.shape[0])
-        self.x = lib.ggml_new_tensor_3d(self._ctx, F32, x.shape[2], x.shape[1], t)
+        self.x = lib.ggml_new_tensor_3d(self._ctx, F32, x.shape[2], x.shape[1], x.shape[0])
         # a router's choice is a view into longer rows
         self._all_ids = lib.ggml_new_tensor_2d(self._ctx, I32, k + 3, t)
         self.ids = lib.ggml_view_2d(self._ctx, self._all_ids, k, t, (k + 3) * 4, 0)
