@@ -1,7 +1,7 @@
 """Faster forward and backward for training transformers' own Qwen3MoeForCausalLM on a CPU.
 
 The model stays transformers' class with transformers' parameters; `install` replaces the forward of
-three of its modules, and `tests` of the training script compare both ways before a run. Two ideas:
+three of its modules; the training script compares both ways before a run, a test does always. Two ideas:
 tokens are sorted by expert once, so that each expert is one dense product without masks or
 scatter-adds, and the products run in bfloat16 (3.5 times the float32 rate on a CPU with AVX512-BF16).
 """
@@ -20,7 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeTopKRouter,
 )
 
-PAD = 64  # rows; costs about 10 % more products at 2048 tokens a worker, 24 experts
+PAD = 64  # rows; costs about 10 % more products at 2048 tokens a worker and 24 experts
 
 
 class SortedExperts(torch.autograd.Function):
