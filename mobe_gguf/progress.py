@@ -43,7 +43,7 @@ class Bar:
         if self._progress is not None:
             self._progress.update(self._task, advance=amount)
             if line:
-                self._progress.console.print(line, highlight=False)
+                self._progress.console.print(line, highlight=False, soft_wrap=True)
         elif line and not self._quiet:
             spent = time.monotonic() - self._start
             left = spent / self._done * (self._total - self._done) if self._done else 0.0

@@ -117,10 +117,7 @@ def test_without_runtime_the_message_names_the_command(tmp_path: Path, monkeypat
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_program_that_fails_is_quoted(done: demo.Demo, tmp_path: Path):
+def test_a_program_that_fails_is_quoted(tmp_path: Path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
-    heldout = MODEL.parent / "heldout.txt"
-    with pytest.raises(MobeError, match=r"llama-perplexity -m .*broken\.gguf failed \(exit code 1\):\n"):
-        demo.perplexity(tmp_path / "broken.gguf", heldout, 1)
-    with pytest.raises(MobeError, match="gave no answer"):  # too little text for a chunk is no error to it
-        demo.perplexity(done.files[-1].path, MODEL / "config.json", 1)
+    with pytest.raises(MobeError, match=r"llama-completion -m .*broken\.gguf .* failed \(exit code 1\):\n"):
+        demo.complete(tmp_path / "broken.gguf", 1)

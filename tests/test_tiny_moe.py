@@ -17,7 +17,7 @@ safetensors = pytest.importorskip("safetensors")
 MODELS = Path(__file__).parent.parent / "models"
 TINY = MODELS / "tiny-moe"
 N_LAYER, N_EXPERT, N_USED, WIDTH, EXPERT_WIDTH = 4, 24, 4, 256, 96
-PERPLEXITY_BOUND = 99.0  # measured on these 8 kB
+PERPLEXITY_BOUND = 17.5  # 16.68 measured on these 8 kB, 404 from token frequencies
 
 
 @pytest.fixture(scope="module")

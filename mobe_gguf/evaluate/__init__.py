@@ -4,14 +4,15 @@
     for row in rows:
         print(row.facts.path, row.facts.n_bytes, row.divergence.kl.value)
 
-What each part does: ``tool`` runs the programs, ``parse`` reads what they print, ``vocabulary`` checks that files can be
-compared and counts tokens, ``logits`` knows the file between the two runs, ``facts`` the sizes, ``report`` and ``plot`` show rows.
+What each part does: ``measure`` runs llama-perplexity by ``tool`` and ``parse`` reads what it prints, ``vocabulary`` checks
+that files can be compared and counts tokens, ``logits`` knows the file between the two runs, ``facts`` the sizes,
+``report`` and ``plot`` show the rows.
 """
 
 from __future__ import annotations
 
-from mobe_gguf.evaluate.compare import Row, Settings, compare, heldout, perplexity
 from mobe_gguf.evaluate.facts import Facts, facts_of
+from mobe_gguf.evaluate.measure import Row, Settings, compare, heldout, perplexity
 from mobe_gguf.evaluate.parse import Divergence, Estimate
 
 __all__ = [

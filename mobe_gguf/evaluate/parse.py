@@ -1,9 +1,4 @@
-"""What llama-perplexity prints (tools/perplexity/perplexity.cpp of the pinned llama.cpp), as numbers.
-
-The program logs through a thread that it does not wait for: its last lines may be missing when it ends ("could be lost
-if not flushed", common/log.cpp).  So each function returns None for output that stops early, and raises ParseError
-for output that is not of the form known here.
-"""
+"""What llama-perplexity prints (tools/perplexity/perplexity.cpp of the pinned llama.cpp), as numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +13,26 @@ PERPLEXITY_CHUNK = re.compile(r"\[(\d+)\][^,\[\n]*,")
 DIVERGENCE_CHUNK = re.compile(r"^ *(\d+) [^\n]*%\n", re.MULTILINE)
 
 #: Percentiles of KL divergence over tokens, by the program's names.
-PERCENTILES = ("Maximum", "99.9%", "99.0%", "95.0%", "90.0%", "Median", "10.0%", "5.0%", "1.0%", "0.1%", "Minimum")
+PERCENTILES = (
+    "Maximum",
+    "99.9%",
+    "99.0%",
+    "95.0%",
+    "90.0%",
+    "Median",
+    "10.0%",
+    "5.0%",
+    "1.0%",
+    "0.1%",
+    "Minimum",
+)
 
-#: The first line of the statistics, and their last.
-BEGIN, END = "====== Perplexity statistics ======\n", "Same top p"
+#: The first line of the statistics.
+BEGIN = "====== Perplexity statistics ======\n"
 
 
 class ParseError(ValueError):
-    """Output of another form; the message names the line that is missing."""
+    """Output that stops early or is not of the form known here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,11 @@ class Divergence:
     top1: Estimate
 
 
-def divergence(stdout: str) -> Divergence | None:
-    """Statistics of a ``--kl-divergence`` run; None if they are not there to the end."""
+def divergence(stdout: str) -> Divergence:
+    """Statistics of a ``--kl-divergence`` run; ParseError if some are not there."""
     _, begin, text = stdout.partition(BEGIN)
     if not begin:
-        return None
+        raise ParseError("it printed no statistics")
 
     def estimate(label: str, scale: float = 1.0) -> Estimate | None:
         found = re.search(rf"^{re.escape(label)}\s*:\s*{NUMBER} ± +{NUMBER}(?: %)?\n", text, re.MULTILINE)
@@ -78,11 +85,9 @@ def divergence(stdout: str) -> Divergence | None:
         "top1": estimate("Same top p", 0.01),
     }
     percentiles = {label: percentile(label) for label in PERCENTILES}
-    if values["top1"] is None and not re.search(rf"^{END}", text, re.MULTILINE):
-        return None
     missing = [name for name, value in (*values.items(), *percentiles.items()) if value is None]
     if missing:
-        raise ParseError(f"its statistics lack {', '.join(missing)}")
+        raise ParseError(f"it printed no value of {', '.join(missing)}")
     return Divergence(percentiles=percentiles, **values)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,12 +17,16 @@ from mobe_gguf.errors import MobeError
 #: Lines of a program's messages that an error shows.
 TAIL = 12
 
+#: A program that fails at once may end before its logging thread has written why (``common_log_main`` says so).  If it
+#: gave no reason, in that many seconds, it is asked again, that many times in all.
+ATTEMPTS, PATIENCE = 5, 20
+ERROR_LINE = re.compile(r"^([\d.]+ E |error)", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Finished:
     """What a program printed; its exit code was 0."""
 
-    name: str
     stdout: str
     stderr: str
 
@@ -37,6 +42,19 @@ def run(name: str, *arguments: str, on_stdout: Callable[[str], None] | None = No
     Raises MobeError, with its last lines, if it fails, and if the runtime is not installed.
     """
     command = [str(runtime.tool(name)), *arguments]
+    for _ in range(ATTEMPTS):
+        started = time.monotonic()
+        code, stdout, stderr = _run(command, on_stdout)
+        if code == 0:
+            return Finished(stdout, stderr)
+        if stdout or re.search(ERROR_LINE, stderr) or time.monotonic() - started > PATIENCE:
+            break
+    how = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
+    raise _error(f"{name} {' '.join(arguments)} failed ({how}):", stdout, stderr)
+
+
+def _run(command: list[str], on_stdout: Callable[[str], None] | None) -> tuple[int, str, str]:
+    """Exit code and both streams."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=_environment(os.environ), **pipes) as process:
         try:
@@ -44,16 +62,10 @@ def run(name: str, *arguments: str, on_stdout: Callable[[str], None] | None = No
         except BaseException:
             process.kill()
             raise
-    if process.returncode != 0:
-        code = process.returncode
-        how = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-        raise _error(f"{name} failed ({how}): {' '.join(command)}", stdout, stderr)
-    return Finished(name, stdout, stderr)
+    return process.returncode, stdout, stderr
 
 
-def _read(
-    process: subprocess.Popen[bytes], on_stdout: Callable[[str], None] | None
-) -> tuple[str, str]:
+def _read(process: subprocess.Popen[bytes], on_stdout: Callable[[str], None] | None) -> tuple[str, str]:
     """All of both streams; the second is drained by a thread, so that neither pipe can fill up."""
     errors: list[bytes] = []
     drain = threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True)
@@ -76,6 +88,4 @@ def _environment(given: Mapping[str, str]) -> dict[str, str]:
 def _error(what: str, stdout: str, stderr: str) -> MobeError:
     lines = (stderr.strip() or stdout.strip() or "(it printed nothing)").splitlines()[-TAIL:]
     tail = "\n".join(f"  {line}" for line in lines)
-    return MobeError(
-        f"{what}\n{tail}\nIf the runtime is older than this checkout, bring it up to date: mobe-gguf build"
-    )
+    return MobeError(f"{what}\n{tail}\nIs the runtime older than this mobe-gguf? Run mobe-gguf build")

@@ -25,17 +25,15 @@ class Vocabulary:
     def check_same(self, other: Vocabulary) -> None:
         """MobeError, with the first difference, unless an id means the same in both."""
         if self.tokens != other.tokens:
-            mend = "Compare files made from the same model, with the same converter."
-            n, m = len(self.tokens), len(other.tokens)
-            pairs = enumerate(zip(self.tokens, other.tokens, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), None)
-            if n != m:
-                difference = f"it has {n} tokens, the reference {m}"
+            if len(self.tokens) != len(other.tokens):
+                difference = f"it has {len(self.tokens)} tokens, the reference {len(other.tokens)}"
             else:
-                difference = f"token {at} is {_shown(self.tokens[at])}, in the reference {_shown(other.tokens[at])}"
+                pairs = zip(self.tokens, other.tokens, strict=True)
+                at, (own, expected) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+                difference = f"token {at} is {_shown(own)}, in the reference {_shown(expected)}"
             raise MobeError(
                 f"{self.path}: its vocabulary is not that of the reference {other.path}: {difference}, so their "
-                f"predictions cannot be compared. {mend}"
+                "predictions cannot be compared. Compare files that were made from the same model."
             )
 
 
@@ -51,6 +49,10 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         tokens = tuple(llama_cpp.llama_vocab_get_text(vocab, i) for i in range(n_vocab))
         begin = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None
+    if not tokens:
+        raise MobeError(
+            f"{path}: it holds no vocabulary, so text cannot be evaluated; convert the model again"
+        )
     return Vocabulary(Path(path), tokens, begin)
 
 
@@ -75,17 +77,18 @@ def _opened(path: Path) -> Iterator[Any]:
 
     @llama_cpp.llama_log_callback
     def listen(level: int, text: bytes, _: object) -> None:
-        if level == 3:  # GGML_LOG_LEVEL_WARN; errors are 4
-            return
-        if level == 4:
+        if level == 4:  # GGML_LOG_LEVEL_ERROR
             said.append(text.decode(errors="replace").strip())
 
     llama_cpp.llama_log_set(listen, None)
+    no_devices = (ctypes.c_void_p * 1)()
     model = None
     try:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
+        # an empty list: asking a GPU for its free memory would take some of it for as long as this process lives
+        params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             why = said[0] if said else "it does not say why"

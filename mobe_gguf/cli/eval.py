@@ -1,0 +1,137 @@
+"""``mobe-gguf eval``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from mobe_gguf.errors import MobeError
+
+
+@click.command()
+@click.argument("reference", type=click.Path(path_type=Path), metavar="REFERENCE.gguf")
+@click.argument("files", type=click.Path(path_type=Path), metavar="FILE.gguf...", nargs=-1, required=True)
+@click.option(
+    "--text",
+    "-f",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Plain text to predict.  [default: the project's held-out text, which says something of its tiny model only]",
+)
+@click.option(
+    "--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens of a chunk of text."
+)
+@click.option("--chunks", type=int, metavar="N", help="Chunks of the text to use.  [default: all]")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw KL against file size."
+)
+@click.option(
+    "--keep-logits",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep what llama-perplexity --kl-divergence-base wrote of REFERENCE.",
+)
+@click.option("--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama-perplexity.")
+@click.option("--gpu-layers", "-ngl", metavar="N", help="Layers in GPU memory: a number, auto or all.")
+@click.option("--cpu-moe", is_flag=True, help="Keep the experts in system memory.")
+@click.option(
+    "--n-cpu-moe", type=click.IntRange(min=0), metavar="N", help="Keep the first N layers' experts there."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+def command(
+    reference: Path,
+    files: tuple[Path, ...],
+    text: Path | None,
+    ctx: int,
+    chunks: int | None,
+    plot: Path | None,
+    keep_logits: Path | None,
+    threads: int | None,
+    gpu_layers: str | None,
+    cpu_moe: bool,
+    n_cpu_moe: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare the predictions of GGUF files with those of the model that they were made of.
+
+    REFERENCE is the original, as little quantized as the machine can run; each FILE is any GGUF file with the same
+    vocabulary, plain or MoBE. llama-perplexity runs REFERENCE once over the text, then every FILE: KL divergence
+    (mean with its standard error, percentiles), how often both find the same token likeliest, perplexities, sizes.
+    Of each chunk of text the second half is evaluated.
+
+    REFERENCE's predictions go to a temporary file of 2 bytes for each evaluated token and entry of the vocabulary: a
+    chunk of 512 tokens with a vocabulary of 150,000 takes 77 MB. TMPDIR says where.
+
+    \b
+    Examples:
+      mobe-gguf eval model-bf16.gguf model-q4_k_m.gguf mobe-q4_k.gguf --text wiki.test.raw --chunks 100
+      mobe-gguf eval model-q8_0.gguf *.gguf --text book.txt --plot kl.png --json > kl.json
+
+    Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage.
+    """
+    from mobe_gguf.evaluate import Row, Settings, compare, facts_of, heldout
+    from mobe_gguf.progress import console
+
+    if plot is not None:
+        from mobe_gguf.evaluate.plot import check
+
+        check(plot)
+    settings = Settings(ctx, chunks, threads, _placement(gpu_layers, cpu_moe, n_cpu_moe))
+    if text is None:
+        text = heldout()
+        if not quiet:
+            remark = "the project's held-out text; for any model but its tiny one, name a text with --text"
+            console.print(f"{text.name}: {remark}", highlight=False, markup=False, soft_wrap=True)
+    rows: list[Row] = []
+    failure: MobeError | None = None
+    try:
+        compare(reference, files, text, settings, keep_logits=keep_logits, quiet=quiet, on_row=rows.append)
+    except KeyboardInterrupt:
+        failure = MobeError(f"stopped; {len(rows)} of {len(files)} files were done")
+    except MobeError as e:
+        failure = e
+    if rows:
+        _show(facts_of(reference), rows, text, settings, as_json)
+    if failure is not None:
+        raise failure
+    if plot is not None:
+        _plot(rows, plot, quiet)
+
+
+def _placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> tuple[str, ...]:
+    """llama.cpp's own spelling of the options that say where weights go."""
+    return (
+        *(("-ngl", gpu_layers) if gpu_layers is not None else ()),
+        *(("--cpu-moe",) if cpu_moe else ()),
+        *(("--n-cpu-moe", str(n_cpu_moe)) if n_cpu_moe is not None else ()),
+    )
+
+
+def _show(reference, rows, text: Path, settings, as_json: bool) -> None:  # noqa: ANN001, imported late
+    from rich.console import Console
+
+    from mobe_gguf.evaluate import report
+
+    if as_json:
+        click.echo(json.dumps(report.as_json(reference, rows, text, settings), indent=2, allow_nan=False))
+        return
+    out = Console(highlight=False)
+    out.width = min(out.width, 100) if sys.stdout.isatty() else 100
+    out.print(report.table(reference, rows, text, settings))
+
+
+def _plot(rows, path: Path, quiet: bool) -> None:  # noqa: ANN001
+    from mobe_gguf.evaluate.plot import plot
+    from mobe_gguf.progress import console
+
+    left_out = plot(rows, path)
+    if not quiet:
+        why = "".join(
+            f"; without {row.facts.path.name}, whose KL divergence is no positive number" for row in left_out
+        )
+        console.print(f"{path}: written{why}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,209 @@
+"""The reference once, then each file against what it predicted."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobe_gguf import resources, runtime
+from mobe_gguf.atomic import atomic_path
+from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.evaluate import logits, parse, tool
+from mobe_gguf.evaluate.facts import Facts, facts_of
+from mobe_gguf.evaluate.parse import Divergence, Estimate
+from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary
+from mobe_gguf.progress import Bar, bar, console
+
+TOOL = "llama-perplexity"
+
+#: Fewer evaluated tokens than this, and the program prints no statistics.
+LEAST_SCORED = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``ctx``: tokens of a chunk, whose second half is evaluated; ``chunks`` of the text, None for all there are.
+
+    ``threads``: None leaves them to llama.cpp.  ``options``: more of its options, for all files, as
+    ``("-ngl", "99", "--cpu-moe")``.
+    """
+
+    ctx: int = 512
+    chunks: int | None = None
+    threads: int | None = None
+    options: tuple[str, ...] = ()
+
+    def arguments(self) -> tuple[str, ...]:
+        threads = () if self.threads is None else ("-t", str(self.threads))
+        return ("-c", str(self.ctx), *threads, *self.options)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file: what it is, and how far from the reference.
+
+    ``chunks`` of text were run, ``scored`` tokens of them evaluated, in ``seconds``.
+    """
+
+    facts: Facts
+    divergence: Divergence
+    chunks: int
+    scored: int
+    seconds: float
+
+
+def heldout() -> Path:
+    """The text that ships with the project, unseen by its tiny model in training."""
+    path = resources.path("models") / "heldout.txt"
+    if not path.is_file():
+        raise MobeError(f"{path}: this installation lacks the held-out text; name one with --text")
+    return path
+
+
+def compare(
+    reference: str | os.PathLike[str],
+    files: Iterable[str | os.PathLike[str]],
+    text: str | os.PathLike[str],
+    settings: Settings = Settings(),
+    *,
+    keep_logits: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """How the predictions of each GGUF file on ``text`` differ from those of ``reference``; in the order of ``files``.
+
+    Everything that can be checked is, before anything runs.  The reference's logits go to ``keep_logits``, or to a
+    temporary file.  ``on_row`` gets each row when it is there, so that those before a failure are not lost.
+    Raises MobeError if a file is not a model of the reference's vocabulary, the text is too short, there is no room for
+    the logits, or llama-perplexity fails.
+    """
+    reference, text, files = Path(reference), Path(text), [Path(file) for file in files]
+    runtime.tool(TOOL)
+    origin, facts = facts_of(reference), [facts_of(file) for file in files]
+    n_vocab = _check_vocabularies(reference, files, quiet)
+    chunks = _chunks(reference, text, settings)
+    if origin.context is not None and settings.ctx > origin.context and not quiet:
+        _say(
+            f"warning: chunks of {settings.ctx} tokens, but {reference} was trained on {origin.context} at most; "
+            f"ask for --ctx {origin.context}"
+        )
+    layout = logits.Layout(n_vocab, settings.ctx, chunks)
+    rows = []
+    with (
+        logits.place(layout, Path(keep_logits) if keep_logits is not None else None) as base,
+        bar("eval", chunks * (1 + len(files)), quiet) as progress,
+    ):
+        with atomic_path(base) as part:
+            _write_logits(reference, text, part, layout, settings, progress)
+        for file in facts:
+            started = time.monotonic()
+            found = _divergence(file.path, base, layout, settings, progress)
+            rows.append(Row(file, found, chunks, layout.scored, time.monotonic() - started))
+            progress.advance(
+                0,
+                f"{file.path.name}: KL divergence {found.kl.value:.5f}, {rows[-1].seconds:.1f} s",
+            )
+            if on_row is not None:
+                on_row(rows[-1])
+    return rows
+
+
+def perplexity(
+    file: str | os.PathLike[str], text: str | os.PathLike[str], settings: Settings = Settings()
+) -> Estimate:
+    """Perplexity of one GGUF file on ``text``.  Raises MobeError as :func:`compare` does."""
+    file, text = Path(file), Path(text)
+    facts_of(file)
+    chunks = _chunks(file, text, settings)
+    arguments = ("-m", str(file), "-f", str(text), "--chunks", str(chunks), *settings.arguments())
+    done = tool.run(TOOL, *arguments)
+    found = parse.perplexity(done.stdout + done.stderr)
+    if found is None:
+        raise done.failure(f"{TOOL} -m {file} gave no final estimate:")
+    return found
+
+
+def _check_vocabularies(reference: Path, files: list[Path], quiet: bool) -> int:
+    """Tokens of the vocabulary that all share; MobeError if they do not."""
+    expected = read_vocabulary(reference)
+    for file in files:
+        found = read_vocabulary(file)
+        found.check_same(expected)
+        if found.begin != expected.begin and not quiet:
+            _say(
+                f"warning: {file} begins a text with token {found.begin}, {reference} with {expected.begin}: the "
+                "numbers include what that changes"
+            )
+    return len(expected.tokens)
+
+
+def _chunks(model: Path, text: Path, settings: Settings) -> int:
+    """How many chunks to run; UsageError if that is impossible or too few, MobeError if the text cannot be read."""
+    if settings.ctx < 4 or (settings.chunks is not None and settings.chunks < 1):
+        raise UsageError(
+            f"--ctx {settings.ctx}, --chunks {settings.chunks}: expected at least 4 tokens and 1 chunk"
+        )
+    try:
+        content = text.read_bytes()
+    except OSError as e:
+        raise MobeError(f"{text}: cannot be read: {e.strerror or e}; name a text with --text") from e
+    n_tokens, ctx = count_tokens(model, content), settings.ctx
+    there = n_tokens // ctx
+    wanted = there if settings.chunks is None else settings.chunks
+    if n_tokens < 2 * ctx or wanted > there:
+        # llama-perplexity wants two chunks there, even to run one
+        needed = max(2, wanted) * ctx
+        fewer = f", --chunks {there}" if there >= 2 else ""
+        raise UsageError(
+            f"{text}: it has {n_tokens} tokens, {there} chunks of {ctx}, but {needed} are needed for "
+            f"{max(2, wanted)} chunks. Give a longer --text, a smaller --ctx{fewer}."
+        )
+    if wanted * logits.scored(ctx) < LEAST_SCORED:
+        enough = -(-LEAST_SCORED // logits.scored(ctx))
+        raise UsageError(
+            f"--ctx {ctx}, --chunks {wanted}: {wanted * logits.scored(ctx)} tokens would be evaluated, at least "
+            f"{LEAST_SCORED} are needed: --chunks {enough}"
+        )
+    return wanted
+
+
+def _write_logits(
+    reference: Path, text: Path, base: Path, layout: logits.Layout, settings: Settings, progress: Bar
+) -> None:
+    """Run the reference; what it predicts is in ``base`` then."""
+    progress.update(reference.name)
+    started = time.monotonic()
+    count = parse.Chunks(parse.PERPLEXITY_CHUNK, lambda _: progress.advance(1))
+    arguments = ("-m", str(reference), "-f", str(text), "--chunks", str(layout.chunks))
+    done = tool.run(
+        TOOL, *arguments, *settings.arguments(), "--kl-divergence-base", str(base), on_stdout=count.feed
+    )
+    if not base.is_file():
+        raise done.failure(f"{TOOL} -m {reference} wrote no logits:")
+    layout.check(base)
+    progress.advance(layout.chunks - count.last)
+    spent = time.monotonic() - started
+    progress.advance(0, f"{reference.name}: {layout.n_bytes / 1e6:.1f} MB of logits, {spent:.1f} s")
+
+
+def _divergence(
+    file: Path, base: Path, layout: logits.Layout, settings: Settings, progress: Bar
+) -> Divergence:
+    """Run one file against ``base``."""
+    progress.update(file.name)
+    count = parse.Chunks(parse.DIVERGENCE_CHUNK, lambda _: progress.advance(1))
+    arguments = ("-m", str(file), "--kl-divergence", "--kl-divergence-base", str(base), *settings.arguments())
+    done = tool.run(TOOL, *arguments, on_stdout=count.feed)
+    try:
+        found = parse.divergence(done.stdout)
+    except parse.ParseError as e:
+        raise done.failure(f"{TOOL} -m {file}: {e} after {count.last} of {layout.chunks} chunks:") from e
+    progress.advance(layout.chunks - count.last)
+    return found
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,143 @@
+"""Rows as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mobe_gguf.evaluate.facts import Facts
+from mobe_gguf.evaluate.measure import Row, Settings
+from mobe_gguf.evaluate.parse import Estimate
+
+
+def table(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings) -> RenderableType:
+    """The reference first, then the files as they were asked for; fits 100 columns."""
+    names = short_names([reference.path, *(row.facts.path for row in rows)])
+    unit, name = (
+        (1e9, "GB") if max(f.n_bytes for f in (reference, *(r.facts for r in rows))) >= 1e10 else (1e6, "MB")
+    )
+    out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    out.add_column("file", overflow="fold")
+    for column in (name, "bits", "KL divergence", "median", "99 %", "top-1", "Δp", "PPL", "ratio"):
+        out.add_column(column, justify="right", no_wrap=True)
+    first = rows[0].divergence.reference.value if rows else math.nan
+    size = (f"{reference.n_bytes / unit:.2f}", f"{reference.bits_per_weight:.2f}")
+    out.add_row(Text(names[0]), *size, *[""] * 5, f"{first:.3f}", "")
+    for row, label in zip(rows, names[1:], strict=True):
+        d = row.divergence
+        out.add_row(
+            Text(label),
+            f"{row.facts.n_bytes / unit:.2f}",
+            f"{row.facts.bits_per_weight:.2f}",
+            with_error(d.kl),
+            decimal(d.percentiles["Median"], 4),
+            decimal(d.percentiles["99.0%"], 3),
+            f"{d.top1.value:.1%}",
+            f"{d.delta_p.value:.1%}",
+            f"{d.perplexity.value:.3f}",
+            f"{d.ratio.value:.4f}",
+            style="bold" if row.facts.factorized else None,
+        )
+    return Group(out, "", Text(legend(rows, text, settings)))
+
+
+def legend(rows: Sequence[Row], text: Path, settings: Settings) -> str:
+    """What the columns are, and what they were measured on."""
+    on = f" ({rows[0].scored} tokens of {rows[0].chunks} chunks of {settings.ctx})" if rows else ""
+    bold = "MoBE files are bold. " if any(row.facts.factorized for row in rows) else ""
+    return (
+        f"{bold}bits: per number in the file. KL divergence from the first file, in nats: mean per token of "
+        f"{text.name}{on}, median and 99th percentile. top-1: how often the likeliest token is the same. Δp: change of "
+        "the next token's probability, root mean square. ratio: of perplexities."
+    )
+
+
+def decimal(value: float, digits: int) -> str:
+    """``0.00`` and not ``-0.00``, which rounding makes of the smallest negative numbers."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def with_error(estimate: Estimate) -> str:
+    """``0.0240 ± 0.0012``: two digits of the standard error, and as many of the value."""
+    digits = 4
+    if math.isfinite(estimate.error) and 0 < estimate.error < 1:
+        digits = min(6, max(2, 1 - math.floor(math.log10(estimate.error))))
+    return f"{decimal(estimate.value, digits)} ± {decimal(estimate.error, digits)}"
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """File names without ``.gguf``; with their directories where names alone are not distinct."""
+    plain = [path.name for path in paths]
+    if len(set(plain)) < len(set(paths)):
+        absolute = [str(path.absolute()) for path in paths]
+        plain = [
+            os.path.relpath(path, os.path.commonpath([os.path.dirname(p) for p in absolute]))
+            for path in absolute
+        ]
+    return [name.removesuffix(".gguf") for name in plain]
+
+
+def as_json(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings) -> dict[str, Any]:
+    """For ``--json``: plain values only; what is not a number is null."""
+    return {
+        "reference": _facts(reference)
+        | {"perplexity": _estimate(rows[0].divergence.reference) if rows else None},
+        "text": str(text),
+        "ctx": settings.ctx,
+        "chunks": rows[0].chunks if rows else None,
+        "tokens_evaluated": rows[0].scored if rows else None,
+        "files": [_row(row) for row in rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    d = row.divergence
+    estimates = {
+        "kl_divergence": d.kl,
+        "perplexity": d.perplexity,
+        "perplexity_ratio": d.ratio,
+        "top1_agreement": d.top1,
+        "rms_delta_p": d.delta_p,
+    }
+    return (
+        _facts(row.facts)
+        | {name: _estimate(value) for name, value in estimates.items()}
+        | {
+            "kl_percentiles": {_key(name): _number(value) for name, value in d.percentiles.items()},
+            "seconds": round(row.seconds, 3),
+        }
+    )
+
+
+def _facts(facts: Facts) -> dict[str, Any]:
+    return {
+        "path": str(facts.path),
+        "architecture": facts.arch,
+        "factorized": facts.factorized,
+        "bytes": facts.n_bytes,
+        "parameters": facts.n_params,
+        "original_parameters": facts.original_params,
+        "bits_per_weight": round(facts.bits_per_weight, 4),
+        "bits_per_original_weight": round(facts.bits_per_original_weight, 4),
+    }
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {"value": _number(estimate.value), "standard_error": _number(estimate.error)}
+
+
+def _number(value: float) -> float | None:
+    # percent became fractions: 0.8848000000000001 is no more exact than 0.8848
+    return round(value, 9) if math.isfinite(value) else None
+
+
+def _key(label: str) -> str:
+    """``99.0%`` -> ``99``, ``Median`` -> ``median``."""
+    return label.removesuffix("%").removesuffix(".0").lower()
