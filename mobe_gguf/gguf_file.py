@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,39 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
                 return _Reader(path, data).read()
     except OSError as e:
         raise MobeError(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+def read_model(path: str | os.PathLike[str]) -> GgufFile:
+    """As :func:`read_gguf`; if ``path`` is the first file of a split model, with the tensors and sizes of all its files
+    (each tensor's ``offset`` is that in its own file).
+
+    MobeError also if another file than the first is given, or one is missing or of another set.
+    """
+    first = read_gguf(path)
+    count = first.keys.get("split.count", 1)
+    if count <= 1:
+        return first
+    name = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.path.name)
+    if name is None or int(name[2]) != count or first.keys.get("split.no") != 0:
+        raise MobeError(
+            f"{first.path}: it is one of {count} files of a split model; name the first, *-00001-of-{count:05d}.gguf"
+        )
+    files = [first]
+    for i in range(2, count + 1):
+        other = read_gguf(first.path.with_name(f"{name[1]}-{i:05d}-of-{count:05d}.gguf"))
+        if (other.keys.get("split.no"), other.keys.get("split.count")) != (i - 1, count):
+            raise MobeError(
+                f"{other.path}: its keys split.no and split.count are not those of file {i} of {count}"
+            )
+        files.append(other)
+    tensors = {name: info for file in files for name, info in file.tensors.items()}
+    expected = first.keys.get("split.tensors.count")
+    if len(tensors) != expected:
+        raise MobeError(
+            f"{first.path}: the {count} files hold {len(tensors)} tensors, split.tensors.count is {expected}; they are of "
+            "different models. Download or export them again."
+        )
+    return replace(first, size=sum(file.size for file in files), tensors=tensors)
 
 
 class _Reader:

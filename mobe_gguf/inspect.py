@@ -15,7 +15,7 @@ from mobe_gguf import names
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.report import Entry, amount, original_params, rows
-from mobe_gguf.gguf_file import GgufFile, read_gguf
+from mobe_gguf.gguf_file import GgufFile, read_model
 from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 
 
@@ -102,7 +102,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
         raise MobeError(f"{path}: no such file or directory")
     if path.is_dir():
         return _describe_directory(path)
-    return _describe_gguf(read_gguf(path))
+    return _describe_gguf(read_model(path))
 
 
 # GGUF

@@ -24,15 +24,39 @@ from mobe_gguf.progress import console
     "--transform-type", metavar="TYPE", help="Type of the transforms A, instead of what --quant gives them."
 )
 @click.option(
+    "--down-type",
+    metavar="TYPE",
+    help="Type of the experts' down projections, instead of what --quant gives them.",
+)
+@click.option(
     "--tensor-type",
     multiple=True,
     metavar="REGEX=TYPE",
-    help="Type of the tensors in whose GGUF name REGEX is found, whatever the other options say. Repeatable, the "
-    "first that fits counts.",
+    help="Type of the tensors in whose GGUF name REGEX is found, before the options above. Repeatable, the first that "
+    "fits counts.",
+)
+@click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight, before --tensor-type.")
+@click.option(
+    "--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight, before --tensor-type."
 )
 @click.option("--pure", is_flag=True, help="One type for all matrices, no mixture.")
+@click.option(
+    "--imatrix",
+    multiple=True,
+    metavar="FILE",
+    help="Importance matrix of llama-imatrix: of the MoBE model, which fits all tensors, or of the original model, "
+    "which fits all but the transforms A. Repeatable, each is used for what it fits.",
+)
+@click.option(
+    "--split-max-size",
+    metavar="SIZE",
+    help="Write several files of at most so many bytes of tensors each (500M, 50G), named OUT-00001-of-0000N.gguf. An "
+    "interrupted export goes on with the file that it was at.",
+)
+@click.option(
+    "--experts-used", type=int, metavar="K", help="Experts that a token uses, instead of what MODEL says."
+)
 @click.option("--tokenizer-pre", metavar="NAME", help="llama.cpp's pre-tokenizer, if it is not recognized.")
-@click.option("--trust-remote-code", is_flag=True, help="Let MODEL's own tokenizer code run, if it has some.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every tensor, and what llama.cpp's converter says.")
@@ -43,36 +67,57 @@ def command(
     quant: str,
     basis_type: str | None,
     transform_type: str | None,
+    down_type: str | None,
     tensor_type: tuple[str, ...],
+    output_tensor_type: str | None,
+    token_embedding_type: str | None,
     pure: bool,
+    imatrix: tuple[str, ...],
+    split_max_size: str | None,
+    experts_used: int | None,
     tokenizer_pre: str | None,
-    trust_remote_code: bool,
     dry_run: bool,
     as_json: bool,
     verbose: bool,
     quiet: bool,
 ) -> None:
-    """Write the MoBE checkpoint MODEL as one GGUF file.
+    """Write the MoBE checkpoint MODEL as a GGUF file.
 
     MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint. Each tensor gets the type that
     llama-quantize would give it for the same TYPE (so q4_k means q4_k_m); router, norms and mixing weights stay
     f32. An existing OUT.gguf is replaced when the new one is whole.
+
+    \b
+    Examples:
+      mobe-gguf export mobe/ out.gguf --quant q4_k
+      mobe-gguf export mobe/ big.gguf --quant q8_0 --split-max-size 50G
+      mobe-gguf export mobe/ f16.gguf --quant f16
+      llama-imatrix -m f16.gguf -f calibration.txt -o imatrix.gguf
+      mobe-gguf export mobe/ out.gguf --quant iq3_xxs --imatrix imatrix.gguf
     """
-    from mobe_gguf.export import Recipe, export, parse_override, parse_quant, parse_type
+    from mobe_gguf.export import Recipe, export, parse_override, parse_quant, parse_size, parse_type
+
+    def type_of(option: str, text: str | None) -> str | None:
+        return None if text is None else parse_type(option, text)
 
     recipe = Recipe(
         quant=parse_quant(quant),
-        basis=parse_type("--basis-type", basis_type) if basis_type else None,
-        transform=parse_type("--transform-type", transform_type) if transform_type else None,
+        basis=type_of("--basis-type", basis_type),
+        transform=type_of("--transform-type", transform_type),
+        down=type_of("--down-type", down_type),
         overrides=tuple(parse_override(text) for text in tensor_type),
+        output=type_of("--output-tensor-type", output_tensor_type),
+        embedding=type_of("--token-embedding-type", token_embedding_type),
         pure=pure,
+        imatrix=imatrix,
     )
     report = export(
         model,
         out,
         recipe,
         tokenizer_pre=tokenizer_pre,
-        trust_remote_code=trust_remote_code,
+        split_max_size=None if split_max_size is None else parse_size(split_max_size),
+        experts_used=experts_used,
         dry_run=dry_run,
         verbose=verbose,
         quiet=quiet,
@@ -84,10 +129,14 @@ def command(
 
 
 def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost an import of torch
-    from mobe_gguf.export.report import amount, fallback_lines, size_table
+    from mobe_gguf.export.report import amount, fallback_lines, importance_lines, size_table
 
     console.print(size_table(report.entries))
-    lines = fallback_lines(report.fallbacks)
+    lines = fallback_lines(report.fallbacks) + importance_lines(report.entries)
+    if report.needs_imatrix:
+        lines.append(
+            f"{report.needs_imatrix} tensors of these types need an importance matrix: --imatrix FILE"
+        )
     if report.tokenizer_pre is not None:
         lines.append(f"tokenizer splits as {report.tokenizer_pre}: {report.tokenizer_why}")
     lines.append(
@@ -96,5 +145,9 @@ def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost a
     )
     size = report.data_bytes if dry_run else report.n_bytes
     done = "would be written" if dry_run else f"written in {report.seconds:.1f} s"
-    lines.append(f"{report.path}: {size / 1e6:,.2f} MB {done}")
+    where = (
+        report.path if len(report.files) <= 1 else f"{len(report.files)} files, the first is {report.path}"
+    )
+    kept = f", {report.files_kept} files kept from an interrupted run" if report.files_kept else ""
+    lines.append(f"{where}: {size / 1e6:,.2f} MB {done}{kept}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

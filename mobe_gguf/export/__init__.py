@@ -1,30 +1,35 @@
-"""MoBE checkpoint (or any Hugging Face MoE directory) to one GGUF file.
+"""MoBE checkpoint (or any Hugging Face MoE directory) to GGUF.
 
     from mobe_gguf.export import Recipe, export, parse_quant
 
     report = export("mobe/", "out.gguf", Recipe(parse_quant("q4_k")))
 
 What each part does: ``converter`` runs llama.cpp's own converter for all that is not a factor, ``factors`` adds basis and
-mix, ``recipe`` chooses the types, ``source`` reads values in pieces, ``write`` encodes and writes them.
+mix, ``recipe`` chooses the types, ``imatrix`` weighs the columns, ``source`` reads values in pieces, ``write`` encodes
+and writes them, ``shards`` cuts them into files.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export.converter import Conversion, convert
 from mobe_gguf.export.factors import add_factors, check_factors
+from mobe_gguf.export.imatrix import Imatrix, Importance, importances, missing_message, without
 from mobe_gguf.export.recipe import Choice, Facts, Recipe, Spec, parse_override, parse_quant, parse_type, plan
 from mobe_gguf.export.report import Entry, Report, original_params
+from mobe_gguf.export.shards import Parts, cut, fingerprint, parse_size, shard_paths, write_shards
 from mobe_gguf.export.write import Encoded, check_output, check_space, write_gguf
 from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.progress import bar
 
-__all__ = ["Recipe", "Report", "export", "parse_override", "parse_quant", "parse_type"]
+__all__ = ["Recipe", "Report", "export", "parse_override", "parse_quant", "parse_size", "parse_type"]
 
 
 def export(
@@ -33,7 +38,8 @@ def export(
     recipe: Recipe,
     *,
     tokenizer_pre: str | None = None,
-    trust_remote_code: bool = False,
+    split_max_size: int | None = None,
+    experts_used: int | None = None,
     allow_dense: bool = False,
     dry_run: bool = False,
     verbose: bool = False,
@@ -41,31 +47,47 @@ def export(
 ) -> Report:
     """Write ``model`` to the GGUF file ``out``; returns what was written.
 
-    ``tokenizer_pre``: value for ``tokenizer.ggml.pre`` instead of what is recognized.  ``trust_remote_code``: run the
-    tokenizer's own Python code, if it has some.  ``allow_dense`` also takes an ordinary model, whose experts are then
-    written as they are.  ``dry_run`` plans everything and writes nothing.  An existing ``out`` is replaced when the
-    new file is whole, not before.
+    ``tokenizer_pre``: value for ``tokenizer.ggml.pre`` instead of what is recognized.  ``split_max_size``: bytes of
+    tensors a file, see ``shards``; an interrupted export goes on with the file that it was at.  ``experts_used``:
+    experts a token uses, instead of what config.json says.  ``allow_dense`` also takes an ordinary model, whose experts
+    are then written as they are.  ``dry_run`` plans everything and writes nothing.  An existing ``out`` is
+    replaced when the new file is whole, not before.
     Raises MobeError if the model is not what it should be, or the file cannot be written.
     """
     started = time.monotonic()
     model, out = Path(model), Path(out)
     checkpoint = _open(model, allow_dense)
     check_output(out)
+    imatrix = Imatrix(recipe.imatrix)
     if isinstance(checkpoint, MobeCheckpoint):
         check_factors(checkpoint)
     conversion = convert(checkpoint, out, tokenizer_pre, verbose)
     if isinstance(checkpoint, MobeCheckpoint):
         add_factors(conversion, checkpoint)
-    conversion.finish(recipe.file_type, out, trust_remote_code)
+    conversion.finish(recipe.file_type, out)
+    for key, value in imatrix.keys().items():
+        (conversion.writer.add_string if isinstance(value, str) else conversion.writer.add_uint32)(key, value)
+    if experts_used is not None:
+        _use_experts(conversion, experts_used)
     choices = _choose(conversion, recipe)
-    writer, encoded, entries = _lay_out(conversion, choices)
-    report = Report(str(out), conversion.arch, recipe.quant, entries, original_params(entries))
+    weights = importances(imatrix, conversion.tensors, choices)
+    missing = without(weights, choices, recipe.quant)
+    if missing and not dry_run:
+        raise MobeError(missing_message(imatrix, missing, choices, conversion.tensors))
+    encoded, entries = _lay_out(conversion, choices, weights)
+    shards = cut(encoded, split_max_size)
+    paths = shard_paths(out, len(shards))
+    report = Report(str(paths[0]), conversion.arch, recipe.quant, entries, original_params(entries))
+    report.files, report.needs_imatrix = [str(path) for path in paths], len(missing)
     if conversion.pre is not None:
         report.tokenizer_pre, report.tokenizer_why = conversion.pre.name, conversion.pre.why
-    check_space(out, report.data_bytes)
+    sources = [path for path in model.iterdir() if path.is_file()]
+    key = fingerprint([*sources, *map(Path, recipe.imatrix)], conversion.keys, entries)
+    parts = Parts(out, key)
+    check_space(out, report.data_bytes, parts.files() if len(paths) > 1 else ())
     if not dry_run:
-        _write(out, writer, encoded, quiet, verbose)
-        report.n_bytes = out.stat().st_size
+        _write(conversion, parts, shards, report, quiet, verbose)
+        report.n_bytes = sum(path.stat().st_size for path in paths)
     report.seconds = time.monotonic() - started
     return report
 
@@ -83,30 +105,73 @@ def _choose(conversion: Conversion, recipe: Recipe) -> dict[str, Choice]:
     return choices | {t.name: Choice(t.forced, t.forced) for t in conversion.tensors.values() if t.forced}
 
 
-def _lay_out(conversion: Conversion, choices: dict[str, Choice]) -> tuple[Any, list[Encoded], list[Entry]]:
-    """A ``gguf.GGUFWriter`` with keys and tensor table, and the tensors in its order."""
+def _use_experts(conversion: Conversion, k: int) -> None:
+    """Set the number of experts a token uses; UsageError if the model cannot use so many."""
+    arch, keys = conversion.arch, conversion.keys
+    n_expert = int(keys.get(f"{arch}.expert_count", 0))
+    groups = int(keys.get(f"{arch}.expert_group_count", 1) or 1)
+    most, why = n_expert, f"the model has {n_expert}"
+    if groups > 1:
+        used = int(keys.get(f"{arch}.expert_group_used_count", groups))
+        most = n_expert // groups * used
+        why = f"a token uses {used} of {groups} groups of {n_expert // groups}"
+    if not 1 <= k <= most:
+        raise UsageError(f"--experts-used {k}: expected 1 to {most}, for {why}")
+    conversion.writer.add_uint32(f"{arch}.expert_used_count", k)
+
+
+def _lay_out(
+    conversion: Conversion, choices: dict[str, Choice], weights: dict[str, Importance]
+) -> tuple[list[Encoded], list[Entry]]:
+    """The tensors as they are written, in order, and what the report says of them."""
     import gguf  # the pinned tree's, which convert() has put in place
     import numpy as np
 
-    writer = gguf.GGUFWriter(path=None, arch=conversion.arch)
-    writer.kv_data = conversion.writer.kv_data
     encoded, entries = [], []
     for tensor in conversion.tensors.values():
         choice, shape = choices[tensor.name], tensor.source.shape
-        ggml_type = gguf.GGMLQuantizationType[choice.type.upper()]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[choice.type.upper()]]
         n_bytes = int(np.prod(shape, dtype=np.int64)) // block * block_bytes
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), n_bytes, raw_dtype=ggml_type)
-        encoded.append(Encoded(tensor, choice.type, n_bytes))
+        importance = weights.get(tensor.name)
+        encoded.append(Encoded(tensor, choice.type, n_bytes, importance))
         wanted = choice.wanted if choice.wanted != choice.type else None
-        entries.append(Entry(tensor.name, choice.type, shape, n_bytes, wanted))
-    return writer, encoded, entries
+        origin = importance.origin if importance else None
+        entries.append(Entry(tensor.name, choice.type, shape, n_bytes, wanted, importance=origin))
+    return encoded, entries
 
 
-def _write(out: Path, writer: Any, encoded: list[Encoded], quiet: bool, verbose: bool) -> None:
+def _writer(conversion: Conversion, shards: list[list[Encoded]], index: int) -> Any:
+    """A ``gguf.GGUFWriter`` with the keys and the tensor table of one of the files."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path=None, arch=conversion.arch)
+    writer.kv_data = [dict(conversion.writer.kv_data[0]) if index == 0 else {}]
+    if len(shards) > 1:  # in the order and with the types of llama-gguf-split
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, index)
+        writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, sum(map(len, shards)))
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, len(shards))
+    for tensor in shards[index]:
+        ggml_type = gguf.GGMLQuantizationType[tensor.type.upper()]
+        shape = tensor.tensor.source.shape
+        writer.add_tensor_info(
+            tensor.tensor.name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=ggml_type
+        )
+    return writer
+
+
+def _write(
+    conversion: Conversion,
+    parts: Parts,
+    shards: list[list[Encoded]],
+    report: Report,
+    quiet: bool,
+    verbose: bool,
+) -> None:
     """Write with a progress bar over tensors; without a terminal, a line for every tenth of them."""
-    step = max(1, len(encoded) // 10)
-    with bar(f"write {out.name}", len(encoded), quiet) as progress:
+    n_tensors = sum(map(len, shards))
+    step = max(1, n_tensors // 10)
+    with bar(f"write {parts.out.name}", n_tensors, quiet) as progress:
         n_done = 0
 
         def on_tensor(done: Encoded) -> None:
@@ -115,4 +180,9 @@ def _write(out: Path, writer: Any, encoded: list[Encoded], quiet: bool, verbose:
             line = f"{done.tensor.name}: {done.type}, {done.nbytes / 1e6:.2f} MB"
             progress.advance(1, line if verbose or n_done % step == 0 else None)
 
-        write_gguf(out, writer, encoded, on_tensor)
+        if len(shards) == 1:
+            write_gguf(parts.out, _writer(conversion, shards, 0), shards[0], on_tensor)
+        else:
+            parts.load()
+            report.files_kept = len(parts.finished)
+            write_shards(parts, shards, partial(_writer, conversion, shards), on_tensor)

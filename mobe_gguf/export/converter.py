@@ -24,7 +24,7 @@ import torch
 from mobe_gguf import runtime
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
-from mobe_gguf.export import tokenizer
+from mobe_gguf.export import tiktoken, tokenizer
 from mobe_gguf.export.source import Lazy, Source, Whole, cast, evaluate
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
@@ -71,13 +71,13 @@ class Conversion:
         """GGUF keys and values set so far."""
         return {key: value.value for part in self.writer.kv_data for key, value in part.items()}
 
-    def finish(self, file_type: str, out: Path, trust_remote_code: bool) -> None:
+    def finish(self, file_type: str, out: Path) -> None:
         """Set the remaining keys, tokenizer included; ``file_type`` as in ``gguf.LlamaFileType``."""
         gguf = _package().base.gguf
         self.model.ftype = gguf.LlamaFileType[file_type]
         self.model.fname_out = out
         path = self.model.dir_model
-        with _explained(path, "the tokenizer and metadata"), _remote_code(path, trust_remote_code):
+        with _explained(path, "the tokenizer and metadata"), _no_remote_code(path):
             self.model.prepare_metadata(vocab_only=False)
 
 
@@ -96,7 +96,9 @@ def convert(
         listing = inspect.getsource(conversion.base.TextModel.get_vocab_base_pre)
         pre = tokenizer.check_name(tokenizer_pre, tokenizer.known_names(listing))
     with _explained(checkpoint.path, "the tensors"), torch.inference_mode():
-        hparams = IMPLIED.get(checkpoint.family.name, {}) | conversion.ModelBase.load_hparams(checkpoint.path, False)
+        hparams = IMPLIED.get(checkpoint.family.name, {}) | conversion.ModelBase.load_hparams(
+            checkpoint.path, False
+        )
         model_class = _model_class(conversion, checkpoint, hparams)
         gguf = conversion.base.gguf
         result = Conversion()
@@ -163,7 +165,10 @@ def _catching(base: Any, lazy: Any, caught: dict[str, Any], result: Conversion, 
                 yield new_name, tensor
 
         def get_vocab_base_pre(self, tokenizer_: Any) -> str:
-            result.pre = pre or self._recognized(tokenizer_)
+            if isinstance(tokenizer_, tiktoken.Tiktoken):
+                result.pre = pre or tokenizer_.recognized
+            else:
+                result.pre = pre or self._recognized(tokenizer_)
             return result.pre.name
 
         def _recognized(self, tokenizer_: Any) -> tokenizer.Recognized:
@@ -224,26 +229,31 @@ def _set_log_level(verbose: bool) -> None:
 
 
 @contextlib.contextmanager
-def _remote_code(path: Path, allowed: bool) -> Iterator[None]:
-    """Let the converter run Python code from the model's directory only if the user ``allowed`` it.
+def _no_remote_code(path: Path) -> Iterator[None]:
+    """Keep the converter from running Python code out of the model's directory, which it allows by itself.
 
-    For some tokenizers (Kimi-K2's) it asks transformers to do so by itself, and for all others transformers
-    would ask the terminal.
+    A tokenizer.json says all that such code says of a vocabulary, so where it lies beside the code it is taken; so is
+    Kimi-K2's rank file, see ``tiktoken``.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     original = AutoTokenizer.from_pretrained
 
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
         try:
-            return original(*args, **(kwargs | {"trust_remote_code": allowed}))
+            return original(*args, **(kwargs | {"trust_remote_code": False}))
         except ValueError as e:
-            if allowed or "trust_remote_code" not in str(e):
+            if "trust_remote_code" not in str(e):
                 raise
+            if (path / "tokenizer.json").is_file():
+                return PreTrainedTokenizerFast.from_pretrained(path)
+            if found := tiktoken.read(path):
+                return found
             code = ", ".join(sorted(p.name for p in path.glob("*.py"))) or "not in this directory"
             raise MobeError(
-                f"{path}: this tokenizer is Python code ({code}). Read it, and if you trust it, let it run with "
-                "--trust-remote-code."
+                f"{path}: its tokenizer is Python code ({code}), and code out of a model directory is never run here. "
+                f"Put the tokenizer as a file beside it, {path / 'tokenizer.json'}: many models have a copy of it in "
+                "that form on the hub."
             ) from e
 
     AutoTokenizer.from_pretrained = from_pretrained

@@ -15,7 +15,7 @@ Two kinds of file serve a MoBE model, each where it fits:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -177,7 +177,7 @@ def _basis_weights(file: ImatrixFile, experts: str, mix: Tensor, n_basis: int) -
     """``[m, d]``: mean over the inputs counted of ``sum_e mix[j,e]^2 x^2``, e over the experts of j's group."""
     entry = file.entry(experts)
     assert entry is not None
-    values = torch.cat([piece.flatten(0, 0) for piece in mix.source.pieces()]).double().numpy()
+    values = torch.cat(list(mix.source.pieces())).double().numpy()
     squares = np.square(values)  # [n, m/g], or [n, m/g, r]: the mean over rows
     squares = squares.mean(-1) if squares.ndim == 3 else squares
     n_group = n_basis // squares.shape[1]
@@ -196,35 +196,22 @@ def _other_model(file: ImatrixFile, name: str, entry: Entry, wanted: tuple[int, 
 
 
 def importances(
-    imatrix: Imatrix, tensors: Mapping[str, Tensor], choices: Mapping[str, Choice], quant: str
-) -> dict[str, Importance]:
-    """Weights for all tensors that are quantized; each is looked at once, so that no damage is found later.
-
-    MobeError if a type needs weights that no file has.
-    """
-    found = dict(_found(imatrix, tensors, choices))
-    missing = [
-        name
-        for name, choice in choices.items()
-        if name not in found and requires_imatrix(name, choice.type, quant)
-    ]
-    if missing:
-        raise MobeError(_missing(imatrix, missing, choices, tensors))
-    return found
-
-
-def _found(
     imatrix: Imatrix, tensors: Mapping[str, Tensor], choices: Mapping[str, Choice]
-) -> Iterator[tuple[str, Importance]]:
+) -> dict[str, Importance]:
+    """Weights for the tensors that are quantized, as far as there are some; each is read once, so that no damage is
+    found later."""
     if not imatrix.files:
-        return
-    for name, choice in choices.items():
-        importance = None if choice.type in FLOATS else imatrix.find(tensors, name)
-        if importance is not None:
-            yield name, importance
+        return {}
+    found = {n: imatrix.find(tensors, n) for n, choice in choices.items() if choice.type not in FLOATS}
+    return {name: importance for name, importance in found.items() if importance is not None}
 
 
-def _missing(
+def without(found: Mapping[str, Importance], choices: Mapping[str, Choice], quant: str) -> list[str]:
+    """Tensors whose types need weights and that have none in ``found``."""
+    return [n for n, choice in choices.items() if n not in found and requires_imatrix(n, choice.type, quant)]
+
+
+def missing_message(
     imatrix: Imatrix, missing: list[str], choices: Mapping[str, Choice], tensors: Mapping[str, Tensor]
 ) -> str:
     """What a user whose types need weights that are not there is told."""
@@ -234,13 +221,12 @@ def _missing(
     if not imatrix.files:
         text += "no --imatrix was given. "
     else:
-        text += f"{', '.join(f.path for f in imatrix.files)} has no entry for it. "
+        text += f"{', '.join(f.path for f in imatrix.files)} has nothing that fits it. "
         if is_transform(first) and not any(f.of_mobe for f in imatrix.files):
-            text += "An importance matrix of the original model does not know what A multiplies. "
+            text += "That is of the original model, which does not know what A multiplies. "
         elif not is_transform(first) and not is_basis(first):
-            text += "Give it another type (--tensor-type), or "
-    mobe = any(is_basis(name) for name in tensors)
-    what = "the MoBE model" if mobe else "the model"
+            text += "If llama-imatrix collects nothing of it, give it another type (--tensor-type). "
+    what = "the MoBE model" if any(is_basis(name) for name in tensors) else "the model"
     return (
         f"{text}Make one of {what} and give it with --imatrix:\n"
         "  mobe-gguf export MODEL f16.gguf --quant f16\n"

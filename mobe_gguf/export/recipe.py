@@ -2,19 +2,20 @@
 
 ``--quant X`` gives a tensor the type that ``llama-quantize`` gives it under the same name X, so that a file
 says of itself what a llama.cpp user expects of it: rules ported from ``tensor_allows_quantization``,
-``llama_tensor_get_type_impl``, ``tensor_type_fallback`` and ``tensor_requires_imatrix`` of the pinned tree's
-``src/llama-quant.cpp``.  ``tests/export/test_recipe.py`` holds this port against the tool itself.  Two consequences worth knowing: ``q4_k`` means ``q4_k_m`` there, so it does here (``--pure`` gives one type
-throughout); and the bases count as ``ffn_gate``/``ffn_up`` matrices, the mix is never quantized, for
-its name does not end in ``weight``.
+``tensor_type_fallback`` and ``tensor_requires_imatrix`` of the pinned tree's ``src/llama-quant.cpp``, the mixtures
+in ``mixture``.  ``tests/export/test_recipe.py`` holds this port against the tool itself.  Two consequences worth
+knowing: ``q4_k`` means ``q4_k_m`` there, so it does here (``--pure`` gives one type throughout); and the bases count as
+``ffn_gate``/``ffn_up`` matrices, the mix is never quantized, for its name does not end in ``weight``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from mobe_gguf.errors import UsageError
+from mobe_gguf.export.mixture import ATTENTION_V_LIKE, Facts, Mixture, Spec, category_of, in_order
 
 #: Types that a tensor can be given: ggml name -> values a block.
 BLOCK = {
@@ -96,9 +97,6 @@ ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 NEED_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 ENCODER_NEEDS = ("iq1_s", "iq2_xxs", "iq2_xs")
 
-#: Values of ``--quant`` around two bits, which share their rules.
-AROUND_TWO_BITS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
-
 #: ``tensor_type_fallback``: type with long blocks -> type with blocks of 32 for rows that the long ones do not divide.
 #: There is none for q1_0.
 FALLBACK = {
@@ -136,47 +134,6 @@ KEEP = (
     "attn_rel_b.weight",
     "position_embd",
 )
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor to be written; ``shape`` in torch's order, so the last number is the row length (ggml's ne0)."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def row(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def n_dims(self) -> int:
-        """As ggml counts them: axes of length 1 in front do not count."""
-        n = len(self.shape)
-        return n - next((i for i, s in enumerate(self.shape) if s != 1), n - 1)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the rules ask of the model, from its GGUF keys; ``n_layer`` is ``block_count``."""
-
-    n_layer: int
-    n_expert: int
-    n_gqa: int
-
-    @classmethod
-    def of(cls, arch: str, keys: Mapping[str, object]) -> Facts:
-        """From GGUF keys and values; what is missing counts as llama.cpp counts it."""
-
-        def number(name: str, default: int) -> int:
-            value = keys.get(f"{arch}.{name}", default)
-            return int(value[0] if isinstance(value, (list, tuple)) else value)  # type: ignore[call-overload]
-
-        n_head = number("attention.head_count", 1)
-        n_head_kv = number("attention.head_count_kv", n_head)
-        return cls(
-            number("block_count", 1), number("expert_count", 0), n_head // n_head_kv if n_head_kv else 0
-        )
 
 
 @dataclass(frozen=True)
@@ -254,9 +211,11 @@ def plan(specs: Iterable[Spec], recipe: Recipe, facts: Facts) -> dict[str, Choic
     UsageError if an override's pattern is found in the name of no tensor that may be quantized, or a type has no
     fallback for rows that its blocks do not divide.
     """
-    specs = sorted(specs, key=lambda s: (_layer(s.name), s.name))  # llama_model_loader's weight_name_comparer
-    state = _State(recipe, facts)
-    state.n_attention_v = sum(_category(s.name) in ATTENTION_V_LIKE for s in specs)
+    specs = in_order(specs)
+    state = Mixture(
+        recipe.quant, recipe.base, BLOCK[recipe.base], facts, recipe.output, imatrix=bool(recipe.imatrix)
+    )
+    state.n_attention_v = sum(category_of(s.name) in ATTENTION_V_LIKE for s in specs)
     state.tied = all(s.name != "output.weight" for s in specs)
     unused = {pattern for pattern, _ in recipe.overrides}
     choices = {}
@@ -288,7 +247,7 @@ def _asked_for(spec: Spec, recipe: Recipe, unused: set[str]) -> str | None:
     found = next((pair for pair in recipe.overrides if re.search(pair[0], spec.name)), None)
     if found is not None:
         unused.discard(found[0])
-    category = _category(spec.name)
+    category = category_of(spec.name)
     if category == "embd" and recipe.embedding and not (found and spec.name.startswith("per_layer")):
         return recipe.embedding
     if category == "output" and recipe.output:
@@ -335,192 +294,3 @@ def is_transform(name: str) -> bool:
 
 def is_down(name: str) -> bool:
     return re.fullmatch(r"blk\.\d+\.ffn_down_exps\.weight", name) is not None
-
-
-def _layer(name: str) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-#: ``tensor_get_category``: the first part that is found in the name decides.
-CATEGORIES = {
-    "attn_qkv.weight": "qkv",
-    "attn_kv_b.weight": "kv_b",
-    "attn_v.weight": "v",
-    "attn_k.weight": "k",
-    "attn_q.weight": "q",
-    "attn_output.weight": "attn_out",
-    "ffn_up": "up",
-    "ffn_gate": "gate",
-    "ffn_down": "down",
-}
-ATTENTION_V_LIKE = ("v", "qkv", "kv_b")
-
-
-def _category(name: str) -> str:
-    if name == "output.weight":
-        return "output"
-    if name in ("token_embd.weight", "per_layer_token_embd.weight"):
-        return "embd"
-    return next((category for part, category in CATEGORIES.items() if part in name), "other")
-
-
-#: Type of the token embeddings where it is not that of most tensors.
-EMBEDDING = {
-    "iq1_s": "q2_k",
-    "iq1_m": "q2_k",
-    "iq2_xxs": "q2_k",
-    "iq2_xs": "q2_k",
-    "iq2_s": "iq3_s",
-    "iq2_m": "iq3_s",
-    "iq3_xxs": "iq3_s",
-    "tq1_0": "q4_k",
-    "tq2_0": "q4_k",
-    "q2_0": "q4_k",
-}
-
-
-@dataclass
-class _State:
-    """``llama_tensor_get_type_impl`` with its counters.
-
-    Left out: the 70B rule (a dense model of 80 layers) and Falcon, which have no experts, and two architectures of no
-    family here (GLM5-Next, BailingMoE3).
-    """
-
-    recipe: Recipe
-    facts: Facts
-    n_attention_v: int = 0
-    tied: bool = True
-    seen_attention_v: int = field(default=0, init=False)
-    seen_down: int = field(default=0, init=False)
-
-    @property
-    def quant(self) -> str:
-        return self.recipe.quant
-
-    @property
-    def base(self) -> str:
-        return self.recipe.base
-
-    def type_of(self, spec: Spec) -> str:
-        category, layer = _category(spec.name), _layer(spec.name)
-        if category == "output" or (self.tied and category == "embd"):
-            return self._output(spec)
-        if self.quant == "mxfp4_moe":
-            return "mxfp4" if len(spec.shape) > 2 and spec.shape[-3] > 1 else "q8_0"
-        if category == "embd":
-            return EMBEDDING.get(self.quant, self.base)
-        if self.quant in AROUND_TWO_BITS:
-            return self._around_two_bits(category)
-        if category in ATTENTION_V_LIKE:
-            return self._attention_v(self._next_attention_v())
-        if category == "k" and self.facts.n_expert == 8:
-            return "q8_0"
-        if category in ("k", "q"):
-            return {"iq3_xs": "iq3_xxs", "iq3_xxs": "iq2_s"}.get(self.quant, self.base)
-        if category == "down":
-            return self._down(layer)
-        if category == "attn_out":
-            return self._attention_out()
-        n = self.facts.n_layer
-        if category in ("gate", "up") and self.quant == "iq3_xs" and n // 8 <= layer < 7 * n // 8:
-            return "iq3_xxs"
-        return self.base
-
-    def _next_attention_v(self) -> int:
-        self.seen_attention_v += 1
-        return self.seen_attention_v - 1
-
-    def _output(self, spec: Spec) -> str:
-        if self.recipe.output is not None:  # tied embeddings; output.weight itself was asked for before
-            return self.recipe.output
-        if self.quant == "mxfp4_moe" or spec.row % BLOCK[self.base]:
-            return "q8_0"
-        if self.quant == "iq3_xxs" or self.quant in AROUND_TWO_BITS:
-            return "q5_k"
-        return self.base if self.base == "q8_0" else "q6_k"
-
-    def _around_two_bits(self, category: str) -> str:
-        more = "iq3_s" if self.quant in ("iq2_s", "iq2_m") else "q2_k"
-        if category in ATTENTION_V_LIKE:
-            self._next_attention_v()
-            return "q4_k" if self.facts.n_gqa >= 4 or self.facts.n_expert >= 4 else more
-        if category == "k" and self.facts.n_expert == 8:
-            return "q4_k"
-        if category == "down":  # counted, not by layer: shared experts count too
-            self.seen_down += 1
-            return more if self.seen_down <= self.facts.n_layer // 8 else self.base
-        if category == "attn_out":
-            if self.facts.n_expert == 8:
-                return "q5_k"
-            by_quant = {"iq1_s": "iq2_xxs", "iq1_m": "iq2_xxs", "iq2_s": "iq3_s", "iq2_m": "iq3_s"}
-            return by_quant.get(self.quant, self.base)
-        return self.base
-
-    def _attention_v(self, i: int) -> str:
-        n, gqa4 = self.n_attention_v, self.facts.n_gqa >= 4
-        by_quant = {
-            "q2_k": "q4_k" if gqa4 else "q3_k",
-            "q2_k_s": "q4_k" if gqa4 else self.base,
-            "iq3_xxs": "q4_k" if gqa4 else "iq3_xxs" if self.recipe.imatrix else "iq3_s",
-            "iq3_xs": "q4_k" if gqa4 else self.base,
-            "iq3_s": "q4_k" if gqa4 else self.base,
-            "iq3_m": "q4_k",
-            "q3_k_m": "q5_k" if i < 2 else "q4_k",
-            "q3_k_l": "q5_k",
-            "iq4_nl": "q5_k" if gqa4 else self.base,
-            "iq4_xs": "q5_k" if gqa4 else self.base,
-            "q4_k_s": "q5_k" if i < 4 else self.base,
-            "q4_k_m": "q6_k" if _more_bits(i, n) else self.base,
-            "q5_k_m": "q6_k" if _more_bits(i, n) else self.base,
-        }
-        return "q8_0" if self.facts.n_expert == 8 else by_quant.get(self.quant, self.base)
-
-    def _down(self, i: int) -> str:
-        n, imatrix = self.facts.n_layer, bool(self.recipe.imatrix)
-        first = i < n // 8
-        eight_more = self.facts.n_expert == 8 and _more_bits(i, n)
-        by_quant = {
-            "q2_k": "q3_k",
-            "q2_k_s": "q4_k" if first else self.base,
-            "iq3_xxs": self.base if imatrix else "q4_k" if first else "q3_k",
-            "q3_k_m": "q5_k" if i < n // 16 else "q4_k",
-            "iq3_m": "q4_k" if first or eight_more else self.base,
-            "q3_k_l": "q5_k",
-            "q4_k_m": "q6_k" if _more_bits(i, n) else self.base,
-            "iq4_nl": "q5_k" if first and not imatrix else self.base,
-            "iq4_xs": "q5_k" if first and not imatrix else self.base,
-            "q5_k_m": "q6_k" if _more_bits(i, n) else self.base,
-            "q4_k_s": "q5_k" if first else self.base,
-            "q4_0": "q4_1" if first and imatrix else self.base,
-            "q5_0": "q5_1" if first and imatrix else self.base,
-        }
-        return by_quant.get(self.quant, self.base)
-
-    def _attention_out(self) -> str:
-        if self.facts.n_expert == 8:
-            return "q5_k" if self.quant in FIVE_BITS_OUT_OF_EIGHT else self.base
-        by_quant = {"q2_k": "q3_k", "iq3_xxs": "iq3_s", "q3_k_m": "q4_k", "q3_k_l": "q5_k", "iq3_m": "q4_k"}
-        return by_quant.get(self.quant, self.base)
-
-
-#: With 8 experts the attention's output is small beside them, and gets five bits under these values of ``--quant``.
-FIVE_BITS_OUT_OF_EIGHT = (
-    "q2_k",
-    "q3_k_s",
-    "q3_k_m",
-    "q4_k_s",
-    "q4_k_m",
-    "iq3_xxs",
-    "iq3_xs",
-    "iq3_s",
-    "iq3_m",
-    "iq4_nl",
-    "iq4_xs",
-)
-
-
-def _more_bits(i: int, n: int) -> bool:
-    """``use_more_bits``: the first and last eighth, and one in three between."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2

@@ -12,6 +12,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from mobe_gguf.export.recipe import FLOATS
+
 #: Classes of tensors in the order of the table, each with what is found in the names of its tensors.
 #: The first that fits counts.  ``experts`` are gate and up of layers that are not factorized.
 CLASSES = {
@@ -29,7 +31,7 @@ CLASSES = {
 @dataclass(frozen=True)
 class Entry:
     """One tensor; ``shape`` in torch's order; ``wanted`` is the type asked for where its rows did not allow it;
-    ``label`` its class, where its name alone does not tell."""
+    ``label`` its class, where its name alone does not tell; ``importance`` where its columns' weights came from."""
 
     name: str
     type: str
@@ -37,6 +39,7 @@ class Entry:
     n_bytes: int
     wanted: str | None = None
     label: str | None = None
+    importance: str | None = None
 
     @property
     def n_params(self) -> int:
@@ -48,6 +51,8 @@ class Report:
     """A GGUF file, written or to be written.  ``n_bytes`` is the whole file's size, 0 if only planned.
 
     ``original_params``: the same model with its experts as they were (equal to ``n_params`` if nothing is factorized).
+    ``files``: all paths where it is split (``path`` is the first), of which ``files_kept`` an interrupted run had
+    finished.  ``needs_imatrix``: tensors that could not be written for want of an importance matrix (planned only).
     """
 
     path: str
@@ -59,6 +64,9 @@ class Report:
     seconds: float = 0.0
     tokenizer_pre: str | None = None
     tokenizer_why: str | None = None
+    files: list[str] = field(default_factory=list)
+    files_kept: int = 0
+    needs_imatrix: int = 0
 
     @property
     def n_params(self) -> int:
@@ -80,6 +88,7 @@ class Report:
         """For ``--json``: plain values only."""
         return {
             "path": self.path,
+            "files": self.files or [self.path],
             "architecture": self.arch,
             "quant": self.quant,
             "bytes": self.n_bytes,
@@ -98,6 +107,7 @@ class Report:
                     "parameters": row.n_params,
                     "bytes": row.n_bytes,
                     "bits_per_weight": round(row.bits_per_weight, 4),
+                    "importance": dict(row.importance),
                 }
                 for row in rows(self.entries)
             ],
@@ -105,6 +115,7 @@ class Report:
                 {"tensor": e.name, "row": e.shape[-1], "wanted": e.wanted, "type": e.type}
                 for e in self.fallbacks
             ],
+            "needs_imatrix": self.needs_imatrix,
         }
 
 
@@ -117,6 +128,7 @@ class Row:
     types: Counter[str] = field(default_factory=Counter)
     n_params: int = 0
     n_bytes: int = 0
+    importance: Counter[str] = field(default_factory=Counter)
 
     @property
     def bits_per_weight(self) -> float:
@@ -132,6 +144,8 @@ def rows(entries: Iterable[Entry]) -> list[Row]:
         row = by_label[entry.label or ("A" if entry.name in factorized else class_of(entry.name))]
         row.count += 1
         row.types[entry.type] += 1
+        if entry.importance is not None:
+            row.importance[entry.importance] += 1
         row.n_params += entry.n_params
         row.n_bytes += entry.n_bytes
     return [row for row in by_label.values() if row.count]
@@ -180,6 +194,24 @@ def size_table(entries: Iterable[Entry], title: str | None = None) -> Table:
             style="bold" if row is total else None,
         )
     return table
+
+
+def importance_lines(entries: Iterable[Entry]) -> list[str]:
+    """Which tensors were weighed by which file, and which quantized ones by none: a line for each; none at all if no
+    file was given."""
+    by_origin: dict[str, list[str]] = {}
+    without = []
+    found = rows(entries)
+    for row in found:
+        for origin, n in row.importance.items():
+            by_origin.setdefault(origin, []).append(row.label if n == row.count else f"{row.label} ({n})")
+        n_without = sum(n for t, n in row.types.items() if t not in FLOATS) - sum(row.importance.values())
+        if n_without:
+            without.append(row.label if n_without == row.count else f"{row.label} ({n_without})")
+    lines = [f"importance from {origin}: {', '.join(labels)}" for origin, labels in by_origin.items()]
+    if lines and without:
+        lines.append(f"importance not known, all columns alike: {', '.join(without)}")
+    return lines
 
 
 def amount(n: int) -> str:

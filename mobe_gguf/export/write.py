@@ -1,4 +1,4 @@
-"""Writing a GGUF file tensor by tensor: header and sizes first, then the data in pieces, encoded as they come."""
+"""Writing GGUF files tensor by tensor: header and sizes first, then the data in pieces, encoded as they come."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from mobe_gguf.atomic import atomic_path
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import chunks
 from mobe_gguf.runtime import ggml
 
@@ -32,16 +33,15 @@ def check_output(out: Path) -> None:
         raise MobeError(f"{parent}: no permission to write there; choose another place for {out.name}")
 
 
-def check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int, left: Iterable[Path] = ()) -> None:
     """MobeError if the file system of ``out`` has less than ``needed`` bytes free.
 
-    What an interrupted run left is overwritten, so it counts as free; an existing ``out`` is not, for it is replaced
-    only once the new file is whole.
+    What an interrupted run left, ``left`` and the file beside ``out``, is overwritten or taken over, so it counts as
+    free; an existing ``out`` is not, for it is replaced only once the new file is whole.
     """
-    part = out.with_name(f".{out.name}.part")
-    free = shutil.disk_usage(out.absolute().parent).free + (
-        part.stat().st_blocks * 512 if part.is_file() else 0
-    )
+    left = (out.with_name(f".{out.name}.part"), *left)
+    free = shutil.disk_usage(out.absolute().parent).free
+    free += sum(part.stat().st_blocks * 512 for part in left if part.is_file())
     if free < needed:
         raise MobeError(
             f"{out.absolute().parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
@@ -56,25 +56,30 @@ class Encoded:
     tensor: Tensor
     type: str
     nbytes: int
+    importance: Importance | None = None
 
     def tofile(self, file: IO[bytes]) -> None:
-        written = sum(file.write(block) for block in encode(self.tensor, self.type))
+        written = sum(file.write(block) for block in encode(self.tensor, self.type, self.importance))
         assert written == self.nbytes, f"{self.tensor.name}: {written} bytes, {self.nbytes} were announced"
 
 
-def encode(tensor: Tensor, type_name: str) -> Iterator[memoryview]:
-    """The bytes of ``tensor`` in ggml type ``type_name``, piece by piece.
+def encode(tensor: Tensor, type_name: str, importance: Importance | None = None) -> Iterator[memoryview]:
+    """The bytes of ``tensor`` in ggml type ``type_name``, piece by piece, each matrix by its own ``importance``.
 
     libggml encodes outside Python's lock, so each core encodes a piece while the next is read; no more than one
     piece a core and one besides are in memory.  MobeError names the tensor if a value is NaN, Inf or too large.
     """
     workers = len(os.sched_getaffinity(0))
+    weights, within = None, None
+    if importance is not None:
+        weights, within = importance.read(), tensor.source.shape[-2]
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[np.ndarray]] = deque()
         try:
-            for first, chunk in chunks(tensor.source):
+            for first, chunk in chunks(tensor.source, within=within):
                 name = f"tensor {tensor.name}, counted from its row {first}"
-                pending.append(pool.submit(ggml.quantize, chunk, type_name, name=name, threads=1))
+                row = weights[first // within] if weights is not None and within is not None else None
+                pending.append(pool.submit(ggml.quantize, chunk, type_name, row, name=name, threads=1))
                 if len(pending) > workers:
                     yield memoryview(pending.popleft().result()).cast("B")
             while pending:
@@ -88,10 +93,11 @@ def write_gguf(
     writer: Any,
     tensors: list[Encoded],
     on_tensor: Callable[[Encoded], None],
+    left: str = "nothing was written",
 ) -> None:
     """Write header, keys, tensor table (all in ``writer``) and the data of ``tensors`` to ``out``, atomically.
 
-    MobeError if the disk fills up or goes away; nothing stays behind then.
+    MobeError if the disk fills up or goes away; nothing stays behind then.  ``left`` is what it says about that.
     """
     try:
         with atomic_path(out) as part:
@@ -106,7 +112,5 @@ def write_gguf(
                 writer.close()
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MobeError(
-                f"{out}: the disk is full; nothing was written. Make room or write elsewhere."
-            ) from e
-        raise MobeError(f"{out}: cannot be written: {e.strerror or e}; nothing was written") from e
+            raise MobeError(f"{out}: the disk is full; {left}. Make room or write elsewhere.") from e
+        raise MobeError(f"{out}: cannot be written: {e.strerror or e}; {left}") from e

@@ -24,6 +24,7 @@ from export.handmade import make_mobe
 from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export import Recipe, export, write
+from mobe_gguf.gguf_file import read_gguf
 
 Maker = Callable[..., Path]
 
@@ -56,6 +57,8 @@ def test_command(mobe: Maker, tmp_path: Path) -> None:
     assert [row["types"] for row in report["classes"] if row["class"] == "B"] == [{"f16": 6}]
     assert report["fallbacks"][0].keys() == {"tensor", "row", "wanted", "type"}
     assert "bits per weight" in err and "qwen2" in err and "q8_0 -> f16" in err
+    total = next(line.split() for line in err.splitlines() if line.startswith("all "))
+    assert float(total[-2]) > 0 and 8 < float(total[-1]) < 20
     assert all(len(line) <= 100 for line in err.splitlines() if line[:1].isalpha() and "  " in line)
 
 
@@ -75,7 +78,9 @@ def test_an_ordinary_model_names_the_next_command(model: Maker, tmp_path: Path) 
     ("options", "words"),
     [
         (["--quant", "q4_9"], "q4_k_s"),
-        (["--quant", "iq1_s"], "importance matrix"),
+        (["--quant", "q4_k", "--split-max-size", "50"], "50G"),
+        (["--quant", "q4_k", "--experts-used", "9"], "1 to 8"),
+        (["--quant", "q4_k", "--down-type", "q4"], "--down-type"),
         (["--quant", "q4_k", "--basis-type", "q4_k_m"], "--basis-type"),
         (["--quant", "q4_k", "--tensor-type", "nothing=q8_0"], "no tensor"),
         (["--quant", "q4_k", "--tokenizer-pre", "mine"], "llama-bpe"),
@@ -290,9 +295,7 @@ class Strange(PreTrainedTokenizerFast):
 """
 
 
-def test_code_of_the_model_runs_only_if_allowed(
-    model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_of_the_model_never_runs(model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek-V3's class in the converter, by itself, runs whatever tokenizer code lies in the directory (for Kimi-K2)."""
     from transformers import dynamic_module_utils
 
@@ -306,9 +309,15 @@ def test_code_of_the_model_runs_only_if_allowed(
     }
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     (source / "tokenization_strange.py").write_text(TOKENIZER)
-    with pytest.raises(MobeError, match=r"tokenization_strange\.py.*--trust-remote-code"):
+    (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(MobeError, match=r"tokenization_strange\.py.*tokenizer\.json"):
         export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
-    assert not list(tmp_path.rglob("it-ran")) and not (tmp_path / "out.gguf").exists()
-    export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True, trust_remote_code=True)
-    assert (tmp_path / "out.gguf").exists()
-    assert list(tmp_path.rglob("it-ran"))
+    assert not (tmp_path / "out.gguf").exists()
+    (tmp_path / "tokenizer.json").rename(source / "tokenizer.json")  # which says all that the code would
+    export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    export(model("deepseek_v3"), tmp_path / "plain.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    keys, plain = (read_gguf(tmp_path / name).keys for name in ("out.gguf", "plain.gguf"))
+    assert {k: v for k, v in keys.items() if k.startswith("tokenizer.")} == {
+        k: v for k, v in plain.items() if k.startswith("tokenizer.")
+    }
+    assert not list(tmp_path.rglob("it-ran"))

@@ -1,0 +1,177 @@
+"""One model in several files, cut as llama-gguf-split cuts it: ``out-00001-of-00003.gguf`` and so on.
+
+Tensors stay in order; a file takes them while their padded data fit the limit.  The first file has all keys, every
+file ``split.no``, ``split.count`` and ``split.tensors.count``.
+
+Finished files wait in the folder ``.out.gguf.parts`` beside the output until all are, then they get their names: a set
+under its names is whole.  The folder's ``state.json`` says what they are of; an interrupted export with the same
+model and options goes on with the file that it was at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf import __version__
+from mobe_gguf.atomic import write_json
+from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.export.write import Encoded, write_gguf
+
+#: GGUF's default alignment: what a tensor's data are padded to.
+ALIGNMENT = 32
+
+#: ``split.count`` is a u16.
+MAX_SHARDS = 65_535
+
+UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """``50G`` -> bytes, in powers of ten as llama-gguf-split reads it; UsageError if it is no size."""
+    match = re.fullmatch(r"(\d+)([MGT])", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise UsageError(
+            f"--split-max-size {text}: expected a whole number and M, G or T, for instance 50G or 500M"
+        )
+    return int(match[1]) * UNITS[match[2]]
+
+
+def cut(tensors: Sequence[Encoded], limit: int | None) -> list[list[Encoded]]:
+    """``tensors`` in order, in runs of at most ``limit`` bytes (None: one run).
+
+    UsageError if a tensor alone is larger, or there are too many runs.
+    """
+    if limit is None:
+        return [list(tensors)]
+    shards: list[list[Encoded]] = [[]]
+    size = 0
+    for tensor in tensors:
+        padded = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if padded > limit:
+            raise UsageError(
+                f"--split-max-size: tensor {tensor.tensor.name} alone takes {padded / 1e9:.3f} GB, more than the "
+                f"{limit / 1e9:.3f} GB allowed; use at least --split-max-size {-(-padded // 10**6)}M"
+            )
+        if size + padded > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += padded
+    if len(shards) > MAX_SHARDS:
+        raise UsageError(f"--split-max-size: that makes {len(shards)} files, GGUF knows {MAX_SHARDS} at most")
+    return shards
+
+
+def shard_paths(out: Path, n: int) -> list[Path]:
+    """Names of the ``n`` files that ``out`` becomes: llama.cpp finds the others by the first one's."""
+    if n == 1:
+        return [out]
+    stem = out.name.removesuffix(".gguf")
+    return [out.with_name(f"{stem}-{i + 1:05d}-of-{n:05d}.gguf") for i in range(n)]
+
+
+def fingerprint(files: Iterable[Path], *settings: Any) -> str:
+    """One string for the same files (by name, size and time of change) and the same ``settings`` (by their repr)."""
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr((__version__, sorted(state), settings)).encode()).hexdigest()
+
+
+@dataclass
+class Parts:
+    """The folder where finished files of ``out`` wait.  ``key``: what they are of, see :func:`fingerprint`."""
+
+    out: Path
+    key: str
+    finished: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(f".{self.out.name}.parts")
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state.json"
+
+    def files(self) -> list[Path]:
+        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def load(self) -> None:
+        """Take over what an interrupted run with the same key finished: files of the recorded size."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            state = json.loads(self.state.read_text(encoding="utf-8"))
+            if state.get("key") == self.key:
+                sizes = {path.name: path.stat().st_size for path in self.files()}
+                self.finished = {n: s for n, s in state["finished"].items() if sizes.get(n) == s}
+
+    def begin(self) -> None:
+        """Make the folder, empty but for what was taken over."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for path in self.files():
+                if path.name not in self.finished:
+                    path.unlink()
+            self._save()
+        except OSError as e:
+            raise MobeError(
+                f"{self.folder}: cannot be used: {e.strerror or e}. Remove it:\n  rm -r {self.folder}"
+            ) from e
+
+    def finish(self, name: str) -> None:
+        self.finished[name] = (self.folder / name).stat().st_size
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.state, {"key": self.key, "finished": self.finished})
+
+    def deliver(self, paths: Sequence[Path]) -> None:
+        """Give all files their names and remove the folder; the first file, which is the one to load, comes last."""
+        for path in reversed(paths):
+            os.replace(self.folder / path.name, path)
+        shutil.rmtree(self.folder)
+
+    def remove_if_useless(self) -> None:
+        """Without a finished file there is nothing to go on from."""
+        if not self.finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_shards(
+    parts: Parts,
+    shards: Sequence[Sequence[Encoded]],
+    writer_of: Callable[[int], Any],
+    on_tensor: Callable[[Encoded], None],
+) -> list[Path]:
+    """Write what is not finished yet, then deliver all; returns their paths.
+
+    ``writer_of(i)`` makes the ``gguf.GGUFWriter`` of file i, with keys and tensor table.  MobeError as
+    :func:`write_gguf`; what is finished is kept then.
+    """
+    paths = shard_paths(parts.out, len(shards))
+    parts.begin()
+    try:
+        for i, (path, tensors) in enumerate(zip(paths, shards, strict=True)):
+            if path.name in parts.finished:
+                for tensor in tensors:
+                    on_tensor(tensor)
+                continue
+            kept = f"{len(parts.finished)} of {len(paths)} files are finished and kept in {parts.folder}"
+            left = f"{kept}, the same command goes on from there" if parts.finished else "nothing was written"
+            write_gguf(parts.folder / path.name, writer_of(i), list(tensors), on_tensor, left)
+            parts.finish(path.name)
+        parts.deliver(paths)
+    except OSError as e:
+        raise MobeError(
+            f"{e.filename or parts.folder}: cannot be written: {e.strerror or e}; what is finished is kept in {parts.folder}"
+        ) from e
+    finally:
+        parts.remove_if_useless()
+    return paths
