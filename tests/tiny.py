@@ -67,7 +67,10 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(num_experts=8, moe_intermediate_size=48, shared_expert_intermediate_size=80),
     ),
     "deepseek_v2": ("DeepseekV2", _MLA | dict(n_group=1, topk_group=1, topk_method="greedy")),
-    "deepseek_v3": ("DeepseekV3", _MLA | dict(n_group=2, topk_group=1, num_mtp_layers=0, scoring_func="sigmoid")),
+    "deepseek_v3": (
+        "DeepseekV3",
+        _MLA | dict(n_group=2, topk_group=1, num_mtp_layers=0, scoring_func="sigmoid"),
+    ),
     "olmoe": ("Olmoe", dict(num_experts=8, intermediate_size=48, num_key_value_heads=4)),
     "mixtral": ("Mixtral", dict(num_local_experts=8, intermediate_size=48)),
 }

@@ -10,6 +10,9 @@ import click
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.names import ACTIVATIONS, PROJECTIONS
 
+#: ``--form``: activation and mix.
+FORMS = {"compact": ("tanh", "scalar"), "linear": ("none", "row")}
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=click.Path(path_type=Path))
@@ -31,6 +34,24 @@ from mobe_gguf.names import ACTIVATIONS, PROJECTIONS
     type=click.Choice(sorted(ACTIVATIONS)),
     help="Function on the mixed bases; 'none' is linear in the input and cheapest to run.  [default: tanh]",
 )
+@click.option(
+    "--mix",
+    type=click.Choice(["scalar", "row"]),
+    help="One coefficient for each expert and basis, or one for each row of the basis.  [default: scalar]",
+)
+@click.option(
+    "--form",
+    type=click.Choice(list(FORMS)),
+    help="Short for --activation and --mix. compact: tanh and scalar; linear: none and row, linear in the input, so "
+    "that all experts can share the products of the bases with it.  [default: compact]",
+)
+@click.option(
+    "--mix-terms",
+    type=int,
+    metavar="S",
+    help="Bases that an expert mixes at most: fewer run faster where not all experts are in use, on CPUs above all.  "
+    "[default: all]",
+)
 @click.option("--steps", type=int, metavar="N", help="Optimizer steps for each unit.  [default: 500]")
 @click.option(
     "--objective",
@@ -44,6 +65,14 @@ from mobe_gguf.names import ACTIVATIONS, PROJECTIONS
     metavar="FILE",
     help="File of llama-imatrix for the original model.",
 )
+@click.option(
+    "--for",
+    "for_both",
+    metavar="TYPE",
+    help="ggml type that the factors will be exported in, as q4_k: they are fitted so that rounding costs little.",
+)
+@click.option("--for-basis", metavar="TYPE", help="The same for the bases alone.  [default: that of --for]")
+@click.option("--for-transform", metavar="TYPE", help="The same for the A's alone.  [default: that of --for]")
 @click.option("--layers", metavar="LIST", help="MoE layers to factorize, as 0-3,7.  [default: all]")
 @click.option("--projections", metavar="LIST", help="Of gate,up.  [default: both]")
 @click.option(
@@ -63,6 +92,12 @@ def command(
     out: Path,
     layers: str | None,
     projections: str | None,
+    form: str | None,
+    activation: str | None,
+    mix: str | None,
+    for_both: str | None,
+    for_basis: str | None,
+    for_transform: str | None,
     device: str,
     resume: bool,
     dry_run: bool,
@@ -86,6 +121,7 @@ def command(
       mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --device cuda
       mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --resume        after a kill
       mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --imatrix imatrix.gguf
+      mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --imatrix imatrix.gguf --for q4_k
       mobe-gguf factorize model/ mobe/ --bases 48 --layers 4-47 --steps 1000
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage.
@@ -94,9 +130,14 @@ def command(
     from mobe_gguf.factorize import plan, report
     from mobe_gguf.progress import console
 
+    activation, mix = _form(form, activation, mix)
     options = plan.Options(
+        activation=activation,
+        mix=mix,
         layers=None if layers is None else plan.parse_layers(layers),
         projections=None if projections is None else _parse_projections(projections),
+        for_basis=_type("--for-basis", for_basis) or _type("--for", for_both),
+        for_transform=_type("--for-transform", for_transform) or _type("--for", for_both),
         **settings,
     )
     _check_device(device)
@@ -108,6 +149,8 @@ def command(
             "fewer --bases",
             **report.PLAIN,
         )
+    if not quiet:
+        report.print_types(job, console)
     if dry_run:
         if as_json:
             click.echo(json.dumps(report.plan_json(job), indent=2))
@@ -133,6 +176,25 @@ def _parse_projections(text: str) -> tuple[str, ...]:
         if name not in PROJECTIONS:
             raise UsageError(f"--projections: {name!r} is unknown; expected some of {','.join(PROJECTIONS)}")
     return tuple(p for p in PROJECTIONS if p in asked)
+
+
+def _form(form: str | None, activation: str | None, mix: str | None) -> tuple[str | None, str | None]:
+    """Activation and mix that ``--form`` stands for, None without it; UsageError if the other options contradict it."""
+    if form is None:
+        return activation, mix
+    for name, said, meant in zip(("activation", "mix"), (activation, mix), FORMS[form], strict=True):
+        if said not in (None, meant):
+            raise UsageError(
+                f"--form {form} means --{name} {meant}, but --{name} {said} is given; leave one out"
+            )
+    return FORMS[form]
+
+
+def _type(option: str, text: str | None) -> str | None:
+    """A ggml type's name as the recipe spells it."""
+    from mobe_gguf.export.recipe import parse_type
+
+    return text and parse_type(option, text)
 
 
 def _check_device(device: str) -> None:

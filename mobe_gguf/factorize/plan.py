@@ -13,7 +13,7 @@ import torch
 
 from mobe_gguf.checkpoint import PLAIN_FLOATS, Checkpoint
 from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.factorize.solver import Settings
+from mobe_gguf.factorize.solver import BLOCK_BYTES, Settings
 from mobe_gguf.names import PROJECTIONS
 
 #: Names of the types that factors can be stored in.
@@ -36,6 +36,9 @@ class JobSettings:
     imatrix: str | None
     layers: tuple[int, ...]
     projections: tuple[str, ...]
+    for_basis: str | None = None
+    for_transform: str | None = None
+    mix_terms: int | None = None
 
     def solver(self) -> Settings:
         return Settings(
@@ -47,6 +50,9 @@ class JobSettings:
             steps=self.steps,
             seed=self.seed,
             dtype=STORED[self.dtype],
+            basis_type=self.for_basis,
+            transform_type=self.for_transform,
+            mix_terms=self.mix_terms,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +85,9 @@ class Options:
     imatrix: str | None = None
     layers: tuple[int, ...] | None = None
     projections: tuple[str, ...] | None = None
+    for_basis: str | None = None
+    for_transform: str | None = None
+    mix_terms: int | None = None
 
     def replace(self, **changes: Any) -> Options:
         return replace(self, **changes)
@@ -109,7 +118,7 @@ def settle(options: Options, checkpoint: Checkpoint) -> JobSettings:
         mix="scalar",
         steps=500,
         seed=0,
-        dtype=source_dtype(checkpoint),
+        dtype="f32" if options.for_basis or options.for_transform else source_dtype(checkpoint),
         objective="mse" if options.imatrix is None else "activation",
         imatrix=None,
         layers=checkpoint.moe_layers,
@@ -226,8 +235,10 @@ def make_plan(
     after = n * p * r + m * r * d + mixing
     stored = settings.dtype.itemsize * (after - mixing) + 4 * mixing
     # W, B with its gradient, Adam's two moments and the best so far, A, and a block of experts (see solver._place).
-    block = min(512 << 20, 4 * n // g * (6 * r * d + 3 * p * r + 4 * r * r))
+    block = min(BLOCK_BYTES, 4 * n // g * (6 * r * d + 3 * p * r + 4 * r * r))
     memory = 4 * (n * p * d + 6 * m // g * r * d + n * p * r) + block
+    if settings.basis_type:  # values, rounded values, their encoding and a copy
+        memory += 4 * 3 * m // g * r * d
     return Plan(
         units=units,
         projected_before=units * n * p * d,
@@ -267,7 +278,7 @@ def resume_settings(old: JobSettings, options: Options) -> JobSettings:
             show = format_layers if name == "layers" else (",".join if name == "projections" else str)
             before, new = (show(x) if x is not None else "none" for x in (before, new))
             raise MobeError(
-                f"--{name} is {new} now, but the job to resume was started with {before}. Leave the option out to go "
+                f"--{name.replace('_', '-')} is {new} now, but the job to resume was started with {before}. Leave the option out to go "
                 "on, or choose another OUT to start anew."
             )
     return old

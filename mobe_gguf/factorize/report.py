@@ -49,7 +49,13 @@ def print_result(result: Result, console: Console) -> None:
     console.print(table)
     console.print(_parameters(result.settings, result.plan))
     console.print(f"{result.out}: {_bytes(result.plan.output_bytes)}. Next:", **PLAIN)
-    console.print(f"  mobe-gguf export {result.out} {result.out.name}.gguf --quant q4_k", **PLAIN)
+    command = f"  mobe-gguf export {result.out} {result.out.name}.gguf --quant q4_k"
+    for option, name in (
+        ("basis", result.settings.for_basis),
+        ("transform", result.settings.for_transform),
+    ):
+        command += f" --{option}-type {name}" if name else ""
+    console.print(command, **PLAIN)
 
 
 def plan_json(job: Job) -> dict[str, Any]:
@@ -69,11 +75,29 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def _settings_line(s: JobSettings) -> str:
+    terms = f" of at most {s.mix_terms} terms" if s.mix_terms else ""
     return (
         f"layers {format_layers(s.layers)}, {' and '.join(s.projections)}: {s.bases} bases of rank {s.rank}"
         + (f" in {s.groups} groups" if s.groups > 1 else "")
-        + f", {s.activation}, {s.mix} mix, {s.steps} steps, objective {s.objective}, stored as {s.dtype}, seed {s.seed}"
+        + f", {s.activation}, {s.mix} mix{terms}, {s.steps} steps, objective {s.objective}, stored as {s.dtype}, seed {s.seed}"
     )
+
+
+def print_types(job: Job, console: Console) -> None:
+    """The types that the factors are fitted for, if any, and where one does not fit the rows, what it becomes."""
+    s, d = job.settings, job.checkpoint.n_embd
+    solver = s.solver().resolved(d)
+    said = []
+    for factor, asked, got, row in (
+        ("bases", s.for_basis, solver.basis_type, d),
+        ("A", s.for_transform, solver.transform_type, s.rank),
+    ):
+        if asked:
+            said.append(
+                f"{factor} {got}" + (f" ({asked} does not fit rows of {row})" if got != asked else "")
+            )
+    if said:
+        console.print("fitted to be exported as: " + ", ".join(said), **PLAIN)
 
 
 def _parameters(s: JobSettings, plan: Plan) -> Table:

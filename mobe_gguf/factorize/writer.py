@@ -8,7 +8,6 @@ so memory does not grow with the model.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import struct
@@ -70,7 +69,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
     and makes files that only their owner may read.
     """
     # Widest elements first, as the library does it: readers want a tensor's data aligned to its type.
-    entries = sorted(entries, key=lambda e: -e.n_bytes // max(1, math.prod(e.shape)))
+    entries = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize if e.dtype in DTYPES else 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for e in entries:

@@ -213,7 +213,9 @@ def test_fp8_source(model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ours.read_bytes() == stock_f32(source, tmp_path / "stock.gguf", monkeypatch).read_bytes()
 
 
-def test_deepseek_v3_routes_by_sigmoid_even_if_its_config_does_not_say_so(model: Maker, tmp_path: Path) -> None:
+def test_deepseek_v3_routes_by_sigmoid_even_if_its_config_does_not_say_so(
+    model: Maker, tmp_path: Path
+) -> None:
     import json
     import shutil
 

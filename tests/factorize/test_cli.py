@@ -11,6 +11,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from mobe_gguf.cli import main
+from mobe_gguf.factorize.job import prepare
+from mobe_gguf.factorize.plan import Options
+from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 
 
 def call(*arguments: object) -> Result:
@@ -49,6 +53,49 @@ def test_json_and_quiet(model, tmp_path):
     report = json.loads(result.stdout)
     assert len(report["units"]) == 6 and all(0 < u["error"] < 1 for u in report["units"])
     assert report["settings"]["bases"] == 2 and report["plan"]["model_shed_share"] > 0
+
+
+def test_few_terms(model, tmp_path):
+    out = tmp_path / "out"
+    result = call(model("qwen3_moe"), out, "--steps", 5, "--bases", 4, "--layers", 1, "--mix-terms", 2, "-v")
+    assert result.exit_code == 0 and "scalar mix of at most 2 terms" in result.stderr
+    mix = MobeCheckpoint(out).layer(1).mix("up")
+    assert ((mix != 0).sum(1) == 2).all()
+    assert json.loads((out / "config.json").read_text())["mobe"]["settings"]["mix_terms"] == 2
+
+
+def test_forms(model, tmp_path):
+    out = tmp_path / "out"
+    result = call(
+        model("qwen3_moe"), out, "--steps", 3, "--bases", 4, "--layers", 1, "--form", "linear", "-v"
+    )
+    assert result.exit_code == 0 and "none, row mix" in result.stderr
+    checkpoint = MobeCheckpoint(out)
+    assert checkpoint.activation == "none" and checkpoint.layer(1).mix("gate").shape == (8, 4, 48)
+    settings = json.loads((out / "config.json").read_text())["mobe"]["settings"]
+    assert (settings["activation"], settings["mix"]) == ("none", "row")
+    gguf = tmp_path / "model.gguf"
+    exported = CliRunner().invoke(main, ["export", str(out), str(gguf), "--quant", "q8_0", "-q"])
+    assert exported.exit_code == 0, exported.stderr
+    assert read_gguf(gguf).tensors["blk.1.ffn_gate_basis.mix"].shape == (8, 4, 48)
+
+
+def test_a_form_that_is_contradicted(model, tmp_path):
+    message = refused(2, model("qwen3_moe"), tmp_path / "out", "--form", "linear", "--activation", "tanh")
+    assert "--form linear means --activation none, but --activation tanh is given" in message
+    plan = call(
+        model("qwen3_moe"), tmp_path / "out", "--form", "compact", "--mix", "scalar", "--dry-run", "--json"
+    )
+    assert json.loads(plan.stdout)["settings"]["activation"] == "tanh"
+
+
+def test_a_resumed_job_keeps_its_mix(model, tmp_path):
+    work = tmp_path / "out.work"
+    work.mkdir()
+    job = prepare(model("qwen3_moe"), tmp_path / "out", Options(mix="row"))
+    (work / "job.json").write_text(json.dumps(job.description()))
+    message = refused(1, model("qwen3_moe"), tmp_path / "out", "--resume", "--mix", "scalar")
+    assert "--mix is scalar now, but the job to resume was started with row" in message
 
 
 def test_factors_larger_than_the_experts_are_remarked_upon(model, tmp_path):

@@ -27,6 +27,7 @@ from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.writer import Entry, write_safetensors
 from mobe_gguf.mobe_checkpoint import MobeCheckpoint, reconstruct
 
+from .test_checkpoint import edit_config, edit_tensors, to_fp8
 from .test_imatrix import write as write_imatrix
 
 FAST = Options(steps=3)
@@ -101,6 +102,28 @@ def test_types_are_those_of_the_source(model, tmp_path):
         block = "model.layers.0.mlp."
         assert got.dtype(block + "B_gate") == got.dtype(block + "experts.0.up_proj.weight") == dtype
         assert got.dtype(block + "W_gate") == torch.float32
+
+
+def test_fp8_source(own_model, tmp_path):
+    """Gate and up become bf16 factors; down stays FP8 with its scales, byte for byte."""
+    source = own_model("deepseek_v3")
+
+    def quantize(tensors):
+        for name in [n for n in tensors if ".mlp.experts." in n]:
+            tensors[name], tensors[name + "_scale_inv"] = to_fp8(tensors[name], 32)
+
+    edit_tensors(source, quantize)
+    edit_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]})
+    result = factorize(source, tmp_path / "out", Options(bases=8, activation="none", steps=60))
+    before, got = Checkpoint(source), MobeCheckpoint(tmp_path / "out")
+    assert got.dtype("model.layers.1.mlp.experts.3.gate_proj.weight") == torch.bfloat16
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight_scale_inv" not in got
+    down = "model.layers.1.mlp.experts.3.down_proj.weight"
+    assert torch.equal(got.get(down).view(torch.uint8), before.get(down).view(torch.uint8))
+    assert torch.equal(got.get(down + "_scale_inv"), before.get(down + "_scale_inv"))
+    w = before.expert_stack(2, "up")
+    assert (w - reconstruct(got.layer(2), "up")).square().sum() < 1e-3 * w.square().sum()
+    assert result.plan.model_before == sum(before.info(n).numel for n in before.names if "scale_inv" not in n)
 
 
 def test_the_model_still_loads_in_transformers_when_multiplied_out(model, tmp_path):

@@ -155,8 +155,8 @@ def test_progress_and_plateau():
 def test_divergence_is_retried_with_a_smaller_step_then_reported(monkeypatch):
     rates = []
 
-    def diverge(problem, basis, mix, rate, steps, report):
-        rates.append(rate)
+    def diverge(problem, basis, mix, settings, report):
+        rates.append(settings.rate)
         raise SingularError("the loss is not finite")
 
     monkeypatch.setattr(solver, "_descend", diverge)
@@ -175,6 +175,8 @@ def test_divergence_is_retried_with_a_smaller_step_then_reported(monkeypatch):
         (Settings(0, 8), "at least 1"),
         (Settings(3, 8, steps=0), "at least 1"),
         (Settings(3, 8, activation="relu"), "'relu' is unknown; known: none, silu, tanh"),
+        (Settings(4, 8, n_group=2, mix_terms=3), "--mix-terms 3: an expert has 2 bases.*1 to 2"),
+        (Settings(4, 8, mix_terms=0), "--mix-terms 0"),
         (Settings(3, 8, mix="column"), "'column' is unknown; known: scalar, row"),
     ],
 )
@@ -186,3 +188,27 @@ def test_settings_that_do_not_fit(settings, message):
 def test_equal_weights_are_refused():
     with pytest.raises(MobeError, match="experts: all weights are the same"):
         fit(torch.zeros(4, 6, 8), Settings(2, 4))
+
+
+@pytest.mark.parametrize("mix", ["scalar", "row"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_few_terms_are_exact_zeros_and_chosen_well(mix, groups):
+    """Experts made of two bases each, out of four: two terms lose little, and more than one is lost with one."""
+    w = shared_structure(n=24, m=4, noise=0.05)
+    full, two, one = (fit(w, Settings(4, 24, groups, mix=mix, steps=80, mix_terms=s)) for s in (None, 2, 1))
+    for f, terms in ((full, 4 // groups), (two, 2), (one, 1)):
+        used = (f.mix != 0) if mix == "scalar" else (f.mix != 0).any(-1)
+        assert (used.sum(1) == terms).all()
+    assert full.error <= two.error * 1.02 < one.error * 1.02
+    settings = Settings(4, 24, groups, mix=mix)
+    error = (w - reconstruct(one, settings)).square().sum() / w.square().sum()
+    assert one.error == pytest.approx(float(error), rel=1e-4)
+
+
+def test_the_terms_kept_are_those_of_the_largest_products():
+    basis = torch.tensor([1.0, 10.0, 0.1])[:, None, None].expand(3, 2, 5)
+    mix = torch.tensor([[1.0, -0.5, 3.0], [6.0, 0.5, 3.0]])
+    assert solver._strongest(mix, basis, 1).tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert solver._strongest(mix, basis, 2).tolist() == [[1, 1, 0], [1, 1, 0]]
+    by_rows = torch.stack([mix, torch.tensor([[0.0, 0.0, 200.0], [0.0, 0.0, 0.0]])], -1)
+    assert solver._strongest(by_rows, basis, 1)[..., 0].tolist() == [[0, 0, 1], [1, 0, 0]]
