@@ -30,6 +30,7 @@ TOOLS = (
     "llama-quantize",
     "llama-imatrix",
     "llama-gguf-split",
+    "ggml-rpc-server",
 )
 
 #: llama.cpp's own operator tests: built on request (``Options.test_tools``), not put on the PATH.
@@ -81,7 +82,8 @@ def definitions(options: Options) -> dict[str, str]:
         "GGML_BACKEND_DL": "ON" if options.portable else "OFF",
         "GGML_CPU_ALL_VARIANTS": "ON" if options.portable else "OFF",
         "GGML_CUDA": "ON" if options.cuda else "OFF",
-        "GGML_RPC": "OFF",
+        "GGML_RPC": "ON",
+        "GGML_RPC_RDMA": "OFF",
         "LLAMA_OPENSSL": "OFF",
         "LLAMA_BUILD_APP": "OFF",
         "LLAMA_BUILD_EXAMPLES": "OFF",

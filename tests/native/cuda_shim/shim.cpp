@@ -1,0 +1,155 @@
+// Fibers and warp instructions of common.cuh, and the door for the test.
+
+#include "mobe-cuda-plain.cuh"
+
+#include <ucontext.h>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+alignas(16) char shim_shared[48*1024];
+
+static const size_t STACK = 256*1024;
+
+struct meeting {
+    int expected = 0, arrived = 0, round = 0;
+};
+struct warp_memory {
+    meeting  all;
+    float    value[32];
+    bool     predicate[32];
+    half2    a[32][4];
+    uint2    b[32];
+};
+
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<char> running;
+static meeting block;
+static std::vector<warp_memory> warps;
+static const std::function<void()> * work;
+static int current;
+
+static void meet(meeting & m) {
+    const int round = m.round;
+    if (++m.arrived == m.expected) {
+        m.arrived = 0;
+        m.round++;
+    }
+    while (m.round == round) {
+        swapcontext(&fibers[current], &scheduler);
+    }
+}
+
+static void enter() {
+    (*work)();
+    running[current] = false;
+    swapcontext(&fibers[current], &scheduler);
+}
+
+void shim_launch(dim3 grid, int threads, const std::function<void()> & kernel) {
+    static std::vector<char> stacks;
+    stacks.resize(threads*STACK);
+    work = &kernel;
+    gridDim  = grid;
+    blockDim = dim3(threads);
+    for (unsigned y = 0; y < grid.y; y++) {
+        for (unsigned x = 0; x < grid.x; x++) {
+            memset(shim_shared, 0xff, sizeof(shim_shared)); // NaNs: nothing may rely on what lies there
+            blockIdx = dim3(x, y);
+            fibers.assign(threads, ucontext_t());
+            running.assign(threads, true);
+            warps.assign(threads/32, warp_memory());
+            block = meeting{ threads };
+            for (warp_memory & w : warps) {
+                w.all.expected = 32;
+            }
+            for (int i = 0; i < threads; i++) {
+                getcontext(&fibers[i]);
+                fibers[i].uc_stack.ss_sp   = stacks.data() + i*STACK;
+                fibers[i].uc_stack.ss_size = STACK;
+                makecontext(&fibers[i], enter, 0);
+            }
+            for (int left = threads; left > 0;) {
+                left = 0;
+                for (current = 0; current < threads; current++) {
+                    if (running[current]) {
+                        threadIdx = dim3(current, 0, 0);
+                        swapcontext(&scheduler, &fibers[current]);
+                        left += running[current];
+                    }
+                }
+            }
+        }
+    }
+}
+
+void __syncthreads() { meet(block); }
+void __syncwarp()    { meet(warps[current/32].all); }
+
+float __shfl_xor_sync(uint32_t, float v, int offset) {
+    warp_memory & w = warps[current/32];
+    w.value[current%32] = v;
+    __syncwarp();
+    const float got = w.value[(current%32) ^ offset];
+    __syncwarp();
+    return got;
+}
+
+uint32_t __ballot_sync(uint32_t, bool predicate) {
+    warp_memory & w = warps[current/32];
+    w.predicate[current%32] = predicate;
+    __syncwarp();
+    uint32_t mask = 0;
+    for (int i = 0; i < 32; i++) {
+        mask |= (uint32_t) w.predicate[i] << i;
+    }
+    __syncwarp();
+    return mask;
+}
+
+void shim_mma(float * d, const half2 * a, uint2 b) {
+    warp_memory & w = warps[current/32];
+    const int lane = current%32;
+    std::copy(a, a + 4, w.a[lane]);
+    w.b[lane] = b;
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        const int row = lane/4 + i/2*8;
+        const int col = lane%4*2 + i%2;
+        for (int k = 0; k < 16; k++) {
+            const half2    pa = w.a[row%8*4 + k%8/2][row/8 + k/8*2];
+            const uint2    ub = w.b[col*4 + k%8/2];
+            const uint32_t wb = k < 8 ? ub.x : ub.y;
+            half2 pb;
+            memcpy(&pb, &wb, sizeof(pb));
+            d[i] += k%2 ? __high2float(pa)*__high2float(pb) : __low2float(pa)*__low2float(pb);
+        }
+    }
+    __syncwarp();
+}
+
+// kernel: 0 plain, 1 and 4 decode with NT tiles of 8 uses, 5 form (out: f16). Returns whether the type is known.
+extern "C" int mobe_shim(int kernel, int type, const char * basis, int64_t row_bytes, const float * mix, const float * x,
+        int64_t x_slot, int64_t x_token, const int32_t * ids, int64_t ids_token, void * out,
+        int d, int r, int m, int m_group, int n, int k, int n_use, int row_mix, int activation, int n_sm) {
+    mobe_args a = {};
+    a.basis = basis; a.row_bytes = row_bytes; a.mix = mix; a.x = x; a.x_slot = x_slot; a.x_token = x_token;
+    a.ids = ids; a.ids_token = ids_token; a.z = (float *) out; a.formed = (half *) out;
+    a.d = d; a.r = r; a.m = m; a.m_group = m_group; a.n = n; a.per_group = n/(m/m_group); a.k = k; a.n_use = n_use;
+    a.row_mix = row_mix; a.activation = (ggml_mobe_activation) activation;
+    if (kernel == 0) {
+        mobe_launch_plain((ggml_type) type, a, nullptr);
+        return 1;
+    }
+    switch (type) {
+#define SHIM_TYPE(TYPE) case TYPE:                                                             \
+        switch (kernel) {                                                                      \
+            case 1: mobe_combine_launch<TYPE, 1, false>(a, n_sm, nullptr); return 1;           \
+            case 4: mobe_combine_launch<TYPE, 4, false>(a, n_sm, nullptr); return 1;           \
+            case 5: mobe_combine_launch<TYPE, 4, true> (a, n_sm, nullptr); return 1;           \
+        }                                                                                      \
+        return 0;
+        MOBE_FOR_TYPES(SHIM_TYPE)
+    }
+    return 0;
+}
