@@ -123,7 +123,8 @@ def read_model(path: str | os.PathLike[str]) -> GgufFile:
     name = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.path.name)
     if name is None or int(name[2]) != count or first.keys.get("split.no") != 0:
         raise MobeError(
-            f"{first.path}: it is one of {count} files of a split model; name the first, *-00001-of-{count:05d}.gguf"
+            f"{first.path}: it is one of {count} files of a split model; name the first part, as "
+            f"*-00001-of-{count:05d}.gguf, or join them: llama-gguf-split --merge"
         )
     files = [first]
     for i in range(2, count + 1):

@@ -11,8 +11,8 @@ MOBE_VERSION = 1
 #: f in ``A . f(sum_j alpha_j B_j)``; the position is the number the C operator uses.
 ACTIVATIONS = ("none", "silu", "tanh")
 
-#: Projections that are factorized, with their Hugging Face suffix.
-PROJECTIONS = {"gate": "gate_proj", "up": "up_proj"}
+#: Projections that are factorized; ``families`` knows their names in a checkpoint.
+PROJECTIONS = ("gate", "up")
 
 
 def key_version(arch: str) -> str:
