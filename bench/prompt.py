@@ -1,0 +1,27 @@
+"""Prompt processing of a factorized model against the uncompressed one in the same quantization.
+
+    python bench/prompt.py [--shapes qwen3-30b,...] [--quants q4_k,...] [--batches 16,64,512] [--threads 1,all]
+
+As decode.py, with batches of a prompt's size.  A prompt forms each expert's matrix once for all of its tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import decode
+
+from mobe_gguf.errors import MobeError
+
+
+def main() -> None:
+    options = decode.arguments(__doc__, batches="16,64,512").parse_args()
+    batches = [int(batch) for batch in options.batches.split(",")]
+    decode.measure(options, batches, {16: 64, 64: 128, 512: 512}, "prompt")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MobeError as e:
+        sys.exit(f"Error: {e.message}")
