@@ -14,6 +14,7 @@ COMMANDS = {
     "factorize": "Turn a MoE checkpoint into MoBE factors.",
     "export": "Write a MoBE checkpoint as one GGUF file.",
     "inspect": "Show what a model directory or GGUF file holds.",
+    "verify": "Check that a GGUF file is whole: structure, shapes, finite values.",
     "eval": "Compare GGUF files with the original: KL divergence, perplexity, size.",
     "demo": "Run the whole path on the tiny model that ships with the project.",
 }

@@ -41,6 +41,7 @@ _DECLARATIONS = """
     void         ggml_quantize_init(int type);
     size_t       ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows,
                                      int64_t n_per_row, const float * imatrix);
+    _Bool        ggml_validate_row_data(int type, const void * data, size_t nbytes);
 """
 
 #: Largest float16: block scales are stored so.
@@ -203,6 +204,22 @@ def dequantize(data: np.ndarray, type: str, n: int, *, threads: int | None = Non
 
     _in_parallel(decode, len(rows), n, threads)
     return out.reshape(*data.shape[:-1], n)
+
+
+def is_valid(data: np.ndarray, type: str) -> bool:
+    """Whether uint8 ``data``, whole blocks of ``type``, decode to finite values only.
+
+    The library itself says on stderr what it found.
+    """
+    ffi, lib, _ = _load()
+    info = type_info(type)
+    _check_array(data, np.uint8, "data")
+    if data.size % info.bytes:
+        raise MobeError(
+            f"type {info.name} has blocks of {info.bytes} bytes, and {data.size} are not whole ones"
+        )
+    data = np.ascontiguousarray(data)
+    return bool(lib.ggml_validate_row_data(info.id, ffi.from_buffer(data), data.nbytes))
 
 
 def _in_parallel(work: Callable[[int, int], None], rows: int, n: int, threads: int | None) -> None:

@@ -1,0 +1,48 @@
+"""``mobe-gguf verify``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--sums",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Compare with these checksums: a file as `sha256sum *.gguf` prints it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
+    """Check that a GGUF file is whole: structure, shapes, finite values.
+
+    FILE is any GGUF file, or the first one of a split model (all its files are checked then). Everything that is
+    wrong is named, with the tensor and the reason; the exit code is 1 then.
+    """
+    from mobe_gguf.verify import read_sums, verify
+
+    verdict = verify(file, sums=None if sums is None else read_sums(sums), quiet=quiet)
+    if as_json:
+        found = {
+            "path": str(file),
+            "whole": not verdict.problems,
+            "files": [str(f) for f in verdict.files],
+            "tensors": verdict.n_tensors,
+            "bytes": verdict.n_bytes,
+            "problems": [{"where": where, "problem": problem} for where, problem in verdict.problems],
+            "sha256": verdict.sums,
+        }
+        click.echo(json.dumps(found, indent=2))
+    elif not verdict.problems:
+        count = f"{len(verdict.files)} files, " if len(verdict.files) > 1 else ""
+        sizes = f"{count}{verdict.n_tensors} tensors, {verdict.n_bytes / 1e6:,.2f} MB"
+        click.echo(f"{file}: whole: {sizes}{', checksums as expected' if sums else ''}")
+    if verdict.problems and not as_json:
+        for where, problem in verdict.problems:
+            click.echo(f"{where}: {problem}" if where != str(file) else f"{file}: {problem}", err=True)
+    sys.exit(1 if verdict.problems else 0)

@@ -1,0 +1,130 @@
+"""The tests of llama.cpp and of llama-cpp-python themselves, on the patched build.
+
+    python tests/peers/run.py [--jobs N] [-R REGEX]
+
+All that need neither network nor git: compiled in the runtime's own build tree, run by CTest and pytest.  Exit code 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mobe_gguf.errors import MobeError
+from mobe_gguf.runtime import build, source
+from mobe_gguf.runtime import compile as compiling
+from mobe_gguf.runtime.install import Environment
+
+HERE = Path(__file__).resolve().parent
+
+#: Tests that cannot run here, and why.
+LEFT_OUT = {
+    "test-download-model": "downloads a model",
+    "test-tokenizers-ggml-vocabs": "clones a repository of vocabularies",
+    "test-quantize-perf": "measures, tests nothing",
+}
+
+
+def ctest(tree: Path, env: dict[str, str], *arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(["ctest", *arguments], cwd=tree, env=env, text=True, **options)
+
+
+def targets_and_tests(tree: Path, env: dict[str, str]) -> tuple[list[str], list[str], list[str]]:
+    """Programs to build, tests to run, and ``name: reason`` of those left out."""
+    listed = ctest(tree, env, "--show-only=json-v1", check=True, capture_output=True)
+    known = ninja_targets(tree, env)
+    targets, tests, left = set(), [], []
+    for test in json.loads(listed.stdout)["tests"]:
+        properties = {p["name"]: p["value"] for p in test["properties"]}
+        needs = properties.get("FIXTURES_REQUIRED", [])
+        reason = LEFT_OUT.get(test["name"])
+        if "model" in properties.get("LABELS", []) or "test-download-model" in needs:
+            reason = "downloads a model"
+        if reason:
+            left.append(f"{test['name']}: {reason}")
+            continue
+        tests.append(test["name"])
+        words = {test["name"], *(Path(word).name for word in test.get("command", []))}
+        # test-tokenizer-0-falcon is test-tokenizer-0 with a vocabulary
+        words |= {"-".join(test["name"].split("-")[:length]) for length in (2, 3)}
+        targets |= words & known
+    return sorted(targets), tests, left
+
+
+def ninja_targets(tree: Path, env: dict[str, str]) -> set[str]:
+    listed = subprocess.run(
+        ["ninja", "-C", str(tree), "-t", "targets", "all"],
+        env=env,
+        text=True,
+        check=True,
+        capture_output=True,
+    )
+    return {line.split(":")[0] for line in listed.stdout.splitlines()}
+
+
+def peers_of_llama_cpp(jobs: int, pattern: str | None) -> int:
+    """Compile and run CTest's tests; its exit code."""
+    recipe = build.Recipe.patched(build.inherited(Environment.active(), test_tools=True))
+    build.build(recipe, jobs=jobs)
+    env = compiling.environment()
+    tree = source.cache_dir() / recipe.variant() / "build"
+    targets, tests, left = targets_and_tests(tree, env)
+    log = tree.parent / "peers.log"
+    with build._locked(source.cache_dir()) as lock:
+        compiling.compile_targets(tree, targets, jobs, env, log, lock)
+        # CTest reads the command lines of programs that did not exist when it was first asked
+        chosen = "^(" + "|".join(tests) + ")$" if pattern is None else pattern
+        code = ctest(
+            tree, env, "--output-on-failure", "--timeout", "900", f"-j{jobs}", "-R", chosen
+        ).returncode
+    for line in left:
+        print(f"left out: {line}")
+    return code
+
+
+def peers_of_the_package() -> int:
+    """Run llama-cpp-python's tests against the installed package; pytest's exit code."""
+    recipe = build.Recipe.patched(build.inherited(Environment.active(), test_tools=True))
+    tree = source.cache_dir() / recipe.variant() / "src"
+    # from the source tree, where relative paths lead to the vocabularies, but not with its llama_cpp, which has no libraries
+    # (which `python -m pytest` would put first on the path)
+    pytest = str(Path(sys.executable).with_name("pytest"))
+    command = [
+        pytest,
+        "-q",
+        "-rs",
+        "-p",
+        "offline",
+        "--import-mode=importlib",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tree),
+        "tests",
+    ]
+    env = os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=tree, env=env).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", "-j", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("-R", dest="pattern", help="only llama.cpp's tests of these names")
+    options = parser.parse_args()
+    code = peers_of_llama_cpp(options.jobs, options.pattern)
+    if options.pattern is None:
+        code = peers_of_the_package() or code
+    return 1 if code else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MobeError as e:
+        sys.exit(f"Error: {e.message}")
