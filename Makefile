@@ -3,6 +3,9 @@
 #   make demo     the whole path on the tiny model, from build to generated text
 #   make test     the tests
 #   make build    the llama.cpp runtime only
+#   make peers    llama.cpp's and llama-cpp-python's own tests, on the patched build
+#   make sanitize  the operator under ThreadSanitizer and AddressSanitizer
+#   make fuzz     thousands of damaged files through the loader, built with AddressSanitizer
 #   make lint     ruff
 #   make clean    remove what these made; the downloads and objects in ~/.cache/mobe-gguf stay
 
@@ -11,7 +14,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test build lint format clean
+.PHONY: demo test peers sanitize fuzz build lint format clean
 
 demo: build
 	$(BIN)/mobe-gguf demo
@@ -20,6 +23,18 @@ demo: build
 test: $(READY)
 	$(BIN)/mobe-gguf build --test-tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# compiles some forty test programs in the runtime's build tree; scipy is for llama-cpp-python's tests
+peers: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt 'scipy>=1.11,<2'
+	$(BIN)/python tests/peers/run.py
+
+# a program of its own, from the kernel and two files of ggml: nothing else of llama.cpp is compiled again
+sanitize: build
+	PYTHONPATH=tests $(BIN)/python -m native.standalone.build --sanitize
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py
 
 # has nothing to do, and says so, while patches, kernels and options are those of the installed runtime
 build: $(READY)

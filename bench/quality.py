@@ -1,9 +1,10 @@
-"""The frontier of plain files: one model in the types of llama-quantize, each with an importance matrix, against the original.
+"""Quality at equal bytes: MoBE files of one model against llama-quantize's, each with an importance matrix, in one table.
 
-    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--also FILE.gguf]... [--plot FILE.png]
+    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,mobe] [--also FILE.gguf]... [--plot FILE.png]
 
-What a MoBE file has to be measured against is the plain file of its size.  ``--also`` puts other files of the same
-vocabulary, as MoBE ones, into the same run and the same table.
+What a MoBE file has to be measured against is the plain file of its size: llama-quantize's own mixtures, and one of them with
+fewer bits for gate and up alone (``MIXED``), which is what a careful user would try first.  With ``--out`` everything made is
+kept, and a second run goes on with what is there.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from mobe_gguf import evaluate, resources
+from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.evaluate import plot, report, tool
 from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.factorize import job as jobs
+from mobe_gguf.factorize.moments import collect
+from mobe_gguf.factorize.plan import Options, default_bases
 from mobe_gguf.progress import bar
+from mobe_gguf.wab import WabFiles, wab_name
 
 #: iq2_s is left out: of a small MoE, llama-quantize makes the same file of it as of iq2_xs.
-TYPES = (
+PLAIN = (
     "q8_0",
     "q6_k",
     "q5_k_m",
@@ -40,26 +48,141 @@ TYPES = (
     "iq2_xxs",
 )
 
+#: Types of gate and up in a file that is REST everywhere else.
+MIXED = ("iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
+REST = "iq4_xs"
+
 #: Of the reference: the shipped model is trained in bf16 (float16 would round its smallest weights).
 REFERENCE = "bf16"
 
 
-def make(model: Path, out: Path, calibration: Path, threads: int) -> tuple[Path, list[Path]]:
-    """Reference, importance matrix and one file for each of TYPES in ``out``: reference and files, largest first."""
+@dataclass(frozen=True)
+class Variant:
+    """A MoBE file: ``by`` is what the error is weighed with (``moments``, ``imatrix``, nothing), or ``published``.
+
+    ``bases``, ``rank``: None is factorize's default.  ``basis``, ``transform``: types that A and B are fitted for and exported
+    in, None if rounded as they are, in those of ``quant``.
+    """
+
+    name: str
+    by: str
+    quant: str
+    basis: str | None = None
+    transform: str | None = None
+    bases: int | None = None
+    rank: int | None = None
+    projections: tuple[str, ...] = ("gate", "up")
+
+    def options(self, imatrix: Path, moments: Path, steps: int) -> Options:
+        return Options(
+            bases=self.bases,
+            rank=self.rank,
+            steps=steps,
+            projections=self.projections,
+            for_basis=self.basis,
+            for_transform=self.transform,
+            imatrix=str(imatrix) if self.by == "imatrix" else None,
+            moments=str(moments) if self.by == "moments" else None,
+        )
+
+
+def variants(n: int, p: int) -> tuple[Variant, ...]:
+    """For n experts with p rows.  The last four differ in how they are fitted only, the others in size."""
+    q4 = ("q4_k_m", "q4_k", "q4_k")
+    q3 = (REST, "q3_k", "iq4_nl")
+    quarter = default_bases(n, 1)
+    return (
+        Variant(f"m{2 * quarter}-q3_k", "moments", *q3, bases=2 * quarter),
+        Variant(f"m{quarter}-q3_k", "moments", *q3),
+        Variant(f"m{quarter * 2 // 3}-q3_k", "moments", *q3, bases=quarter * 2 // 3),
+        Variant(
+            f"m{quarter * 4 // 3}-r{p * 2 // 3}-q3_k", "moments", *q3, bases=quarter * 4 // 3, rank=p * 2 // 3
+        ),
+        Variant(
+            f"down-m{2 * quarter}-q3_k", "moments", *q3, bases=2 * quarter, projections=("gate", "up", "down")
+        ),
+        Variant(f"down-m{quarter}-q3_k", "moments", *q3, projections=("gate", "up", "down")),
+        Variant("ours-plain-q4_k", "", "q4_k_m"),
+        Variant("ours-imatrix-q4_k", "imatrix", *q4),
+        Variant("ours-moments-q4_k", "moments", *q4),
+        Variant("published-q4_k", "published", "q4_k_m"),
+    )
+
+
+def make_plain(
+    model: Path, out: Path, calibration: Path, threads: int, types: bool
+) -> tuple[Path, Path, list[Path]]:
+    """Reference, importance matrix, and one file for each of PLAIN and MIXED in ``out``."""
     reference = out / f"{model.name}-{REFERENCE}.gguf"
-    export(model, reference, Recipe(parse_quant(REFERENCE)), allow_dense=True, quiet=True)
+    if not reference.is_file():
+        export(model, reference, Recipe(parse_quant(REFERENCE)), allow_dense=True, quiet=True)
     imatrix = out / f"{model.name}-imatrix.gguf"
-    where = ("-m", str(reference), "-f", str(calibration), "-o", str(imatrix))
-    tool.run("llama-imatrix", *where, "-t", str(threads))
+    if not imatrix.is_file():
+        where = ("-m", str(reference), "-f", str(calibration), "-o", str(imatrix))
+        tool.run("llama-imatrix", *where, "-t", str(threads))
+    wanted = {f"plain-{name}": (name, ()) for name in PLAIN}
+    for name in MIXED:
+        wanted[f"plain-{REST}-{name}"] = (REST, ("--tensor-type", f"ffn_(gate|up)_exps={name}"))
     files = []
-    with bar("llama-quantize", len(TYPES)) as progress:
-        for name in TYPES:
-            progress.update(name)
-            files.append(out / f"{model.name}-{name}.gguf")
-            paths = ("--imatrix", str(imatrix), str(reference), str(files[-1]))
-            tool.run("llama-quantize", *paths, name, str(threads))
+    with bar("llama-quantize", len(wanted)) as progress:
+        for stem, (name, more) in wanted.items() if types else ():
+            progress.update(stem)
+            files.append(out / f"{stem}.gguf")
+            if not files[-1].is_file():
+                paths = ("--imatrix", str(imatrix), *more, str(reference), str(files[-1]))
+                tool.run("llama-quantize", *paths, name, str(threads))
             progress.advance(1, f"{files[-1].name}: {files[-1].stat().st_size / 1e6:.2f} MB")
-    return reference, sorted(files, key=lambda file: -file.stat().st_size)
+    return reference, imatrix, files
+
+
+def make_mobe(
+    model: Path, out: Path, calibration: Path, imatrix: Path, steps: int, published_steps: int, threads: int
+) -> list[Path]:
+    """A file for each of the variants in ``out``."""
+    torch.set_num_threads(threads)
+    checkpoint = Checkpoint(model)
+    todo = variants(checkpoint.n_expert, checkpoint.n_ff_exp)
+    moments = out / f"{model.name}-moments.safetensors"
+    if not moments.is_file():
+        collect(model, calibration, moments)
+    files = []
+    with bar("MoBE", len(todo)) as progress:
+        for variant in todo:
+            progress.update(variant.name)
+            file, factors = out / f"mobe-{variant.name}.gguf", out / f"factors-{variant.name}"
+            files.append(file)
+            recipe = Recipe(
+                parse_quant(variant.quant),
+                basis=variant.basis,
+                transform=variant.transform,
+                imatrix=(str(imatrix),),
+            )
+            if not file.is_file() and variant.by == "published":
+                train_published(checkpoint, factors, published_steps)
+                export(model, file, recipe, wab=WabFiles((factors,), "silu"), quiet=True)
+            elif not file.is_file():
+                if not factors.is_dir():
+                    job = jobs.prepare(model, factors, variant.options(imatrix, moments, steps), resume=True)
+                    jobs.run(job, quiet=True)
+                export(factors, file, recipe, quiet=True)
+            progress.advance(1, f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
+    return files
+
+
+def train_published(checkpoint: Checkpoint, out: Path, steps: int) -> None:
+    """Gate and up of all layers by the published algorithm, saved as its authors' training does."""
+    from factorize import published
+
+    out.mkdir(exist_ok=True)
+    m = default_bases(checkpoint.n_expert, 1)
+    for layer in checkpoint.moe_layers:
+        for projection in ("gate", "up"):
+            path = out / wab_name(layer, projection)
+            if not path.is_file():
+                w, best = checkpoint.expert_stack(layer, projection), []
+                for _ in published(w, m, min(w.shape[1:]), steps, keep=best):
+                    pass
+                torch.save(dict(zip(("A_params", "B_params", "w_params"), best, strict=True)), path)
 
 
 def main() -> None:
@@ -71,7 +194,10 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=models / "calibration.txt")
     parser.add_argument("--text", type=Path, default=models / "heldout.txt")
     parser.add_argument("--out", type=Path, help="keep the files here  [default: a temporary directory]")
+    parser.add_argument("--only", default="plain,mobe", help="files to make, of plain,mobe  [default: both]")
     parser.add_argument("--also", type=Path, action="append", default=[], help="another GGUF file to compare")
+    parser.add_argument("--steps", type=int, default=500, help="of our solver  [default: 500]")
+    parser.add_argument("--published-steps", type=int, default=1000, help="[default: 1000]")
     parser.add_argument("--chunks", type=int, help="of 512 tokens  [default: all of the text]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path)
@@ -81,9 +207,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-quality-") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        reference, files = make(options.model, out, options.calibration, options.threads)
+        plain, mobe = (name in options.only.split(",") for name in ("plain", "mobe"))
+        made = make_plain(options.model, out, options.calibration, options.threads, plain)
+        reference, imatrix, files = made
+        if mobe:
+            steps = options.steps, options.published_steps
+            files += make_mobe(options.model, out, options.calibration, imatrix, *steps, options.threads)
         settings = evaluate.Settings(chunks=options.chunks, threads=options.threads)
-        rows = evaluate.compare(reference, [*files, *options.also], options.text, settings)
+        files = sorted([*files, *options.also], key=lambda file: -file.stat().st_size)
+        rows = evaluate.compare(reference, files, options.text, settings)
         console = Console(highlight=False, width=100)
         console.print(report.table(evaluate.facts_of(reference), rows, options.text, settings))
         if options.plot is not None:

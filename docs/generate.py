@@ -91,7 +91,8 @@ def names_table() -> str:
     activations = ", ".join(f"`{name}`" for name in names.ACTIVATIONS)
     lines += [
         "",
-        f"Version {names.MOBE_VERSION}. P: {' or '.join(names.PROJECTIONS)}. Activations: {activations}.",
+        f"Version {names.MOBE_VERSION}: P is {' or '.join(names.PROJECTIONS)}. Version {names.MOBE_VERSION_DOWN}: or down. "
+        f"Activations: {activations}.",
     ]
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from mobe_gguf.errors import MobeError
 from mobe_gguf.families import family_of
+from mobe_gguf.names import ALL_PROJECTIONS
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -78,7 +79,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         _check_is_model_directory(self.path)
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         self.family = family_of(self.config)
         self._tensors = self._read_headers()
         self._open: dict[str, Any] = {}
@@ -186,7 +187,7 @@ class Checkpoint:
     def is_mobe(self) -> bool:
         """True if the directory holds MoBE factors instead of (all) original experts."""
         return self.config.get("num_B") is not None or any(
-            ".B_gate" in n or ".B_up" in n for n in self._tensors
+            f".B_{projection}" in n for n in self._tensors for projection in ALL_PROJECTIONS
         )
 
     @cached_property
@@ -258,7 +259,7 @@ class Checkpoint:
             self.expect_shape(name, shape, "from config.json")
             w = self.get(name)
             scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
-        return self._to_float(name, w, scale)
+        return self.to_float(name, w, scale)
 
     def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
         """All routed experts' matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down).
@@ -269,6 +270,11 @@ class Checkpoint:
         for e in range(self.n_expert):
             stack[e] = self.expert(layer, projection, e)
         return stack
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """Any weight as float32, FP8 dequantized, checked to be finite."""
+        scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
+        return self.to_float(name, self.get(name), scale)
 
     def _fused_expert(
         self, layer: int, projection: str, index: int, shape: tuple[int, int]
@@ -283,7 +289,8 @@ class Checkpoint:
         )
         return name, w, scale
 
-    def _to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""
         if w.dtype == torch.float8_e4m3fn:
             if scale is None:
                 raise MobeError(f"{self.path}: tensor {name} is FP8 but {_scale_name(name)} is missing")
@@ -306,6 +313,19 @@ class Checkpoint:
         quantization = self.config.get("quantization_config") or {}
         rows, columns = quantization.get("weight_block_size") or (128, 128)
         return int(rows), int(columns)
+
+    @cached_property
+    def n_params(self) -> int:
+        """Parameters of the whole model; multi-token-prediction layers count as they are stored."""
+        return sum(info.numel for name, info in self._tensors.items() if not name.endswith("_scale_inv"))
+
+    def kept_bytes(self, units: list[tuple[int, str]]) -> int:
+        """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
+        kept = sum(info.n_bytes for info in self._tensors.values())
+        for layer, projection in units:
+            halves = 2 if projection != "down" and self.is_fused(layer, projection) else 1
+            kept -= sum(self.info(name).n_bytes for name in self.expert_sources(layer, projection)) // halves
+        return kept
 
     @cached_property
     def checksum(self) -> str:
@@ -389,7 +409,8 @@ def _scale_name(name: str) -> str:
     return name + "_scale_inv"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; MobeError names the file if it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -403,7 +424,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     """``weight_map`` of an index: tensor -> shard, each a plain file name inside the directory."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MobeError(f"{path}: no 'weight_map' with tensor names and files")
     for name, shard in weight_map.items():

@@ -95,7 +95,8 @@ class Family:
         return self.block.format(layer=layer)
 
     def expert_weight(self, layer: int, expert: int, projection: str) -> str:
-        """One expert's matrix: W ``[p, d]`` in an original model, A ``[p, r]`` in a MoBE checkpoint."""
+        """One expert's matrix: W ``[p, d]`` in an original model, A ``[p, r]`` in a MoBE checkpoint (of down ``[d, p]`` and
+        ``[r, p]``)."""
         return f"{self.block_name(layer)}.experts.{expert}.{self.projections[projection]}.weight"
 
     def fused_weight(self, layer: int, projection: str) -> str:
@@ -106,11 +107,11 @@ class Family:
         return f"model.layers.{layer}.mlp.experts.{stem}"
 
     def basis(self, layer: int, projection: str, group: int | None = None) -> str:
-        """B in a MoBE checkpoint: ``[m, r, d]``, or ``[m/g, r, d]`` of one group."""
+        """B in a MoBE checkpoint: ``[m, r, d]``, or ``[m/g, r, d]`` of one group (of down ``[m, d, r]``)."""
         return f"{self.block_name(layer)}.B_{projection}" + ("" if group is None else f"_{group}")
 
     def mix(self, layer: int, projection: str, group: int | None = None) -> str:
-        """alpha in a MoBE checkpoint: ``[n, m]`` (``[n, m, r]`` row by row), or one group's share of it."""
+        """alpha in a MoBE checkpoint: ``[n, m]`` (row by row ``[n, m, r]``, of down ``[n, m, d]``), or one group's share."""
         return f"{self.block_name(layer)}.W_{projection}" + ("" if group is None else f"_{group}")
 
 

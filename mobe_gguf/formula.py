@@ -13,9 +13,14 @@ def activate(u: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def combine(mix: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """``sum_j alpha_ij B_j`` of one group: mix ``[n, m]`` or ``[n, m, r]``, basis ``[m, r, d]`` -> ``[n, r, d]``."""
+    """``sum_j alpha_ij B_j`` of one group: mix ``[n, m]`` or ``[n, m, r]``, basis ``[m, r, d]`` -> ``[n, r, d]``.
+
+    Mix ``[n, m, 1, d]``: one coefficient for each column, as a row-wise mix of down is where it is fitted transposed.
+    """
     if mix.dim() == 2:
         return (mix @ basis.flatten(1)).view(mix.shape[0], *basis.shape[1:])
+    if mix.dim() == 4:
+        return combine(mix[:, :, 0], basis.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(mix.permute(2, 0, 1), basis.transpose(0, 1)).transpose(0, 1)
 
 

@@ -56,24 +56,34 @@ class Array:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of the tensor table.  ``shape`` in torch's order: ggml's ne0 last; ``offset`` in the file."""
+    """One entry of the tensor table.  ``shape`` in torch's order: ggml's ne0 last; ``offset`` in ``file``."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     offset: int
     n_bytes: int
+    file: Path
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Keys and tensors of one file, in its order.  :func:`read_gguf` makes it."""
+    """Keys and tensors of one file, in its order.  :func:`read_gguf` makes it.
+
+    ``key_spans``: where a key with its type and value lies in the file, first byte and the one after the last.
+    """
 
     path: Path
     version: int
     size: int
     keys: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    key_spans: dict[str, tuple[int, int]]
+
+    @property
+    def alignment(self) -> int:
+        """What the data of every tensor are padded to."""
+        return self.keys.get("general.alignment", DEFAULT_ALIGNMENT)
 
     @property
     def arch(self) -> str:
@@ -112,7 +122,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
 def read_model(path: str | os.PathLike[str]) -> GgufFile:
     """As :func:`read_gguf`; if ``path`` is the first file of a split model, with the tensors and sizes of all its files
-    (each tensor's ``offset`` is that in its own file).
+    (each tensor's ``offset`` is that in its own ``file``).
 
     MobeError also if another file than the first is given, or one is missing or of another set.
     """
@@ -153,6 +163,7 @@ class _Reader:
         self.size = len(data)
         self.at = 0
         self.where = "the header"
+        self.key_spans: dict[str, tuple[int, int]] = {}
 
     def read(self) -> GgufFile:
         if self.take(4) != MAGIC:
@@ -171,17 +182,19 @@ class _Reader:
         self.where = "the tensor table"
         start = -(-self.at // alignment) * alignment
         tensors = {name: self.place(entry, start, alignment) for name, entry in table.items()}
-        return GgufFile(self.path, version, self.size, keys, tensors)
+        return GgufFile(self.path, version, self.size, keys, tensors, self.key_spans)
 
     def keys(self, count: int) -> dict[str, Any]:
         keys: dict[str, Any] = {}
         for i in range(count):
             self.where = f"key {i} of {count}"
+            begin = self.at
             name = self.string()
             self.where = f"key {name}"
             if name in keys:
                 raise self.broken("it occurs twice")
             keys[name] = self.value(self.number("<I"))
+            self.key_spans[name] = (begin, self.at)
         return keys
 
     def value(self, kind: int) -> Any:
@@ -239,7 +252,7 @@ class _Reader:
                 f"its data ({n_bytes} bytes from {start + offset}) lie outside the file ({self.size} bytes) or off the "
                 "alignment; the file is cut off or damaged"
             )
-        return TensorInfo(name, shape, type_name, start + offset, n_bytes)
+        return TensorInfo(name, shape, type_name, start + offset, n_bytes, self.path)
 
     def take(self, n: int) -> bytes:
         begin = self.at

@@ -15,13 +15,14 @@ from mobe_gguf import names
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.report import Entry, amount, original_params, rows
+from mobe_gguf.gguf_factors import FACTORS_NAME, GgufFactors
 from mobe_gguf.gguf_file import GgufFile, read_model
 from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Gate or up of one layer: types of A (or of the ordinary experts) and B; m and r are None if not factorized.
+    """Gate, up or down of one layer: types of A (or of the ordinary experts) and B; m and r are None if not factorized.
 
     ``error`` is |W - W'|^2 / |W|^2 over the layer's experts, where the checkpoint recorded it.
     """
@@ -36,19 +37,24 @@ class Projection:
 
 @dataclass(frozen=True)
 class Layer:
-    """One MoE layer; ``down`` is the type of its down projections."""
+    """One MoE layer."""
 
     index: int
     gate: Projection
     up: Projection
-    down: str
+    down: Projection
+
+    @property
+    def factorized(self) -> list[str]:
+        """Names of the projections that are."""
+        return [name for name in names.ALL_PROJECTIONS if getattr(self, name).m is not None]
 
 
 @dataclass
 class Description:
     """Sizes by the names of DESIGN: n_expert n, n_expert_used k, n_embd d, n_ff_exp p.
 
-    ``kind``: ``gguf``, ``huggingface`` or ``mobe`` (a checkpoint directory).  ``n_bytes``: of all files together.
+    ``kind``: ``gguf``, ``huggingface``, ``mobe`` (a checkpoint directory) or ``factors`` (of a GGUF file).  ``n_bytes``: of all files together.
     ``activation`` and ``group_count`` are None if nothing is factorized.  ``problems``: what contradicts itself.
     """
 
@@ -112,12 +118,13 @@ def _describe_gguf(file: GgufFile) -> Description:
     entries = [Entry(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     layers, problems = _gguf_layers(file)
     down = next((t.shape for t in file.tensors.values() if ".ffn_down_exps.weight" in t.name), None)
-    factorized = any(layer.gate.m or layer.up.m for layer in layers)
-    version = file.keys.get(names.key_version(file.arch))
-    if factorized and version != names.MOBE_VERSION:
-        problems.append(
-            f"key {names.key_version(file.arch)} is {version}, this program knows {names.MOBE_VERSION}"
-        )
+    factorized = {name for layer in layers for name in layer.factorized}
+    version, key = file.keys.get(names.key_version(file.arch)), names.key_version(file.arch)
+    if factorized and version not in (names.MOBE_VERSION, names.MOBE_VERSION_DOWN):
+        known = f"{names.MOBE_VERSION} and {names.MOBE_VERSION_DOWN}"
+        problems.append(f"key {key} is {version}, this program knows {known}")
+    elif "down" in factorized and version < names.MOBE_VERSION_DOWN:
+        problems.append(f"key {key} is {version}, bases of down need {names.MOBE_VERSION_DOWN}")
     return Description(
         path=str(file.path),
         kind="gguf",
@@ -142,13 +149,14 @@ def _describe_gguf(file: GgufFile) -> Description:
 def _gguf_layers(file: GgufFile) -> tuple[list[Layer], list[str]]:
     problems: list[str] = []
     layers = []
-    for name, down in file.tensors.items():
+    for name in file.tensors:
         match = re.fullmatch(r"blk\.(\d+)\.ffn_down_exps\.weight", name)
         if match is None:
             continue
         index = int(match[1])
-        gate, up = (_gguf_projection(file, index, p, problems) for p in names.PROJECTIONS)
-        layers.append(Layer(index, gate, up, down.type))
+        layers.append(
+            Layer(index, *(_gguf_projection(file, index, p, problems) for p in names.ALL_PROJECTIONS))
+        )
     return sorted(layers, key=lambda layer: layer.index), problems
 
 
@@ -166,25 +174,28 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
         if mix is not None:
             problems.append(f"tensor {mix.name} has no {names.basis_name(layer, projection)} beside it")
         return Projection(transform.type)
-    m, r = basis.shape[0], basis.shape[-2]
+    is_down = projection == "down"
+    m, rows, columns = (1, 1, *basis.shape)[-3:]
+    r = columns if is_down else rows
     groups = file.keys.get(names.key_group_count(file.arch))
     n, d = file.arch_key("expert_count"), file.arch_key("embedding_length")
-    if len(basis.shape) != 3 or basis.shape[-1] != d:
-        problems.append(f"tensor {basis.name} has shape {list(basis.shape)}, expected [m, r, {d}]")
-    if transform.shape[-1] != r:
-        problems.append(
-            f"tensor {transform.name} has rows of {transform.shape[-1]}, {basis.name} has rank {r}"
-        )
+    if len(basis.shape) != 3 or (rows if is_down else columns) != d:
+        form = f"[m, {d}, r]" if is_down else f"[m, r, {d}]"
+        problems.append(f"tensor {basis.name} has shape {list(basis.shape)}, expected {form}")
+    found = (1, *transform.shape)[-2 if is_down else -1]
+    if found != r:
+        what = f"{found} rows" if is_down else f"rows of {found}"
+        problems.append(f"tensor {transform.name} has {what}, {basis.name} has rank {r}")
     if not isinstance(groups, int) or groups < 1 or m % groups:
         problems.append(
             f"tensor {basis.name} has {m} bases, key {names.key_group_count(file.arch)} is {groups}"
         )
     elif mix is None:
         problems.append(f"tensor {names.mix_name(layer, projection)} is missing")
-    elif mix.type != "f32" or mix.shape not in ((n, m // groups), (n, m // groups, r)):
+    elif mix.type != "f32" or mix.shape not in ((n, m // groups), (n, m // groups, rows)):
         problems.append(
             f"tensor {mix.name} is {mix.type} {list(mix.shape)}, expected f32 {[n, m // groups]} or "
-            f"{[n, m // groups, r]}"
+            f"{[n, m // groups, rows]}"
         )
     by_row = mix is not None and len(mix.shape) == 3
     return Projection(transform.type, m, r, basis.type, by_row)
@@ -194,9 +205,10 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
 
 
 def _describe_directory(path: Path) -> Description:
-    checkpoint = Checkpoint(path)
-    if checkpoint.is_mobe:
-        checkpoint = MobeCheckpoint(path)
+    kind = "factors" if (path / FACTORS_NAME).is_file() else "huggingface"
+    checkpoint = Checkpoint(path) if kind == "huggingface" else GgufFactors(path)
+    if kind == "huggingface" and checkpoint.is_mobe:
+        kind, checkpoint = "mobe", MobeCheckpoint(path)
     labels = _labels(checkpoint)
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
     entries = [
@@ -206,7 +218,7 @@ def _describe_directory(path: Path) -> Description:
     ours = checkpoint.config.get("mobe")
     description = Description(
         path=str(path),
-        kind="mobe" if checkpoint.is_mobe else "huggingface",
+        kind=kind,
         arch=checkpoint.family.name,
         n_layer=checkpoint.n_layer,
         n_expert=checkpoint.n_expert,
@@ -220,12 +232,12 @@ def _describe_directory(path: Path) -> Description:
         layers=[_layer(checkpoint, index) for index in checkpoint.moe_layers],
     )
     in_factors = sum(e.n_params for e in entries if e.label in ("A", "B", "mix"))
-    replaced = [p for layer in description.layers for p in (layer.gate, layer.up) if p.m is not None]
+    replaced = [name for layer in description.layers for name in layer.factorized]
     dense = math.prod((checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd))
     description.original_params = description.n_params - in_factors + len(replaced) * dense
     if isinstance(checkpoint, MobeCheckpoint):
         description.activation = checkpoint.activation
-        index = next((layer.index for layer in description.layers if layer.gate.m or layer.up.m), None)
+        index = next((layer.index for layer in description.layers if layer.factorized), None)
         if index is not None:
             layer = checkpoint.layer(index)
             description.group_count = layer.group_count(layer.projections[0])
@@ -234,9 +246,13 @@ def _describe_directory(path: Path) -> Description:
 
 def _layer(checkpoint: Checkpoint, index: int) -> Layer:
     found = {}
-    for projection in names.PROJECTIONS:
+    for projection in names.ALL_PROJECTIONS:
         family = checkpoint.family
-        dtype = checkpoint.info(checkpoint.expert_sources(index, projection)[0]).dtype.lower()
+        sources = checkpoint.expert_sources(index, projection)
+        if not sources:  # in the GGUF file that the factors are of
+            found[projection] = Projection("-")
+            continue
+        dtype = checkpoint.info(sources[0]).dtype.lower()
         layer = checkpoint.layer(index) if isinstance(checkpoint, MobeCheckpoint) else None
         if layer is None or projection not in layer.projections:
             found[projection] = Projection(dtype)
@@ -254,8 +270,7 @@ def _layer(checkpoint: Checkpoint, index: int) -> Layer:
             by_row=layer.is_row_mixed(projection),
             error=_recorded_error(checkpoint.config, index, projection),
         )
-    down = checkpoint.info(checkpoint.expert_sources(index, "down")[0]).dtype.lower()
-    return Layer(index, found["gate"], found["up"], down)
+    return Layer(index, **found)
 
 
 def _recorded_error(config: dict[str, Any], layer: int, projection: str) -> float | None:
@@ -271,7 +286,7 @@ def _labels(checkpoint: Checkpoint) -> dict[str, str]:
     labels = {}
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index) if isinstance(checkpoint, MobeCheckpoint) else None
-        for projection in (*names.PROJECTIONS, "down"):
+        for projection in names.ALL_PROJECTIONS:
             factorized = layer is not None and projection in layer.projections
             label = "A" if factorized else "down" if projection == "down" else "experts"
             for name in checkpoint.expert_sources(index, projection):
@@ -281,9 +296,9 @@ def _labels(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _label(name: str) -> str:
     """Class of a tensor that belongs to no routed expert, by its Hugging Face name."""
-    if re.search(r"\.B_(gate|up)(_\d+)?$", name):
+    if re.search(r"\.B_(gate|up|down)(_\d+)?$", name):
         return "B"
-    if re.search(r"\.W_(gate|up)(_\d+)?$", name):
+    if re.search(r"\.W_(gate|up|down)(_\d+)?$", name):
         return "mix"
     if re.search(r"embed|lm_head", name):
         return "embeddings"
@@ -295,7 +310,12 @@ def _label(name: str) -> str:
 
 def summary(d: Description) -> list[str]:
     """A few lines of text."""
-    kinds = {"gguf": "GGUF file", "huggingface": "Hugging Face model", "mobe": "MoBE checkpoint"}
+    kinds = {
+        "gguf": "GGUF file",
+        "huggingface": "Hugging Face model",
+        "mobe": "MoBE checkpoint",
+        "factors": "factors of a GGUF file",
+    }
     p = f", p {d.n_ff_exp}" if d.n_ff_exp else ""
     lines = [
         f"{d.path}: {kinds[d.kind]}" + (f", {d.name}" if d.name else ""),
@@ -318,25 +338,25 @@ def summary(d: Description) -> list[str]:
 def layer_table(layers: list[Layer]) -> Table:
     """MoE layers, runs of equal ones on one line; at most 100 columns wide."""
     table = Table(pad_edge=False, box=None)
-    columns = ("layers", "projection", "m", "r", "mix", "A", "B", "down", "error")
+    columns = ("layers", "projection", "m", "r", "mix", "A", "B", "error")
     for column in columns:
         table.add_column(column, justify="right" if column in ("m", "r", "error") else "left")
-    for first, last, projection, p, down in _runs(layers):
+    for first, last, projection, p in _runs(layers):
         form = (
             (str(p.m), str(p.r), "by row" if p.by_row else "scalar") if p.m is not None else ("-", "-", "-")
         )
         error = "-" if p.error is None else f"{p.error:.4f}"
         numbers = str(first) if first == last else f"{first}-{last}"
-        table.add_row(numbers, projection, *form, p.type, p.basis_type or "-", down, error)
+        table.add_row(numbers, projection, *form, p.type, p.basis_type or "-", error)
     return table
 
 
-def _runs(layers: list[Layer]) -> list[tuple[int, int, str, Projection, str]]:
-    """``(first, last, projections, what they are, down type)``, runs of layers in which nothing differs together."""
+def _runs(layers: list[Layer]) -> list[tuple[int, int, str, Projection]]:
+    """``(first, last, projections, what they are)``, runs of layers in which nothing differs together."""
     runs: list[list[Layer]] = []
     for layer in layers:
         previous = runs[-1][-1] if runs else None
-        same = previous and (previous.gate, previous.up, previous.down) == (layer.gate, layer.up, layer.down)
+        same = previous and all(getattr(previous, p) == getattr(layer, p) for p in names.ALL_PROJECTIONS)
         if same and layer.index == previous.index + 1:
             runs[-1].append(layer)
         else:
@@ -344,8 +364,8 @@ def _runs(layers: list[Layer]) -> list[tuple[int, int, str, Projection, str]]:
     out = []
     for run in runs:
         first, last, head = run[0].index, run[-1].index, run[0]
-        if head.gate == head.up:
-            out.append((first, last, "gate, up", head.gate, head.down))
-        else:
-            out += [(first, last, "gate", head.gate, head.down), (first, last, "up", head.up, head.down)]
+        alike: dict[Projection, list[str]] = {}
+        for projection in names.ALL_PROJECTIONS:
+            alike.setdefault(getattr(head, projection), []).append(projection)
+        out += [(first, last, ", ".join(found), p) for p, found in alike.items()]
     return out

@@ -4,21 +4,24 @@
 
 Tensors, with ``block`` = the family's MoE block (``model.layers.L.mlp``):
 ``block.B_gate [m, r, d]``, ``block.W_gate [n, m]`` or ``[n, m, r]``; in groups ``block.B_gate_0 [m/g, r, d]``,
-``block.W_gate_0 [n/g, m/g]``, ...; A_e ``[p, r]`` under the expert's original name.  config.json holds ``num_B`` and
-``activation``.  Shapes come from the tensors; the ``mobe`` key that our own files have is not needed.
+``block.W_gate_0 [n/g, m/g]``, ...; A_e ``[p, r]`` under the expert's original name.  Down, which only our own files
+factorize, has its bases on the output side, ``W_i ~ f(sum_j alpha_ij B_j) . A_i``: ``block.B_down [m, d, r]``, A_e ``[r, p]``,
+and ``[n, m, d]`` for a mix row by row.  config.json holds ``num_B`` and ``activation``.  Shapes come from the tensors; the
+``mobe`` key that our own files have is not needed.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
-from mobe_gguf.formula import activate, combine_groups
-from mobe_gguf.names import ACTIVATIONS, PROJECTIONS
+from mobe_gguf.formula import activate, combine
+from mobe_gguf.names import ACTIVATIONS, ALL_PROJECTIONS
 
 
 class MobeLayer:
@@ -30,8 +33,8 @@ class MobeLayer:
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        """The factorized projections, of ``gate`` and ``up``; empty for an ordinary layer."""
-        return tuple(p for p in PROJECTIONS if self._names(p))
+        """The factorized projections, of ``gate``, ``up`` and ``down``; empty for an ordinary layer."""
+        return tuple(p for p in ALL_PROJECTIONS if self._names(p))
 
     def _names(self, projection: str) -> list[tuple[str, str]]:
         """``(basis, mix)`` tensor names, one pair a group."""
@@ -45,6 +48,11 @@ class MobeLayer:
             (family.basis(self.index, projection, g), family.mix(self.index, projection, g)) for g in groups
         ]
 
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """Tensors of the checkpoint that are a basis or a mix of this layer."""
+        return tuple(name for p in self.projections for pair in self._names(p) for name in pair)
+
     @cached_property
     def _checked(self) -> dict[str, tuple[int, int, int]]:
         return {p: self._check(p) for p in self.projections}
@@ -56,24 +64,26 @@ class MobeLayer:
         n, d, p, g = c.n_expert, c.n_embd, c.n_ff_exp, len(pairs)
         if n % g:
             raise MobeError(f"{c.path}: {pairs[0][0]}: {g} groups do not divide {n} experts")
-        first = c.shape(pairs[0][0])
-        if len(first) != 3 or first[2] != d:
-            raise MobeError(f"{c.path}: tensor {pairs[0][0]} has shape {list(first)}, expected [m, r, {d}]")
-        m_group, r, _ = first
+        first, is_down = c.shape(pairs[0][0]), projection == "down"
+        if len(first) != 3 or first[1 if is_down else 2] != d:
+            form = f"[m, {d}, r]" if is_down else f"[m, r, {d}]"
+            raise MobeError(f"{c.path}: tensor {pairs[0][0]} has shape {list(first)}, expected {form}")
+        m_group, rows, columns = first
+        r = columns if is_down else rows
         for basis, mix in pairs:
             c.expect_shape(basis, first, f"as {pairs[0][0]}")
             shape = c.shape(mix)
-            if shape not in ((n // g, m_group), (n // g, m_group, r)) or len(shape) != len(
+            if shape not in ((n // g, m_group), (n // g, m_group, rows)) or len(shape) != len(
                 c.shape(pairs[0][1])
             ):
                 raise MobeError(
                     f"{c.path}: tensor {mix} has shape {list(shape)}, expected {[n // g, m_group]}, or "
-                    f"{[n // g, m_group, r]} when mixed row by row, from the shape of {basis}"
+                    f"{[n // g, m_group, rows]} when mixed row by row, from the shape of {basis}"
                 )
         for e in range(n):
             c.expect_shape(
                 c.family.expert_weight(self.index, e, projection),
-                (p, r),
+                (r, p) if is_down else (p, r),
                 f"p from config.json, r from {pairs[0][0]}",
             )
         return g, m_group * g, r
@@ -90,29 +100,39 @@ class MobeLayer:
         """r."""
         return self._checked[projection][2]
 
+    def basis_shape(self, projection: str) -> tuple[int, int]:
+        """Shape of one basis: ``(r, d)``, of down ``(d, r)``."""
+        r, d = self.rank(projection), self.checkpoint.n_embd
+        return (d, r) if projection == "down" else (r, d)
+
+    def transform_shape(self, projection: str) -> tuple[int, int]:
+        """Shape of one expert's A: ``(p, r)``, of down ``(r, p)``."""
+        p, r = self.checkpoint.n_ff_exp, self.rank(projection)
+        return (r, p) if projection == "down" else (p, r)
+
     def is_row_mixed(self, projection: str) -> bool:
         """True if every row of the basis has mixing weights of its own."""
         self._checked[projection]
         return len(self.checkpoint.shape(self._names(projection)[0][1])) == 3
 
     def basis(self, projection: str) -> torch.Tensor:
-        """B ``[m, r, d]``, groups one after the other."""
+        """B ``[m, r, d]`` (of down ``[m, d, r]``), groups one after the other."""
         self._checked[projection]
         return torch.cat([self._read(basis) for basis, _ in self._names(projection)])
 
     def basis_matrix(self, projection: str, index: int) -> torch.Tensor:
-        """B_j ``[r, d]``, read without the others; ``index`` counts through the groups."""
+        """B_j ``[r, d]`` (of down ``[d, r]``), read without the others; ``index`` counts through the groups."""
         g, m, _ = self._checked[projection]
         name = self._names(projection)[index // (m // g)][0]
         return self._finite(name, self.checkpoint.get_row(name, index % (m // g)))
 
     def mix(self, projection: str) -> torch.Tensor:
-        """alpha ``[n, m/g]``, or ``[n, m/g, r]``: expert e mixes the bases of group ``e // (n/g)``."""
+        """alpha ``[n, m/g]``, or ``[n, m/g, r]`` (of down ``[n, m/g, d]``): expert e mixes the bases of group ``e // (n/g)``."""
         self._checked[projection]
         return torch.cat([self._read(mix) for _, mix in self._names(projection)])
 
     def transform(self, projection: str, expert: int) -> torch.Tensor:
-        """A_e ``[p, r]``."""
+        """A_e ``[p, r]``, of down ``[r, p]``."""
         self._checked[projection]
         return self._read(self.checkpoint.family.expert_weight(self.index, expert, projection))
 
@@ -134,9 +154,15 @@ class MobeCheckpoint(Checkpoint):
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path)
         if not self.is_mobe:
+            mend = f"Factorize it first:\n  mobe-gguf factorize {self.path} {str(self.path).rstrip('/')}-mobe"
+            if any(self.path.glob("*_WAB.pth")):
+                mend = (
+                    "The *_WAB.pth files in it are named by --wab, with the activation that they were trained with:\n"
+                    f"  --wab {self.path} --activation silu"
+                )
             raise MobeError(
                 f"{self.path} is not a MoBE checkpoint: config.json has no num_B and there are no B_gate tensors. "
-                f"Factorize it first:\n  mobe-gguf factorize {self.path} {str(self.path).rstrip('/')}-mobe"
+                f"{mend}"
             )
         self._layers: dict[int, MobeLayer] = {}
 
@@ -159,14 +185,69 @@ class MobeCheckpoint(Checkpoint):
         return self._layers.setdefault(index, MobeLayer(self, index))
 
 
-def reconstruct(layer: MobeLayer, projection: str) -> torch.Tensor:
-    """The experts' matrices that the factors stand for, float32 ``[n, p, d]``: ``A_i f(sum_j alpha_ij B_j)``.
+#: Bytes of combined bases that :class:`Reconstruction` holds at a time, if they are of more than one expert; twice that
+#: while f is applied.
+BATCH_BYTES = 128 << 20
 
-    For a projection that is not factorized, the original matrices.
+
+class Reconstruction:
+    """The matrices that a projection's factors stand for, float32 ``[p, d]`` each: ``A_i f(sum_j alpha_ij B_j)``.
+
+    ``Reconstruction(layer, "gate")(i)`` is that of expert i.  Memory: one group's bases and some combinations of them,
+    until the last expert was asked for; so ask in order.
     """
-    checkpoint = layer.checkpoint
+
+    def __init__(self, layer: MobeLayer, projection: str):
+        self.layer = layer
+        self.projection = projection
+        self._group: int | None = None
+        self._first, self._combined = 0, ()
+
+    def __call__(self, expert: int) -> torch.Tensor:
+        if not self._first <= expert < self._first + len(self._combined):
+            self._combine(expert)
+        combined = self._combined[expert - self._first]
+        transform = self.layer.transform(self.projection, expert)
+        matrix = combined @ transform if self.projection == "down" else transform @ combined
+        if expert == self.layer.checkpoint.n_expert - 1:
+            self._group, self._first, self._combined = None, 0, ()
+            del self._basis, self._mix
+        return matrix
+
+    def _combine(self, expert: int) -> None:
+        """``f(sum_j alpha_ij B_j)`` of ``expert`` and as many of its group after it as BATCH_BYTES allow."""
+        layer, projection = self.layer, self.projection
+        n_group = layer.checkpoint.n_expert // layer.group_count(projection)
+        m_group = layer.n_basis(projection) // layer.group_count(projection)
+        group, index = divmod(expert, n_group)
+        self._combined = ()
+        if group != self._group:
+            self._basis = None  # not two groups' at a time
+            first = group * m_group
+            bases = (layer.basis_matrix(projection, j) for j in range(first, first + m_group))
+            self._basis = _stacked(bases, m_group)
+            self._mix = layer.mix(projection)[group * n_group : (group + 1) * n_group]
+            self._group = group
+        size = max(1, BATCH_BYTES // (4 * self._basis[0].numel()))
+        self._combined = activate(
+            combine(self._mix[index : index + size], self._basis), layer.checkpoint.activation
+        )
+        self._first = expert
+
+
+def _stacked(tensors: Iterator[torch.Tensor], n: int) -> torch.Tensor:
+    """``torch.stack``, without holding all twice."""
+    first = next(tensors)
+    out = torch.empty(n, *first.shape)
+    out[0] = first
+    for i, tensor in enumerate(tensors, 1):
+        out[i] = tensor
+    return out
+
+
+def reconstruct(layer: MobeLayer, projection: str) -> torch.Tensor:
+    """All experts' matrices, float32 ``[n, p, d]``; for a projection that is not factorized, the original ones."""
     if projection not in layer.projections:
-        return checkpoint.expert_stack(layer.index, projection)
-    u = combine_groups(layer.mix(projection), layer.basis(projection), layer.group_count(projection))
-    z = activate(u, checkpoint.activation)
-    return torch.stack([layer.transform(projection, e) @ z[e] for e in range(checkpoint.n_expert)])
+        return layer.checkpoint.expert_stack(layer.index, projection)
+    read = Reconstruction(layer, projection)
+    return torch.stack([read(e) for e in range(layer.checkpoint.n_expert)])

@@ -5,14 +5,19 @@ The C side (``native/ggml_mobe/ggml-mobe.h``) holds the same strings; ``tests/te
 
 from __future__ import annotations
 
-#: Version of the GGUF layout that this package writes and the patched runtime accepts.
+#: Versions of the GGUF layout that this package writes and the patched runtime accepts: 2 if it has bases of down, else 1.
 MOBE_VERSION = 1
+MOBE_VERSION_DOWN = 2
 
 #: f in ``A . f(sum_j alpha_j B_j)``; the position is the number the C operator uses.
 ACTIVATIONS = ("none", "silu", "tanh")
 
-#: Projections that are factorized; ``families`` knows their names in a checkpoint.
+#: Projections that the method's authors factorize, and so what is factorized if nothing is said; ``families`` knows their
+#: names in a checkpoint.
 PROJECTIONS = ("gate", "up")
+
+#: All that can be factorized.  Down has its bases on the output side: ``W_i ~ f(sum_j alpha_j B_j) . A_i``.
+ALL_PROJECTIONS = (*PROJECTIONS, "down")
 
 
 def key_version(arch: str) -> str:
@@ -31,15 +36,15 @@ def key_group_count(arch: str) -> str:
 
 
 def transform_name(layer: int, projection: str) -> str:
-    """A of all experts; ggml shape [r, p, n_expert]."""
+    """A of all experts; ggml shape [r, p, n_expert], of down [p, r, n_expert]."""
     return f"blk.{layer}.ffn_{projection}_exps.weight"
 
 
 def basis_name(layer: int, projection: str) -> str:
-    """B of all groups; ggml shape [d, r, m]."""
+    """B of all groups; ggml shape [d, r, m], of down [r, d, m]."""
     return f"blk.{layer}.ffn_{projection}_basis.weight"
 
 
 def mix_name(layer: int, projection: str) -> str:
-    """alpha, F32; ggml shape [m/g, n_expert], or [r, m/g, n_expert] row by row."""
+    """alpha, F32; ggml shape [m/g, n_expert], or [r, m/g, n_expert] row by row (of down [d, m/g, n_expert])."""
     return f"blk.{layer}.ffn_{projection}_basis.mix"

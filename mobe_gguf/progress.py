@@ -32,6 +32,11 @@ class Bar:
         self._start = time.monotonic()
         self._task = progress.add_task(label, total=total) if progress else None
 
+    @property
+    def is_live(self) -> bool:
+        """True if :meth:`update` shows anything."""
+        return self._progress is not None
+
     def update(self, label: str) -> None:
         """Change the text beside the bar (terminal only)."""
         if self._progress is not None:

@@ -17,8 +17,8 @@ def header() -> str:
 
 
 def test_version(header: str):
-    found = re.findall(r"^#define GGML_MOBE_VERSION +(\d+)$", header, re.MULTILINE)
-    assert found == [str(names.MOBE_VERSION)]
+    found = dict(re.findall(r"^#define GGML_(MOBE_VERSION\w*) +(\d+) ", header, re.MULTILINE))
+    assert found == {n: str(v) for n, v in vars(names).items() if n.startswith("MOBE_VERSION")}
 
 
 def test_keys(header: str):
@@ -43,7 +43,7 @@ def test_activations(header: str):
     assert words == list(names.ACTIVATIONS)
 
 
-@pytest.mark.parametrize("projection", names.PROJECTIONS)
+@pytest.mark.parametrize("projection", names.ALL_PROJECTIONS)
 def test_tensors(projection: str):
     """llama.cpp gets the bases' names from a patch, and the mix's suffix from llama-mobe.cpp."""
     patches = "\n".join(

@@ -11,11 +11,14 @@ from mobe_gguf import __version__
 #: Subcommand -> one line of help, in the order of use.  The module of the same name holds ``command``.
 COMMANDS = {
     "build": "Get, patch, compile and install the llama.cpp runtime.",
+    "moments": "Gather what each expert is fed on a text, to factorize by.",
     "factorize": "Turn a MoE checkpoint into MoBE factors.",
     "export": "Write a MoBE checkpoint as one GGUF file.",
+    "reconstruct": "Write a MoBE checkpoint as an ordinary model directory.",
     "inspect": "Show what a model directory or GGUF file holds.",
     "verify": "Check that a GGUF file is whole: structure, shapes, finite values.",
     "eval": "Compare GGUF files with the original: KL divergence, perplexity, size.",
+    "ablate": "Repeat the paper's studies on a model: bases, activations, error against KL divergence.",
     "demo": "Run the whole path on the tiny model that ships with the project.",
 }
 

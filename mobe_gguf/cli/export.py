@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli.wab import wab_files, wab_options
 from mobe_gguf.progress import console
 
 
@@ -15,9 +16,17 @@ from mobe_gguf.progress import console
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.gguf")
 @click.option(
     "--quant",
-    required=True,
     metavar="TYPE",
-    help="What llama-quantize calls it: f16, q8_0, q4_k, q4_k_s, ...",
+    help="What llama-quantize calls it: f16, q8_0, q4_k, q4_k_s, ...  [default: the type that MODEL was factorized --for]",
+)
+@click.option(
+    "--target-size",
+    metavar="SIZE",
+    help="Size of the file (4.6M, 12G): the types of bases, transforms and experts that no option names are chosen, layer by "
+    "layer, by what they cost and what they take.",
+)
+@click.option(
+    "--target-bpw", type=float, metavar="BITS", help="The same, by bits per weight of the file's tensors."
 )
 @click.option("--basis-type", metavar="TYPE", help="Type of the bases B, instead of what --quant gives them.")
 @click.option(
@@ -26,7 +35,8 @@ from mobe_gguf.progress import console
 @click.option(
     "--down-type",
     metavar="TYPE",
-    help="Type of the experts' down projections, instead of what --quant gives them.",
+    help="Type of the experts' down projections (of their A's where down is factorized), instead of what --quant or "
+    "--transform-type gives them.",
 )
 @click.option(
     "--tensor-type",
@@ -44,8 +54,19 @@ from mobe_gguf.progress import console
     "--imatrix",
     multiple=True,
     metavar="FILE",
-    help="Importance matrix of llama-imatrix: of the MoBE model, which fits all tensors, or of the original model, "
-    "which fits all but the transforms A. Repeatable, each is used for what it fits.",
+    help="Importance matrix of llama-imatrix: of the original model, or of the MoBE model. Repeatable, each is used for "
+    "what it fits.",
+)
+@click.option(
+    "--refit/--no-refit",
+    default=True,
+    help="Solve for the transforms and the mix again, for the bases as they are rounded.  [default: refit]",
+)
+@click.option(
+    "--original",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The model that MODEL was made of, for --refit, if it is not where it was.",
 )
 @click.option(
     "--split-max-size",
@@ -56,6 +77,25 @@ from mobe_gguf.progress import console
 @click.option(
     "--experts-used", type=int, metavar="K", help="Experts that a token uses, instead of what MODEL says."
 )
+@click.option(
+    "--dense",
+    is_flag=True,
+    help="Write ordinary experts, the factors multiplied out: a file for any llama.cpp, of the original's size. Also "
+    "takes an ordinary MODEL.",
+)
+@wab_options
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The GGUF file that MODEL holds factors of, if it is not where it was.",
+)
+@click.option(
+    "--base-model",
+    metavar="ID",
+    help="The original's id on the hub, as Qwen/Qwen3-30B-A3B, for the metadata and the card.  [default: what is known]",
+)
+@click.option("--no-card", is_flag=True, help="Write no README.md beside the file.")
 @click.option("--tokenizer-pre", metavar="NAME", help="llama.cpp's pre-tokenizer, if it is not recognized.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
@@ -64,7 +104,9 @@ from mobe_gguf.progress import console
 def command(
     model: Path,
     out: Path,
-    quant: str,
+    quant: str | None,
+    target_size: str | None,
+    target_bpw: float | None,
     basis_type: str | None,
     transform_type: str | None,
     down_type: str | None,
@@ -73,8 +115,17 @@ def command(
     token_embedding_type: str | None,
     pure: bool,
     imatrix: tuple[str, ...],
+    refit: bool,
+    original: Path | None,
     split_max_size: str | None,
     experts_used: int | None,
+    dense: bool,
+    wab: tuple[Path, ...],
+    activation: str | None,
+    wab_layers: str | None,
+    source: Path | None,
+    base_model: str | None,
+    no_card: bool,
     tokenizer_pre: str | None,
     dry_run: bool,
     as_json: bool,
@@ -83,23 +134,51 @@ def command(
 ) -> None:
     """Write the MoBE checkpoint MODEL as a GGUF file.
 
-    MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint. Each tensor gets the type that
-    llama-quantize would give it for the same TYPE (so q4_k means q4_k_m); router, norms and mixing weights stay
-    f32. An existing OUT.gguf is replaced when the new one is whole.
+    MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint, also by its id on the Hugging Face hub
+    (ORG/NAME, which is downloaded). Each tensor gets the type that llama-quantize would give it for the same TYPE
+    (so q4_k means q4_k_m); router, norms and mixing weights stay f32. An existing OUT.gguf is replaced when the new
+    one is whole.
+
+    Where bases are quantized, the transforms and the mix are solved for again: for the original model's matrices, if it is
+    where factorize found it or --original says, else for what the factors stand for.
+
+    Where MODEL holds factors of a GGUF file, --quant gives the types of the factors alone. All other tensors pass
+    through from that file as they are, but for those that --tensor-type, --down-type, --output-tensor-type or
+    --token-embedding-type name.
 
     \b
     Examples:
       mobe-gguf export mobe/ out.gguf --quant q4_k
       mobe-gguf export mobe/ big.gguf --quant q8_0 --split-max-size 50G
+      mobe-gguf export factors/ out.gguf --quant q4_k --source model-q8_0.gguf
+      mobe-gguf export mobe/ dense.gguf --quant q4_k --dense
+      mobe-gguf export original/ out.gguf --quant q4_k --wab trained/ --activation silu
       mobe-gguf export mobe/ f16.gguf --quant f16
       llama-imatrix -m f16.gguf -f calibration.txt -o imatrix.gguf
       mobe-gguf export mobe/ out.gguf --quant iq3_xxs --imatrix imatrix.gguf
+      mobe-gguf export mobe/ out.gguf --quant q4_k --target-size 12G --imatrix imatrix.gguf
     """
-    from mobe_gguf.export import Recipe, export, parse_override, parse_quant, parse_size, parse_type
+    from mobe_gguf.export import (
+        Recipe,
+        default_types,
+        export,
+        parse_override,
+        parse_quant,
+        parse_size,
+        parse_target,
+        parse_type,
+    )
+    from mobe_gguf.hub import resolve
 
     def type_of(option: str, text: str | None) -> str | None:
         return None if text is None else parse_type(option, text)
 
+    target = parse_target(target_size, target_bpw)
+    model = resolve(model, quiet)
+    if quant is None:
+        quant, fitted_basis, fitted_transform = default_types(model)
+        if target is None:
+            basis_type, transform_type = basis_type or fitted_basis, transform_type or fitted_transform
     recipe = Recipe(
         quant=parse_quant(quant),
         basis=type_of("--basis-type", basis_type),
@@ -110,6 +189,7 @@ def command(
         embedding=type_of("--token-embedding-type", token_embedding_type),
         pure=pure,
         imatrix=imatrix,
+        target=target,
     )
     report = export(
         model,
@@ -118,6 +198,13 @@ def command(
         tokenizer_pre=tokenizer_pre,
         split_max_size=None if split_max_size is None else parse_size(split_max_size),
         experts_used=experts_used,
+        dense=dense,
+        wab=wab_files(wab, activation, wab_layers),
+        source=source,
+        refit=refit,
+        original=original,
+        base_model=base_model,
+        card=not no_card,
         dry_run=dry_run,
         verbose=verbose,
         quiet=quiet,
@@ -137,6 +224,13 @@ def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost a
         lines.append(
             f"{report.needs_imatrix} tensors of these types need an importance matrix: --imatrix FILE"
         )
+    lines += report.divided
+    if report.refit is not None:
+        lines.append(report.refit.line())
+    if report.copied:
+        lines.append(
+            f"{report.copied} of {len(report.entries)} tensors pass through from the GGUF file as they are"
+        )
     if report.tokenizer_pre is not None:
         lines.append(f"tokenizer splits as {report.tokenizer_pre}: {report.tokenizer_why}")
     lines.append(
@@ -148,6 +242,9 @@ def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost a
     where = (
         report.path if len(report.files) <= 1 else f"{len(report.files)} files, the first is {report.path}"
     )
+    lines = report.notes + lines
     kept = f", {report.files_kept} files kept from an interrupted run" if report.files_kept else ""
     lines.append(f"{where}: {size / 1e6:,.2f} MB {done}{kept}")
+    if report.card:
+        lines.append(report.card)
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -70,13 +70,15 @@ def compare(
     settings: Settings = Settings(),
     *,
     keep_logits: str | os.PathLike[str] | None = None,
+    reuse_logits: bool = False,
     quiet: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """How the predictions of each GGUF file on ``text`` differ from those of ``reference``; in the order of ``files``.
 
     Everything that can be checked is, before anything runs.  The reference's logits go to ``keep_logits``, or to a
-    temporary file.  ``on_row`` gets each row when it is there, so that those before a failure are not lost.
+    temporary file.  With ``reuse_logits`` they are in ``keep_logits`` already, from the same reference, text and settings.
+     ``on_row`` gets each row when it is there, so that those before a failure are not lost.
     Raises MobeError if a file is not a model of the reference's vocabulary, the text is too short, there is no room for
     the logits, or llama-perplexity fails.
     """
@@ -96,8 +98,12 @@ def compare(
         logits.place(layout, Path(keep_logits) if keep_logits is not None else None) as base,
         bar("eval", chunks * (1 + len(files)), quiet) as progress,
     ):
-        with atomic_path(base) as part:
-            _write_logits(reference, text, part, layout, settings, progress)
+        if reuse_logits:
+            layout.check(base)
+            progress.advance(chunks)
+        else:
+            with atomic_path(base) as part:
+                _write_logits(reference, text, part, layout, settings, progress)
         for file in facts:
             started = time.monotonic()
             found = _divergence(file.path, base, layout, settings, progress)

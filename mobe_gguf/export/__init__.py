@@ -5,13 +5,14 @@
     report = export("mobe/", "out.gguf", Recipe(parse_quant("q4_k")))
 
 What each part does: ``converter`` runs llama.cpp's own converter for all that is not a factor, ``factors`` adds basis and
-mix, ``recipe`` chooses the types, ``imatrix`` weighs the columns, ``source`` reads values in pieces, ``write`` encodes
+mix, ``recipe`` chooses the types, ``imatrix`` weighs the columns, ``refit`` solves for A again, ``source`` reads values in pieces, ``write`` encodes
 and writes them, ``shards`` cuts them into files.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,37 @@ from typing import Any
 
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.export.allocate import parse_target
+from mobe_gguf.export.card import Subject, write_card
 from mobe_gguf.export.converter import Conversion, convert
-from mobe_gguf.export.factors import add_factors, check_factors
+from mobe_gguf.export.divide import divide
+from mobe_gguf.export.factors import add_factors, check_factors, put_experts, put_transforms
+from mobe_gguf.export.fitted import default_types, mismatch
+from mobe_gguf.export.gguf_target import Copied, GgufConversion
 from mobe_gguf.export.imatrix import Imatrix, Importance, importances, missing_message, without
+from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.recipe import Choice, Facts, Recipe, Spec, parse_override, parse_quant, parse_type, plan
+from mobe_gguf.export.refit import Refitting, find_original, units_of, weigh_transforms
 from mobe_gguf.export.report import Entry, Report, original_params
 from mobe_gguf.export.shards import Parts, cut, fingerprint, parse_size, shard_paths, write_shards
 from mobe_gguf.export.write import Encoded, check_output, check_space, write_gguf
+from mobe_gguf.gguf_factors import FACTORS_NAME, GgufFactors
 from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.original import Original
 from mobe_gguf.progress import bar
+from mobe_gguf.wab import WabCheckpoint, WabFiles
 
-__all__ = ["Recipe", "Report", "export", "parse_override", "parse_quant", "parse_size", "parse_type"]
+__all__ = [
+    "Recipe",
+    "Report",
+    "default_types",
+    "export",
+    "parse_override",
+    "parse_quant",
+    "parse_size",
+    "parse_target",
+    "parse_type",
+]
 
 
 def export(
@@ -41,6 +62,13 @@ def export(
     split_max_size: int | None = None,
     experts_used: int | None = None,
     allow_dense: bool = False,
+    dense: bool = False,
+    wab: WabFiles | None = None,
+    source: str | os.PathLike[str] | None = None,
+    refit: bool = True,
+    original: str | os.PathLike[str] | None = None,
+    base_model: str | None = None,
+    card: bool = False,
     dry_run: bool = False,
     verbose: bool = False,
     quiet: bool = False,
@@ -50,56 +78,147 @@ def export(
     ``tokenizer_pre``: value for ``tokenizer.ggml.pre`` instead of what is recognized.  ``split_max_size``: bytes of
     tensors a file, see ``shards``; an interrupted export goes on with the file that it was at.  ``experts_used``:
     experts a token uses, instead of what config.json says.  ``allow_dense`` also takes an ordinary model, whose experts
-    are then written as they are.  ``dry_run`` plans everything and writes nothing.  An existing ``out`` is
-    replaced when the new file is whole, not before.
+    are then written as they are; ``dense`` writes ordinary experts of any model, those of a MoBE checkpoint multiplied
+    out.  ``wab``: the authors' training output for ``model``, which is then the original.  ``source``: where the GGUF file is
+    that ``model`` holds factors of, if not where it was; all but the factors passes through, see ``gguf_target``.
+    ``refit``: solve for A and the mix again where the bases are quantized, see ``refit``; ``original``: the model that
+    ``model`` was made of, if not where it was.
+    ``base_model``: the original's id on the hub, for the metadata; ``card``: write a README.md beside the file, see ``card``.
+    ``dry_run`` plans everything and writes nothing.  An existing ``out`` is replaced when the new file is whole, not before.
     Raises MobeError if the model is not what it should be, or the file cannot be written.
     """
     started = time.monotonic()
     model, out = Path(model), Path(out)
-    checkpoint = _open(model, allow_dense)
+    checkpoint = _open(model, allow_dense or dense, wab)
     check_output(out)
     imatrix = Imatrix(recipe.imatrix)
     if isinstance(checkpoint, MobeCheckpoint):
         check_factors(checkpoint)
-    conversion = convert(checkpoint, out, tokenizer_pre, verbose)
+    conversion = _convert(checkpoint, out, source, tokenizer_pre, verbose)
     if isinstance(checkpoint, MobeCheckpoint):
-        add_factors(conversion, checkpoint)
-    conversion.finish(recipe.file_type, out)
+        if dense:
+            put_experts(conversion, checkpoint)
+        else:
+            if isinstance(checkpoint, (WabCheckpoint, GgufFactors)):
+                put_transforms(conversion, checkpoint)
+            add_factors(conversion, checkpoint)
+    origin = Origin.of(checkpoint, base_model, dense)
+    conversion.finish(recipe.file_type, out, origin)
     for key, value in imatrix.keys().items():
         (conversion.writer.add_string if isinstance(value, str) else conversion.writer.add_uint32)(key, value)
     if experts_used is not None:
         _use_experts(conversion, experts_used)
+    found: tuple[Original | None, str | None] = (None, None)
+    factors = checkpoint if isinstance(checkpoint, MobeCheckpoint) and not dense else None
+    if original is not None and factors is None:
+        raise UsageError(
+            "--original says what factors are solved for again, and none are written here; leave it out"
+        )
+    if factors is not None and (refit or recipe.target or original):
+        found = find_original(factors, original or source)
     choices = _choose(conversion, recipe)
-    weights = importances(imatrix, conversion.tensors, choices)
-    missing = without(weights, choices, recipe.quant)
+    divided: list[str] = []
+    if recipe.target is not None:
+        choices, divided = divide(
+            conversion, factors, imatrix, recipe, choices, found[0], refit, _head(conversion, choices), quiet
+        )
+    encoded_here = {n: c for n, c in choices.items() if not conversion.is_copied(n, c)}
+    weights = importances(imatrix, conversion.tensors, encoded_here)
+    units = units_of(factors, imatrix, choices, weights) if factors is not None else {}
+    collected, weights = weights, weights | weigh_transforms(units, choices, weights)
+    missing = without(weights, encoded_here, recipe.quant)
     if missing and not dry_run:
         raise MobeError(missing_message(imatrix, missing, choices, conversion.tensors))
     encoded, entries = _lay_out(conversion, choices, weights)
-    shards = cut(encoded, split_max_size)
+    refitting = Refitting.of(units, *found) if refit else None
+    if refitting is not None:
+        encoded = refitting.put(encoded, collected)
+    shards = cut(encoded, split_max_size, conversion.alignment)
     paths = shard_paths(out, len(shards))
     report = Report(str(paths[0]), conversion.arch, recipe.quant, entries, original_params(entries))
     report.files, report.needs_imatrix = [str(path) for path in paths], len(missing)
+    report.divided = divided
+    if factors is not None and (note := mismatch(factors, choices)):
+        report.notes.append(note)
+    report.copied = sum(isinstance(tensor, Copied) for tensor in encoded)
     if conversion.pre is not None:
         report.tokenizer_pre, report.tokenizer_why = conversion.pre.name, conversion.pre.why
     sources = [path for path in model.iterdir() if path.is_file()]
-    key = fingerprint([*sources, *map(Path, recipe.imatrix)], conversion.keys, entries)
+    if isinstance(conversion, GgufConversion):
+        sources += conversion.files()
+    if isinstance(checkpoint, WabCheckpoint):
+        sources += [path for paths in checkpoint.files.values() for path in paths]
+    key = fingerprint(
+        [*sources, *map(Path, recipe.imatrix)],
+        conversion.keys,
+        entries,
+        wab,
+        refitting and refitting.fingerprint,
+    )
     parts = Parts(out, key)
     check_space(out, report.data_bytes, parts.files() if len(paths) > 1 else ())
     if not dry_run:
         _write(conversion, parts, shards, report, quiet, verbose)
+        report.refit = refitting and refitting.outcome()
         report.n_bytes = sum(path.stat().st_size for path in paths)
+        if card:
+            options = _other_options(split_max_size, experts_used, wab)
+            options += () if refit or not units else ("--no-refit",)
+            subject = Subject(report, conversion.keys, checkpoint, recipe, origin, dense, options)
+            report.card = write_card(subject)
     report.seconds = time.monotonic() - started
     return report
 
 
-def _open(model: Path, allow_dense: bool) -> Checkpoint:
+def _other_options(
+    split_max_size: int | None, experts_used: int | None, wab: WabFiles | None
+) -> tuple[str, ...]:
+    """What the card's command has beside the recipe; paths by their names alone."""
+    words = [] if experts_used is None else [f"--experts-used {experts_used}"]
+    words += [] if split_max_size is None else [f"--split-max-size {split_max_size // 10**6}M"]
+    if wab is not None:
+        words += [f"--wab {path.absolute().name}/" for path in wab.folders] + [
+            f"--activation {wab.activation}"
+        ]
+    return tuple(words)
+
+
+def _open(model: Path, allow_dense: bool, wab: WabFiles | None) -> Checkpoint:
+    if wab is not None:
+        return WabCheckpoint(model, wab)
+    if (model / FACTORS_NAME).is_file():
+        return GgufFactors(model)
     checkpoint = Checkpoint(model)
     if checkpoint.is_mobe or not allow_dense:
         checkpoint = MobeCheckpoint(model)
     return checkpoint
 
 
-def _choose(conversion: Conversion, recipe: Recipe) -> dict[str, Choice]:
+def _convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    source: str | os.PathLike[str] | None,
+    tokenizer_pre: str | None,
+    verbose: bool,
+) -> Conversion | GgufConversion:
+    """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
+    if not isinstance(checkpoint, GgufFactors):
+        if source is not None:
+            raise UsageError(
+                f"--source is for factors of a GGUF file, and {checkpoint.path} is a Hugging Face directory"
+            )
+        return convert(checkpoint, out, tokenizer_pre, verbose)
+    if tokenizer_pre is not None:
+        raise UsageError("--tokenizer-pre: the tokenizer is that of the GGUF file; leave the option out")
+    conversion = GgufConversion(checkpoint, checkpoint.open_source(source))
+    if any(out.exists() and out.samefile(file) for file in conversion.files()):
+        raise UsageError(f"{out} is the file that the factors are of; write to another")
+    return conversion
+
+
+def _choose(conversion: Conversion | GgufConversion, recipe: Recipe) -> dict[str, Choice]:
+    if isinstance(conversion, GgufConversion):
+        return conversion.choose(recipe)
     specs = [Spec(t.name, t.source.shape) for t in conversion.tensors.values()]
     choices = plan(specs, recipe, Facts.of(conversion.arch, conversion.keys))
     return choices | {t.name: Choice(t.forced, t.forced) for t in conversion.tensors.values() if t.forced}
@@ -133,7 +252,8 @@ def _lay_out(
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[choice.type.upper()]]
         n_bytes = int(np.prod(shape, dtype=np.int64)) // block * block_bytes
         importance = weights.get(tensor.name)
-        encoded.append(Encoded(tensor, choice.type, n_bytes, importance))
+        kind = Copied if conversion.is_copied(tensor.name, choice) else Encoded
+        encoded.append(kind(tensor, choice.type, n_bytes, importance))
         wanted = choice.wanted if choice.wanted != choice.type else None
         origin = importance.origin if importance else None
         entries.append(Entry(tensor.name, choice.type, shape, n_bytes, wanted, importance=origin))
@@ -141,7 +261,9 @@ def _lay_out(
 
 
 def _writer(conversion: Conversion, shards: list[list[Encoded]], index: int) -> Any:
-    """A ``gguf.GGUFWriter`` with the keys and the tensor table of one of the files."""
+    """A ``gguf.GGUFWriter``, or what stands for it, with the keys and the tensor table of one of the files."""
+    if isinstance(conversion, GgufConversion):
+        return conversion.header(shards, index)
     import gguf
     import numpy as np
 
@@ -158,6 +280,18 @@ def _writer(conversion: Conversion, shards: list[list[Encoded]], index: int) -> 
             tensor.tensor.name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=ggml_type
         )
     return writer
+
+
+def _head(conversion: Conversion | GgufConversion, choices: dict[str, Choice]) -> int:
+    """Bytes before the tensors, in one file; their types do not change it."""
+    with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
+        path = Path(directory) / "head"
+        writer = _writer(conversion, [_lay_out(conversion, choices, {})[0]], 0)
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return -(-path.stat().st_size // conversion.alignment) * conversion.alignment
 
 
 def _write(

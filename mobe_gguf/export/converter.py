@@ -25,10 +25,12 @@ from mobe_gguf import runtime
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export import tiktoken, tokenizer
+from mobe_gguf.export.origin import Origin
+from mobe_gguf.export.recipe import Choice
 from mobe_gguf.export.source import Lazy, Source, Whole, cast, evaluate
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
-FACTOR = re.compile(r"\.[BW]_(gate|up)(_\d+)?$")
+FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")
 
 #: Hugging Face class of a family, for a config.json whose ``architectures`` the converter does not know: the published
 #: checkpoints name the authors' own classes there (``Qwen3MoBEForCausalLM``), ours the original's.
@@ -71,14 +73,36 @@ class Conversion:
         """GGUF keys and values set so far."""
         return {key: value.value for part in self.writer.kv_data for key, value in part.items()}
 
-    def finish(self, file_type: str, out: Path) -> None:
-        """Set the remaining keys, tokenizer included; ``file_type`` as in ``gguf.LlamaFileType``."""
+    @property
+    def alignment(self) -> int:
+        """What the data of every tensor are padded to."""
+        return self.writer.data_alignment
+
+    def is_copied(self, name: str, choice: Choice) -> bool:
+        """Whether the tensor passes through as it is stored: never, out of a Hugging Face model."""
+        return False
+
+    def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
+        """Set the remaining keys, tokenizer included; ``file_type`` as in ``gguf.LlamaFileType``.
+
+        ``general.*`` is named by ``origin``; by the model's directory if there is none.
+        """
         gguf = _package().base.gguf
         self.model.ftype = gguf.LlamaFileType[file_type]
         self.model.fname_out = out
         path = self.model.dir_model
         with _explained(path, "the tokenizer and metadata"), _no_remote_code(path):
-            self.model.prepare_metadata(vocab_only=False)
+            if origin is None:
+                self.model.prepare_metadata(vocab_only=False)
+                return
+            with origin.directory(path) as self.model.dir_model_card:
+                self.model.prepare_metadata(vocab_only=False)
+        if said := origin.keys():
+            for part in self.writer.kv_data:
+                for key in [key for key in part if key.startswith("general.base_model.")]:
+                    del part[key]
+            for key, value in said.items():
+                (self.writer.add_string if isinstance(value, str) else self.writer.add_uint32)(key, value)
 
 
 def convert(

@@ -1,17 +1,21 @@
-"""The factors of a MoBE checkpoint as GGUF tensors and keys (docs: DESIGN "GGUF layout").
+"""The factors of a MoBE checkpoint as GGUF tensors and keys (docs: DESIGN "GGUF layout"), or multiplied out.
 
-A comes through the converter, under the name of the experts that it replaces; B and the mix are added here.
+A comes through the converter, under the name of the experts that it replaces; B and the mix are added here.  Where the
+checkpoint is an original model with factors beside it, the converter gives its experts, and A takes their place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+
+import torch
 
 from mobe_gguf import names
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.converter import Conversion, Tensor
 from mobe_gguf.export.source import Stacked, Whole
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, MobeLayer
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
 
 
 def check_factors(checkpoint: MobeCheckpoint) -> None:
@@ -25,7 +29,7 @@ def check_factors(checkpoint: MobeCheckpoint) -> None:
         layer = checkpoint.layer(index)
         for projection in layer.projections:  # asking for a size checks every shape
             group_counts.setdefault(layer.group_count(projection), f"layer {index} {projection}")
-        if not checkpoint.is_fused(index, "down"):
+        if "down" not in layer.projections and not checkpoint.is_fused(index, "down"):
             for name in checkpoint.expert_sources(index, "down"):
                 if name.endswith(".weight"):
                     checkpoint.expect_shape(name, checkpoint.expert_shape("down"), "from config.json")
@@ -39,15 +43,55 @@ def check_factors(checkpoint: MobeCheckpoint) -> None:
         raise MobeError(f"{checkpoint.path}: all layers must have the same number of groups, found {said}")
 
 
+def put_transforms(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
+    """Put the A's in the place of the original experts that they are for, in ``conversion.tensors``."""
+    for index in checkpoint.moe_layers:
+        layer = checkpoint.layer(index)
+        for projection in layer.projections:
+            shape = layer.transform_shape(projection)
+            _put(conversion, layer, projection, shape, partial(layer.transform, projection))
+
+
+def put_experts(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
+    """Put the multiplied-out experts in the place of all A's in ``conversion.tensors``: an ordinary model."""
+    for index in checkpoint.moe_layers:
+        layer = checkpoint.layer(index)
+        for projection in layer.projections:
+            shape = checkpoint.expert_shape(projection)
+            _put(conversion, layer, projection, shape, Reconstruction(layer, projection))
+
+
+def _put(
+    conversion: Conversion,
+    layer: MobeLayer,
+    projection: str,
+    shape: tuple[int, ...],
+    read: Callable[[int], torch.Tensor],
+) -> None:
+    """``read(e)``, of ``shape``, for all experts, as the tensor that the converter made of them."""
+    name = names.transform_name(layer.index, projection)
+    if name not in conversion.tensors:
+        raise MobeError(
+            f"{layer.checkpoint.path}: llama.cpp's converter made no tensor {name} of the experts"
+        )
+    stack = (layer.checkpoint.n_expert, *shape)
+    conversion.tensors[name].source = Stacked(stack, read)
+    for part in conversion.writer.tensors:  # general.size_label is counted from these
+        if name in part:
+            part[name].shape = stack
+
+
 def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
     """Put basis and mix behind each factorized A in ``conversion.tensors``, and set the ``mobe`` keys.
 
     ``checkpoint`` went through :func:`check_factors`.
     """
     behind: dict[str, list[Tensor]] = {}
-    groups = 1
+    groups, version = 1, names.MOBE_VERSION
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
+        if "down" in layer.projections:
+            version = names.MOBE_VERSION_DOWN
         for projection in layer.projections:
             behind[names.transform_name(index, projection)] = _factors(conversion, layer, projection)
             groups = layer.group_count(projection)
@@ -57,21 +101,21 @@ def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
         for tensor in (found, *behind.get(found.name, ()))
     }
     writer, arch = conversion.writer, conversion.arch
-    writer.add_uint32(names.key_version(arch), names.MOBE_VERSION)
+    writer.add_uint32(names.key_version(arch), version)
     writer.add_string(names.key_activation(arch), checkpoint.activation)
     writer.add_uint32(names.key_group_count(arch), groups)
 
 
 def _factors(conversion: Conversion, layer: MobeLayer, projection: str) -> list[Tensor]:
-    """Basis ``[m, r, d]`` and mix ``[n, m/g]`` or ``[n, m/g, r]`` of one projection.
+    """Basis ``[m, r, d]`` and mix ``[n, m/g]`` or ``[n, m/g, r]`` of one projection (of down with d and r in each other's
+    place).
 
-    MobeError if the converter did not make of the A's what they should be: one stack ``[n, p, r]``.
+    MobeError if the converter did not make of the A's what they should be: one stack ``[n, p, r]`` (``[n, r, p]``).
     """
     checkpoint, index = layer.checkpoint, layer.index
-    m, r = layer.n_basis(projection), layer.rank(projection)
     transform, expected = (
         names.transform_name(index, projection),
-        (checkpoint.n_expert, checkpoint.n_ff_exp, r),
+        (checkpoint.n_expert, *layer.transform_shape(projection)),
     )
     found = conversion.tensors.get(transform)
     if found is None or found.source.shape != expected:
@@ -79,7 +123,7 @@ def _factors(conversion: Conversion, layer: MobeLayer, projection: str) -> list[
         raise MobeError(
             f"{checkpoint.path}: llama.cpp's converter made {got} of {transform}, expected {list(expected)}"
         )
-    shape = (m, r, checkpoint.n_embd)
+    shape = (layer.n_basis(projection), *layer.basis_shape(projection))
     return [
         Tensor(names.basis_name(index, projection), Stacked(shape, partial(layer.basis_matrix, projection))),
         Tensor(names.mix_name(index, projection), Whole(layer.mix(projection))),

@@ -9,7 +9,8 @@ Two kinds of file serve a MoBE model, each where it fits:
 - one of the MoBE model itself (the patched ``llama-imatrix``) knows everything: what A multiplies, and under the name of
   the basis ``sum_uses mix[j,e]^2 x^2`` (``native/ggml_mobe/mobe-imatrix.h``);
 - one of the original model knows all that is not factorized; for the bases the same sum is made of its entry for
-  the experts, ``sum_e mix[j,e]^2 in_sum2[e]``.  Of A's input it knows nothing.
+  the experts, ``sum_e mix[j,e]^2 in_sum2[e]``, and what A multiplies is reckoned from it through the bases (``refit``).  Of down A's input is
+  the experts', and that of the bases, A times it, is reckoned from A as if the channels were independent.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mobe_gguf import names
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.mixture import layer_of
 from mobe_gguf.export.recipe import FLOATS, Choice, is_basis, is_transform, requires_imatrix
+from mobe_gguf.factorize.imatrix import smoothed
 from mobe_gguf.gguf_file import Array, GgufFile, read_gguf
+from mobe_gguf.gguf_source import merged_name
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -143,28 +148,61 @@ class Imatrix:
         for file in self.files:
             if factorized and not file.of_mobe:
                 continue  # it has this name too, but for x, not for what A multiplies
-            entry = file.entry(name)
+            stem = name if factorized else _stem_of_inputs(file, name)
+            entry = file.entry(stem)
             if entry is None:
                 continue
             if entry.sums.size == wanted[0] * wanted[1]:
-                return Importance(file.label, partial(_means, file, name, wanted))
+                return Importance(file.label, partial(_means, file, stem, wanted))
             if name != "token_embd.weight":
                 raise _other_model(file, name, entry, wanted)
         return self._through_mix(tensors, name) if is_basis(name) else None
 
-    def _through_mix(self, tensors: Mapping[str, Tensor], name: str) -> Importance | None:
-        experts, mix_name = name.replace("_basis.", "_exps."), name.replace(".weight", ".mix")
+    def inputs(self, layer: int, projection: str, n: int, d: int) -> tuple[str, torch.Tensor] | None:
+        """Second moments ``[n, 1, d]`` of what enters the experts of a factorized projection, and which file they are of; None
+        if no file has them.  For the metric of ``factorize``: weighted by how often each expert is used.
+        """
+        experts, mix = names.transform_name(layer, projection), names.mix_name(layer, projection)
         for file in self.files:
+            stems = [mix] if file.of_mobe else [experts, merged_name(layer)]
+            if projection == "down":
+                stems = [experts]  # of down this is what A multiplies
+            name = next((stem for stem in stems if stem in file.names), None)
+            entry = None if name is None else file.entry(name)
+            if entry is None or not entry.counts.any() or not entry.sums.any():
+                continue
+            if entry.sums.shape != (n, d):
+                raise _other_model(file, name, entry, (n, d))
+            moments = smoothed(entry.sums.astype(np.float64), entry.counts)
+            return file.label, torch.from_numpy(moments)[:, None]
+        return None
+
+    def _through_mix(self, tensors: Mapping[str, Tensor], name: str) -> Importance | None:
+        mix_name = name.replace(".weight", ".mix")
+        for file in self.files:
+            experts = name.replace("_basis.", "_exps.")
+            if experts not in file.names and "_down_" not in name:  # gate and up were one tensor
+                experts = merged_name(layer_of(name))
             entry = None if file.of_mobe else file.entry(experts)
             if entry is None:
                 continue
-            wanted = (tensors[mix_name].source.shape[0], tensors[name].source.shape[-1])
+            n_basis, _, columns = tensors[name].source.shape
+            transform = tensors[experts] if "_down_" in name else None
+            wanted = (tensors[mix_name].source.shape[0], transform.source.shape[-1] if transform else columns)
             if entry.sums.shape != wanted:
                 raise _other_model(file, experts, entry, wanted)
-            n_basis = tensors[name].source.shape[0]
-            read = partial(_basis_weights, file, experts, tensors[mix_name], n_basis)
-            return Importance(f"{file.label} (experts' inputs, by the mix)", read)
+            read = partial(_basis_weights, file, experts, tensors[mix_name], n_basis, transform)
+            return Importance(
+                f"{file.label} (experts' inputs, by {'A and ' if transform else ''}the mix)", read
+            )
         return None
+
+
+def _stem_of_inputs(file: ImatrixFile, name: str) -> str:
+    """Entry of what a matrix multiplies: of experts that are multiplied out, where the file is of their factors, that of
+    the mix, for under their own name it has what A multiplies."""
+    mix = name.replace("_exps.weight", "_basis.mix")
+    return mix if file.of_mobe and "_down_" not in name and mix in file.names else name
 
 
 def _means(file: ImatrixFile, name: str, shape: tuple[int, int]) -> np.ndarray:
@@ -173,8 +211,13 @@ def _means(file: ImatrixFile, name: str, shape: tuple[int, int]) -> np.ndarray:
     return entry.means().reshape(shape)
 
 
-def _basis_weights(file: ImatrixFile, experts: str, mix: Tensor, n_basis: int) -> np.ndarray:
-    """``[m, d]``: mean over the inputs counted of ``sum_e mix[j,e]^2 x^2``, e over the experts of j's group."""
+def _basis_weights(
+    file: ImatrixFile, experts: str, mix: Tensor, n_basis: int, transform: Tensor | None
+) -> np.ndarray:
+    """``[m, d]``: mean over the inputs counted of ``sum_e mix[j,e]^2 x^2``, e over the experts of j's group.
+
+    With a ``transform``, ``[m, r]``: x is A times what the experts take, its squares ``sum_c A[r,c]^2 h[c]^2``.
+    """
     entry = file.entry(experts)
     assert entry is not None
     values = torch.cat(list(mix.source.pieces())).double().numpy()
@@ -182,9 +225,19 @@ def _basis_weights(file: ImatrixFile, experts: str, mix: Tensor, n_basis: int) -
     squares = squares.mean(-1) if squares.ndim == 3 else squares
     n_group = n_basis // squares.shape[1]
     squares = squares.reshape(n_group, -1, squares.shape[1])
-    sums = entry.sums.astype(np.float64).reshape(n_group, squares.shape[1], -1)
+    sums = entry.sums.astype(np.float64)
+    if transform is not None:
+        sums = _through(transform, sums)
+    sums = sums.reshape(n_group, squares.shape[1], -1)
     weights = np.einsum("gej,ged->gjd", squares, sums).reshape(n_basis, -1)
     return Entry(weights.astype(np.float32), np.full((n_basis, 1), max(1.0, entry.counts.sum()))).means()
+
+
+def _through(transform: Tensor, sums: np.ndarray) -> np.ndarray:
+    """``[n, r]``: sums of squares of ``A_e h`` for A ``[n, r, p]`` and sums ``[n, p]`` of squares of h; an A at a time."""
+    _, r, p = transform.source.shape
+    matrices = (a for piece in transform.source.pieces() for a in piece.reshape(-1, r, p))
+    return np.stack([a.double().square().numpy() @ s for a, s in zip(matrices, sums, strict=True)])
 
 
 def _other_model(file: ImatrixFile, name: str, entry: Entry, wanted: tuple[int, int]) -> MobeError:
@@ -222,9 +275,7 @@ def missing_message(
         text += "no --imatrix was given. "
     else:
         text += f"{', '.join(f.path for f in imatrix.files)} has nothing that fits it. "
-        if is_transform(first) and not any(f.of_mobe for f in imatrix.files):
-            text += "That is of the original model, which does not know what A multiplies. "
-        elif not is_transform(first) and not is_basis(first):
+        if not is_transform(first) and not is_basis(first):
             text += "If llama-imatrix collects nothing of it, give it another type (--tensor-type). "
     what = "the MoBE model" if any(is_basis(name) for name in tensors) else "the model"
     return (

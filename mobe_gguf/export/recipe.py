@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mobe_gguf.errors import UsageError
+from mobe_gguf.export.allocate import Target
 from mobe_gguf.export.mixture import ATTENTION_V_LIKE, Facts, Mixture, Spec, category_of, in_order
 
 #: Types that a tensor can be given: ggml name -> values a block.
@@ -150,9 +151,10 @@ class Recipe:
 
     ``quant``: key of QUANTS.  ``overrides``: (regular expression, type) pairs, the first that is found in a
     tensor's name counts, as llama-quantize's ``--tensor-type``.  ``basis``, ``transform``, ``down``: types of all B,
-    all A and all down projections of experts.  ``output``, ``embedding``: types of ``output.weight`` and
+    all A and all down projections of experts (where down is factorized, of its A's).  ``output``, ``embedding``: types of ``output.weight`` and
     ``token_embd.weight``.  ``pure``: one type for everything that is quantized at all.  ``imatrix``: files of
-    llama-imatrix, see ``export/imatrix.py``; some rules differ when there is one.
+    llama-imatrix, see ``export/imatrix.py``; some rules differ when there is one.  ``target``: choose the types of the
+    experts' matrices and bases, where nothing else names one, such that the file takes so much.
     """
 
     quant: str
@@ -164,6 +166,7 @@ class Recipe:
     output: str | None = None
     embedding: str | None = None
     imatrix: tuple[str, ...] = ()
+    target: Target | None = None
 
     @property
     def base(self) -> str:
@@ -218,12 +221,13 @@ def plan(specs: Iterable[Spec], recipe: Recipe, facts: Facts) -> dict[str, Choic
     state.n_attention_v = sum(category_of(s.name) in ATTENTION_V_LIKE for s in specs)
     state.tied = all(s.name != "output.weight" for s in specs)
     unused = {pattern for pattern, _ in recipe.overrides}
+    bases = {s.name for s in specs if is_basis(s.name)}
     choices = {}
     for spec in specs:
         if not allows_quantization(spec):
             choices[spec.name] = Choice("f32", "f32")
             continue
-        wanted = _asked_for(spec, recipe, unused)
+        wanted = _asked_for(spec, recipe, unused, spec.name.replace("_exps.", "_basis.") in bases)
         if wanted is None:
             mixed = recipe.base not in FLOATS and not recipe.pure
             wanted = state.type_of(spec) if mixed else recipe.base
@@ -241,8 +245,8 @@ def plan(specs: Iterable[Spec], recipe: Recipe, facts: Facts) -> dict[str, Choic
     return choices
 
 
-def _asked_for(spec: Spec, recipe: Recipe, unused: set[str]) -> str | None:
-    """The type that an option names for this tensor.  As in llama-quantize, ``--tensor-type`` comes after the options
+def _asked_for(spec: Spec, recipe: Recipe, unused: set[str], has_basis: bool) -> str | None:
+    """The type that an option names for this tensor, which has its basis beside it or not.  As in llama-quantize, ``--tensor-type`` comes after the options
     for the embeddings and the output."""
     found = next((pair for pair in recipe.overrides if re.search(pair[0], spec.name)), None)
     if found is not None:
@@ -258,7 +262,25 @@ def _asked_for(spec: Spec, recipe: Recipe, unused: set[str]) -> str | None:
         return recipe.basis
     if is_transform(spec.name):
         return recipe.transform
-    return recipe.down if is_down(spec.name) else None
+    if is_down(spec.name):
+        return recipe.down or (recipe.transform if has_basis else None)
+    return None
+
+
+def is_fixed(spec: Spec, recipe: Recipe, has_basis: bool) -> bool:
+    """Whether an option names the type of this tensor, which has its basis beside it or not."""
+    return _asked_for(spec, recipe, set(), has_basis) is not None
+
+
+def is_named(spec: Spec, recipe: Recipe) -> bool:
+    """Whether an option names this tensor, which is no factor, so that it does not keep the type that it has."""
+    category = category_of(spec.name)
+    return (
+        any(re.search(pattern, spec.name) for pattern, _ in recipe.overrides)
+        or (category == "embd" and recipe.embedding is not None)
+        or (category == "output" and recipe.output is not None)
+        or (is_down(spec.name) and recipe.down is not None)
+    )
 
 
 def requires_imatrix(name: str, type_name: str, quant: str) -> bool:
@@ -284,11 +306,11 @@ def fit(type_name: str, row: int) -> str:
 
 
 def is_basis(name: str) -> bool:
-    return re.fullmatch(r"blk\.\d+\.ffn_(gate|up)_basis\.weight", name) is not None
+    return re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)_basis\.weight", name) is not None
 
 
 def is_transform(name: str) -> bool:
-    """True for the name that A has where the layer is factorized, and the experts' where it is not."""
+    """True for the name that A has where the layer is factorized, and the experts' where it is not; see ``is_down``."""
     return re.fullmatch(r"blk\.\d+\.ffn_(gate|up)_exps\.weight", name) is not None
 
 

@@ -18,8 +18,8 @@ from mobe_gguf.export.recipe import FLOATS
 #: The first that fits counts.  ``experts`` are gate and up of layers that are not factorized.
 CLASSES = {
     "A": r"^$",
-    "B": r"\.ffn_(gate|up)_basis\.weight$",
-    "mix": r"\.ffn_(gate|up)_basis\.mix$",
+    "B": r"\.ffn_(gate|up|down)_basis\.weight$",
+    "mix": r"\.ffn_(gate|up|down)_basis\.mix$",
     "down": r"\.ffn_down_exps\.",
     "experts": r"\.ffn_(gate|up|gate_up)_exps\.",
     "attention": r"\.attn_(?!.*norm)",
@@ -47,12 +47,69 @@ class Entry:
 
 
 @dataclass
+class Refit:
+    """What solving for A and mix again did, see ``refit``: squared errors of the outputs, summed over experts.
+
+    ``original``: the model that they come near to; ``why``: why there is none.  ``before``: with the A's of the checkpoint
+    rounded as they are, ``after``: as written; ``kept_before``, ``kept_after``: their inner product with the outputs that they
+    should have, ``norm``: these outputs' squares.  ``solved``: matrices whose A is new, of ``matrices``.
+    """
+
+    original: str | None = None
+    why: str | None = None
+    before: float = 0.0
+    after: float = 0.0
+    kept_before: float = 0.0
+    kept_after: float = 0.0
+    norm: float = 0.0
+    solved: int = 0
+    matrices: int = 0
+
+    def add(self, other: Refit) -> None:
+        self.before += other.before
+        self.after += other.after
+        self.kept_before += other.kept_before
+        self.kept_after += other.kept_after
+        self.norm += other.norm
+        self.solved += other.solved
+        self.matrices += other.matrices
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``: relative errors."""
+        norm = self.norm or 1.0
+        return {
+            "original": self.original,
+            "matrices": self.matrices,
+            "solved": self.solved,
+            "error_before": self.before / norm,
+            "error_after": self.after / norm,
+            "size_before": self.kept_before / norm,
+            "size_after": self.kept_after / norm,
+        }
+
+    def line(self) -> str:
+        """In words."""
+        if not self.matrices:
+            return "A solved again: all in files that were finished before"
+        if not self.norm:
+            return "A not solved again: the encoder leaves the bases as they are"
+        to = self.original if self.original else f"what the factors stand for ({self.why})"
+        return (
+            f"A and mix solved again for the rounded bases, {self.solved} of {self.matrices}, to come near to {to}: error "
+            f"{self.before / self.norm:.4f} -> {self.after / self.norm:.4f}, size of the outputs "
+            f"{self.kept_before / self.norm:.3f} -> {self.kept_after / self.norm:.3f}"
+        )
+
+
+@dataclass
 class Report:
     """A GGUF file, written or to be written.  ``n_bytes`` is the whole file's size, 0 if only planned.
 
     ``original_params``: the same model with its experts as they were (equal to ``n_params`` if nothing is factorized).
     ``files``: all paths where it is split (``path`` is the first), of which ``files_kept`` an interrupted run had
-    finished.  ``needs_imatrix``: tensors that could not be written for want of an importance matrix (planned only).
+    finished.  ``needs_imatrix``: tensors that could not be written for want of an importance matrix (planned only).  ``refit``: None if A was not
+    solved for again.  ``copied``: tensors
+    that passed through from a GGUF file.  ``card``: where the card is, or why there is none.
     """
 
     path: str
@@ -67,6 +124,11 @@ class Report:
     files: list[str] = field(default_factory=list)
     files_kept: int = 0
     needs_imatrix: int = 0
+    refit: Refit | None = None
+    divided: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    copied: int = 0
+    card: str | None = None
 
     @property
     def n_params(self) -> int:
@@ -116,6 +178,10 @@ class Report:
                 for e in self.fallbacks
             ],
             "needs_imatrix": self.needs_imatrix,
+            "refit": self.refit and self.refit.as_json(),
+            "notes": self.notes,
+            "copied": self.copied,
+            "card": self.card,
         }
 
 
@@ -169,7 +235,10 @@ def original_params(entries: Iterable[Entry]) -> int:
         )
         if "_basis." in entry.name:
             continue
-        total += math.prod((*entry.shape[:-1], basis[-1])) if basis else entry.n_params
+        if basis and ".ffn_down_" in entry.name:  # A [n, r, p], B [m, d, r]
+            total += math.prod((entry.shape[0], basis[-2], entry.shape[-1]))
+        else:
+            total += math.prod((*entry.shape[:-1], basis[-1])) if basis else entry.n_params
     return total
 
 

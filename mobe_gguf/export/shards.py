@@ -35,18 +35,16 @@ MAX_SHARDS = 65_535
 UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def parse_size(text: str) -> int:
-    """``50G`` -> bytes, in powers of ten as llama-gguf-split reads it; UsageError if it is no size."""
+def parse_size(text: str, option: str = "--split-max-size") -> int:
+    """``50G`` -> bytes, in powers of ten as llama-gguf-split reads it; UsageError names the ``option`` if it is no size."""
     match = re.fullmatch(r"(\d+)([MGT])", text.strip().upper())
     if match is None or int(match[1]) == 0:
-        raise UsageError(
-            f"--split-max-size {text}: expected a whole number and M, G or T, for instance 50G or 500M"
-        )
+        raise UsageError(f"{option} {text}: expected a whole number and M, G or T, for instance 50G or 500M")
     return int(match[1]) * UNITS[match[2]]
 
 
-def cut(tensors: Sequence[Encoded], limit: int | None) -> list[list[Encoded]]:
-    """``tensors`` in order, in runs of at most ``limit`` bytes (None: one run).
+def cut(tensors: Sequence[Encoded], limit: int | None, alignment: int = ALIGNMENT) -> list[list[Encoded]]:
+    """``tensors`` in order, in runs of at most ``limit`` bytes (None: one run), each tensor padded to ``alignment``.
 
     UsageError if a tensor alone is larger, or there are too many runs.
     """
@@ -55,7 +53,7 @@ def cut(tensors: Sequence[Encoded], limit: int | None) -> list[list[Encoded]]:
     shards: list[list[Encoded]] = [[]]
     size = 0
     for tensor in tensors:
-        padded = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        padded = -(-tensor.nbytes // alignment) * alignment
         if padded > limit:
             raise UsageError(
                 f"--split-max-size: tensor {tensor.tensor.name} alone takes {padded / 1e9:.3f} GB, more than the "

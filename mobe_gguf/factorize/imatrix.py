@@ -13,34 +13,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mobe_gguf import names
 from mobe_gguf.errors import MobeError
+from mobe_gguf.gguf_source import merged_name
 
 #: Rows that every expert is taken to have seen beside its own, as a share of the average expert's, with the average
 #: input: an expert that the calibration text never routed to still has to be kept in shape.
 PRIOR = 0.1
 
 
+def smoothed(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean squares of each expert's inputs times its share of the uses; sums ``[n, ..., d]``, counts ``[n, ..., 1]``.
+
+    Every expert gets PRIOR of the average expert's rows besides, with the average input.
+    """
+    mean = sums.sum(0, keepdims=True) / counts.sum()
+    return (sums + PRIOR * counts.mean() * mean) / counts.sum()
+
+
 class Imatrix:
     """A GGUF imatrix file; MobeError if it is missing, of the old ``.dat`` format or damaged."""
 
     def __init__(self, path: Path):
-        self.path = path
-        if not path.is_file():
-            raise MobeError(
-                f"{path}: no such file. Make one with:\n  llama-imatrix -m model.gguf -f text.txt -o {path}"
-            )
-        with open(path, "rb") as f:
-            if f.read(4) != b"GGUF":
-                raise MobeError(
-                    f"{path}: not a GGUF file. The old .dat format of llama-imatrix is not read; convert it with:\n"
-                    f"  llama-imatrix --in-file {path} -o imatrix.gguf"
-                )
-        from gguf import GGUFReader
+        from mobe_gguf.export.imatrix import ImatrixFile  # which needs smoothed()
 
-        try:
-            self._tensors = {t.name: t for t in GGUFReader(path).tensors}
-        except (ValueError, IndexError, KeyError, OSError) as e:
-            raise MobeError(f"{path}: truncated or corrupt GGUF file: {e}") from e
+        self.path = path
+        self._file = ImatrixFile(str(path))
 
     @cached_property
     def checksum(self) -> str:
@@ -48,24 +46,38 @@ class Imatrix:
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def weight(self, layer: int, projection: str, n: int, d: int) -> torch.Tensor:
-        """``[n, 1, d]`` mean squares of the inputs of a layer's gate or up, weighted by how often each expert is used.
+        """``[n, 1, d]`` mean squares of the inputs of a layer's gate or up (down: d is its p), weighted by how often each expert is used.
 
         MobeError if the file lacks the layer or is of another model.
         """
-        stem = f"blk.{layer}.ffn_{projection}_exps.weight"
-        sums, counts = self._array(f"{stem}.in_sum2"), self._array(f"{stem}.counts")
+        stem, merged = names.transform_name(layer, projection), merged_name(layer)
+        if (
+            stem not in self._file.names and merged in self._file.names
+        ):  # of a model with gate and up in one tensor
+            stem = merged
+        entry = self._file.entry(stem)
+        if entry is None:
+            raise MobeError(
+                f"{self.path}: no tensor {stem}.in_sum2; the imatrix is of another model or not of a MoE"
+            )
+        sums, counts = entry.sums.astype(np.float64), entry.counts.astype(np.float64)
         if sums.size != n * d or counts.size != n:
             raise MobeError(
                 f"{self.path}: {stem} has {sums.size} sums and {counts.size} counts, expected {n} x {d} and {n}. "
                 "The imatrix is of another model."
             )
         sums, counts = sums.reshape(n, 1, d), counts.reshape(n, 1, 1)
-        if not np.isfinite(sums).all() or counts.sum() <= 0:
-            raise MobeError(f"{self.path}: {stem} holds no usable data (no rows counted, or not finite)")
-        mean = sums.sum(0, keepdims=True) / counts.sum()
-        return torch.from_numpy((sums + PRIOR * counts.mean() * mean) / counts.sum())
+        if counts.sum() <= 0:
+            raise MobeError(f"{self.path}: {stem} holds no usable data (no rows counted)")
+        return torch.from_numpy(smoothed(sums, counts))
 
-    def _array(self, name: str) -> np.ndarray:
-        if name not in self._tensors:
-            raise MobeError(f"{self.path}: no tensor {name}; the imatrix is of another model or not of a MoE")
-        return np.asarray(self._tensors[name].data, dtype=np.float64)
+    def inputs(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``(sums of squares, rows counted)`` of the input channels of GGUF tensor ``name``, float64, as they are stored;
+        None if the file has none.
+        """
+        entry = self._file.entry(name)
+        if entry is None or not entry.counts.any():
+            return None
+        return torch.from_numpy(entry.sums.astype(np.float64)), torch.from_numpy(
+            entry.counts.astype(np.float64)
+        )

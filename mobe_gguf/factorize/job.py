@@ -11,69 +11,87 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from mobe_gguf.atomic import atomic_path, write_json
-from mobe_gguf.checkpoint import Checkpoint, read_header
+from mobe_gguf.atomic import write_json
+from mobe_gguf.checkpoint import read_header
 from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.factorize import probing
+from mobe_gguf.factorize.distributed import await_file, cluster
 from mobe_gguf.factorize.imatrix import Imatrix
-from mobe_gguf.factorize.plan import JobSettings, Options, Plan, plan_checkpoint, resume_settings, settle
-from mobe_gguf.factorize.solver import Factors, fit
-from mobe_gguf.factorize.writer import Entry, write_checkpoint, write_safetensors
-from mobe_gguf.progress import Bar, bar
+from mobe_gguf.factorize.moments import Moments
+from mobe_gguf.factorize.plan import (
+    JobSettings,
+    Options,
+    Plan,
+    baseline,
+    plan_checkpoint,
+    resume_settings,
+    settle,
+)
+from mobe_gguf.factorize.target import Goal, Size, Unit
+from mobe_gguf.factorize.unit import UnitResult, fit_unit, probe_unit
+from mobe_gguf.factorize.workers import Place, each
+from mobe_gguf.factorize.writer import write_output
+from mobe_gguf.gguf_source import GgufModel
+from mobe_gguf.original import Original, open_original
+from mobe_gguf.progress import Bar, bar, console
 
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1
 #: Goes up with every change that makes the same settings give other factors.
-SOLVER = "projected-adam-1"
-
-#: One unit at a time reads the source: a disk is quickest in order.
-_READING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """``error``: |W - W'|^2 / |W|^2; ``objective``: the same in the metric minimised; ``seconds`` None if resumed."""
-
-    layer: int
-    projection: str
-    error: float
-    objective: float
-    steps: int
-    seconds: float | None = None
+SOLVER = "projected-adam-2"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What :func:`run` did: ``units`` in order, and the arithmetic of sizes."""
+    """What :func:`run` did: ``units`` in order, and the arithmetic of sizes; ``sizes`` of a ``--target`` job."""
 
     out: Path
     settings: JobSettings
     plan: Plan
     units: list[UnitResult]
     seconds: float
+    sizes: Mapping[Unit, Size] | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that passed every check but has done no work yet."""
+    """A job that passed every check but has done no work yet.
 
-    checkpoint: Checkpoint
+    ``goal``: what ``--target`` asks for, ``sizes`` what was chosen for it, None before the units are probed: ``plan`` is that
+    of an even share then.  ``shared``: others may write the same unit at the same time, as one that was given up for dead.
+    """
+
+    checkpoint: Original
     out: Path
     settings: JobSettings
     plan: Plan
     imatrix: Imatrix | None
+    goal: Goal | None = None
+    sizes: Mapping[Unit, Size] | None = None
+    moments: Moments | None = None
+    shared: bool = False
+
+    def example(self) -> Size | None:
+        """A size such as a unit has or may get; None where all have the settings' own."""
+        sizes = self.sizes or (self.goal and self.goal.nominal())
+        return next(iter(sizes.values())) if sizes else None
+
+    def size(self, unit: Unit) -> Size | None:
+        """m and r of a unit, None where they are the settings' own."""
+        return self.sizes[unit] if self.sizes else None
 
     @property
     def work(self) -> Path:
@@ -101,33 +119,80 @@ def prepare(model: Path, out: Path, options: Options, *, resume: bool = False) -
 
     Raises MobeError or UsageError: source broken or already factorized, OUT in the way, settings that do not fit.
     """
-    checkpoint = Checkpoint(model)
+    checkpoint = open_original(model)
     if checkpoint.is_mobe:
         raise MobeError(
             f"{model} is a MoBE checkpoint already. Export it:\n  mobe-gguf export {model} model.gguf --quant q4_k"
         )
     imatrix = Imatrix(Path(options.imatrix)) if options.imatrix is not None else None
+    moments = Moments(Path(options.moments)) if options.moments is not None else None
     with _disk_errors(out):
-        settings = _settings(checkpoint, out, options, imatrix, resume)
-    if settings.objective == "activation" and imatrix is None:
-        if settings.imatrix is None:
-            raise UsageError("--objective activation needs --imatrix FILE (from llama-imatrix)")
-        raise MobeError("the job to resume was started with an --imatrix; give the same file again")
-    if settings.objective == "mse" and imatrix is not None:
-        raise UsageError("--imatrix is only used with --objective activation; leave one of them out")
+        settings = _settings(checkpoint, out, options, imatrix, moments, resume)
+    if settings.method == "d2moe" and isinstance(checkpoint, GgufModel):
+        raise UsageError(
+            "--method d2moe writes an ordinary model, for its factors have no form of their own: it needs a Hugging Face "
+            f"directory, and {model} is a GGUF file"
+        )
+    given = {"imatrix": imatrix, "moments": moments}
+    for name, file in given.items():
+        if getattr(settings, name) is not None and file is None:
+            raise MobeError(f"the job to resume was started with an --{name}; give the same file again")
+        if settings.objective == "mse" and file is not None:
+            raise UsageError(f"--{name} is only used with --objective activation; leave one of them out")
+    if settings.objective == "activation" and not any(given.values()):
+        raise UsageError(
+            "--objective activation needs --imatrix FILE (from llama-imatrix) or --moments FILE (from mobe-gguf moments)"
+        )
     for layer, projection in settings.units():
         checkpoint.check_experts(layer, projection)
         if imatrix:
-            imatrix.weight(layer, projection, checkpoint.n_expert, checkpoint.n_embd)
-    return Job(checkpoint, out, settings, plan_checkpoint(checkpoint, settings), imatrix)
+            imatrix.weight(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
+        if moments:
+            moments.check(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
+    goal = probing.goal_of(checkpoint, settings, imatrix)
+    job = Job(
+        checkpoint,
+        out,
+        settings,
+        plan_checkpoint(checkpoint, settings, goal and goal.nominal()),
+        imatrix,
+        goal,
+        moments=moments,
+    )
+    if goal is None:
+        return _with_moments(job)
+    sizes = probing.read_sizes(probing.sizes_path(job), settings.units())
+    if sizes:
+        return _with_moments(replace(job, sizes=sizes, plan=plan_checkpoint(checkpoint, settings, sizes)))
+    largest = plan_checkpoint(checkpoint, settings, dict.fromkeys(settings.units(), goal.largest()))
+    return _with_moments(replace(job, plan=replace(job.plan, memory_bytes=largest.memory_bytes)))
+
+
+def _with_moments(job: Job) -> Job:
+    """The job with the memory that its moments take: roots, and the experts in the metric, which has more columns."""
+    if job.moments is None:
+        return job
+    more = max(
+        job.moments.nbytes(layer, projection)
+        * (1 + job.checkpoint.expert_shape(projection)[0] // job.checkpoint.n_embd)
+        for layer, projection in job.settings.units()
+    )
+    return replace(job, plan=replace(job.plan, memory_bytes=job.plan.memory_bytes + more))
 
 
 def _settings(
-    checkpoint: Checkpoint, out: Path, options: Options, imatrix: Imatrix | None, resume: bool
+    checkpoint: Original,
+    out: Path,
+    options: Options,
+    imatrix: Imatrix | None,
+    moments: Moments | None,
+    resume: bool,
 ) -> JobSettings:
     """Those of the job in the work directory if it is resumed, else new ones."""
     if imatrix:
         options = options.replace(imatrix=imatrix.checksum)
+    if moments:
+        options = options.replace(moments=moments.checksum)
     work = work_directory(out)
     if os.path.lexists(out):
         if resume and work.exists():
@@ -162,22 +227,31 @@ def _settings(
     return resume_settings(settings, options)
 
 
-def run(job: Job, *, device: str = "cpu", quiet: bool = False, workers: int | None = None) -> Result:
+def run(
+    job: Job, *, device: str = "cpu", quiet: bool = False, workers: int | None = None, ray: str | None = None
+) -> Result:
     """Do the work, or what is left of it.  MobeError if it fails; finished units are kept then.
 
-    ``workers``: units fitted at once, on the CPU by default as many as memory and torch's number of threads allow.
+    ``device``: one, or several as ``cuda:0,cuda:1``, each with a process of its own.  ``workers``: units fitted at once on
+    one device, on the CPU by default as many as memory and torch's number of threads allow.  ``ray``: address of a cluster
+    that does it all.
     """
+    place = Place.of(device, ray, workers)
     start = time.monotonic()
-    with _disk_errors(job.out), _lock(job):
+    with cluster(ray), _disk_errors(job.out), _lock(job):
+        if job.goal is not None and job.sizes is None:
+            _describe(job)
+            job = _choose_sizes(job, place, quiet)
         results = {unit: _finished(job, *unit) for unit in job.settings.units()}
         _check_space(job, results)
-        if not (job.work / "job.json").exists():
-            write_json(job.work / "job.json", job.description())
+        _describe(job)
         with bar("factorize", len(results), quiet) as progress:
             for r in filter(None, results.values()):
                 progress.advance(1, f"layer {r.layer} {r.projection}: error {r.error:.5f}, finished earlier")
             left = [unit for unit, result in results.items() if result is None]
-            for r in _fit_all(job, left, device, workers, progress):
+            for r in each(job, left, place, progress, fit_unit):
+                if ray is not None:
+                    await_file(job.unit_path(r.layer, r.projection))
                 results[r.layer, r.projection] = r
                 progress.advance(
                     1,
@@ -185,102 +259,43 @@ def run(job: Job, *, device: str = "cpu", quiet: bool = False, workers: int | No
                 )
         units = [results[unit] for unit in job.settings.units()]
         files = {unit: job.unit_path(*unit) for unit in job.settings.units()}
-        write_checkpoint(job.out, job.checkpoint, files, _config(job, units))
+        write_output(job.out, job.checkpoint, files, _config(job, units))
     shutil.rmtree(job.work, ignore_errors=True)
-    return Result(job.out, job.settings, job.plan, units, time.monotonic() - start)
+    return Result(job.out, job.settings, job.plan, units, time.monotonic() - start, job.sizes)
 
 
-def _fit_all(
-    job: Job, units: list[tuple[int, str]], device: str, workers: int | None, progress: Bar
-) -> Iterator[UnitResult]:
-    """Fit ``units``, several at once; yields each as it is finished.  The first failure stops the others.
+def _describe(job: Job) -> None:
+    if not (job.work / "job.json").exists():
+        write_json(job.work / "job.json", job.description())
 
-    Units side by side on one thread each, not one unit on many threads: the matrices of a small model are too small to
-    share out (measured: on two busy cores a second thread made a step of the tiny model six times slower).
-    """
-    threads = torch.get_num_threads()
-    if workers is None:
-        workers = (
-            min(threads, len(units), int(0.5 * _free_memory() / job.plan.memory_bytes))
-            if device == "cpu"
-            else 1
-        )
-    workers = max(1, workers)
-    stop = threading.Event()
 
-    def work(unit: tuple[int, str]) -> UnitResult:
-        torch.set_num_threads(max(1, threads // workers))  # of this worker
-        began = time.monotonic()
+def _choose_sizes(job: Job, place: Place, quiet: bool) -> Job:
+    """Probe all units, or those that an earlier run did not, and settle m and r of each for ``--target``."""
+    units = job.settings.units()
+    probes = {unit: found for unit in units if (found := probing.read_probes(job, unit))}
 
-        def on_step(share: float, error: float) -> None:
-            if stop.is_set():
-                raise Stopped
-            progress.update(
-                f"layer {unit[0]} {unit[1]}: {share:4.0%}, error {error:.5f}, {time.monotonic() - began:.0f} s"
+    def probe(wanted: Mapping[Unit, list[Size]], progress: Bar) -> None:
+        do = partial(probe_unit, dict(probes), wanted)
+        for unit, found in each(job, list(wanted), place, progress, do):
+            probes[unit] = found
+            said = ", ".join(
+                f"{p.error:.4f} with {p.size.bases} x {p.size.rank}" for p in found.again or found.first
             )
+            progress.advance(1, f"layer {unit[0]} {unit[1]}: error {said}")
 
-        return fit_unit(job, *unit, device, on_step)
-
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for future in as_completed([pool.submit(work, unit) for unit in units]):
-            yield future.result()
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-class Stopped(Exception):
-    """Ends a fit from its progress callback because another one failed or the user gave up."""
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping (Linux), else all there are."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def fit_unit(
-    job: Job, layer: int, projection: str, device: str, on_step: Callable[[float, float], None] | None = None
-) -> UnitResult:
-    """Read, fit and write one unit."""
-    checkpoint = job.checkpoint
-    weight = job.imatrix and job.imatrix.weight(layer, projection, checkpoint.n_expert, checkpoint.n_embd)
-    with _READING:
-        stack = checkpoint.expert_stack(layer, projection)
-    factors = fit(
-        stack,
-        job.settings.solver(),
-        weight=weight,
-        device=device,
-        label=f"layer {layer} {projection}",
-        on_step=on_step,
-        overwrite_w=True,
-    )
-    result = UnitResult(layer, projection, factors.error, factors.objective, factors.steps, factors.seconds)
-    # No times in the file: a resumed job gives the same bytes as one that was never stopped.
-    about = {"error": result.error, "objective": result.objective, "steps": result.steps}
-    with atomic_path(job.unit_path(layer, projection)) as part:
-        entries = [Entry.of(name, tensor) for name, tensor in _tensors(job, result, factors).items()]
-        write_safetensors(part, entries, {"format": "pt", "mobe": json.dumps(about)})
-    return result
-
-
-def _tensors(job: Job, unit: UnitResult, factors: Factors) -> dict[str, torch.Tensor]:
-    """The unit's factors under the names of the MoBE checkpoint."""
-    family, g = job.checkpoint.family, job.settings.groups
-    tensors = {}
-    for group, (basis, mix) in enumerate(zip(factors.basis.chunk(g), factors.mix.chunk(g), strict=True)):
-        index = group if g > 1 else None
-        tensors[family.basis(unit.layer, unit.projection, index)] = basis
-        tensors[family.mix(unit.layer, unit.projection, index)] = mix
-    for e, transform in enumerate(factors.transform):
-        tensors[family.expert_weight(unit.layer, e, unit.projection)] = transform
-    return tensors
+    with bar("probe", len(units), quiet) as progress:
+        progress.advance(len(probes))
+        probe({unit: [] for unit in units if unit not in probes}, progress)
+    weights, why = probing.layer_weights(job)
+    if not quiet:
+        console.print(why, highlight=False, markup=False, soft_wrap=True)
+    again = probing.to_probe_again(job, {unit: probes[unit] for unit in units}, weights)
+    with bar("probe again", sum(1 for sizes in again.values() if sizes), quiet) as progress:
+        left = {unit: sizes for unit, sizes in again.items() if sizes and probes[unit].again is None}
+        progress.advance(sum(1 for sizes in again.values() if sizes) - len(left))
+        probe(left, progress)
+    sizes = probing.choose(job, {unit: probes[unit] for unit in units}, weights)
+    return replace(job, sizes=sizes, plan=plan_checkpoint(job.checkpoint, job.settings, sizes))
 
 
 def _finished(job: Job, layer: int, projection: str) -> UnitResult | None:
@@ -290,6 +305,9 @@ def _finished(job: Job, layer: int, projection: str) -> UnitResult | None:
         read_header(path)
         with safe_open(path, framework="pt") as f:
             about = json.loads(f.metadata()["mobe"])
+        size = job.size((layer, projection))
+        if size and (about["bases"], about["rank"]) != (size.bases, size.rank):
+            raise ValueError("fitted with another size")
         return UnitResult(layer, projection, about["error"], about["objective"], about["steps"])
     except (MobeError, SafetensorError, ValueError, KeyError, TypeError):
         path.unlink(missing_ok=True)
@@ -301,14 +319,20 @@ def _config(job: Job, results: list[UnitResult]) -> dict[str, Any]:
     errors: dict[str, dict[str, float]] = {}
     for r in results:
         errors.setdefault(str(r.layer), {})[r.projection] = r.error
-    mobe = job.description() | {"source": str(job.checkpoint.path), "errors": errors}
+    mobe = job.description() | {"source": str(job.checkpoint.path.absolute()), "errors": errors}
     if job.settings.objective != "mse":
         mobe["objectives"] = {f"{r.layer}.{r.projection}": r.objective for r in results}
-    return job.checkpoint.config | {
-        "num_B": job.settings.bases,
-        "activation": job.settings.activation,
-        "mobe": mobe,
-    }
+    if job.sizes:
+        mobe["sizes"] = {f"{layer}.{projection}": asdict(s) for (layer, projection), s in job.sizes.items()}
+    bases = max(s.bases for s in job.sizes.values()) if job.sizes else job.settings.bases
+    if job.settings.method != "mobe":
+        shape = job.checkpoint.n_expert, job.checkpoint.n_ff_exp, job.checkpoint.n_embd
+        chosen = baseline(job.settings, *shape)
+        mobe |= {"method": chosen.method, "rank": chosen.rank, "kept": chosen.kept / math.prod(shape)}
+        if not chosen.is_factors:  # an ordinary model, whose experts are what the factors stand for
+            return job.checkpoint.config | {"mobe": mobe}
+        bases = shape[0] if chosen.method == "svd" else 1
+    return job.checkpoint.config | {"num_B": bases, "activation": job.settings.activation, "mobe": mobe}
 
 
 def _check_space(job: Job, done: dict[tuple[int, str], UnitResult | None]) -> None:
@@ -326,17 +350,23 @@ def _check_space(job: Job, done: dict[tuple[int, str], UnitResult | None]) -> No
 def _lock(job: Job) -> Iterator[None]:
     """Hold the work directory against a second run; removes it again if nothing was finished in it."""
     (job.work / "units").mkdir(parents=True, exist_ok=True)
-    with open(job.work / "lock", "w") as f:
+    with open(job.work / "lock", "a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise MobeError(
                 f"{job.work}: another run is working on it; wait for it or choose another OUT"
             ) from e
+        f.truncate(0)
+        f.write(uuid.uuid4().hex)  # by which workers of this run know the directory
+        f.flush()
+        os.fsync(f.fileno())
         try:
             yield
         except BaseException:
-            if not any((job.work / "units").glob("layer-*.safetensors")):
+            if not any(job.work.glob("units/layer-*.safetensors")) and not any(
+                job.work.glob("probes/layer-*.json")
+            ):
                 shutil.rmtree(job.work, ignore_errors=True)
             raise
 

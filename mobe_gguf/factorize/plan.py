@@ -6,15 +6,20 @@ Pure functions over a model's shapes; nothing is read but headers.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from mobe_gguf.checkpoint import PLAIN_FLOATS, Checkpoint
+from mobe_gguf.checkpoint import PLAIN_FLOATS
 from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.factorize.baselines import METHODS, Baseline
 from mobe_gguf.factorize.solver import BLOCK_BYTES, Settings
+from mobe_gguf.factorize.target import Size, Unit
 from mobe_gguf.names import PROJECTIONS
+from mobe_gguf.original import Original
 
 #: Names of the types that factors can be stored in.
 STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -22,10 +27,14 @@ STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class JobSettings:
-    """All that decides a job's result.  It is written beside the finished units; a resumed job must have the same."""
+    """All that decides a job's result.  It is written beside the finished units; a resumed job must have the same.
 
-    bases: int
-    rank: int
+    ``bases`` and ``rank`` are None where ``target`` (a share, or bytes of a file of type ``quant``) decides them for each
+    unit.  For another ``method`` than ``mobe`` they say how many parameters it may keep: as many as MoBE would.
+    """
+
+    bases: int | None
+    rank: int | None
     groups: int
     activation: str
     mix: str
@@ -38,12 +47,24 @@ class JobSettings:
     projections: tuple[str, ...]
     for_basis: str | None = None
     for_transform: str | None = None
+    moments: str | None = None
     mix_terms: int | None = None
+    method: str = "mobe"
+    target: float | int | None = None
+    quant: str | None = None
 
-    def solver(self) -> Settings:
+    def solver(self, size: Size | None = None, projection: str = "gate") -> Settings:
+        """Settings of the fit of one unit; ``size`` is its own m and r, where these are not the same for all.
+
+        Those of down are told what is transposed; see ``down.fit_down``.
+        """
+        bases, rank = (self.bases, self.rank) if size is None else (size.bases, size.rank)
+        assert bases is not None and rank is not None, (
+            "a --target job has no size before its units are probed"
+        )
         return Settings(
-            n_basis=self.bases,
-            rank=self.rank,
+            n_basis=bases,
+            rank=rank,
             n_group=self.groups,
             activation=self.activation,
             mix=self.mix,
@@ -53,6 +74,7 @@ class JobSettings:
             basis_type=self.for_basis,
             transform_type=self.for_transform,
             mix_terms=self.mix_terms,
+            transposed=projection == "down",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -83,11 +105,15 @@ class Options:
     dtype: str | None = None
     objective: str | None = None
     imatrix: str | None = None
+    moments: str | None = None
     layers: tuple[int, ...] | None = None
     projections: tuple[str, ...] | None = None
     for_basis: str | None = None
     for_transform: str | None = None
     mix_terms: int | None = None
+    method: str | None = None
+    target: float | int | None = None
+    quant: str | None = None
 
     def replace(self, **changes: Any) -> Options:
         return replace(self, **changes)
@@ -106,7 +132,7 @@ def default_rank(p: int, d: int) -> int:
     return p if p <= d else d // 2
 
 
-def settle(options: Options, checkpoint: Checkpoint) -> JobSettings:
+def settle(options: Options, checkpoint: Original) -> JobSettings:
     """The settings of a new job: defaults for all that was not said.  UsageError if they do not fit the model."""
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     groups = 1 if options.groups is None else options.groups
@@ -119,11 +145,16 @@ def settle(options: Options, checkpoint: Checkpoint) -> JobSettings:
         steps=500,
         seed=0,
         dtype="f32" if options.for_basis or options.for_transform else source_dtype(checkpoint),
-        objective="mse" if options.imatrix is None else "activation",
+        objective="mse" if options.imatrix is None and options.moments is None else "activation",
         imatrix=None,
         layers=checkpoint.moe_layers,
         projections=tuple(PROJECTIONS),
     )
+    check_method(options)
+    if options.target is not None:
+        defaults |= dict(bases=None, rank=None)
+    if options.method not in (None, "mobe"):
+        defaults |= dict(activation="none", steps=0)
     settings = JobSettings(**(defaults | options.said()))
     for layer in settings.layers:
         if layer not in checkpoint.moe_layers:
@@ -131,31 +162,79 @@ def settle(options: Options, checkpoint: Checkpoint) -> JobSettings:
             raise UsageError(
                 f"--layers: layer {layer} has no routed experts; the MoE layers of this model are {moe}"
             )
-    settings.solver().check(n, p, d)
+    # before --target has chosen: what any choice has in common with the defaults is checked
+    least = groups * (settings.mix_terms or 1)
+    size = Size(
+        settings.bases or max(least, default_bases(n, max(groups, 1))), settings.rank or default_rank(p, d)
+    )
+    for projection in settings.projections:
+        solver = settings.solver(size, projection)
+        (solver if settings.method == "mobe" else replace(solver, steps=1)).check(n, p, d)
+    if settings.method != "mobe":
+        baseline(settings, n, p, d)
     return settings
 
 
-def source_dtype(checkpoint: Checkpoint) -> str:
-    """The type that factors are stored in if nothing is said: the experts' own, bf16 for FP8.
+def check_method(options: Options) -> None:
+    """UsageError if ``method``, ``target`` and the other options contradict each other."""
+    method, target = options.method or "mobe", options.target
+    if method not in METHODS:
+        raise UsageError(f"--method {method}: unknown; expected one of {', '.join(METHODS)}")
+    if target is not None and options.bases is not None:
+        raise UsageError("--target chooses the number of bases; leave out --bases or --target")
+    if isinstance(target, int) and options.quant is None:
+        raise UsageError(
+            "--target with a file's size needs --quant TYPE, the type that it will be exported in"
+        )
+    if options.quant is not None and not isinstance(target, int):
+        raise UsageError("--quant is only used with --target SIZE, as --target 12.5GB --quant q4_k")
+    if method == "mobe":
+        return
+    if isinstance(target, int):
+        raise UsageError(
+            f"--method {method} keeps a share of the parameters: --target 0.75, not a file's size"
+        )
+    if "down" in (options.projections or ()):
+        raise UsageError(f"--method {method} takes gate and up; leave down out of --projections")
+    if target is not None and options.rank is not None:
+        raise UsageError(f"--target chooses the rank of --method {method}; leave out --rank or --target")
+    for name in ("groups", "activation", "mix", "steps", "seed", "for_basis", "for_transform", "mix_terms"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} means nothing to --method {method}; leave it out")
+
+
+def baseline(settings: JobSettings, n: int, p: int, d: int) -> Baseline:
+    """What another method than MoBE does with as many parameters: the share ``target``, or what ``bases`` and ``rank``
+    would keep.  UsageError if that is too few for it.
+    """
+    if settings.target is not None:
+        allowance = int(settings.target * n * p * d)
+    else:
+        allowance = parameters(settings.solver(), n, p, d)
+    return Baseline.within(settings.method, allowance, n, p, d)
+
+
+def source_dtype(checkpoint: Original) -> str:
+    """The type that factors are stored in if nothing is said: the experts' own, bf16 for FP8 and quantized ones.
 
     Measured on SmolLM2 slices (error 0.196498 in f32): 0.196522 in bf16, 0.196499 in f16.
     """
     layer = checkpoint.moe_layers[0]
-    dtype = checkpoint.dtype(checkpoint.expert_sources(layer, "gate")[0])
+    dtype = checkpoint.dtype(checkpoint.expert_sources(layer, "up")[0])
     if dtype not in PLAIN_FLOATS:
         return "bf16"
     return {v: k for k, v in STORED.items()}.get(dtype, "f32")
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """``"0-3,7"`` -> (0, 1, 2, 3, 7), sorted; UsageError shows the form expected."""
+def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
+    """``"0-3,7"`` -> (0, 1, 2, 3, 7), sorted; UsageError names the ``option`` and shows the form expected."""
     layers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             raise UsageError(
-                f"--layers: cannot read {part.strip()!r}; expected numbers and ranges such as 0-3,7"
+                f"{option}: cannot read {part.strip()!r}; expected numbers and ranges such as 0-3,7"
             )
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
@@ -213,6 +292,16 @@ class Plan:
         }
 
 
+def parameters(settings: Settings, n: int, p: int, d: int) -> int:
+    """Parameters of one unit's factors: A, B and alpha."""
+    return n * p * settings.rank + settings.n_basis * settings.rank * d + _mixing(settings, n, d)
+
+
+def _mixing(settings: Settings, n: int, d: int) -> int:
+    rows = d if settings.transposed else settings.rank
+    return n * (settings.n_basis // settings.n_group) * (rows if settings.mix == "row" else 1)
+
+
 def make_plan(
     settings: Settings,
     *,
@@ -222,17 +311,16 @@ def make_plan(
     units: int,
     moe_layers: int,
     model_parameters: int,
-    model_bytes: int = 0,
-    unit_bytes: int = 0,
+    kept_bytes: int = 0,
 ) -> Plan:
     """The arithmetic: experts ``[n, p, d]``, ``units`` of them factorized, in a model of ``model_parameters``.
 
-    ``model_bytes`` is the source's size on disk, ``unit_bytes`` that of the original matrices of one unit.
+    ``kept_bytes``: what of the source comes along into the output.
     Per expert matrix p r of A and m/n of a basis r d stay, plus alpha: ``r/d + m r/(n p)`` of p d.
     """
     m, r, g = settings.n_basis, settings.rank, settings.n_group
-    mixing = n * (m // g) * (r if settings.mix == "row" else 1)
-    after = n * p * r + m * r * d + mixing
+    mixing = _mixing(settings, n, d)
+    after = parameters(settings, n, p, d)
     stored = settings.dtype.itemsize * (after - mixing) + 4 * mixing
     # W, B with its gradient, Adam's two moments and the best so far, A, and a block of experts (see solver._place).
     block = min(BLOCK_BYTES, 4 * n // g * (6 * r * d + 3 * p * r + 4 * r * r))
@@ -245,28 +333,42 @@ def make_plan(
         projected_after=units * after,
         experts_before=3 * moe_layers * n * p * d,
         model_before=model_parameters,
-        output_bytes=model_bytes + units * (stored - unit_bytes),
+        output_bytes=kept_bytes + units * stored,
         memory_bytes=memory,
     )
 
 
-def plan_checkpoint(checkpoint: Checkpoint, settings: JobSettings) -> Plan:
-    """:func:`make_plan` for a model on disk.  Multi-token-prediction layers count as they are stored."""
-    infos = [(name, checkpoint.info(name)) for name in checkpoint.names]
+def plan_checkpoint(
+    checkpoint: Original, settings: JobSettings, sizes: Mapping[Unit, Size] | None = None
+) -> Plan:
+    """:func:`make_plan` for a model on disk.  Multi-token-prediction layers count as they are stored.
+
+    ``sizes``: m and r of each unit, where these are not the same for all.
+    """
     units = settings.units()
-    layer, projection = units[0]
-    dtype = checkpoint.dtype(checkpoint.expert_sources(layer, projection)[0])
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
-    return make_plan(
-        settings.solver(),
-        n=n,
-        p=p,
-        d=d,
+    model = dict(n=n, p=p, d=d, moe_layers=len(checkpoint.moe_layers), model_parameters=checkpoint.n_params)
+    kept = checkpoint.kept_bytes(units)
+    if settings.method != "mobe":
+        chosen, itemsize = baseline(settings, n, p, d), STORED[settings.dtype].itemsize
+        return Plan(
+            units=len(units),
+            projected_before=len(units) * n * p * d,
+            projected_after=len(units) * chosen.kept,
+            experts_before=3 * len(checkpoint.moe_layers) * n * p * d,
+            model_before=checkpoint.n_params,
+            output_bytes=kept + len(units) * itemsize * chosen.stored,
+            memory_bytes=chosen.memory,
+        )
+    counts = Counter((None if sizes is None else sizes[unit], unit[1]) for unit in units)
+    parts = [make_plan(settings.solver(*key), units=count, **model) for key, count in counts.items()]
+    return replace(
+        parts[0],
         units=len(units),
-        moe_layers=len(checkpoint.moe_layers),
-        model_parameters=sum(info.numel for name, info in infos if not name.endswith("_scale_inv")),
-        model_bytes=sum(info.end - info.begin for _, info in infos),
-        unit_bytes=n * p * d * dtype.itemsize,
+        projected_before=sum(part.projected_before for part in parts),
+        projected_after=sum(part.projected_after for part in parts),
+        output_bytes=kept + sum(part.output_bytes for part in parts),
+        memory_bytes=max(part.memory_bytes for part in parts),
     )
 
 

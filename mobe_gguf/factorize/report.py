@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mobe_gguf.factorize.expected import expected_time
 from mobe_gguf.factorize.job import Job, Result
-from mobe_gguf.factorize.plan import JobSettings, Plan, format_layers
+from mobe_gguf.factorize.plan import JobSettings, Plan, baseline, format_layers
+from mobe_gguf.original import Original
 
 #: For lines of text: no colouring, and no wrapping, so that commands and paths can be copied.
 PLAIN: dict[str, Any] = dict(highlight=False, markup=False, soft_wrap=True)
@@ -23,10 +25,32 @@ def print_plan(job: Job, console: Console) -> None:
         f"({c.n_expert_used} used) of {c.n_ff_exp} x {c.n_embd}",
         **PLAIN,
     )
-    console.print(_settings_line(s), **PLAIN)
+    console.print(_settings_line(s, c), **PLAIN)
     console.print(_parameters(s, job.plan))
+    if s.method not in ("mobe", "svd", "molae"):
+        console.print(_written_dense(s), **PLAIN)
+    if job.goal is not None and job.sizes is None:
+        example = job.goal.nominal()[s.units()[0]]
+        console.print(
+            f"as if all units had an even share ({example.bases} bases of rank {example.rank}); what each gets is settled "
+            "by short fits, which a dry run does not make",
+            **PLAIN,
+        )
     console.print(
         f"on disk {_bytes(job.plan.output_bytes)}, memory about {_bytes(job.plan.memory_bytes)} for each unit at work",
+        **PLAIN,
+    )
+
+
+def print_time(job: Job, device: str, console: Console) -> None:
+    """How long the job will take."""
+    t = expected_time(job, device)
+    probing = (
+        f"probing {_duration(t['probing'])}, fitting {_duration(t['fitting'])}; " if t["probing"] else ""
+    )
+    console.print(
+        f"time about {_duration(t['seconds'])} on {device} ({probing}{t['at_once']} units at once; by a trial of "
+        f"{t['trial']:.1f} s on random experts, without reading, and a fit may stop sooner)",
         **PLAIN,
     )
 
@@ -36,20 +60,29 @@ def print_result(result: Result, console: Console) -> None:
     projections = result.settings.projections
     table = Table(title="relative error, |W - W'|² / |W|²", title_justify="left")
     table.add_column("layer", justify="right")
-    for name in (*projections, "seconds"):
+    for name in (*projections, *(("m x r",) if result.sizes else ()), "seconds"):
         table.add_column(name, justify="right")
     for layer in result.settings.layers:
         units = {u.projection: u for u in result.units if u.layer == layer}
         seconds = [u.seconds for u in units.values() if u.seconds is not None]
         errors = [f"{units[p].error:.5f}" for p in projections]
+        if result.sizes:
+            chosen = [result.sizes[layer, p] for p in projections]
+            errors.append(", ".join(f"{size.bases} x {size.rank}" for size in chosen))
         table.add_row(str(layer), *errors, f"{sum(seconds):.1f}" if seconds else "-")
     means = [_mean([u.error for u in result.units if u.projection == p]) for p in projections]
     table.add_section()
-    table.add_row("mean", *(f"{m:.5f}" for m in means), f"{result.seconds:.1f}")
+    table.add_row(
+        "mean", *(f"{m:.5f}" for m in means), *([""] if result.sizes else []), f"{result.seconds:.1f}"
+    )
     console.print(table)
     console.print(_parameters(result.settings, result.plan))
+    if result.settings.method not in ("mobe", "svd", "molae"):
+        console.print(_written_dense(result.settings), **PLAIN)
     console.print(f"{result.out}: {_bytes(result.plan.output_bytes)}. Next:", **PLAIN)
-    command = f"  mobe-gguf export {result.out} {result.out.name}.gguf --quant q4_k"
+    quant = result.settings.quant or ("q4_k" if result.settings.method == "mobe" else "f16")
+    command = f"  mobe-gguf export {result.out} {result.out.name}.gguf --quant {quant}"
+    command += " --dense" if result.settings.method == "d2moe" else ""
     for option, name in (
         ("basis", result.settings.for_basis),
         ("transform", result.settings.for_transform),
@@ -74,28 +107,53 @@ def result_json(result: Result) -> dict[str, Any]:
     }
 
 
-def _settings_line(s: JobSettings) -> str:
+def _settings_line(s: JobSettings, model: Original) -> str:
+    where = f"layers {format_layers(s.layers)}, {_listed(s.projections)}: "
+    if s.method != "mobe":
+        rank = baseline(s, model.n_expert, model.n_ff_exp, model.n_embd).rank
+        return where + f"{s.method} of rank {rank}, objective {s.objective}, stored as {s.dtype}"
+    if isinstance(s.target, float):
+        size = f"bases to keep {s.target:.1%} of the parameters"
+    elif s.target is not None:
+        size = f"bases for a {s.quant} file of {_bytes(s.target)}"
+    else:
+        size = f"{s.bases} bases of rank {s.rank}"
     terms = f" of at most {s.mix_terms} terms" if s.mix_terms else ""
     return (
-        f"layers {format_layers(s.layers)}, {' and '.join(s.projections)}: {s.bases} bases of rank {s.rank}"
+        where
+        + size
         + (f" in {s.groups} groups" if s.groups > 1 else "")
         + f", {s.activation}, {s.mix} mix{terms}, {s.steps} steps, objective {s.objective}, stored as {s.dtype}, seed {s.seed}"
     )
 
 
+def _written_dense(s: JobSettings) -> str:
+    return (
+        f"{s.method} has no form that the runtime knows: the matrices that its factors stand for are written, an ordinary "
+        "model of the original's size; what is kept counts the factors"
+    )
+
+
 def print_types(job: Job, console: Console) -> None:
     """The types that the factors are fitted for, if any, and where one does not fit the rows, what it becomes."""
-    s, d = job.settings, job.checkpoint.n_embd
-    solver = s.solver().resolved(d)
+    s, c = job.settings, job.checkpoint
+    if not (s.for_basis or s.for_transform):
+        return
     said = []
-    for factor, asked, got, row in (
-        ("bases", s.for_basis, solver.basis_type, d),
-        ("A", s.for_transform, solver.transform_type, s.rank),
-    ):
-        if asked:
-            said.append(
-                f"{factor} {got}" + (f" ({asked} does not fit rows of {row})" if got != asked else "")
-            )
+    for side in (("gate", "up"), ("down",)):
+        found = tuple(p for p in side if p in s.projections)
+        if not found:
+            continue
+        solver = s.solver(job.example(), found[0]).resolved(c.n_ff_exp, c.n_embd)
+        basis_row, transform_row = solver.rows(c.n_ff_exp, c.n_embd)
+        of = f" of {_listed(found)}" if "down" in s.projections else ""
+        for factor, asked, got, row in (
+            ("bases", s.for_basis, solver.basis_type, basis_row),
+            ("A", s.for_transform, solver.transform_type, transform_row),
+        ):
+            if asked:
+                why = f" ({asked} does not fit rows of {row})" if got != asked else ""
+                said.append(f"{factor}{of} {got}{why}")
     if said:
         console.print("fitted to be exported as: " + ", ".join(said), **PLAIN)
 
@@ -105,7 +163,7 @@ def _parameters(s: JobSettings, plan: Plan) -> Table:
     for name in ("parameters", "before", "after", "kept"):
         table.add_column(name, justify="left" if name == "parameters" else "right")
     for name, before, after in (
-        (" and ".join(s.projections) + ", chosen layers", plan.projected_before, plan.projected_after),
+        (_listed(s.projections) + ", chosen layers", plan.projected_before, plan.projected_after),
         ("all routed experts", plan.experts_before, plan.experts_after),
         ("whole model", plan.model_before, plan.model_after),
     ):
@@ -113,8 +171,20 @@ def _parameters(s: JobSettings, plan: Plan) -> Table:
     return table
 
 
+def _listed(words: tuple[str, ...]) -> str:
+    """``gate, up and down``."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _count(n: int) -> str:

@@ -22,18 +22,23 @@ from mobe_gguf.runtime import ggml
 REPEATS = 10
 
 
-def rounded(x: torch.Tensor, type_name: str) -> torch.Tensor:
-    """``x`` ``[..., row]`` encoded as ``type_name`` and decoded: float32, same device."""
+def rounded(x: torch.Tensor, type_name: str, transposed: bool = False) -> torch.Tensor:
+    """``x`` ``[..., row]`` encoded as ``type_name`` and decoded: float32, same device.
+
+    ``transposed``: the file's rows are the columns of ``x``'s matrices, as down's are where it is fitted.
+    """
+    if transposed:
+        return rounded(x.transpose(-1, -2), type_name).transpose(-1, -2).contiguous()
     values = x.to("cpu", torch.float32).contiguous().numpy()
     threads = torch.get_num_threads()  # this unit's share
     data = ggml.quantize(values, type_name, name="a factor", threads=threads)
     return torch.from_numpy(ggml.dequantize(data, type_name, values.shape[-1], threads=threads)).to(x.device)
 
 
-def settled(x: torch.Tensor, type_name: str) -> torch.Tensor:
+def settled(x: torch.Tensor, type_name: str, transposed: bool = False) -> torch.Tensor:
     """``x`` rounded until rounding changes nothing more, or REPEATS times."""
     for _ in range(REPEATS):
-        before, x = x, rounded(x, type_name)
+        before, x = x, rounded(x, type_name, transposed)
         if torch.equal(before, x):
             break
     return x

@@ -1,4 +1,4 @@
-"""Writing the MoBE checkpoint: finished units become shards, everything else is copied byte for byte.
+"""Writing the output: finished units become shards, everything else is copied byte for byte.
 
 The directory grows under a temporary name beside the final one and is renamed when it is whole.  Unit files are
 linked, not copied, where the file system can, so the factors need no second place on disk; the rest streams in chunks,
@@ -20,6 +20,8 @@ import torch
 
 from mobe_gguf.atomic import write_json
 from mobe_gguf.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, read_header
+from mobe_gguf.gguf_factors import FACTORS_NAME
+from mobe_gguf.original import Original
 
 MAX_SHARD = 5_000_000_000
 CHUNK = 16 << 20
@@ -140,15 +142,19 @@ def _split(
         )
 
 
-def write_checkpoint(
-    out: Path, checkpoint: Checkpoint, units: Mapping[tuple[int, str], Path], config: dict[str, Any]
+def write_output(
+    out: Path, source: Original, units: Mapping[tuple[int, str], Path], config: dict[str, Any]
 ) -> None:
-    """Assemble directory ``out`` from the source and the unit files; it appears only when it is whole."""
+    """Assemble directory ``out`` from the unit files and what of the source comes along; it appears only when it is whole.
+
+    Of a Hugging Face directory all that is not factorized comes along; what is in a GGUF file stays there.
+    """
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        rest = _shards(copies(checkpoint, units))
+        is_directory = isinstance(source, Checkpoint)
+        rest = shards(copies(source, units), MAX_SHARD) if is_directory else []
         count = len(units) + len(rest)
         names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         weight_map: dict[str, str] = {}
@@ -162,26 +168,28 @@ def write_checkpoint(
             write_safetensors(part / name, shard, {"format": "pt"})
             weight_map |= {entry.name: name for entry in shard}
             total += sum(entry.n_bytes for entry in shard)
-        _copy_small_files(checkpoint.path, part)
+        if is_directory:
+            copy_small_files(source.path, part)
         write_json(part / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(part / "config.json", config)
+        write_json(part / ("config.json" if is_directory else FACTORS_NAME), config)
         os.rename(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-def _shards(items: list[Entry]) -> list[list[Entry]]:
-    """Runs of tensors of at most MAX_SHARD bytes (a larger tensor gets a shard of its own)."""
-    shards: list[list[Entry]] = []
+def shards(items: Iterable[Entry], limit: int | None = None) -> list[list[Entry]]:
+    """Runs of tensors of at most ``limit`` bytes, MAX_SHARD by default (a larger tensor gets a shard of its own)."""
+    limit = MAX_SHARD if limit is None else limit
+    runs: list[list[Entry]] = []
     size = 0
     for item in items:
-        if not shards or size + item.n_bytes > MAX_SHARD:
-            shards.append([])
+        if not runs or size + item.n_bytes > limit:
+            runs.append([])
             size = 0
-        shards[-1].append(item)
+        runs[-1].append(item)
         size += item.n_bytes
-    return shards
+    return runs
 
 
 def _link(source: Path, target: Path) -> None:
@@ -191,7 +199,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(source: Path, target: Path) -> None:
     """Tokenizer, chat template, generation config, remote code: whatever is not weights nor written anew."""
     for path in sorted(source.iterdir()):
         is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")

@@ -129,7 +129,7 @@ def build(
     try:
         environment.check_writable()
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache) as lock:
+        with locked(cache) as lock:
             stamp = current(environment, key)  # another build may have just made it
             steps = 0
             if force or not stamp:
@@ -171,9 +171,9 @@ def _build(
     log = work / "build.log"
     log.unlink(missing_ok=True)
 
-    tree = _patched_tree(recipe, work, env)
+    tree = patched_tree(recipe, work, env)
     kernels = work / "ggml_mobe"
-    _copy_kernels(recipe, work, kernels)
+    copy_kernels(recipe, work, kernels)
 
     source.say(f"configuring (log: {log})")
     values = recipe.definitions()
@@ -200,7 +200,7 @@ def _build(
     return steps
 
 
-def _patched_tree(recipe: Recipe, work: Path, env: Mapping[str, str]) -> Path:
+def patched_tree(recipe: Recipe, work: Path, env: Mapping[str, str]) -> Path:
     """Bring ``work/src`` to the patched source; files that do not change keep their time stamps."""
     tree, marker, fresh = work / "src", work / "source.key", work / "src.new"
     key = recipe.source_key()
@@ -219,7 +219,7 @@ def _patched_tree(recipe: Recipe, work: Path, env: Mapping[str, str]) -> Path:
     return tree
 
 
-def _copy_kernels(recipe: Recipe, work: Path, target: Path) -> None:
+def copy_kernels(recipe: Recipe, work: Path, target: Path) -> None:
     """Bring ``target`` to the kernel sources; files that do not change keep their time stamps."""
     fresh = work / "ggml_mobe.new"
     source.remove(fresh)
@@ -233,7 +233,7 @@ def _copy_kernels(recipe: Recipe, work: Path, target: Path) -> None:
 
 
 @contextmanager
-def _locked(cache: Path) -> Iterator[int]:
+def locked(cache: Path) -> Iterator[int]:
     """Hold the cache's lock, waiting for another build to end; yields the lock's file descriptor."""
     with open(cache / "lock", "w") as f:
         try:

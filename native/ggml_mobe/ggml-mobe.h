@@ -14,7 +14,11 @@
 //
 // The number of groups g is m / (m/g): it follows from the shapes. So does the kind of mix: three dimensions are row-wise
 // (a layer of one expert has none to share a basis with, so [r, m/g, 1] does not occur). A basis that no expert in use mixes (all its
-// coefficients are exactly zero) is neither read nor added. The multiplication by A that follows is ggml_mul_mat_id.
+// coefficients are exactly zero) is neither read nor added. The multiplication by A is ggml_mul_mat_id: after this one for gate and
+// up, before it for down, whose bases are on the output side ([r, d, m], each use with an x of its own):
+//
+//   gate, up   y = ggml_mul_mat_id(A [r, p, n], ggml_mobe_proj(basis [d, r, m], mix, x [d, 1, T], ids), ids)
+//   down       y = ggml_mobe_proj(basis [r, d, m], mix, ggml_mul_mat_id(A [p, r, n], h [p, k, T], ids), ids)
 
 #pragma once
 
@@ -33,7 +37,8 @@ enum ggml_mobe_activation {
 };
 
 // GGUF: "<arch>.mobe.*" keys and tensor suffixes; mobe_gguf/names.py holds the same strings
-#define GGML_MOBE_VERSION         1
+#define GGML_MOBE_VERSION         1 // of files with bases of gate and up
+#define GGML_MOBE_VERSION_DOWN    2 // of files with bases of down; the newest that is read
 #define GGML_MOBE_KEY_VERSION     "%s.mobe.version"
 #define GGML_MOBE_KEY_ACTIVATION  "%s.mobe.activation"
 #define GGML_MOBE_KEY_GROUP_COUNT "%s.mobe.group_count"
@@ -72,6 +77,30 @@ GGML_API struct ggml_tensor * ggml_mobe_proj(
         struct ggml_tensor        * x,
         struct ggml_tensor        * ids,
         enum ggml_mobe_activation   activation);
+
+// --- a cache of formed matrices ---
+//
+// As above, with memory for the matrices of the experts used last (kernel and layout: mobe-cache.h). cache is an I8 tensor of
+// one dimension whose data, all zeros at first, outlive the graph; no two nodes of a graph share one. A call of up to
+// GGML_MOBE_CACHE_TOKENS tokens rounds the formed rows to ggml_mobe_cache_type(d), whether it finds them or not; one of more
+// tokens does without it. Only the CPU backend takes such a node.
+#define GGML_MOBE_CACHE_TOKENS 16
+
+GGML_API enum ggml_type ggml_mobe_cache_type(int64_t d);
+
+// bytes of a cache with n_slot matrices; matrices that fit in a cache of so many bytes
+GGML_API size_t  ggml_mobe_cache_size (const struct ggml_mobe_shape * shape, int64_t n_slot);
+GGML_API int64_t ggml_mobe_cache_slots(const struct ggml_mobe_shape * shape, size_t size);
+
+// aborts when a fault is found, or the cache has room for no matrix
+GGML_API struct ggml_tensor * ggml_mobe_proj_cached(
+        struct ggml_context       * ctx,
+        struct ggml_tensor        * basis,
+        struct ggml_tensor        * mix,
+        struct ggml_tensor        * x,
+        struct ggml_tensor        * ids,
+        enum ggml_mobe_activation   activation,
+        struct ggml_tensor        * cache);
 
 // The plain reference: the formula above, one number after the other, in double precision. Slow, kept for ever:
 // every faster kernel is tested against it. All operands contiguous float32 / int32 in the order given above.

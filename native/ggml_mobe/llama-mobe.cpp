@@ -2,6 +2,7 @@
 
 #include "llama-arch.h"
 #include "llama-impl.h"
+#include "llama-mobe-cache.h"
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
@@ -27,9 +28,9 @@ static int64_t find_key(const llama_model_loader & ml, const char * pattern, ggu
 
 void llama_mobe::read_keys(const llama_model_loader & ml, const std::string & basis_name) {
     const uint32_t version = gguf_get_val_u32(ml.metadata, find_key(ml, GGML_MOBE_KEY_VERSION, GGUF_TYPE_UINT32, basis_name));
-    if (version != GGML_MOBE_VERSION) {
-        throw std::runtime_error(format("tensor '%s': the file has MoBE version %u, this build reads version %d",
-            basis_name.c_str(), version, GGML_MOBE_VERSION));
+    if (version < GGML_MOBE_VERSION || version > GGML_MOBE_VERSION_DOWN) {
+        throw std::runtime_error(format("tensor '%s': the file has MoBE version %u, this build reads versions %d to %d",
+            basis_name.c_str(), version, GGML_MOBE_VERSION, GGML_MOBE_VERSION_DOWN));
     }
 
     const char * name = gguf_get_val_str(ml.metadata, find_key(ml, GGML_MOBE_KEY_ACTIVATION, GGUF_TYPE_STRING, basis_name));
@@ -43,8 +44,9 @@ void llama_mobe::read_keys(const llama_model_loader & ml, const std::string & ba
         throw std::runtime_error(format("tensor '%s': the MoBE group count is 0", basis_name.c_str()));
     }
 
-    activation  = (ggml_mobe_activation) number;
-    group_count = groups;
+    activation   = (ggml_mobe_activation) number;
+    group_count  = groups;
+    file_version = version;
 }
 
 ggml_tensor * llama_mobe::create_tensor(
@@ -54,12 +56,14 @@ ggml_tensor * llama_mobe::create_tensor(
 
     const bool is_gate = tn.tensor == LLM_TENSOR_FFN_GATE_EXPS;
     const bool is_up   = tn.tensor == LLM_TENSOR_FFN_UP_EXPS;
-    if ((!is_gate && !is_up) || tn.suffix == nullptr || std::string(tn.suffix) != "weight" || ne.size() != 3) {
+    const bool is_down = tn.tensor == LLM_TENSOR_FFN_DOWN_EXPS;
+    if ((!is_gate && !is_up && !is_down) || tn.suffix == nullptr || std::string(tn.suffix) != "weight" || ne.size() != 3) {
         return nullptr;
     }
 
     const LLM_TN name(tn.arch);
-    const llm_tensor  kind       = is_gate ? LLM_TENSOR_FFN_GATE_BASIS : LLM_TENSOR_FFN_UP_BASIS;
+    llm_tensor        kind       =
+        is_gate ? LLM_TENSOR_FFN_GATE_BASIS : is_up ? LLM_TENSOR_FFN_UP_BASIS : LLM_TENSOR_FFN_DOWN_BASIS;
     const std::string basis_name = name(kind, "weight", tn.bid).str();
     const std::string mix_name   = name(kind, "mix",    tn.bid).str();
 
@@ -81,6 +85,10 @@ ggml_tensor * llama_mobe::create_tensor(
     if (group_count == 0) {
         read_keys(ml, basis_name);
     }
+    if (is_down && file_version < GGML_MOBE_VERSION_DOWN) {
+        throw std::runtime_error(format("tensor '%s': bases of down need MoBE version %d, the file has version %u",
+            basis_name.c_str(), GGML_MOBE_VERSION_DOWN, file_version));
+    }
 
     // everything is checked here, before any data is read
     for (const ggml_tensor * t : { transform, basis, mix }) {
@@ -94,42 +102,55 @@ ggml_tensor * llama_mobe::create_tensor(
             transform->name, ggml_type_name(transform->type)));
     }
 
-    const std::vector<int64_t> asked(ne); // d, p, n
-    const int64_t d = asked[0];
-    const int64_t p = asked[1];
+    const std::vector<int64_t> asked(ne); // gate and up: d, p, n; down: p, d, n
+    const int64_t n_in  = asked[0];
+    const int64_t n_out = asked[1];
     const int64_t n = asked[2];
-    const int64_t r = transform->ne[0];
+    const int64_t r = transform->ne[is_down ? 1 : 0];
     const int64_t m = basis->ne[2];
     const int64_t g = group_count;
+
+    const int64_t columns = is_down ? r : n_in; // of a basis
+    const int64_t rows    = is_down ? n_out : r;
 
     if (m % g != 0 || n % g != 0) {
         throw std::runtime_error(format("tensor '%s': %" PRId64 " bases and %" PRId64 " experts do not divide into %" PRId64 " groups",
             basis_name.c_str(), m, n, g));
     }
-    if (basis->ne[0] != d || basis->ne[1] != r || basis->ne[3] != 1) {
+    if (basis->ne[0] != columns || basis->ne[1] != rows || basis->ne[3] != 1) {
         throw std::runtime_error(format("tensor '%s' has wrong shape; expected [%" PRId64 ", %" PRId64 ", n_basis], got %s",
-            basis_name.c_str(), d, r, shape_str(basis).c_str()));
+            basis_name.c_str(), columns, rows, shape_str(basis).c_str()));
     }
     const bool row_mix = mix->ne[2] > 1;
     const bool mix_fits = row_mix ?
-        mix->ne[0] == r && mix->ne[1] == m/g && mix->ne[2] == n && mix->ne[3] == 1 :
+        mix->ne[0] == rows && mix->ne[1] == m/g && mix->ne[2] == n && mix->ne[3] == 1 :
         mix->ne[0] == m/g && mix->ne[1] == n && mix->ne[3] == 1;
     if (!mix_fits) {
         throw std::runtime_error(format(
             "tensor '%s' has wrong shape; expected [%" PRId64 ", %" PRId64 "] or [%" PRId64 ", %" PRId64 ", %" PRId64 "], got %s",
-            mix_name.c_str(), m/g, n, r, m/g, n, shape_str(mix).c_str()));
+            mix_name.c_str(), m/g, n, rows, m/g, n, shape_str(mix).c_str()));
     }
     if (mix->type != GGML_TYPE_F32) {
         throw std::runtime_error(format("tensor '%s' has type %s, expected f32", mix_name.c_str(), ggml_type_name(mix->type)));
     }
 
+    // the mix of a group has too few entries, and a row-wise one needs r*m*k numbers a token
+    const bool linear = activation == GGML_MOBE_ACTIVATION_NONE && !is_down && !row_mix && g == 1;
+    if (linear) { // goes where its products can be computed, which is more places than have the operator
+        kind = is_gate ? LLM_TENSOR_FFN_GATE_BASIS_LINEAR : LLM_TENSOR_FFN_UP_BASIS_LINEAR;
+    }
+
     handled = true;
-    ggml_tensor * a = model.create_tensor_in_file(ml, tn, {r, p, n}, flags);
+    ggml_tensor * a = is_down ?
+        model.create_tensor_in_file(ml, tn, {n_in, r, n},  flags) :
+        model.create_tensor_in_file(ml, tn, {r, n_out, n}, flags);
     const factors f = {
-        /*.basis =*/ model.create_tensor_in_file(ml, name(kind, "weight", tn.bid), {d, r, m}, flags),
+        /*.basis =*/ model.create_tensor_in_file(ml, name(kind, "weight", tn.bid), {columns, rows, m}, flags),
         /*.mix   =*/ row_mix ?
-            model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {r, m/g, n}, flags) :
-            model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {m/g, n},    flags),
+            model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {rows, m/g, n}, flags) :
+            model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {m/g, n},       flags),
+        /*.after =*/ is_down,
+        /*.linear =*/ linear,
     };
     if (a != nullptr) { // a skipped layer has no tensors
         by_transform.emplace(a, f);
@@ -138,23 +159,74 @@ ggml_tensor * llama_mobe::create_tensor(
 }
 
 ggml_tensor * llama_mobe::example_op(ggml_context * ctx, ggml_tensor * w, int64_t n_expert, int64_t n_expert_used) {
-    const std::string name   = w->name;
-    const bool        is_mix = name.size() > 4 && name.compare(name.size() - 4, 4, ".mix") == 0;
+    const std::string name    = w->name;
+    const bool        is_mix  = name.size() > 4 && name.compare(name.size() - 4, 4, ".mix") == 0;
+    const bool        is_down = name.find("ffn_down_basis") != std::string::npos;
 
     // a mix goes where bases can go; of what type these are is not known here, so the plainest is asked for
     ggml_tensor * basis = !is_mix ? w :
         w->ne[2] > 1 ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 256, w->ne[0], w->ne[1]) :
                        ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 256, 256,      w->ne[0]);
     ggml_tensor * mix = is_mix ? w : ggml_new_tensor_2d(ctx, GGML_TYPE_F32, w->ne[2], n_expert);
-    ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, basis->ne[0], 1, 512);
+    ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, basis->ne[0], is_down ? n_expert_used : 1, 512);
     ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_expert_used, 512);
     return ggml_mobe_proj(ctx, basis, mix, x, ids, GGML_MOBE_ACTIVATION_TANH);
 }
 
-ggml_tensor * llama_mobe::project(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids) const {
+// z[:,s,t] = sum_j mix[j,e] B_j x[:,t], e = ids[s,t]: the products of all bases once a token, then m numbers for each expert
+static ggml_tensor * project_linear(ggml_context * ctx, ggml_tensor * basis, ggml_tensor * mix, ggml_tensor * x, ggml_tensor * ids) {
+    const int64_t d = basis->ne[0];
+    const int64_t r = basis->ne[1];
+    const int64_t m = basis->ne[2];
+    const int64_t T = ids->ne[1];
+
+    ggml_tensor * all = ggml_reshape_2d(ctx, basis, d, r*m);
+    ggml_tensor * u   = ggml_mul_mat(ctx, all, ggml_reshape_2d(ctx, x, d, T));                           // [r*m, T]
+    u = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_3d(ctx, u, r, m, T), 1, 0, 2, 3));                 // [m, r, T]
+
+    ggml_tensor * w = ggml_get_rows(ctx, mix, ggml_reshape_1d(ctx, ggml_cont(ctx, ids), ids->ne[0]*T)); // [m, k*T]
+    return ggml_mul_mat(ctx, u, ggml_reshape_3d(ctx, w, m, ids->ne[0], T));                              // [r, k, T]
+}
+
+const llama_mobe::factors * llama_mobe::find(const ggml_tensor * w, bool after) const {
     const auto it = by_transform.find(w);
-    if (it == by_transform.end()) {
+    return it == by_transform.end() || it->second.after != after ? nullptr : &it->second;
+}
+
+ggml_tensor * llama_mobe::project(
+        ggml_context * ctx, const factors & f, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids,
+        const llama_mobe_cache * cache) const {
+    // a prompt does without, and so may be given to another backend
+    ggml_tensor * kept = cache && ids->ne[1] <= GGML_MOBE_CACHE_TOKENS ? cache->find(w) : nullptr;
+    return kept ? ggml_mobe_proj_cached(ctx, f.basis, f.mix, x, ids, activation, kept) :
+                  ggml_mobe_proj(ctx, f.basis, f.mix, x, ids, activation);
+}
+
+ggml_tensor * llama_mobe::project_input(
+        ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids, bool watched,
+        const llama_mobe_cache * cache) const {
+    const factors * f = find(w, false);
+    if (f == nullptr) {
         return x;
     }
-    return ggml_mobe_proj(ctx, it->second.basis, it->second.mix, x, ids, activation);
+    // (a last layer of which no output is asked for has no tokens, and mul_mat divides by their number)
+    if (f->linear && !watched && x->ne[1] == 1 && ids->ne[1] > 0) {
+        return project_linear(ctx, f->basis, f->mix, x, ids);
+    }
+    return project(ctx, *f, w, x, ids, cache);
+}
+
+ggml_tensor * llama_mobe::project_output(
+        ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids, const llama_mobe_cache * cache) const {
+    const factors * f = find(w, true);
+    return f == nullptr ? y : project(ctx, *f, w, y, ids, cache);
+}
+
+int llama_mobe::version() const {
+    for (const auto & it : by_transform) {
+        if (it.second.after) {
+            return GGML_MOBE_VERSION_DOWN;
+        }
+    }
+    return GGML_MOBE_VERSION;
 }

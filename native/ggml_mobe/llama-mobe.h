@@ -14,20 +14,24 @@
 struct LLM_TN_IMPL;
 struct llama_model_base;
 struct llama_model_loader;
+struct llama_mobe_cache;
 
 struct llama_mobe {
     struct factors {
-        ggml_tensor * basis; // [d, r, m]
-        ggml_tensor * mix;   // [m/g, n] or [r, m/g, n]
+        ggml_tensor * basis; // [d, r, m]; down: [r, d, m]
+        ggml_tensor * mix;   // [m/g, n] or [r, m/g, n]; down: [d, m/g, n]
+        bool          after; // down: A's product is projected; the others: A's input is
+        bool          linear; // without activation B_j x serves all experts: ggml's own operators do it, on any backend
     };
 
-    // the key is A, blk.L.ffn_{gate,up}_exps.weight
+    // the key is A, blk.L.ffn_{gate,up,down}_exps.weight
     std::unordered_map<const ggml_tensor *, factors> by_transform;
 
     ggml_mobe_activation activation  = GGML_MOBE_ACTIVATION_NONE;
     uint32_t             group_count = 0; // 0: the file's keys have not been read
 
-    // Takes A, basis and mix of the expert tensor tn (asked for with dimensions ne = {d, p, n}) from the file and returns A.
+    // Takes A, basis and mix of the expert tensor tn (asked for with dimensions ne = {d, p, n}, down {p, d, n}) from the file
+    // and returns A.
     // handled is set to false, and nothing done, when the file holds no bases for that tensor.
     // Throws std::runtime_error naming the tensor when the factors or the keys do not fit together.
     ggml_tensor * create_tensor(
@@ -37,9 +41,27 @@ struct llama_mobe {
     // an example of the operation that uses the weight w (a basis or a mix), for asking a backend whether it supports it
     static ggml_tensor * example_op(ggml_context * ctx, ggml_tensor * w, int64_t n_expert, int64_t n_expert_used);
 
-    // what A of these experts is to be multiplied by: x itself when w is an ordinary expert stack
-    ggml_tensor * project(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids) const;
+    // what A of these experts is to be multiplied by: x itself when w is an ordinary expert stack, or down's
+    // cache: the context's memory for formed matrices, or nullptr
+    // watched: someone looks at the nodes (llama-imatrix), who is shown the operator whatever stands for it otherwise
+    ggml_tensor * project_input(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids, bool watched,
+            const llama_mobe_cache * cache) const;
+
+    // what the experts make of w's product y: y itself unless w is an A of down
+    ggml_tensor * project_output(
+            ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids, const llama_mobe_cache * cache) const;
+
+    // the layout version of a file with these factors
+    int version() const;
 
 private:
+    uint32_t file_version = 0;
+
+    const factors * find(const ggml_tensor * w, bool after) const;
+
+    ggml_tensor * project(
+            ggml_context * ctx, const factors & f, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids,
+            const llama_mobe_cache * cache) const;
+
     void read_keys(const llama_model_loader & ml, const std::string & basis_name);
 };

@@ -1,58 +1,72 @@
 // The CPU kernel of ggml_mobe_proj (contract and formula: ggml-mobe.h; plain reference: ggml-mobe.c).
 //
 // One idea a level, from the outside in:
-//   threads   each owns a run of the r rows: no two write the same number, no barrier is needed
+//   threads   each owns a run of the r rows: no two write the same number
 //   rows      ROWS at a time when experts have several tokens (a prompt), else one (decoding)
-//   columns   COLS at a time: the blocks of all bases in use are dequantized once, into cache, for all experts
-//   experts   LANES at a time: a number of a basis, once loaded, is used for LANES combinations
-//   tokens    a formed tile ROWS x COLS is multiplied by the inputs of all tokens that use its expert
-// The r x d matrix of an expert never exists: only its tile does.
+//   columns   MOBE_COLS, in a prompt several times that: the bases in use are taken apart once for all experts (mobe-form.h)
+//   experts   EXPERTS at a time: a tile of bases stays in the first-level cache, the formed rows in the second
+//   tokens    formed rows are multiplied by the inputs of all tokens that use the expert (mobe-mul.h)
+// The r x d matrix of an expert never exists: only a few of its rows do.
 
 #include "mobe-cpu.h"
-#include "ggml-mobe.h"
+#include "mobe-cache.h"
+#include "mobe-form.h"
+#include "mobe-mul.h"
 
 #include "ggml-cpu-impl.h"
-#include "mobe-dequant.h"
-#include "mobe-vec.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    MOBE_COLS  = 256, // the longest quantization block, so that a tile starts at a block's start for every type
-    MOBE_LANES = 8,
-    MOBE_ROWS  = 4,
+    MOBE_EXPERTS    = 8,
+    MOBE_ROWS       = 16,
+    MOBE_TILES      = 2,           // of columns, in a prompt
+    MOBE_TILE_BYTES = 512*1024,    // of a row block in a prompt: half of a second-level cache, for fewer rows with many bases
+    MOBE_PROMPT     = 4,           // tokens from which on a call may be a prompt
 };
 
-// The bases that a batch of up to MOBE_LANES experts of one group mixes, and their coefficients.
-// Bases with nothing but zeros are left out: they are neither read nor added.
-struct mobe_terms {
-    int64_t   n;
-    int32_t * basis; // [m_group] index into all m bases
-    float   * coef;  // [m_group][MOBE_LANES]
+// one expert of one token: where its input and its results lie
+struct mobe_use {
+    const char * x;
+    float      * z;
 };
 
 // What a thread works with. All arrays lie in its part of params->wdata.
 struct mobe_work {
     int32_t * first;   // [n + 1] where an expert's uses start in `uses`
-    int32_t * uses;    // [k*T]   t*k + slot, ordered by expert
+    struct mobe_use * uses; // [k*T] ordered by expert
     int32_t * experts; // [n]     those in use, ascending
-    int32_t * batch;   // [n + 1] where a batch starts in `experts`
-    int64_t   n_batch;
+    int64_t   n_expert;
 
-    struct mobe_terms * terms; // [rows of a block, or 1 for a scalar mix][n_batch]
-
-    bool  * needed; // [m] some expert in use mixes this basis
-    float * block;  // [MOBE_ROWS][m][MOBE_COLS] of the needed bases, dequantized
-    float * tile;   // [MOBE_LANES][MOBE_ROWS][MOBE_COLS]
+    bool              * needed; // [m] some expert in use mixes this basis
+    struct mobe_terms * terms;  // [rows of a block, or 1 when the mix is not row-wise][experts in use]
+    struct mobe_tile  * tiles;  // [rows of a block][column tiles of a block]
+    char              * formed; // [MOBE_EXPERTS][rows of a block][columns of a block], float or bf16
 };
+
+// Rows and tiles of columns of a block: what is taken apart before it is combined.
+struct mobe_block { int64_t rows, tiles; };
 
 static size_t mobe_align(size_t n) { return (n + 63) & ~(size_t) 63; }
 
+static struct mobe_block mobe_block_of(const struct mobe_former * former, bool prompt) {
+    struct mobe_block block = { 1, 1 };
+    if (prompt) {
+        const int64_t fit = MOBE_TILE_BYTES/mobe_tile_place(former, NULL, NULL);
+        block.tiles = MOBE_TILES;
+        block.rows  = fit/MOBE_TILES/MOBE_MUL*MOBE_MUL;
+        block.rows  = block.rows > MOBE_ROWS ? MOBE_ROWS : block.rows < MOBE_MUL ? MOBE_MUL : block.rows;
+    }
+    return block;
+}
+
 // Lays the arrays out from base on, or only counts when base is NULL. Returns the bytes used.
-static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct ggml_mobe_shape * s) {
-    const int64_t n_batch_max = s->n < s->k*s->T ? s->n : s->k*s->T; // one expert each at worst (groups cut batches)
-    const int64_t n_terms     = (s->row_mix ? MOBE_ROWS : 1)*n_batch_max;
+static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct mobe_former * former, bool prompt) {
+    const struct ggml_mobe_shape * s = &former->shape;
+    const struct mobe_block block    = mobe_block_of(former, prompt);
+    const int64_t n_expert_max = s->n < s->k*s->T ? s->n : s->k*s->T;
+    const int64_t n_terms      = (s->row_mix ? block.rows : 1)*n_expert_max;
 
     size_t used = 0;
 #define MOBE_TAKE(field, count) \
@@ -60,44 +74,65 @@ static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct g
     MOBE_TAKE(first,   s->n + 1);
     MOBE_TAKE(uses,    s->k*s->T);
     MOBE_TAKE(experts, s->n);
-    MOBE_TAKE(batch,   s->n + 1);
-    MOBE_TAKE(terms,   n_terms);
     MOBE_TAKE(needed,  s->m);
-    MOBE_TAKE(block,   MOBE_ROWS*s->m*MOBE_COLS);
-    MOBE_TAKE(tile,    MOBE_LANES*MOBE_ROWS*MOBE_COLS);
+    MOBE_TAKE(terms,   n_terms);
+    MOBE_TAKE(tiles,   block.rows*block.tiles);
+    MOBE_TAKE(formed,  MOBE_EXPERTS*block.rows*block.tiles*MOBE_COLS*sizeof(float));
 #undef MOBE_TAKE
     for (int64_t i = 0; i < n_terms; i++) {
-        if (base) {
-            w->terms[i].basis = (int32_t *) (base + used);
-            w->terms[i].coef  = (float *) (base + used + mobe_align(s->m_group*sizeof(int32_t)));
-        }
-        used += mobe_align(s->m_group*sizeof(int32_t)) + mobe_align(s->m_group*MOBE_LANES*sizeof(float));
+        used += mobe_terms_place(former, base ? &w->terms[i] : NULL, base ? base + used : NULL);
+    }
+    for (int64_t i = 0; i < block.rows*block.tiles; i++) {
+        used += mobe_tile_place(former, base ? &w->tiles[i] : NULL, base ? base + used : NULL);
     }
     return used;
 }
 
-static struct ggml_mobe_shape mobe_node_shape(const struct ggml_tensor * dst) {
-    return ggml_mobe_proj_shape(dst->src[0], dst->src[1], dst->src[2], dst->src[3]);
+static struct mobe_former mobe_node_former(const struct ggml_tensor * dst) {
+    struct mobe_former former;
+    mobe_former_init(&former, dst->src[0], dst->src[1],
+        ggml_mobe_proj_shape(dst->src[0], dst->src[1], dst->src[2], dst->src[3]),
+        (enum ggml_mobe_activation) ggml_get_op_params_i32(dst, 0));
+    return former;
+}
+
+// inputs as bf16, for all threads
+static size_t mobe_shared_bytes(const struct mobe_former * former) {
+    const struct ggml_mobe_shape * s = &former->shape;
+#if defined(MOBE_BF16)
+    return former->ints && s->T >= MOBE_PROMPT ? s->T*s->x_experts*mobe_align(s->d*sizeof(uint16_t)) : 0;
+#else
+    GGML_UNUSED(s);
+    return 0;
+#endif
 }
 
 size_t ggml_mobe_proj_cpu_work_size(const struct ggml_tensor * dst, int n_tasks) {
-    const struct ggml_mobe_shape s = mobe_node_shape(dst);
+    if (mobe_cache_takes(dst)) {
+        return mobe_cache_work_size(dst, n_tasks);
+    }
+    const struct mobe_former former = mobe_node_former(dst);
     struct mobe_work w;
-    return 64 + n_tasks*mobe_work_layout(&w, NULL, &s);
+    return 64 + mobe_shared_bytes(&former) + n_tasks*mobe_work_layout(&w, NULL, &former, former.shape.T >= MOBE_PROMPT);
 }
 
 bool ggml_mobe_proj_cpu_supports(const struct ggml_tensor * dst) {
     const struct ggml_tensor * basis = dst->src[0];
-    const bool readable = basis->type == GGML_TYPE_F32 || mobe_dequantizer(basis->type) != NULL;
-    return readable && MOBE_COLS % ggml_blck_size(basis->type) == 0 &&
+    return mobe_decodes(basis->type) && MOBE_COLS % ggml_blck_size(basis->type) == 0 &&
         ggml_mobe_proj_check(basis, dst->src[1], dst->src[2], dst->src[3]) == NULL &&
         dst->src[2]->nb[0] == sizeof(float) && dst->src[3]->nb[0] == sizeof(int32_t);
 }
 
-// Orders the uses by expert (a counting sort, O(n + k*T)) and cuts the experts in use into batches of one group each.
-static void mobe_sort_uses(struct mobe_work * w, const struct ggml_mobe_shape * s, const struct ggml_tensor * ids) {
-    const int64_t per_group = s->n / (s->m / s->m_group);
+// Where inputs lie: float, or bf16 in the shared part of the work memory.
+struct mobe_inputs {
+    const char * data;
+    size_t       token, slot; // bytes from one to the next
+    size_t       each;        // bytes of a number
+};
 
+// Counts the uses of each expert: the first half of a counting sort, O(n + k*T).
+static void mobe_count_uses(
+        struct mobe_work * w, const struct ggml_mobe_shape * s, const struct ggml_tensor * ids) {
     memset(w->first, 0, (s->n + 1)*sizeof(int32_t));
     for (int64_t t = 0; t < s->T; t++) {
         const int32_t * row = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
@@ -106,169 +141,74 @@ static void mobe_sort_uses(struct mobe_work * w, const struct ggml_mobe_shape * 
             w->first[row[i] + 1]++;
         }
     }
-    int64_t n_used = 0;
-    w->n_batch = 0;
+    w->n_expert = 0;
     for (int64_t e = 0; e < s->n; e++) {
         if (w->first[e + 1] > 0) {
-            const int64_t in_batch = w->n_batch == 0 ? 0 : n_used - w->batch[w->n_batch - 1];
-            const bool    same     = in_batch > 0 && w->experts[n_used - 1]/per_group == e/per_group;
-            if (!same || in_batch == MOBE_LANES) {
-                w->batch[w->n_batch++] = (int32_t) n_used;
-            }
-            w->experts[n_used++] = (int32_t) e;
+            w->experts[w->n_expert++] = (int32_t) e;
         }
         w->first[e + 1] += w->first[e];
     }
-    w->batch[w->n_batch] = (int32_t) n_used;
+}
 
+// Orders the uses by expert and notes where each finds its input.
+static void mobe_place_uses(
+        struct mobe_work * w, const struct ggml_mobe_shape * s, const struct ggml_tensor * ids, const struct mobe_inputs * x, float * z) {
     // first[e] is used as the place to write and so ends up as first[e + 1]; shifted back below
     for (int64_t t = 0; t < s->T; t++) {
         const int32_t * row = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
         for (int64_t i = 0; i < s->k; i++) {
-            w->uses[w->first[row[i]]++] = (int32_t) (t*s->k + i);
+            w->uses[w->first[row[i]]++] = (struct mobe_use) { x->data + t*x->token + i*x->slot, z + (t*s->k + i)*s->r };
         }
     }
     memmove(w->first + 1, w->first, s->n*sizeof(int32_t));
     w->first[0] = 0;
 }
 
-// The terms of every batch for one row of the basis (any row when mix is scalar), and which bases they need.
-static void mobe_gather_terms(
-        struct mobe_work * w, struct mobe_terms * terms, const struct ggml_mobe_shape * s, const float * mix, int64_t rho) {
-    const int64_t per_group = s->n / (s->m / s->m_group);
-    const int64_t stride    = s->row_mix ? s->r : 1;
-    const int64_t offset    = s->row_mix ? rho  : 0;
-
-    for (int64_t b = 0; b < w->n_batch; b++) {
-        const int32_t * experts = w->experts + w->batch[b];
-        const int       n_lane  = w->batch[b + 1] - w->batch[b];
-        const int64_t   group   = experts[0]/per_group;
-        struct mobe_terms * term = &terms[b];
-
-        term->n = 0;
-        for (int64_t j = 0; j < s->m_group; j++) {
-            float * coef = term->coef + term->n*MOBE_LANES;
-            bool    any  = false;
-            for (int lane = 0; lane < MOBE_LANES; lane++) {
-                coef[lane] = lane < n_lane ? mix[(experts[lane]*s->m_group + j)*stride + offset] : 0.0f;
-                any |= coef[lane] != 0.0f;
-            }
-            if (any) {
-                const int64_t basis = group*s->m_group + j;
-                term->basis[term->n++] = (int32_t) basis;
-                w->needed[basis] = true;
-            }
-        }
-    }
-}
-
-// dst[:] of one row of one basis, columns c0 .. c0 + n_cols; what lies between n_cols and the next vector is set to zero
-static void mobe_dequantize(
-        const struct ggml_tensor * basis, ggml_to_float_t to_float, int64_t j, int64_t rho, int64_t c0, int64_t n_cols, float * dst) {
-    const char * src = (const char *) basis->data + j*basis->nb[2] + rho*basis->nb[1] + ggml_row_size(basis->type, c0);
-    if (to_float) {
-        to_float(src, dst, n_cols);
-    } else {
-        memcpy(dst, src, n_cols*sizeof(float));
-    }
-    for (int64_t c = n_cols; c % MOBE_VEC != 0; c++) {
-        dst[c] = 0.0f;
-    }
-}
-
-// tile[lane][c] = f( sum_t coef[t][lane] * block[basis[t]][c] ) for MOBE_LANES experts and one row
-static void mobe_form(
-        const struct mobe_terms * terms, const float * block, int64_t n_cols, enum ggml_mobe_activation activation,
-        float * tile) {
-    for (int64_t c = 0; c < n_cols; c += MOBE_VEC) {
-        mobe_vec acc[MOBE_LANES];
-        for (int lane = 0; lane < MOBE_LANES; lane++) {
-            acc[lane] = mobe_vec_set(0.0f);
-        }
-        for (int64_t t = 0; t < terms->n; t++) {
-            const mobe_vec v    = mobe_vec_load(block + (int64_t) terms->basis[t]*MOBE_COLS + c);
-            const float  * coef = terms->coef + t*MOBE_LANES;
-            for (int lane = 0; lane < MOBE_LANES; lane++) {
-                acc[lane] += mobe_vec_set(coef[lane])*v;
-            }
-        }
-        for (int lane = 0; lane < MOBE_LANES; lane++) {
-            mobe_vec v = acc[lane];
-            switch (activation) {
-                case GGML_MOBE_ACTIVATION_SILU: v = mobe_vec_silu(v); break;
-                case GGML_MOBE_ACTIVATION_TANH: v = mobe_vec_tanh(v); break;
-                default: break;
-            }
-            mobe_vec_store(tile + lane*MOBE_ROWS*MOBE_COLS + c, v);
-        }
-    }
-}
-
-// sums[u] = tile[0 .. n_cols) . x[u][0 .. n_cols) for n_token (a constant where it is called) tokens:
-// a number of the tile, once loaded, is used for all of them
-static inline void mobe_dot(const float * tile, const float * const * x, int n_token, int64_t n_cols, float * sums) {
-    const int64_t n_vec = n_cols - n_cols % MOBE_VEC;
-    mobe_vec acc[4] = { mobe_vec_set(0.0f), mobe_vec_set(0.0f), mobe_vec_set(0.0f), mobe_vec_set(0.0f) };
-    for (int64_t c = 0; c < n_vec; c += MOBE_VEC) {
-        const mobe_vec v = mobe_vec_load(tile + c);
-        for (int u = 0; u < n_token; u++) {
-            acc[u] += v*mobe_vec_load(x[u] + c);
-        }
-    }
-    for (int u = 0; u < n_token; u++) {
-        sums[u] = mobe_vec_sum(acc[u]);
-        for (int64_t c = n_vec; c < n_cols; c++) {
-            sums[u] += tile[c]*x[u][c];
-        }
-    }
-}
-
-// z[rho + row, use] (+)= tile[row] . x[c0 .. c0 + n_cols, use] for the tokens that use one expert; "+" from the second c0 on
+// z[rho .. rho + n_rows] += rows . x[c0 .. c0 + n_cols] for the uses of one expert
 static void mobe_multiply(
-        const struct ggml_mobe_shape * s, const struct ggml_tensor * x, struct ggml_tensor * dst,
-        const int32_t * uses, int64_t n_use, const float * tile, int64_t rho, int n_rows, int64_t c0, int64_t n_cols) {
-    for (int64_t u0 = 0; u0 < n_use; u0 += 4) {
-        const int n_token = n_use - u0 < 4 ? (int) (n_use - u0) : 4;
-        const float * xs[4];
-        float       * zs[4];
-        for (int u = 0; u < n_token; u++) {
-            const int64_t t    = uses[u0 + u]/s->k;
-            const int64_t slot = uses[u0 + u]%s->k;
-            xs[u] = (const float *) ((const char *) x->data + t*x->nb[2] + (s->x_experts == 1 ? 0 : slot*x->nb[1])) + c0;
-            zs[u] = (float *) dst->data + uses[u0 + u]*s->r + rho;
+        const struct mobe_use * uses, int64_t n_use, size_t x_each, const char * rows, size_t row_bytes, int64_t rho, int64_t n_rows,
+        int64_t c0, int64_t n_cols, bool decoding) {
+    if (decoding) {
+        for (int64_t u = 0; u < n_use; u++) {
+            uses[u].z[rho] += mobe_dot((const float *) rows, (const float *) uses[u].x + c0, n_cols);
         }
-        for (int row = 0; row < n_rows; row++) {
-            float sums[4];
-            if (n_token == 4) {
-                mobe_dot(tile + row*MOBE_COLS, xs, 4, n_cols, sums);
-            } else {
-                for (int u = 0; u < n_token; u++) {
-                    mobe_dot(tile + row*MOBE_COLS, xs + u, 1, n_cols, sums + u);
-                }
-            }
-            for (int u = 0; u < n_token; u++) {
-                zs[u][row] = c0 == 0 ? sums[u] : zs[u][row] + sums[u];
-            }
+        return;
+    }
+    for (int64_t u0 = 0; u0 < n_use; u0 += MOBE_MUL) {
+        const int n_x = n_use - u0 < MOBE_MUL ? (int) (n_use - u0) : MOBE_MUL;
+        const char * xs[MOBE_MUL];
+        float      * zs[MOBE_MUL];
+        for (int u = 0; u < n_x; u++) {
+            xs[u] = uses[u0 + u].x + c0*x_each;
+            zs[u] = uses[u0 + u].z + rho;
         }
+        for (int64_t u = u0 + MOBE_MUL; u < u0 + 2*MOBE_MUL && u < n_use; u++) {
+            mobe_prefetch(uses[u].x + c0*x_each, n_cols*x_each); // they lie anywhere
+            mobe_prefetch(uses[u].z + rho, n_rows*sizeof(float));
+        }
+        mobe_mul(rows, row_bytes, (int) n_rows, xs, n_x, x_each, n_cols, zs);
     }
 }
 
 // The reference on this node's data: what test-backend-ops compares the kernel with (ggml_backend_cpu_set_use_ref).
-static void mobe_forward_ref(const struct ggml_mobe_shape * s, enum ggml_mobe_activation activation, struct ggml_tensor * dst) {
+static void mobe_forward_ref(const struct mobe_former * former, struct ggml_tensor * dst) {
+    const struct ggml_mobe_shape * s = &former->shape;
     const struct ggml_tensor * basis = dst->src[0];
     const struct ggml_tensor * x     = dst->src[2];
     const struct ggml_tensor * ids   = dst->src[3];
 
-    const int64_t d_padded = (s->d + MOBE_VEC - 1)/MOBE_VEC*MOBE_VEC; // mobe_dequantize() fills up to a vector
-    float   * b = malloc((s->m*s->r*s->d + d_padded)*sizeof(float));
+    float   * b = malloc(s->m*s->r*s->d*sizeof(float));
     float   * a = malloc(s->T*s->x_experts*s->d*sizeof(float));
     int32_t * e = malloc(s->T*s->k*sizeof(int32_t));
     GGML_ASSERT(b && a && e);
 
+    const ggml_to_float_t to_float = ggml_get_type_traits(basis->type)->to_float;
     for (int64_t i = 0; i < s->m*s->r; i++) {
-        for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
-            const int64_t n_cols = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
-            mobe_dequantize(basis, ggml_get_type_traits(basis->type)->to_float, i/s->r, i%s->r, c0, n_cols, b + i*s->d + c0);
+        const char * row = (const char *) basis->data + i/s->r*basis->nb[2] + i%s->r*basis->nb[1];
+        if (to_float) {
+            to_float(row, b + i*s->d, s->d);
+        } else {
+            memcpy(b + i*s->d, row, s->d*sizeof(float));
         }
     }
     for (int64_t t = 0; t < s->T; t++) {
@@ -277,7 +217,7 @@ static void mobe_forward_ref(const struct ggml_mobe_shape * s, enum ggml_mobe_ac
             memcpy(a + (t*s->x_experts + i)*s->d, (const char *) x->data + t*x->nb[2] + i*x->nb[1], s->d*sizeof(float));
         }
     }
-    ggml_mobe_proj_ref(s, activation, b, (const float *) dst->src[1]->data, a, e, (float *) dst->data);
+    ggml_mobe_proj_ref(s, former->activation, b, former->mix, a, e, (float *) dst->data);
 
     free(b);
     free(a);
@@ -285,80 +225,121 @@ static void mobe_forward_ref(const struct ggml_mobe_shape * s, enum ggml_mobe_ac
 }
 
 void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    const struct ggml_tensor * basis = dst->src[0];
-    const struct ggml_tensor * x     = dst->src[2];
-    const struct ggml_tensor * ids   = dst->src[3];
-    const float              * mix   = (const float *) dst->src[1]->data;
-
-    const struct ggml_mobe_shape    s          = mobe_node_shape(dst);
-    const enum ggml_mobe_activation activation = (enum ggml_mobe_activation) ggml_get_op_params_i32(dst, 0);
+    const struct ggml_tensor * x   = dst->src[2];
+    const struct ggml_tensor * ids = dst->src[3];
 
     GGML_ASSERT(ggml_mobe_proj_cpu_supports(dst));
     GGML_ASSERT(ggml_is_contiguous(dst));
 
-    const ggml_to_float_t to_float = mobe_dequantizer(basis->type);
+    const struct mobe_former former = mobe_node_former(dst);
+    const struct ggml_mobe_shape s  = former.shape;
 
     if (params->use_ref) {
         if (params->ith == 0) {
-            mobe_forward_ref(&s, activation, dst);
+            mobe_forward_ref(&former, dst);
         }
         return;
     }
 
-    struct mobe_work w;
-    {
-        char * base = (char *) mobe_align((size_t) params->wdata);
-        const size_t each = mobe_work_layout(&w, NULL, &s);
-        GGML_ASSERT((size_t) (base - (char *) params->wdata) + params->nth*each <= params->wsize);
-        mobe_work_layout(&w, base + params->ith*each, &s);
-    }
-
-    const int64_t per_thread = (s.r + params->nth - 1)/params->nth;
-    const int64_t row_begin  = params->ith*per_thread;
-    const int64_t row_end    = row_begin + per_thread < s.r ? row_begin + per_thread : s.r;
-    if (row_begin >= row_end) {
+    if (mobe_cache_takes(dst)) {
+        mobe_cache_forward(params, dst);
         return;
     }
 
-    mobe_sort_uses(&w, &s, ids);
-
-    // several rows at a time pay when the experts in use have several tokens each
-    const int n_rows_max = s.k*s.T >= 4*w.batch[w.n_batch] ? MOBE_ROWS : 1;
-
-    if (!s.row_mix) {
-        memset(w.needed, 0, s.m*sizeof(bool));
-        mobe_gather_terms(&w, w.terms, &s, mix, 0);
+    bool prompt = s.T >= MOBE_PROMPT;
+    struct mobe_work w = { 0 };
+    char * const shared = (char *) mobe_align((size_t) params->wdata);
+    {
+        const size_t n_shared = mobe_shared_bytes(&former);
+        const size_t each     = mobe_work_layout(&w, NULL, &former, prompt);
+        GGML_ASSERT((size_t) (shared - (char *) params->wdata) + n_shared + params->nth*each <= params->wsize);
+        mobe_work_layout(&w, shared + n_shared + params->ith*each, &former, prompt);
     }
 
-    for (int64_t rho = row_begin; rho < row_end; rho += n_rows_max) {
-        const int n_rows = (int) (row_end - rho < n_rows_max ? row_end - rho : n_rows_max);
+    mobe_count_uses(&w, &s, ids);
+
+    prompt = prompt && s.k*s.T >= 2*w.n_expert;
+    const struct mobe_block block = mobe_block_of(&former, prompt);
+
+    struct mobe_inputs inputs = { (const char *) x->data, x->nb[2], s.x_experts == 1 ? 0 : x->nb[1], sizeof(float) };
+#if defined(MOBE_BF16)
+    const bool bf16 = prompt && former.ints;
+    if (bf16) {
+        const size_t  each = mobe_align(s.d*sizeof(uint16_t));
+        const int64_t n    = s.T*s.x_experts;
+        for (int64_t i = params->ith; i < n; i += params->nth) {
+            const char * src = (const char *) x->data + i/s.x_experts*x->nb[2] + i%s.x_experts*x->nb[1];
+            mobe_bf16_from_float((const float *) src, (uint16_t *) (shared + i*each), s.d); // d is a multiple of 32: ints
+        }
+        ggml_barrier(params->threadpool);
+        inputs = (struct mobe_inputs) { shared, s.x_experts*each, s.x_experts == 1 ? 0 : each, sizeof(uint16_t) };
+    }
+#endif
+
+    mobe_place_uses(&w, &s, ids, &inputs, (float *) dst->data);
+
+    // whole groups of MOBE_MUL rows, so that a thread's last rows are not multiplied one by one
+    const int64_t per_thread = ((s.r + params->nth - 1)/params->nth + MOBE_MUL - 1)/MOBE_MUL*MOBE_MUL;
+    const int64_t row_begin  = params->ith*per_thread;
+    const int64_t row_end    = row_begin + per_thread < s.r ? row_begin + per_thread : s.r;
+
+    memset(w.needed, 0, s.m*sizeof(bool));
+    if (!s.row_mix) {
+        for (int64_t i = 0; i < w.n_expert; i++) {
+            mobe_terms_gather(&former, &w.terms[i], w.experts[i], 0, w.needed);
+        }
+    }
+
+    const size_t row_bytes    = block.tiles*MOBE_COLS*inputs.each; // of a formed row
+    const size_t expert_bytes = block.rows*row_bytes;
+
+    for (int64_t rho = row_begin; rho < row_end; rho += block.rows) {
+        const int64_t n_rows = row_end - rho < block.rows ? row_end - rho : block.rows;
 
         if (s.row_mix) {
             memset(w.needed, 0, s.m*sizeof(bool));
-            for (int row = 0; row < n_rows; row++) {
-                mobe_gather_terms(&w, w.terms + row*w.n_batch, &s, mix, rho + row);
+            for (int64_t i = 0; i < n_rows*w.n_expert; i++) {
+                mobe_terms_gather(&former, &w.terms[i], w.experts[i%w.n_expert], rho + i/w.n_expert, w.needed);
             }
         }
+        for (int64_t i = 0; i < s.k*s.T; i++) {
+            memset((float *) dst->data + i*s.r + rho, 0, n_rows*sizeof(float));
+        }
+        for (int64_t c0 = 0; c0 < s.d; c0 += block.tiles*MOBE_COLS) {
+            const int64_t n_cols = s.d - c0 < block.tiles*MOBE_COLS ? s.d - c0 : block.tiles*MOBE_COLS;
 
-        for (int64_t c0 = 0; c0 < s.d; c0 += MOBE_COLS) {
-            const int64_t n_cols = s.d - c0 < MOBE_COLS ? s.d - c0 : MOBE_COLS;
-
-            for (int row = 0; row < n_rows; row++) {
-                for (int64_t j = 0; j < s.m; j++) {
-                    if (w.needed[j]) {
-                        mobe_dequantize(basis, to_float, j, rho + row, c0, n_cols, w.block + (row*s.m + j)*MOBE_COLS);
-                    }
+            for (int64_t row = 0; row < n_rows; row++) {
+                for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
+                    mobe_tile_decode(&former, &w.tiles[row*block.tiles + c/MOBE_COLS], w.needed, rho + row, c0 + c,
+                        n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS);
                 }
             }
-            for (int64_t b = 0; b < w.n_batch; b++) {
-                for (int row = 0; row < n_rows; row++) {
-                    const struct mobe_terms * terms = &w.terms[(s.row_mix ? row*w.n_batch : 0) + b];
-                    mobe_form(terms, w.block + row*s.m*MOBE_COLS, n_cols, activation, w.tile + row*MOBE_COLS);
+            for (int64_t e0 = 0; e0 < w.n_expert; e0 += MOBE_EXPERTS) {
+                const int64_t n_expert = w.n_expert - e0 < MOBE_EXPERTS ? w.n_expert - e0 : MOBE_EXPERTS;
+
+                for (int64_t row = 0; row < n_rows; row++) {
+                    const struct mobe_terms * terms = w.terms + (s.row_mix ? row*w.n_expert : 0) + e0;
+                    for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
+                        const int64_t n = n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS;
+                        const struct mobe_tile * tile = &w.tiles[row*block.tiles + c/MOBE_COLS];
+                        char * to = w.formed + row*row_bytes + c*inputs.each;
+#if defined(MOBE_BF16)
+                        if (bf16) {
+                            float values[MOBE_EXPERTS*MOBE_COLS] MOBE_ALIGNED;
+                            mobe_tile_combine(&former, terms, (int) n_expert, tile, n, values, MOBE_COLS);
+                            for (int64_t e = 0; e < n_expert; e++) {
+                                mobe_bf16_from_float(values + e*MOBE_COLS, (uint16_t *) (to + e*expert_bytes), n);
+                            }
+                            continue;
+                        }
+#endif
+                        mobe_tile_combine(&former, terms, (int) n_expert, tile, n, (float *) to, expert_bytes/sizeof(float));
+                    }
                 }
-                for (int lane = 0; lane < w.batch[b + 1] - w.batch[b]; lane++) {
-                    const int32_t e = w.experts[w.batch[b] + lane];
-                    mobe_multiply(&s, x, dst, w.uses + w.first[e], w.first[e + 1] - w.first[e],
-                        w.tile + lane*MOBE_ROWS*MOBE_COLS, rho, n_rows, c0, n_cols);
+                for (int64_t e = 0; e < n_expert; e++) {
+                    const int32_t expert = w.experts[e0 + e];
+                    mobe_multiply(w.uses + w.first[expert], w.first[expert + 1] - w.first[expert], inputs.each,
+                        w.formed + e*expert_bytes, row_bytes, rho, n_rows, c0, n_cols, !prompt);
                 }
             }
         }

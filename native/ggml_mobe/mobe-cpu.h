@@ -1,8 +1,8 @@
-// The CPU kernel's door, called by ggml-cpu's dispatch.
+// The CPU kernel's door, called by ggml-cpu's dispatch. What forms rows of a matrix, for whoever keeps them, is in mobe-form.h.
 
 #pragma once
 
-#include "ggml.h"
+#include "ggml-mobe.h"
 
 #ifdef __cplusplus
 extern "C" {

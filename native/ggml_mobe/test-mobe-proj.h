@@ -19,8 +19,13 @@ struct test_mobe_proj : public test_case {
             ",activation=" + ggml_mobe_activation_name(activation);
     }
 
-    // float32 sums in another order; the basis itself is dequantized to the same numbers on both sides
-    double max_nmse_err() override { return 1e-9; }
+    // float32 sums in another order; the basis itself is dequantized to the same numbers on both sides. The CPU kernel sums quantized
+    // bases as 16-bit integers and multiplies a prompt in bf16: up to 1.1e-5 (iq4_xs), less than rounding x to 8 bit
+    // costs ggml's own products. A few dozen results may by chance be small beside what they are sums of.
+    double max_nmse_err() override {
+        const bool few = r*n_used*n_tokens < 1000;
+        return !ggml_is_quantized(type_basis) ? 1e-9 : few ? 2e-4 : 2e-5;
+    }
 
     // a backend may round the combination or x to 16 bit, or to 8 bit with a scale a block
     double max_nmse_err(ggml_backend_t backend) override {
@@ -99,6 +104,16 @@ static void add_mobe_proj_cases(std::vector<std::unique_ptr<test_case>> & cases)
             }
         }
     }
+    // down: an x for each use, rows of a basis shorter than there are of them; decoding, a few tokens, a prompt
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q5_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K }) {
+        for (bool row_mix : { false, true }) {
+            for (int64_t n_tokens : { 1, 5, 64 }) {
+                cases.emplace_back(new test_mobe_proj(type, 256, 320, 4, 16, 4, n_tokens, 2, row_mix, false, GGML_MOBE_ACTIVATION_TANH));
+            }
+        }
+    }
+    cases.emplace_back(new test_mobe_proj(GGML_TYPE_Q5_0, 96, 256, 6, 24, 4, 40, 1, false, false, GGML_MOBE_ACTIVATION_SILU));
+    cases.emplace_back(new test_mobe_proj(GGML_TYPE_F32,  77, 130, 3, 7, 2, 17, 1, true, false, GGML_MOBE_ACTIVATION_NONE));
     // lengths that are no multiple of a vector, of a block of 256, of the rows a thread takes
     cases.emplace_back(new test_mobe_proj(GGML_TYPE_F32,  77,  5,  3,  7, 2, 17, 1, false, true, GGML_MOBE_ACTIVATION_SILU));
     cases.emplace_back(new test_mobe_proj(GGML_TYPE_Q5_0, 288, 1,  1,  9, 9,  5, 1, false, true, GGML_MOBE_ACTIVATION_SILU));

@@ -27,7 +27,7 @@ def make_mobe(
     architectures: list[str] | None = None,
     our_key: bool = False,
 ) -> Path:
-    """Replace gate and up of the single-file model ``source`` by random factors; returns ``target``.
+    """Replace ``projections`` of the single-file model ``source`` by random factors; returns ``target``.
 
     ``dtype`` is that of all tensors written.  ``our_key`` adds a ``mobe`` key as ``factorize`` does; the published
     checkpoints have none.  Tensors are named as in DESIGN "MoBE checkpoint".
@@ -42,11 +42,15 @@ def make_mobe(
         for projection in projections:
             for expert in range(n):
                 name = family.expert_weight(layer, expert, projection)
-                tensors[name] = torch.randn(p, r, generator=random) * 0.1
+                shape = (r, p) if projection == "down" else (p, r)
+                tensors[name] = torch.randn(*shape, generator=random) * 0.1
             for group in range(g):
                 suffix = group if g > 1 else None
-                tensors[family.basis(layer, projection, suffix)] = torch.randn(m // g, r, d, generator=random)
-                shape = (n // g, m // g, r) if by_row else (n // g, m // g)
+                rows, columns = (d, r) if projection == "down" else (r, d)
+                tensors[family.basis(layer, projection, suffix)] = torch.randn(
+                    m // g, rows, columns, generator=random
+                )
+                shape = (n // g, m // g, rows) if by_row else (n // g, m // g)
                 tensors[family.mix(layer, projection, suffix)] = torch.randn(*shape, generator=random)
     target.mkdir(parents=True)
     for path in source.iterdir():

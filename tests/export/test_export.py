@@ -20,6 +20,9 @@ from mobe_gguf.runtime import ggml
 
 Maker = Callable[..., Path]
 
+#: What a MoBE model is called otherwise than its original (``test_card``), and how large it is said to be.
+NAMED = {f"general.{key}" for key in ("name", "basename", "finetune", "size_label")}
+
 
 def values(file: GgufFile, name: str) -> np.ndarray:
     """A tensor of a GGUF file, decoded to float32 in torch's order of axes."""
@@ -61,6 +64,8 @@ def test_an_ordinary_model_is_what_the_converter_writes(
         ("olmoe", dict(by_row=True, r=16)),
         ("mixtral", dict(dtype=torch.bfloat16, g=4, r=32)),
         ("qwen2_moe", dict(layers=(1,), projections=("up",), r=24)),
+        ("deepseek_v2", dict(g=2, by_row=True, r=24, projections=names.ALL_PROJECTIONS)),
+        ("mixtral", dict(dtype=torch.bfloat16, layers=(0, 2), projections=("down",))),
     ],
     ids=str,
 )
@@ -95,11 +100,11 @@ def test_f32(family: str, options: dict[str, Any], mobe: Maker, model: Maker, tm
 
     arch = ours.arch
     assert arch == dense.arch
-    keys = {k: v for k, v in ours.keys.items() if k != "general.size_label"}
-    assert keys.pop(names.key_version(arch)) == names.MOBE_VERSION
+    keys = {k: v for k, v in ours.keys.items() if k not in NAMED}
+    assert keys.pop(names.key_version(arch)) == (2 if "down" in options.get("projections", ()) else 1)
     assert keys.pop(names.key_activation(arch)) == options.get("activation", "tanh")
     assert keys.pop(names.key_group_count(arch)) == options.get("g", 1)
-    assert keys == {k: v for k, v in dense.keys.items() if k != "general.size_label"}
+    assert keys == {k: v for k, v in dense.keys.items() if k not in NAMED}
     assert report.n_bytes == (tmp_path / "mobe.gguf").stat().st_size
     assert report.original_params == sum(int(np.prod(t.shape)) for t in dense.tensors.values())
 
@@ -114,6 +119,13 @@ def test_shapes_of_the_format(mobe: Maker, tmp_path: Path) -> None:
         assert ne[f"blk.0.ffn_{projection}_basis.weight"] == [64, 32, 4]
         assert ne[f"blk.0.ffn_{projection}_basis.mix"] == [32, 2, 8]
     assert ne["blk.0.ffn_down_exps.weight"] == [48, 64, 8]
+
+    source = mobe("qwen3_moe", r=32, g=2, by_row=True, projections=("down",))
+    export(source, tmp_path / "out.gguf", Recipe("f32"), quiet=True)
+    ne = {name: list(reversed(t.shape)) for name, t in read_gguf(tmp_path / "out.gguf").tensors.items()}
+    assert ne["blk.0.ffn_down_exps.weight"] == [48, 32, 8]
+    assert ne["blk.0.ffn_down_basis.weight"] == [32, 64, 4]
+    assert ne["blk.0.ffn_down_basis.mix"] == [64, 2, 8]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +152,7 @@ def test_quantized_values(quant: str, tmp_path: Path, model: Maker) -> None:
     sizes = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=1)
     source = make_mobe(model("qwen3_moe", **sizes), tmp_path / "mobe", m=2, r=256)
     export(source, tmp_path / "f32.gguf", Recipe("f32"), quiet=True)
-    report = export(source, tmp_path / "out.gguf", Recipe(parse_quant(quant)), quiet=True)
+    report = export(source, tmp_path / "out.gguf", Recipe(parse_quant(quant)), refit=False, quiet=True)
     exact, rounded = read_gguf(tmp_path / "f32.gguf"), read_gguf(tmp_path / "out.gguf")
     assert not report.fallbacks
     limit = {"f16": 1e-6, "q8_0": 1e-4, "q6_k": 1e-3, "q5_1": 2e-3, "q2_k": 0.12}.get(quant, 0.012)

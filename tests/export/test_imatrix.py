@@ -27,12 +27,17 @@ from mobe_gguf.export.recipe import ALIASES, QUANTS, Facts, Spec, plan
 from mobe_gguf.export.report import importance_lines
 from mobe_gguf.export.source import Whole
 from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.names import ALL_PROJECTIONS
 
 #: Rows of whole blocks of 256, so that every type fits; A is as wide as the input, so that no size gives it away.
 SIZES = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=2)
 TOKENS, USED = 4 * 32, 2
 FACTORIZED = dict(
-    plain={}, grouped=dict(m=4, g=2), by_row=dict(by_row=True), partly=dict(layers=(1,), projections=("up",))
+    plain={},
+    grouped=dict(m=4, g=2),
+    by_row=dict(by_row=True),
+    partly=dict(layers=(1,), projections=("up",)),
+    down=dict(m=4, g=2, projections=ALL_PROJECTIONS),
 )
 
 
@@ -108,8 +113,8 @@ def same_files(ours: Path, theirs: Path) -> None:
 def changed_by(imatrix: Path, path: Path, source: Path, recipe: Recipe) -> set[str]:
     """Tensors that come out otherwise with the importance matrix than without."""
     with_it, without_it = path.with_name("with.gguf"), path.with_name("without.gguf")
-    export(source, with_it, replace(recipe, imatrix=(str(imatrix),)), quiet=True)
-    export(source, without_it, recipe, quiet=True)
+    export(source, with_it, replace(recipe, imatrix=(str(imatrix),)), refit=False, quiet=True)
+    export(source, without_it, recipe, refit=False, quiet=True)
     a, b = read_gguf(with_it), read_gguf(without_it)
     return {
         name
@@ -139,13 +144,13 @@ def test_bytes_are_those_of_llama_quantize(quant: str, source: Path, original: P
 def test_bytes_of_a_mobe_model(quant: str, kind: str, factorized: Any, tmp_path: Path) -> None:
     checkpoint, plain, imatrix = factorized(kind)
     run("llama-quantize", "--imatrix", imatrix, plain, tmp_path / "theirs.gguf", quant.upper(), 1)
-    report = export(
-        checkpoint, tmp_path / "ours.gguf", Recipe(parse_quant(quant), imatrix=(str(imatrix),)), quiet=True
-    )
+    recipe = Recipe(parse_quant(quant), imatrix=(str(imatrix),))
+    report = export(checkpoint, tmp_path / "ours.gguf", recipe, refit=False, quiet=True)
     same_files(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
     said = importance_lines(report.entries)
     assert said[-1] == "importance not known, all columns alike: embeddings", said
-    assert len(said) == 2 and said[0].startswith(f"importance from {imatrix.name}: A, B, down")
+    down = "" if kind == "down" else ", down"
+    assert len(said) == 2 and said[0].startswith(f"importance from {imatrix.name}: A, B{down}")
 
 
 def test_rules_that_ask_for_an_imatrix(model: Callable[..., Path], original: Path, tmp_path: Path) -> None:
@@ -177,23 +182,24 @@ def test_what_the_patched_tool_collects(kind: str, factorized: Any, original: Pa
     for name in names:
         mix, layer = tensor(plain, name).astype(np.float64), name.split(".ffn_")[0]
         basis, experts = name.replace(".mix", ".weight"), name.replace("_basis.mix", "_exps.weight")
-        m, r, d = file.tensors[basis].shape
+        m, _, d = file.tensors[basis].shape  # of down d is its rank: what A makes is what the bases are given
         n, _, width = file.tensors[experts].shape
         inputs = found[name]
         assert inputs.sums.shape == (n, d) and found[basis].sums.shape == (m, d)
-        assert found[experts].sums.shape == (n, width) and width == r
+        assert found[experts].sums.shape == (n, width)
         # each token went to USED experts, and each of these got the token's input
         assert inputs.counts.sum() == USED * TOKENS and (found[basis].counts == TOKENS).all()
         np.testing.assert_array_equal(found[experts].counts, inputs.counts)
-        energy = found[f"{layer}.ffn_gate_inp.weight"].sums[0].astype(np.float64)
-        np.testing.assert_allclose(inputs.sums.sum(0, dtype=np.float64), USED * energy, rtol=1e-4)
+        if "_down_" not in name:
+            energy = found[f"{layer}.ffn_gate_inp.weight"].sums[0].astype(np.float64)
+            np.testing.assert_allclose(inputs.sums.sum(0, dtype=np.float64), USED * energy, rtol=1e-4)
         # A multiplies z, which some basis made: it is zero for an expert exactly if that saw nothing
         np.testing.assert_array_equal(found[experts].sums.any(1), inputs.counts[:, 0] > 0)
         squares = np.square(mix).reshape(n, -1, 1) if mix.ndim == 2 else np.square(mix).mean(-1)[..., None]
         groups = m // squares.shape[1]
         want = (squares[:, :, :] * inputs.sums[:, None, :]).reshape(groups, n // groups, -1, d).sum(1)
         np.testing.assert_allclose(found[basis].sums, want.reshape(m, d), rtol=1e-4)
-        if layer == "blk.0":  # before the first experts both models are the same
+        if layer == "blk.0" and "_down_" not in name:  # before the first experts both models are the same
             np.testing.assert_array_equal(inputs.counts, dense[experts].counts)
             np.testing.assert_allclose(inputs.sums, dense[experts].sums, rtol=1e-4)
 
@@ -208,7 +214,7 @@ def test_bases_by_the_original_models_file(kind: str, factorized: Any, original:
         for name in file.tensors
         if "_basis." in name or "_exps." in name
     }
-    for name in (name for name in tensors if name.endswith("_basis.weight")):
+    for name in (name for name in tensors if name.endswith("_basis.weight") and "_down_" not in name):
         theirs, ours = (Imatrix([path]).find(tensors, name) for path in (imatrix, original))
         assert theirs is not None and ours is not None and "by the mix" in ours.origin
         a, b = theirs.read(), ours.read()
@@ -222,11 +228,41 @@ def test_bases_by_the_original_models_file(kind: str, factorized: Any, original:
         np.testing.assert_array_equal(best.read(), entries(imatrix)[experts].means())
 
 
-def test_the_original_models_file_changes_all_but_a(factorized: Any, original: Path, tmp_path: Path) -> None:
+def test_down_by_the_original_models_file(factorized: Any, original: Path) -> None:
+    """A multiplies what down does; the bases get A times that, with channels taken for independent."""
+    _, plain, imatrix = factorized("down")
+    name = "blk.1.ffn_down_basis.weight"
+    experts, mix_name = name.replace("_basis.", "_exps."), name.replace(".weight", ".mix")
+    a, mix = tensor(plain, experts).astype(np.float64), tensor(plain, mix_name).astype(np.float64)
+    tensors = {n: Tensor(n, Whole(torch.from_numpy(tensor(plain, n)))) for n in (name, experts, mix_name)}
+    entry = entries(original)[experts]
+
+    ours = Imatrix([original]).find(tensors, experts)
+    assert ours is not None and ours.origin == original.name
+    np.testing.assert_array_equal(ours.read(), entry.means())
+
+    ours = Imatrix([original]).find(tensors, name)
+    assert ours is not None and ours.origin.endswith("by A and the mix)")
+    n, per_group = len(mix), mix.shape[1]
+    want = np.zeros((2 * per_group, a.shape[1]))
+    for e in range(n):
+        x2 = np.square(a[e]) @ entry.sums[e]
+        for j in range(per_group):
+            want[e // (n // 2) * per_group + j] += mix[e, j] ** 2 * x2
+    np.testing.assert_allclose(ours.read(), want / entry.counts.sum(), rtol=1e-5)
+    # the MoBE model's own file knows better
+    best = Imatrix([original, imatrix]).find(tensors, name)
+    assert best is not None and best.origin == imatrix.name
+
+
+def test_the_original_models_file_changes_all_factors(
+    factorized: Any, original: Path, tmp_path: Path
+) -> None:
     checkpoint, _, imatrix = factorized("plain")
     changed = changed_by(original, tmp_path / "x", checkpoint, Recipe("q4_k_s"))
     assert {"blk.0.ffn_gate_basis.weight", "blk.1.ffn_down_exps.weight", "blk.0.attn_q.weight"} < changed
-    assert not any("gate_exps" in name or "up_exps" in name or "token_embd" in name for name in changed)
+    assert {"blk.0.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight"} < changed
+    assert not any("token_embd" in name for name in changed)
     changed = changed_by(imatrix, tmp_path / "x", checkpoint, Recipe("q4_k_s"))
     assert {"blk.0.ffn_gate_basis.weight", "blk.1.ffn_up_exps.weight"} < changed
 
@@ -259,16 +295,13 @@ def test_types_that_need_one_refuse_without(quant: str, factorized: Any, tmp_pat
     assert export(checkpoint, tmp_path / "x", Recipe(quant), dry_run=True, quiet=True).needs_imatrix > 1
 
 
-def test_the_original_models_file_is_not_enough_for_a(
-    factorized: Any, original: Path, tmp_path: Path
-) -> None:
+def test_the_original_models_file_is_enough_for_a(factorized: Any, original: Path, tmp_path: Path) -> None:
+    """Through the bases; embeddings are in no file."""
     checkpoint, _, _ = factorized("plain")
     recipe = Recipe("iq2_xs", imatrix=(str(original),))
-    with pytest.raises(
-        MobeError, match=r"ffn_gate_exps(.|\n)*does not know what A multiplies(.|\n)*MoBE model"
-    ):
-        export(checkpoint, tmp_path / "out.gguf", recipe, quiet=True)
-    export(checkpoint, tmp_path / "out.gguf", replace(recipe, transform="q4_k"), quiet=True)
+    report = export(checkpoint, tmp_path / "out.gguf", recipe, quiet=True)
+    said = importance_lines(report.entries)
+    assert f"importance from {original.name} (experts' inputs, through the bases): A" in said
     with pytest.raises(MobeError, match=r"token_embd\.weight: type iq2_xxs"):
         export(
             checkpoint,
@@ -323,3 +356,20 @@ def test_a_file_of_another_model(model: Callable[..., Path], original: Path, tmp
         MobeError, match=r"ffn_down_exps.* 4 x 256 values, expected 4 x 512(.|\n)*another model"
     ):
         export(source, tmp_path / "out.gguf", recipe, allow_dense=True, quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["plain", "partly"])
+def test_multiplied_out_experts_take_their_own_inputs(kind: str, factorized: Any, tmp_path: Path) -> None:
+    """``--dense`` with the MoBE model's file: the weights that a file of the multiplied-out model would have, not A's,
+    which are as many here."""
+    checkpoint, _, imatrix = factorized(kind)
+    export(checkpoint, tmp_path / "dense.gguf", Recipe("f32"), dense=True, quiet=True)
+    truth = entries(collect(tmp_path / "dense.gguf", tmp_path / "imatrix.gguf"))
+    shape = (SIZES["num_experts"], SIZES["moe_intermediate_size"], SIZES["hidden_size"])
+    names = [f"blk.{i}.ffn_{p}_exps.weight" for i in range(2) for p in ("gate", "up", "down")]
+    tensors = {name: Tensor(name, Whole(torch.zeros(shape))) for name in names}
+    found = Imatrix([imatrix])
+    for name in names:
+        importance = found.find(tensors, name)
+        assert importance is not None
+        np.testing.assert_allclose(importance.read(), truth[name].means(), rtol=1e-4, err_msg=name)

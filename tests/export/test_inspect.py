@@ -17,6 +17,7 @@ from parity.gguf_files import GgufFile, factorize, qwen3moe
 from mobe_gguf.cli import main
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.inspect import describe
+from mobe_gguf.names import ALL_PROJECTIONS
 
 Maker = Callable[..., Path]
 
@@ -106,6 +107,23 @@ def _with(name: str, *shape: int, dtype: Any = np.float32) -> Callable[[GgufFile
     return lambda file: file.tensors.update({name: np.ones(shape, dtype)})
 
 
+def test_down(mobe: Maker, tmp_path: Path) -> None:
+    source = mobe("deepseek_v2", r=32, by_row=True, projections=("up", "down"))
+    export(source, tmp_path / "out.gguf", Recipe("q4_0", transform="bf16", down="f16"), quiet=True)
+    for d in (describe(source), describe(tmp_path / "out.gguf")):
+        assert [layer.factorized for layer in d.layers] == [["up", "down"]] * 2 and not d.problems
+        assert (d.layers[0].down.m, d.layers[0].down.r, d.layers[0].down.by_row) == (4, 32, True)
+        assert d.original_params - d.n_params == 2 * (
+            2 * (8 * 48 * 64 - 8 * 48 * 32 - 4 * 32 * 64) - 8 * 4 * (32 + 64)
+        )
+    types = d.layers[0].up, d.layers[0].down
+    assert [(p.type, p.basis_type) for p in types] == [("bf16", "q4_0"), ("f16", "q4_0")] and d.version == 2
+    code, out, err = run(tmp_path / "out.gguf")
+    rows = [line.split() for line in out.split("\n\n")[1].splitlines()]
+    assert (code, err) == (0, "") and ["1-2", "down", "4", "32", "by", "row", "f16", "q4_0", "-"] in rows
+    assert ["1-2", "gate", "-", "-", "-", "bf16", "-", "-"] in rows and "layout version 2" in out
+
+
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
@@ -118,12 +136,17 @@ def _with(name: str, *shape: int, dtype: Any = np.float32) -> Callable[[GgufFile
         (_with("blk.0.ffn_up_basis.mix", 8, 4, dtype=np.float16), "blk.0.ffn_up_basis.mix"),
         (lambda file: file.keys.update({"qwen3moe.mobe.group_count": 3}), "group_count"),
         (lambda file: file.keys.update({"qwen3moe.mobe.version": 9}), "mobe.version"),
+        (lambda file: file.keys.update({"qwen3moe.mobe.version": 1}), "is 1, bases of down need 2"),
+        (_without("blk.1.ffn_down_basis.weight"), "blk.1.ffn_down_basis.mix"),
+        (_with("blk.0.ffn_down_basis.weight", 4, 32, 64), "blk.0.ffn_down_basis.weight"),
+        (_with("blk.0.ffn_down_basis.weight", 4, 64, 31), "blk.0.ffn_down_exps.weight"),
+        (_with("blk.0.ffn_down_basis.mix", 8, 4, 32), "blk.0.ffn_down_basis.mix"),
         (lambda file: file.keys.pop("qwen3moe.mobe.version"), "mobe.version"),
     ],
 )
 def test_contradictions(damage: Callable[[GgufFile], Any], name: str, tmp_path: Path) -> None:
     """Shown all the same, with what is wrong on stderr and exit code 1."""
-    file = factorize(qwen3moe())
+    file = factorize(qwen3moe(), projections=ALL_PROJECTIONS)
     damage(file)
     code, out, err = run(file.write(tmp_path / "bad.gguf"))
     assert code == 1 and name in err and "qwen3moe" in out

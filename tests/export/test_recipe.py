@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from export.handmade import make_mobe
 from mobe_gguf import runtime
 from mobe_gguf.errors import UsageError
 from mobe_gguf.export import Recipe, export, parse_override, parse_quant, parse_type
@@ -29,6 +30,7 @@ from mobe_gguf.export.recipe import (
     requires_imatrix,
 )
 from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.names import ALL_PROJECTIONS
 from mobe_gguf.runtime import ggml
 
 FACTS = Facts(n_layer=8, n_expert=16, n_gqa=4)
@@ -85,6 +87,43 @@ def test_types_are_those_of_llama_quantize(case: str, model: Callable[..., Path]
             expected = {name: (new or old).lower() for name, old, new in lines}
             choices = plan(specs, Recipe(parse_quant(quant), pure=pure), facts)
             assert {name: c.type for name, c in choices.items()} == expected, (quant, pure)
+
+
+def test_types_of_factors_of_down_are_those_of_llama_quantize(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A and B of down are both down matrices to it: they get the bits of these, and count as two of them."""
+    sizes = dict(hidden_size=256, num_hidden_layers=9, moe_intermediate_size=256, num_experts=2)
+    source = make_mobe(model("qwen3_moe", **sizes), tmp_path / "mobe", m=2, projections=ALL_PROJECTIONS)
+    report = export(source, tmp_path / "f32.gguf", Recipe("f32"), quiet=True)
+    specs, file = [Spec(e.name, e.shape) for e in report.entries], read_gguf(tmp_path / "f32.gguf")
+    for quant in ("q4_k_m", "q3_k_m", "q4_k_s", "iq2_m", "iq3_xs", "mxfp4_moe"):
+        command = [runtime.tool("llama-quantize"), "--dry-run", tmp_path / "f32.gguf", quant.upper()]
+        said = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = re.findall(
+            r"\[ *\d+/ *\d+\] (\S+) .* type = +(\w+),.*?(?:\((\w+)\))?$", said.stdout + said.stderr, re.M
+        )
+        choices = plan(specs, Recipe(quant), Facts.of(file.arch, file.keys))
+        assert {n: c.type for n, c in choices.items()} == {n: (b or a).lower() for n, a, b in found}, quant
+        if quant == "q4_k_m":
+            assert choices["blk.0.ffn_down_basis.weight"].type == "q6_k"
+
+
+def test_options_for_factors_of_down() -> None:
+    """--basis-type and --transform-type are for all factors; --down-type for what has the name of down."""
+
+    def types(factorized: bool, **options: str) -> dict[str, str]:
+        names = ["exps.weight", "basis.weight", "basis.mix"] if factorized else ["exps.weight"]
+        specs = [*SPECS, *(Spec(f"blk.0.ffn_down_{name}", (4, 256, 768)) for name in names)]
+        choices = plan(specs, Recipe("q4_k_m", **options), FACTS)
+        return {name: choices[f"blk.0.ffn_down_{name}"].type for name in names}
+
+    assert types(True) == {"exps.weight": "q6_k", "basis.weight": "q6_k", "basis.mix": "f32"}
+    asked = types(True, basis="q3_k", transform="q5_k")
+    assert (asked["exps.weight"], asked["basis.weight"]) == ("q5_k", "q3_k")
+    asked = types(True, transform="q5_k", down="q8_0")
+    assert (asked["exps.weight"], asked["basis.weight"]) == ("q8_0", "q6_k")
+    assert types(False, transform="q5_k") == {"exps.weight": "q6_k"}
 
 
 def test_bytes_are_those_of_llama_quantize(model: Callable[..., Path], tmp_path: Path) -> None:

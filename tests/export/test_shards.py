@@ -135,6 +135,7 @@ def test_command(source: Path, tmp_path: Path) -> None:
         "--split-max-size",
         "1M",
         "--json",
+        "--no-card",
     ]
     planned = CliRunner().invoke(main, [*command, "--dry-run"])
     assert planned.exit_code == 0 and not names(tmp_path)

@@ -25,6 +25,7 @@ from mobe_gguf import runtime
 from mobe_gguf.errors import UsageError
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.gguf_file import GgufFile, read_gguf
+from mobe_gguf.names import ALL_PROJECTIONS
 
 TOKENS = list(range(5, 45))
 
@@ -46,9 +47,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(model: Callable[..., Path], folder: Path) -> Path:
-    """In float16, so that a GGUF file in f16 loses nothing; two groups, rows of whole blocks of 256."""
+    """In float16, so that a GGUF file in f16 loses nothing; two groups, rows of whole blocks of 256; down as well."""
     sizes = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=2)
-    return make_mobe(model("qwen3_moe", **sizes), folder / "mobe", m=4, g=2, dtype=torch.float16)
+    return make_mobe(
+        model("qwen3_moe", **sizes),
+        folder / "mobe",
+        m=4,
+        g=2,
+        dtype=torch.float16,
+        projections=ALL_PROJECTIONS,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +98,7 @@ def distance(truth: np.ndarray, got: np.ndarray) -> float:
 def test_quantize(quant: str, checkpoint: Path, f16: Path, tmp_path: Path) -> None:
     """The f16 file to another type: what export writes in that type at once."""
     run("llama-quantize", f16, tmp_path / "theirs.gguf", quant.upper(), 1)
-    export(checkpoint, tmp_path / "ours.gguf", Recipe(parse_quant(quant)), quiet=True)
+    export(checkpoint, tmp_path / "ours.gguf", Recipe(parse_quant(quant)), refit=False, quiet=True)
     same_tensors(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
     tensors = read_gguf(tmp_path / "theirs.gguf").tensors
     assert {t.type for n, t in tensors.items() if n.endswith(".mix")} == {"f32"}
@@ -119,7 +127,7 @@ def test_quantize_with_imatrix(checkpoint: Path, f16: Path, folder: Path, tmp_pa
     run("llama-imatrix", "-m", tmp_path / "q8_0.gguf", *options)
     run("llama-quantize", "--imatrix", imatrix, f16, tmp_path / "theirs.gguf", "Q4_K", 1)
     recipe = Recipe("q4_k_m", imatrix=(str(imatrix),))
-    export(checkpoint, tmp_path / "ours.gguf", recipe, quiet=True)
+    export(checkpoint, tmp_path / "ours.gguf", recipe, refit=False, quiet=True)
     same_tensors(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
 
@@ -160,7 +168,7 @@ def test_bench(f16: Path) -> None:
 PLACEMENTS = {
     "cpu-moe": ["--cpu-moe"],
     "n-cpu-moe": ["--n-cpu-moe", "1"],
-    "ot": ["-ot", r"ffn_(gate|up)_basis=CPU"],
+    "ot": ["-ot", r"ffn_(gate|up|down)_basis=CPU"],
 }
 
 

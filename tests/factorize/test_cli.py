@@ -129,7 +129,7 @@ def test_wrong_usage(model, tmp_path):
         (["--groups", 0], "at least 1"),
         (["--layers", "0-x"], "cannot read '0-x'"),
         (["--layers", "3"], "layer 3 has no routed experts"),
-        (["--projections", "gate,down"], "'down' is unknown"),
+        (["--projections", "gate,left"], "'left' is unknown"),
         (["--activation", "relu"], "'relu' is not one of"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--objective", "activation"], "needs --imatrix"),
@@ -206,5 +206,5 @@ def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mobe_gguf.factorize.job.fit", interrupt)
+    monkeypatch.setattr("mobe_gguf.factorize.unit.fit", interrupt)
     assert "--resume" in refused(1, model("qwen3_moe"), tmp_path / "out")

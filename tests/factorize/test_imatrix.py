@@ -11,10 +11,10 @@ from mobe_gguf.errors import MobeError
 from mobe_gguf.factorize.imatrix import PRIOR, Imatrix
 
 
-def write(path, sums, counts, layer=0):
+def write(path, sums, counts, layer=0, projections=("gate", "up")):
     """As llama-imatrix does: ``in_sum2`` of ggml shape [d, n], ``counts`` [1, n]."""
     writer = GGUFWriter(path, "")
-    for projection in ("gate", "up"):
+    for projection in projections:
         stem = f"blk.{layer}.ffn_{projection}_exps.weight"
         writer.add_tensor(f"{stem}.in_sum2", np.asarray(sums, dtype=np.float32))
         writer.add_tensor(f"{stem}.counts", np.asarray(counts, dtype=np.float32)[:, None])
@@ -49,5 +49,5 @@ def test_errors(tmp_path):
     with pytest.raises(MobeError, match="old .dat format"):
         Imatrix(tmp_path / "old.dat")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:40])
-    with pytest.raises(MobeError, match="truncated or corrupt"):
+    with pytest.raises(MobeError, match="the file ends at 40"):
         Imatrix(tmp_path / "cut.gguf")

@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from mobe_gguf.checkpoint import INDEX_NAME, Checkpoint, read_header
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
+from mobe_gguf.factorize import unit as units
 from mobe_gguf.factorize.job import prepare, run, work_directory
 from mobe_gguf.factorize.plan import Options
+from mobe_gguf.factorize.workers import Stopped
 from mobe_gguf.factorize.writer import Entry, write_safetensors
 from mobe_gguf.mobe_checkpoint import MobeCheckpoint, reconstruct
 
@@ -170,18 +172,18 @@ def test_units_side_by_side_give_the_same_files(model, tmp_path):
 
 
 def test_a_failure_stops_the_units_beside_it(model, tmp_path, monkeypatch):
-    fit, stopped = jobs.fit, []
+    fit, stopped = units.fit, []
 
     def fail(w, settings, *, label, **kwargs):
         if label == "layer 1 gate":
             raise MobeError("diverged")
         try:
             return fit(w, replace(settings, steps=100_000), label=label, **kwargs)
-        except jobs.Stopped:
+        except Stopped:
             stopped.append(label)
             raise
 
-    monkeypatch.setattr(jobs, "fit", fail)
+    monkeypatch.setattr(units, "fit", fail)
     with pytest.raises(MobeError, match="diverged"):
         run(prepare(model("qwen3_moe"), tmp_path / "out", FAST), quiet=True, workers=3)
     assert "layer 0 gate" in stopped, "100,000 steps must not be waited for"
@@ -237,7 +239,7 @@ def test_killed_twice_gives_the_same_files(model, tmp_path):
 def half_done(model, tmp_path, monkeypatch):
     """``(model, out)`` of a job that stopped after its first unit."""
     source, out = model("qwen3_moe"), tmp_path / "half"
-    fit, calls = jobs.fit, []
+    fit, calls = units.fit, []
 
     def stop(*args, **kwargs):
         calls.append(1)
@@ -246,7 +248,7 @@ def half_done(model, tmp_path, monkeypatch):
         return fit(*args, **kwargs)
 
     with monkeypatch.context() as m:
-        m.setattr(jobs, "fit", stop)
+        m.setattr(units, "fit", stop)
         with pytest.raises(KeyboardInterrupt):
             factorize(source, out)
     assert not out.exists() and len(list((work_directory(out) / "units").iterdir())) == 1
@@ -328,7 +330,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_disk_full_while_a_unit_is_written(model, tmp_path, monkeypatch):
-    write, calls = jobs.write_safetensors, []
+    write, calls = units.write_safetensors, []
 
     def full(path, *args):
         calls.append(1)
@@ -338,7 +340,7 @@ def test_disk_full_while_a_unit_is_written(model, tmp_path, monkeypatch):
         write(path, *args)
 
     with monkeypatch.context() as m:
-        m.setattr(jobs, "write_safetensors", full)
+        m.setattr(units, "write_safetensors", full)
         with pytest.raises(MobeError, match="the disk is full.*Finished units are kept; .*--resume"):
             factorize(model("olmoe"), tmp_path / "out")
     assert names(tmp_path) == {"out.work"}
@@ -350,7 +352,7 @@ def test_disk_full_at_the_first_unit_leaves_nothing(model, tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise FULL
 
-    monkeypatch.setattr(jobs, "write_safetensors", full)
+    monkeypatch.setattr(units, "write_safetensors", full)
     with pytest.raises(MobeError, match="the disk is full"):
         factorize(model("olmoe"), tmp_path / "out")
     assert names(tmp_path) == set()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.mobe_checkpoint import MobeCheckpoint, reconstruct
+from mobe_gguf.names import ALL_PROJECTIONS
 
 
 def by_hand(tensors, family, layer, projection, n, m, g, activation):
@@ -30,7 +31,8 @@ def by_hand(tensors, family, layer, projection, n, m, g, activation):
         for j in range(m // g):
             alpha = mix[row, j]  # a number, or one for each row of the basis
             z = z + (alpha[:, None] if alpha.dim() else alpha) * basis[j]
-        out.append(tensors[family.expert_weight(layer, i, projection)] @ f(z))
+        a = tensors[family.expert_weight(layer, i, projection)]
+        out.append(f(z) @ a if projection == "down" else a @ f(z))
     return torch.stack(out)
 
 
@@ -42,15 +44,17 @@ def by_hand(tensors, family, layer, projection, n, m, g, activation):
         dict(g=2, activation="tanh", our_key=True),
         dict(by_row=True, activation="none", r=20),
         dict(by_row=True, g=2, activation="silu", r=16),
+        dict(by_row=True, g=2, activation="silu", r=16, projections=ALL_PROJECTIONS),
+        dict(activation="tanh", projections=("down",)),
     ],
-    ids=["published", "groups", "rows", "rows-groups"],
+    ids=["published", "groups", "rows", "rows-groups", "down", "down-alone"],
 )
 def test_reconstruct_is_the_formula(family, options, model, tmp_path):
     path = make_mobe(model(family), tmp_path / "mobe", m=4, **options)
     checkpoint = MobeCheckpoint(path)
     tensors = load_file(path / "model.safetensors")
     g, layer = options.get("g", 1), checkpoint.layer(checkpoint.moe_layers[-1])
-    assert checkpoint.is_mobe and layer.projections == ("gate", "up")
+    assert checkpoint.is_mobe and layer.projections == options.get("projections", ("gate", "up"))
     for projection in layer.projections:
         assert (layer.group_count(projection), layer.n_basis(projection)) == (g, 4)
         assert layer.rank(projection) == options.get("r", 48)
@@ -107,6 +111,23 @@ def test_damage_names_the_tensor(model, tmp_path, damage, message):
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(MobeError, match=message):
         reconstruct(MobeCheckpoint(path).layer(2), "gate")
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("B_down", (4, 48, 64), r"B_down has shape \[4, 48, 64\], expected \[m, 64, r\]"),
+        ("W_down", (8, 4, 48), r"W_down has shape \[8, 4, 48\], expected \[8, 4\], or \[8, 4, 64\]"),
+        ("experts.3.down_proj.weight", (48, 40), r"experts.3.down_proj.* expected \[40, 48\]"),
+    ],
+)
+def test_damage_of_down_names_the_tensor(model, tmp_path, name, shape, message):
+    path = make_mobe(model("qwen3_moe"), tmp_path / "mobe", m=4, r=40, projections=("down",))
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"model.layers.2.mlp.{name}"] = torch.zeros(*shape)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(MobeError, match=message):
+        reconstruct(MobeCheckpoint(path).layer(2), "down")
 
 
 def test_unknown_activation(model, tmp_path):

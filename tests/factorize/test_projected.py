@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from mobe_gguf.errors import MobeError
 from mobe_gguf.factorize.metric import Metric
-from mobe_gguf.factorize.projected import Projected, SingularError
+from mobe_gguf.factorize.projected import (
+    Projected,
+    SingularError,
+    activated,
+    fast_products,
+    solve_transform,
+)
 from mobe_gguf.formula import activate, combine
 
 RIDGE = 1e-3  # large enough that its share of the gradient is seen
@@ -23,7 +29,7 @@ def problem(n=5, p=7, d=11, m=3, r=4, mix="scalar", metric="none", activation="t
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     w, basis = randn(n, p, d), randn(m, r, d)
-    alpha = randn(n, m) if mix == "scalar" else randn(n, m, r)
+    alpha = randn(*{"scalar": (n, m), "row": (n, m, r), "column": (n, m, 1, d)}[mix])
     weight = {
         "none": None,
         "diagonal": randn(d).square(),
@@ -44,7 +50,7 @@ def loss_by_autograd(problem, basis, alpha, root):
     """The same loss written down plainly, A from torch's own least squares, all of it differentiable."""
     total = 0
     for i, w in enumerate(problem.w):
-        weights = alpha[i][:, :, None] if alpha.dim() == 3 else alpha[i][:, None, None]
+        weights = alpha[i].reshape(*alpha[i].shape, *[1] * (4 - alpha.dim()))
         z = activate((weights * basis).sum(0), problem.activation) @ root[i]
         ridge = problem.ridge * z.square().sum() / z.shape[0]
         a = torch.linalg.solve(z @ z.T + ridge * torch.eye(z.shape[0], dtype=z.dtype), z @ w.T).T
@@ -53,7 +59,7 @@ def loss_by_autograd(problem, basis, alpha, root):
 
 
 @pytest.mark.parametrize("activation", ["none", "silu", "tanh"])
-@pytest.mark.parametrize("mix", ["scalar", "row"])
+@pytest.mark.parametrize("mix", ["scalar", "row", "column"])
 @pytest.mark.parametrize("metric", ["none", "diagonal", "expert", "full"])
 def test_gradient_is_that_of_autograd(activation, mix, metric):
     p, basis, alpha, root = problem(activation=activation, mix=mix, metric=metric)
@@ -130,3 +136,38 @@ def test_what_cannot_be_solved_is_reported():
 def test_bad_input_weights(weight):
     with pytest.raises(MobeError, match="input weights"):
         Metric.of(weight, 2, 5)
+
+
+def test_fast_products_last_as_long_as_somebody_is_inside():
+    """Units are fitted in threads: the first in sets the precision, the last out puts back what was there."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        first, second = fast_products(), fast_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "medium"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "high"
+        with pytest.raises(SingularError), fast_products():
+            raise SingularError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_quick_tanh_is_tanh():
+    u = torch.linspace(-30, 30, 100_001)
+    assert (activated(u, "tanh") - torch.tanh(u)).abs().max() < 3e-7
+    assert (activated(u.double(), "tanh") - torch.tanh(u.double())).abs().max() < 1e-15
+
+
+def test_the_float32_solution_is_that_of_float64():
+    """By the inverse, on a CPU: as good as the conditioning allows (here about 1e4, its square in the Gram matrix)."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 20, 60, generator=g) * torch.logspace(0, -2, 20)[:, None]
+    w = torch.randn(3, 30, 60, generator=g)
+    a, product = solve_transform(w, z, 1e-6)
+    exact, product64 = solve_transform(w.double(), z.double(), 1e-6)
+    assert torch.allclose(product.double(), product64, rtol=1e-4, atol=1e-4)
+    assert ((a - exact) @ z.double()).norm() < 1e-3 * (exact @ z.double()).norm()

@@ -7,6 +7,7 @@ import torch
 
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize import solver
+from mobe_gguf.factorize.metric import Metric
 from mobe_gguf.factorize.projected import SingularError
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.formula import activate, combine_groups
@@ -97,6 +98,25 @@ def test_blocks_of_experts_give_the_same_fit():
     assert torch.allclose(whole.basis, blocks.basis, atol=1e-2)
 
 
+def test_a_layer_that_does_not_fit_the_device_is_sent_over_in_blocks(monkeypatch):
+    """By the memory that CUDA says is free; W stays where it is then, and a block is at least an expert."""
+    w, settings = torch.randn(96, 24, 40), Settings(3, 16)
+    parameters, expert = 6 * 4 * 3 * 16 * 40, 4 * (6 * 16 * 40 + 3 * 24 * 16 + 4 * 16 * 16)
+    blocks = {}
+    for share in (0.0, 3.0, 7.0):
+        free = parameters + int(share * (expert + 4 * 24 * 40) / 0.6) + 10
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        problem = solver._place(w, settings, Metric(), torch.device("cuda:1"), None)
+        assert problem.w is w
+        blocks[share] = problem.block
+    assert blocks == {0.0: 1, 3.0: 3, 7.0: 7}
+    moved = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device: moved.append(device) or x)
+    assert solver._place(w, settings, Metric(), torch.device("cuda:1"), None).block == 96
+    assert moved == [torch.device("cuda:1")]
+
+
 def test_groups_are_independent():
     w = shared_structure()
     both = fit(w, Settings(4, 16, n_group=2, steps=10))
@@ -162,7 +182,7 @@ def test_divergence_is_retried_with_a_smaller_step_then_reported(monkeypatch):
     monkeypatch.setattr(solver, "_descend", diverge)
     with pytest.raises(MobeError, match="layer 3 up: the fit diverged 3 times.*--seed"):
         fit(shared_structure(), Settings(3, 8), label="layer 3 up")
-    assert rates == pytest.approx([0.2, 0.05, 0.0125])
+    assert rates == pytest.approx([0.3, 0.075, 0.01875])
 
 
 @pytest.mark.parametrize(

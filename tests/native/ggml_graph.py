@@ -18,10 +18,14 @@ typedef struct { int64_t d, r, m, m_group, n, k, T; int64_t x_experts; bool row_
 
 void * ggml_init(ggml_init_params params);
 void   ggml_free(void * ctx);
+void * ggml_new_tensor_1d(void * ctx, int type, int64_t ne0);
 void * ggml_new_tensor_2d(void * ctx, int type, int64_t ne0, int64_t ne1);
 void * ggml_new_tensor_3d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2);
 void * ggml_view_2d(void * ctx, void * a, int64_t ne0, int64_t ne1, size_t nb1, size_t offset);
 size_t ggml_nbytes(const void * tensor);
+void * ggml_mul_mat_id(void * ctx, void * as, void * b, void * ids);
+void * ggml_mul(void * ctx, void * a, void * b);
+void * ggml_silu(void * ctx, void * a);
 void * ggml_new_graph(void * ctx);
 void   ggml_build_forward_expand(void * graph, void * tensor);
 size_t ggml_tensor_overhead(void);
@@ -29,6 +33,9 @@ size_t ggml_graph_overhead(void);
 
 const char * ggml_mobe_proj_check(const void * basis, const void * mix, const void * x, const void * ids);
 void * ggml_mobe_proj(void * ctx, void * basis, void * mix, void * x, void * ids, int activation);
+void * ggml_mobe_proj_cached(void * ctx, void * basis, void * mix, void * x, void * ids, int activation, void * cache);
+size_t ggml_mobe_cache_size(const ggml_mobe_shape * shape, int64_t n_slot);
+int64_t ggml_mobe_cache_slots(const ggml_mobe_shape * shape, size_t size);
 void   ggml_mobe_proj_ref(const ggml_mobe_shape * shape, int activation, const float * basis, const float * mix,
                           const float * x, const int32_t * ids, float * z);
 
@@ -36,6 +43,7 @@ void * ggml_backend_init_by_type(int type, const char * params);
 void   ggml_backend_free(void * backend);
 void * ggml_backend_alloc_ctx_tensors(void * ctx, void * backend);
 void   ggml_backend_buffer_free(void * buffer);
+void   ggml_backend_buffer_clear(void * buffer, uint8_t value);
 void   ggml_backend_tensor_set(void * tensor, const void * data, size_t offset, size_t size);
 void   ggml_backend_tensor_get(const void * tensor, void * data, size_t offset, size_t size);
 int    ggml_backend_graph_compute(void * backend, void * graph);
@@ -46,7 +54,7 @@ void * ggml_backend_reg_get_proc_address(void * reg, const char * name);
 bool   ggml_backend_dev_supports_op(void * device, const void * op);
 """)
 
-F32, I32, CPU = 0, 26, 0
+F32, I8, I32, CPU = 0, 24, 26, 0
 
 
 @cache

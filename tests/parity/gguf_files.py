@@ -111,19 +111,21 @@ def factorize(
     n_group: int = 1,
     activation: str = "tanh",
     by_row: bool = False,
+    projections: tuple[str, ...] = names.PROJECTIONS,
 ) -> GgufFile:
-    """Replace gate and up experts of all layers by random factors, and set the keys; returns ``file``."""
+    """Replace experts of all layers by random factors, and set the keys; returns ``file``."""
     for layer in range(LAYERS):
-        for i, projection in enumerate(names.PROJECTIONS):
-            seed = 3000 + 10 * layer + 3 * i
-            mix_shape = (EXPERTS, n_basis // n_group) + ((rank,) if by_row else ())
+        for projection in projections:
+            seed, down = 3000 + 10 * layer + 3 * names.ALL_PROJECTIONS.index(projection), projection == "down"
+            transform, basis = ((rank, FF_EXP), (D, rank)) if down else ((FF_EXP, rank), (rank, D))
+            mix_shape = (EXPERTS, n_basis // n_group) + (basis[:1] if by_row else ())
             file.tensors |= {
-                names.transform_name(layer, projection): uniform(seed, EXPERTS, FF_EXP, rank, std=0.05),
-                names.basis_name(layer, projection): uniform(seed + 1, n_basis, rank, D),
+                names.transform_name(layer, projection): uniform(seed, EXPERTS, *transform, std=0.05),
+                names.basis_name(layer, projection): uniform(seed + 1, n_basis, *basis),
                 names.mix_name(layer, projection): uniform(seed + 2, *mix_shape, std=n_basis**-0.5),
             }
     file.keys |= {
-        names.key_version(file.arch): names.MOBE_VERSION,
+        names.key_version(file.arch): names.MOBE_VERSION + ("down" in projections),
         names.key_activation(file.arch): activation,
         names.key_group_count(file.arch): n_group,
     }

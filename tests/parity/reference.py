@@ -21,7 +21,8 @@ _ACTIVATIONS = {
 
 
 def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
-    """Write the ordinary checkpoint, float32, with W_i = A_i f(sum_j alpha_ij B_j); returns ``target``.
+    """Write the ordinary checkpoint, float32, with W_i = A_i f(sum_j alpha_ij B_j), of down f(sum_j alpha_ij B_j) A_i;
+    returns ``target``.
 
     config.json is that of ``original``, the model that was factorized.  Reads the tensors by DESIGN's names and
     shapes and none of the package's own code for them.
@@ -33,7 +34,7 @@ def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
     for shard in sorted(mobe.glob("*.safetensors")):
         tensors |= load_file(shard)
     for layer in family.moe_layers(config):
-        for projection in ("gate", "up"):
+        for projection in ("gate", "up", "down"):
             bases, mixes = (
                 _take(tensors, f"{family.block_name(layer)}.{kind}_{projection}") for kind in ("B", "W")
             )
@@ -43,7 +44,8 @@ def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
                 basis, alpha = bases[e // per_group].double(), mixes[e // per_group][e % per_group].double()
                 if alpha.dim() == 1:  # the same for all rows of the basis
                     alpha = alpha[:, None].expand(*basis.shape[:2])
-                tensors[name] = tensors[name].double() @ f((alpha[:, :, None] * basis).sum(0))
+                formed, transform = f((alpha[:, :, None] * basis).sum(0)), tensors[name].double()
+                tensors[name] = formed @ transform if projection == "down" else transform @ formed
     target.mkdir(parents=True)
     for path in original.iterdir():
         if path.is_file() and ".safetensors" not in path.name:

@@ -17,6 +17,7 @@ from tiny import make_model
 from mobe_gguf import resources
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.families import family_of
+from mobe_gguf.names import ALL_PROJECTIONS
 from parity.llama import logits, nmse
 from parity.reference import multiply_out, transformers_logits
 
@@ -51,6 +52,19 @@ CASES = [
     Case("bailing_moe", "bailing_moe", factors=dict(activation="silu")),
     Case("olmoe-r24-2-groups", "olmoe", factors=dict(r=24, g=2)),
     Case("mixtral", "mixtral", factors=dict(m=3, activation="none")),
+    Case("qwen3_moe-down", "qwen3_moe", factors=dict(projections=ALL_PROJECTIONS)),
+    Case("qwen2_moe-down-alone", "qwen2_moe", factors=dict(projections=("down",), layers=(1,), r=24)),
+    Case("deepseek_v3-down-2-groups", "deepseek_v3", factors=dict(g=2, r=32, projections=ALL_PROJECTIONS)),
+    Case(
+        "olmoe-down-row-mix",
+        "olmoe",
+        factors=dict(by_row=True, r=40, activation="silu", projections=("up", "down")),
+    ),
+    Case(
+        "mixtral-down-linear",
+        "mixtral",
+        factors=dict(m=3, by_row=True, activation="none", projections=ALL_PROJECTIONS),
+    ),
 ]
 
 
@@ -124,7 +138,9 @@ def test_quantized(tmp_path):
     for quant, limit in (("q8_0", 0.1), ("q4_k_m", 0.8)):
         got = logits(to_gguf(mobe, tmp_path / "quantized.gguf", quant), tokens, STEPS)
         check({step: nmse(truth, got[step]) for step in STEPS}, limit)  # measured 0.03, 0.4
-        check({step: nmse(got[N_TOKENS], got[step]) for step in STEPS}, 1e-4)  # 3e-6: rounding of activations
+        # a prompt may be multiplied in bf16, 6e-6 of the operator's result: 6e-4 and 0.03 of these logits, where routers flip
+        check({step: nmse(got[N_TOKENS], got[step]) for step in STEPS}, limit / 10)
+        check({step: nmse(got[1], got[step]) for step in STEPS if step < 4}, 1e-4)  # rounding of activations
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])

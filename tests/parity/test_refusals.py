@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mobe_gguf.names import ALL_PROJECTIONS
 from parity.gguf_files import EXPERTS, FF_EXP, D, GgufFile, factorize, qwen3moe
 from parity.loader import Loader
 
@@ -39,6 +41,8 @@ def good(**factors) -> GgufFile:
         {"n_group": 2, "by_row": True},
         {"rank": D},
         {"activation": "none"},
+        {"projections": ALL_PROJECTIONS},
+        {"projections": ("down",), "n_group": 2, "by_row": True},
     ],
     ids=str,
 )
@@ -92,7 +96,7 @@ BROKEN = {
     "A of another rank": (put(A, EXPERTS, FF_EXP, R + 1), BASIS),
     "A for fewer experts": (put(A, EXPERTS - 1, FF_EXP, R), A),
     "A of another width": (put(A, EXPERTS, FF_EXP + 1, R), A),
-    "unknown version": (put_key(VERSION, 2), "version 2"),
+    "unknown version": (put_key(VERSION, 3), "version 3"),
     "version 0": (put_key(VERSION, 0), "version 0"),
     "version is a string": (put_key(VERSION, "1"), VERSION),
     "no version": (drop(VERSION), VERSION),
@@ -107,10 +111,29 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
+#: The same of files whose down is factorized, too.
+DOWN_A, DOWN_BASIS, DOWN_MIX = (name.replace("_up_", "_down_") for name in (A, BASIS, MIX))
+BROKEN_DOWN = {
+    "version 1 with bases of down": (put_key(VERSION, 1), "need MoBE version 2, the file has version 1"),
+    "version 3 with bases of down": (put_key(VERSION, 3), "version 3"),
+    "no mix of down": (drop(DOWN_MIX), DOWN_MIX),
+    "no basis of down": (drop(DOWN_BASIS), DOWN_BASIS),
+    "no A of down": (drop(DOWN_A), DOWN_A),
+    "basis of down for another d": (put(DOWN_BASIS, M, D + 1, R), DOWN_BASIS),
+    "basis of down has longer rows than A has rows": (put(DOWN_BASIS, M, D, R + 1), DOWN_BASIS),
+    "basis of down the other way round": (put(DOWN_BASIS, M, R, D), DOWN_BASIS),
+    "A of down the other way round": (put(DOWN_A, EXPERTS, FF_EXP, R), DOWN_BASIS),
+    "A of down of another width": (put(DOWN_A, EXPERTS, R, FF_EXP + 1), DOWN_A),
+    "A of down for fewer experts": (put(DOWN_A, EXPERTS - 1, R, FF_EXP), DOWN_A),
+    "mix of down for the rows of gate": (put(DOWN_MIX, EXPERTS, M, R), DOWN_MIX),
+    "mix of down is F16": (put(DOWN_MIX, EXPERTS, M, dtype=np.float16), DOWN_MIX),
+}
+
+
+@pytest.mark.parametrize("what", [*BROKEN, *BROKEN_DOWN])
 def test_broken_files_are_refused(what, loader, tmp_path):
-    break_it, named = BROKEN[what]
-    file = good()
+    break_it, named = (BROKEN | BROKEN_DOWN)[what]
+    file = good() if what in BROKEN else good(projections=ALL_PROJECTIONS)
     break_it(file)
     outcome = loader.load(file.write(tmp_path / "model.gguf"))
     assert outcome.signal is None, outcome.stderr
@@ -183,8 +206,9 @@ def header_fields(data: bytes) -> list[tuple[int, int]]:
         at += size
         return int.from_bytes(data[at - size : at], "little")
 
+    tensors = good(projections=ALL_PROJECTIONS).tensors
     factors = [
-        name for name in good().tensors if "_basis." in name or "gate_exps" in name or "up_exps" in name
+        name for name in tensors if re.search(r"_basis\.|(gate|up|down)_exps", name) and name.encode() in data
     ]
     for name in (*factors, VERSION, ACTIVATION, GROUPS):
         encoded = struct.pack("<Q", len(name)) + name.encode()
@@ -216,10 +240,12 @@ def damaged(draw: st.DrawFn, data: bytes, fields: list[tuple[int, int]]) -> byte
     return bytes(result)
 
 
-@pytest.mark.parametrize("by_row", [False, True], ids=["scalar mix", "row-wise mix"])
-def test_damaged_headers_never_crash(by_row, loader, tmp_path):
+@pytest.mark.parametrize(
+    "factors", [{}, {"by_row": True}, {"projections": ALL_PROJECTIONS}], ids=["scalar", "row-wise", "down"]
+)
+def test_damaged_headers_never_crash(factors, loader, tmp_path):
     """Only the fields about factors are damaged: the others are llama.cpp's own affair."""
-    path = good(by_row=by_row).write(tmp_path / "model.gguf")
+    path = good(**factors).write(tmp_path / "model.gguf")
     data = path.read_bytes()
 
     @settings(max_examples=40, deadline=None, database=None, derandomize=True)

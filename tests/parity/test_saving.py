@@ -9,13 +9,24 @@ import numpy as np
 import pytest
 
 from mobe_gguf import runtime
+from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.names import ALL_PROJECTIONS, key_version
 from parity.gguf_files import factorize, qwen3moe
 from parity.llama import logits, open_model
 
 TOKENS = list(range(40, 60))
 
 
-@pytest.mark.parametrize("factors", [{"n_group": 2, "activation": "silu"}, {"by_row": True}], ids=str)
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"n_group": 2, "activation": "silu"},
+        {"by_row": True},
+        {"by_row": True, "projections": ALL_PROJECTIONS},
+        {"projections": ("down",)},
+    ],
+    ids=str,
+)
 def test_saved_model(factors, tmp_path):
     path, saved = factorize(qwen3moe(), **factors).write(tmp_path / "model.gguf"), tmp_path / "saved.gguf"
     with closing(open_model(path)) as model:
@@ -23,11 +34,13 @@ def test_saved_model(factors, tmp_path):
 
         llama_model_save_to_file(model.model, str(saved).encode())
     assert_same(path, saved)
+    version = key_version("qwen3moe")
+    assert read_gguf(saved).keys[version] == read_gguf(path).keys[version]
 
 
 def test_split_file(tmp_path):
     """Factors of one layer in different shards."""
-    path = factorize(qwen3moe()).write(tmp_path / "model.gguf")
+    path = factorize(qwen3moe(), projections=ALL_PROJECTIONS).write(tmp_path / "model.gguf")
     split = [
         runtime.tool("llama-gguf-split"),
         "--split",

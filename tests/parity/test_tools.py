@@ -53,6 +53,21 @@ def test_perplexity(gguf, tmp_path):
     text.write_text(
         (resources.path("models") / "heldout.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8"
     )
+    perplexity(gguf, text)
+
+
+def test_perplexity_without_activation(tmp_path):
+    """Where a batch asks for no output, the last layer's experts get no tokens: ggml's own operators have to bear that."""
+    mobe = make_mobe(resources.path("models") / "tiny-moe", tmp_path / "mobe", m=6, activation="none")
+    export(mobe, tmp_path / "mobe.gguf", Recipe(parse_quant("q4_k")), quiet=True)
+    text = tmp_path / "text.txt"
+    text.write_text(
+        (resources.path("models") / "heldout.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8"
+    )
+    perplexity(tmp_path / "mobe.gguf", text)
+
+
+def perplexity(gguf: Path, text: Path) -> None:
     done = run(runtime.tool("llama-perplexity"), "-m", gguf, "-f", text, "-c", "64", "-b", "128", "-t", "2")
     # not its "Final estimate": the program may end, as an unpatched one does, before its log's last lines are written
     running = re.findall(r"\[\d+\]([0-9.]+),", done.stdout)

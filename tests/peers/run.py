@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 #: Tests that cannot run here, and why.
 LEFT_OUT = {
     "test-download-model": "downloads a model",
+    "test-arg-parser": "its last part downloads a page",
     "test-tokenizers-ggml-vocabs": "clones a repository of vocabularies",
     "test-quantize-perf": "measures, tests nothing",
 }
@@ -37,7 +39,8 @@ def targets_and_tests(tree: Path, env: dict[str, str]) -> tuple[list[str], list[
     """Programs to build, tests to run, and ``name: reason`` of those left out."""
     listed = ctest(tree, env, "--show-only=json-v1", check=True, capture_output=True)
     known = ninja_targets(tree, env)
-    targets, tests, left = set(), [], []
+    targets: set[str] = set()
+    tests, left = [], []
     for test in json.loads(listed.stdout)["tests"]:
         properties = {p["name"]: p["value"] for p in test["properties"]}
         needs = properties.get("FIXTURES_REQUIRED", [])
@@ -48,10 +51,9 @@ def targets_and_tests(tree: Path, env: dict[str, str]) -> tuple[list[str], list[
             left.append(f"{test['name']}: {reason}")
             continue
         tests.append(test["name"])
-        words = {test["name"], *(Path(word).name for word in test.get("command", []))}
-        # test-tokenizer-0-falcon is test-tokenizer-0 with a vocabulary
-        words |= {"-".join(test["name"].split("-")[:length]) for length in (2, 3)}
-        targets |= words & known
+    # CTest names a program only once it exists, so its own files are read
+    for file in tree.rglob("CTestTestfile.cmake"):
+        targets |= set(re.findall(r'"[^"]*/bin/([^"/]+)"', file.read_text(encoding="utf-8"))) & known
     return sorted(targets), tests, left
 
 
@@ -74,9 +76,8 @@ def peers_of_llama_cpp(jobs: int, pattern: str | None) -> int:
     tree = source.cache_dir() / recipe.variant() / "build"
     targets, tests, left = targets_and_tests(tree, env)
     log = tree.parent / "peers.log"
-    with build._locked(source.cache_dir()) as lock:
+    with build.locked(source.cache_dir()) as lock:
         compiling.compile_targets(tree, targets, jobs, env, log, lock)
-        # CTest reads the command lines of programs that did not exist when it was first asked
         chosen = "^(" + "|".join(tests) + ")$" if pattern is None else pattern
         code = ctest(
             tree, env, "--output-on-failure", "--timeout", "900", f"-j{jobs}", "-R", chosen

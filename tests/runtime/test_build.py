@@ -271,7 +271,7 @@ def test_two_builds_do_not_meet(
 
 def test_a_killed_build_keeps_the_lock_until_its_compiler_is_gone(tmp_path: Path):
     (tmp_path / "lock").touch()
-    with building._locked(tmp_path) as lock:
+    with building.locked(tmp_path) as lock:
         running = compiling._run(["sleep", "30"], os.environ, tmp_path / "log", lock)
         process, _ = running.__enter__()
     # this process has let go of the lock, as one that was killed

@@ -43,6 +43,8 @@ REFUSED = {
     "r < d": lambda: factorize(qwen3moe(), rank=32),
     "r = d": lambda: factorize(qwen3moe(), rank=64),
     "r = d, row-wise mix": lambda: factorize(qwen3moe(), rank=64, by_row=True),
+    "down, r < d": lambda: factorize(qwen3moe(), rank=32, projections=("down",)),
+    "down, r = d": lambda: factorize(qwen3moe(), rank=64, projections=("down",)),
 }
 
 
@@ -55,7 +57,13 @@ def run_stock(lib: Path, file: GgufFile) -> dict[str, np.ndarray]:
     """``greedy`` in a process that loads the libraries in ``lib``: the Python package is the installed one, which no
     patch touches."""
     with tempfile.TemporaryDirectory() as scratch:
-        path, out = file.write(Path(scratch) / "model.gguf"), Path(scratch) / "out.npz"
+        return run_stock_file(lib, file.write(Path(scratch) / "model.gguf"))
+
+
+def run_stock_file(lib: Path, path: Path) -> dict[str, np.ndarray]:
+    """The same of a file that is there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out.npz"
         subprocess.run(
             [sys.executable, "-m", "stock.record", "--greedy", str(path), str(out)],
             cwd=HERE.parent,

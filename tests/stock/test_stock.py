@@ -6,8 +6,6 @@ Files with factors: the unpatched build refuses them.
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,30 +20,16 @@ from stock.record import (
     PROMPT,
     REFUSED,
     run_stock,
-    stock_environment,
 )
 
 #: Tokens must be equal.  Logits cannot be, bit by bit, on any processor but the one that recorded them: the order of
 #: sums depends on its vectors' width.
 LIMIT = 1e-10
 
-#: Names a directory with the shared libraries of an unpatched build.
-STOCK_VARIABLE = "MOBE_GGUF_STOCK_LIB"
-
 
 @pytest.fixture(scope="module")
 def golden() -> dict:
     return json.loads(GOLDEN_TEXT.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def stock_lib() -> Path:
-    lib = Path(os.environ.get(STOCK_VARIABLE) or stock_environment().lib)
-    if not (lib / "libllama.so").is_file():
-        pytest.skip(
-            f"no unpatched build: set {STOCK_VARIABLE}, or make one with python -m stock.record in tests/"
-        )
-    return lib
 
 
 @pytest.mark.parametrize("name", FILES)

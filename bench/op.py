@@ -1,0 +1,108 @@
+"""The operator on one core of this machine's CPU: time, arithmetic and bytes a second, beside what the core can do.
+
+    python bench/op.py [--types q4_K,q8_0] [--tokens 1,4,16,64,512] [--shape d,r,m,n,k] [--terms S] [--repetitions N]
+
+Times are CPU time (the machine may be busy), medians with the fastest and slowest.  The limit adds up what the kernel cannot
+do without, each at the peak that a loop of nothing else reaches (bench/op.c): multiply-adds of the combination at the rate of
+16-bit integer pairs (floats: of multiply-adds), evaluations of tanh, multiply-adds with the inputs; or it is the read of the
+bases from memory, if that takes longer.  What it leaves out is taking quantized numbers apart, loads and stores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from mobe_gguf import resources, runtime
+from mobe_gguf.errors import MobeError
+from mobe_gguf.runtime import ggml
+
+QWEN3_30B = "2048,768,32,128,8"
+
+
+def build(out: Path) -> Path:
+    """Compile op.c against the installed libraries, with this machine's instructions."""
+    lib, kernels = runtime.lib_dir(), resources.path("native") / "ggml_mobe"
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise MobeError("no C compiler found: apt install gcc")
+    command = [compiler, "-std=gnu11", "-O3", "-march=native", "-w", str(Path(__file__).with_name("op.c"))]
+    command += [f"-I{runtime.source_tree() / 'ggml/include'}", f"-I{kernels}", "-o", str(out / "op")]
+    command += [f"-L{lib}", "-l:libggml.so", "-l:libggml-base.so", f"-Wl,-rpath,{lib}", "-lm"]
+    subprocess.run(command, check=True)
+    return out / "op"
+
+
+def run(program: Path, *arguments: object) -> list[str]:
+    env = {**os.environ, "MOBE_LIB": str(runtime.lib_dir())}
+    done = subprocess.run(
+        [program, *map(str, arguments)], env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise MobeError(f"{program} {' '.join(map(str, arguments))} failed: {done.stderr[-500:]}")
+    return done.stdout.split("\n")[:-1]
+
+
+def limit(peak: dict[str, float], quantized: bool, bytes_read: int, mix: int, evaluations: int, inputs: int):
+    """Seconds of arithmetic and of reading, each at this core's peak; a decode multiplies by inputs in float."""
+    pairs = peak["int16"] if quantized and "int16" in peak else peak["fma"]
+    return mix / pairs + evaluations / peak["tanh"] + inputs / peak["fma"], bytes_read / peak["read"]
+
+
+def measure(program: Path, peak: dict[str, float], kind: str, shape: list[int], tokens: int, options):
+    """One row of the table."""
+    d, r, m, n, k = shape
+    found = run(program, kind, *shape, tokens, options.terms, options.repetitions)
+    seconds = sorted(float(line) for line in found if line[:1].isdigit())
+    info = ggml.type_info(kind)
+    in_use = len({(i * (n // k) + t * 5 + t * t % 7) % n for t in range(tokens) for i in range(k)})
+    mix, inputs = in_use * (options.terms or m) * r * d, tokens * k * r * d
+    peaks = peak
+    if tokens >= 4 and k * tokens >= 2 * in_use and info.quantized and "bf16" in peak:
+        peaks = peak | {"fma": peak["bf16"]}  # a prompt is multiplied in bf16
+    compute, read = limit(peaks, info.quantized, m * r * info.row_bytes(d), mix, in_use * r * d, inputs)
+    took, bound = median(seconds), max(compute, read)
+    what = "memory" if read > compute else "arithmetic"
+    return [
+        kind, str(tokens), f"{1e3 * took:.2f}", f"{1e3 * seconds[0]:.2f} to {1e3 * seconds[-1]:.2f}",
+        f"{(mix + inputs) / took / 1e9:.0f}", f"{m * r * info.row_bytes(d) / took / 1e9:.1f}",
+        f"{1e3 * bound:.2f}", what, f"{100 * bound / took:.0f} %",
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--types", default="q4_K,q8_0,iq4_xs,q6_K,f16")
+    parser.add_argument("--tokens", default="1,4,16,64,512")
+    parser.add_argument("--shape", default=QWEN3_30B, help="d,r,m,n,k (default: Qwen3-30B, %(default)s)")
+    parser.add_argument("--terms", type=int, default=0, help="non-zero coefficients an expert (default: all)")
+    parser.add_argument("--repetitions", type=int, default=9)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(Path(folder))
+        peak = {name: float(value) for name, value in (line.split() for line in run(program, "peaks"))}
+        print(
+            "One core: " + ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in peak.items()) + "\n"
+        )
+        print("| type | T | CPU ms, median | fastest to slowest | GMAC/s | GB/s | limit, ms | of | reached |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        shape = [int(size) for size in options.shape.split(",")]
+        for kind in options.types.split(","):
+            for tokens in map(int, options.tokens.split(",")):
+                row = measure(program, peak, kind, shape, tokens, options)
+                print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MobeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,145 @@
+"""``mobe-gguf ablate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from mobe_gguf.errors import MobeError, UsageError
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--layers", metavar="LIST", help="MoE layers to factorize, as 0-3,7.  [default: first, middle, last]"
+)
+@click.option("--projections", metavar="LIST", help="Of gate,up.  [default: both]")
+@click.option(
+    "--bases",
+    metavar="LIST",
+    help="Numbers of bases to try, as 16,32.  [default: n/8, n/4, n/2 of n experts]",
+)
+@click.option("--activations", metavar="LIST", help="Of none,silu,tanh, each with n/4 bases.  [default: all]")
+@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, metavar="N",
+              help="Optimizer steps for each unit.")  # fmt: skip
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="File of llama-imatrix for the original model: errors are those of the outputs then.",
+)
+@click.option("--no-kl", is_flag=True, help="Leave out KL divergence: no GGUF files, no runtime.")
+@click.option(
+    "--text",
+    "-f",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Plain text for KL divergence.  [default: the project's held-out text]",
+)
+@click.option("--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens of a chunk.")
+@click.option("--chunks", type=int, default=16, show_default=True, metavar="N", help="Chunks of the text.")
+@click.option("--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama-perplexity.")
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Same seed, same factors.")
+@click.option("--no-plot", is_flag=True, help="Draw nothing.")
+@click.option("--resume", is_flag=True, help="Continue the study that OUT.work holds, if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    model: Path,
+    out: Path,
+    layers: str | None,
+    projections: str | None,
+    bases: str | None,
+    activations: str | None,
+    steps: int,
+    imatrix: Path | None,
+    no_kl: bool,
+    text: Path | None,
+    ctx: int,
+    chunks: int,
+    threads: int | None,
+    device: str,
+    seed: int,
+    no_plot: bool,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Repeat the studies of MoBE's paper on a model: how many bases, which activation, what errors mean.
+
+    A few layers of MODEL (a Hugging Face directory) are factorized with several numbers of bases, and with each
+    activation. OUT gets ablation.json and four figures: error against the number of bases, error of the activations, how
+    values are distributed before and after them, and KL divergence from the original against error. The defaults
+    are a quick look, not the paper's effort: say --layers and --steps for more.
+
+    KL divergence takes the whole model as GGUF, original and factorized, one at a time, beside OUT.
+
+    \b
+    Examples:
+      mobe-gguf ablate model/ study/
+      mobe-gguf ablate model/ study/ --layers 0-47 --bases 16,32,48,64 --steps 500 --text wiki.test.raw
+      mobe-gguf ablate model/ study/ --no-kl --activations tanh,none
+
+    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage.
+    """
+    from mobe_gguf import ablate, runtime
+    from mobe_gguf.ablate import report
+    from mobe_gguf.ablate.study import finish, summary, work_directory
+    from mobe_gguf.atomic import write_json
+    from mobe_gguf.checkpoint import Checkpoint
+    from mobe_gguf.cli.factorize import _parse_projections, check_device
+    from mobe_gguf.factorize.plan import parse_layers
+    from mobe_gguf.hub import resolve
+
+    check_device(device)
+    if not no_plot:
+        from mobe_gguf.ablate.plot import plot
+        from mobe_gguf.evaluate.plot import check
+
+        check(out.absolute().with_name("figure.png"))
+    if not no_kl:
+        runtime.tool("llama-perplexity")
+    model = resolve(model, quiet)
+    checkpoint = Checkpoint(model)
+    asked = ablate.Asked(
+        layers=None if layers is None else parse_layers(layers),
+        projections=None if projections is None else _parse_projections(projections),
+        bases=None if bases is None else _numbers(bases),
+        activations=None if activations is None else tuple(part.strip() for part in activations.split(",")),
+        steps=steps,
+        seed=seed,
+        imatrix=imatrix,
+        text=text,
+        ctx=ctx,
+        chunks=chunks,
+        divergence=not no_kl,
+    )
+    study = ablate.settle(checkpoint, asked)
+    try:
+        rows = ablate.run(model, out, study, device=device, threads=threads, resume=resume, quiet=quiet)
+    except KeyboardInterrupt as e:
+        work = work_directory(out)
+        raise MobeError(f"stopped. What was measured is kept in {work}; run again with --resume.") from e
+    found = summary(checkpoint, study, rows)
+    if not no_plot:
+        plot(study, rows, work_directory(out))
+    write_json(work_directory(out) / "ablation.json", found)
+    finish(out)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    Console(highlight=False, width=100).print(report.table(study, rows))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """``"16,32"`` -> (16, 32)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise UsageError(f"--bases {text}: expected whole numbers, as 16,32,64") from e

@@ -1,0 +1,87 @@
+"""``mobe-gguf reconstruct``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mobe_gguf.cli.wab import wab_files, wab_options
+from mobe_gguf.progress import console
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "f16", "f32"]),
+    help="Type of all matrices.  [default: what config.json says for the experts, other tensors as they are]",
+)
+@click.option(
+    "--max-shard-size",
+    default="5G",
+    show_default=True,
+    metavar="SIZE",
+    help="Bytes of a safetensors file at most, as 5G or 500M.",
+)
+@wab_options
+@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Show nothing but errors.")
+def command(
+    model: Path,
+    out: Path,
+    dtype: str | None,
+    max_shard_size: str,
+    wab: tuple[Path, ...],
+    activation: str | None,
+    wab_layers: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Multiply the MoBE checkpoint MODEL out: OUT is an ordinary model directory, for transformers, vLLM, lm-eval.
+
+    MODEL may be an id on the Hugging Face hub. OUT has the original's architecture and size, and the factors' errors. Experts are computed one after the other; an
+    interrupted run goes on with the shard that it was at. OUT appears when it is whole.
+
+    \b
+    Examples:
+      mobe-gguf reconstruct mobe/ dense/
+      mobe-gguf reconstruct original/ dense/ --wab trained/ --activation silu
+    """
+    from mobe_gguf.errors import MobeError
+    from mobe_gguf.export import parse_size
+    from mobe_gguf.export.report import amount
+    from mobe_gguf.gguf_factors import FACTORS_NAME
+    from mobe_gguf.hub import resolve
+    from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+    from mobe_gguf.reconstruct import reconstruct_model
+    from mobe_gguf.wab import WabCheckpoint
+
+    size = parse_size(max_shard_size, "--max-shard-size")
+    said = wab_files(wab, activation, wab_layers)
+    model = resolve(model, quiet)
+    if (model / FACTORS_NAME).is_file():
+        raise MobeError(
+            f"{model} holds factors of a GGUF file. To multiply these out into such a file:\n"
+            f"  mobe-gguf export {model} dense.gguf --quant q8_0 --dense"
+        )
+    checkpoint = MobeCheckpoint(model) if said is None else WabCheckpoint(model, said)
+    result = reconstruct_model(
+        checkpoint, out, dtype=dtype, max_shard_size=size, dry_run=dry_run, quiet=quiet
+    )
+    if not quiet:
+        done = "would be written" if dry_run else f"written in {result.seconds:.1f} s"
+        kept = f", {result.files_kept} files kept from an interrupted run" if result.files_kept else ""
+        lines = [*(f"note: {note}" for note in result.notes)]
+        lines.append(
+            f"{out}: {result.architecture}, {result.n_experts} experts in {result.dtype}, {amount(result.n_params)} "
+            f"parameters, {result.n_bytes / 1e6:,.2f} MB in {len(result.files)} files {done}{kept}"
+        )
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=2))

@@ -1,0 +1,62 @@
+"""The options that name the authors' training output, of every command that reads factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mobe_gguf.errors import UsageError
+
+if TYPE_CHECKING:  # an import of torch
+    from mobe_gguf.wab import WabFiles
+
+#: What the authors' training knows.
+ACTIVATIONS = ("silu", "tanh")
+
+
+def wab_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--wab``, ``--activation`` and ``--wab-layers``, for :func:`wab_files`."""
+    options = (
+        click.option(
+            "--wab",
+            multiple=True,
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Directory with the *_WAB.pth files that the authors' training wrote; MODEL is the original then. "
+            "Repeatable.",
+        ),
+        click.option(
+            "--activation",
+            type=click.Choice(ACTIVATIONS),
+            help="What the files of --wab were trained with; they do not say it.",
+        ),
+        click.option(
+            "--wab-layers",
+            metavar="LIST",
+            help="MoE layers to take from --wab, as 0-3,7; the others stay ordinary.  [default: all]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def wab_files(folders: tuple[Path, ...], activation: str | None, layers: str | None) -> WabFiles | None:
+    """What these options say, None without them; UsageError if one lacks the other."""
+    if not folders:
+        for name, value in (("--activation", activation), ("--wab-layers", layers)):
+            if value is not None:
+                raise UsageError(f"{name} is about the files of --wab DIR, which is not given")
+        return None
+    if activation is None:
+        raise UsageError(
+            "--wab needs --activation: the files do not say what they were trained with. It is what --activation "
+            "of the authors' train.py was, silu if nothing was said there"
+        )
+    from mobe_gguf.factorize.plan import parse_layers
+    from mobe_gguf.wab import WabFiles
+
+    return WabFiles(folders, activation, None if layers is None else parse_layers(layers, "--wab-layers"))

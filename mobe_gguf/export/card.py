@@ -1,0 +1,354 @@
+"""The README.md beside exported files, as users of the hub expect it: what the model is made of, sizes, errors, how to run it.
+
+One page for all files of a model in a directory: the next export adds its line and keeps those of files that are
+still there.  A page that someone wrote, or changed, is never touched: the card is called after the file then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from urllib.parse import quote
+
+from mobe_gguf.atomic import atomic_path
+from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.export.origin import HUB, Origin
+from mobe_gguf.export.recipe import Recipe
+from mobe_gguf.export.report import Report, amount, rows
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.names import ALL_PROJECTIONS
+
+#: Says that a page is ours, and by a checksum over the rest that nobody changed it.
+MARK = re.compile(r"<!-- made by mobe-gguf export: ([0-9a-f]{16}) -->\n")
+
+#: A line about one file: of the table, of the commands, of the remarks.
+FILE_ROW = re.compile(r"\| \[([^\]]+)\]\(")
+COMMAND = re.compile(r"mobe-gguf export \S+ (\S+) ")
+REMARK = re.compile(r"- `([^`]+)`: ")
+
+PAPER = "[Mixture-of-Basis-Experts](https://arxiv.org/abs/2508.05257)"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about: the ``report`` of an export with ``keys`` of the file, out of ``checkpoint`` by ``recipe``, and
+    other ``options`` of the command."""
+
+    report: Report
+    keys: Mapping[str, Any]
+    checkpoint: Checkpoint
+    recipe: Recipe
+    origin: Origin
+    dense: bool
+    options: tuple[str, ...] = ()
+
+    @property
+    def factorized(self) -> bool:
+        """Whether the file holds factors."""
+        return isinstance(self.checkpoint, MobeCheckpoint) and not self.dense
+
+    @property
+    def name(self) -> str:
+        name = str(self.keys.get("general.name") or self.origin.name)
+        multiplied_out = self.dense and self.origin.of_mobe and not name.lower().endswith("dense")
+        return f"{name} dense" if multiplied_out else name  # a GGUF source keeps its name
+
+    def values(self, key: str) -> list[Any]:
+        """An array of the keys, which have it as a list or, out of a GGUF file, with its first values in ``head``."""
+        value = self.keys.get(key) or []
+        return list(getattr(value, "head", value))
+
+
+def write_card(subject: Subject) -> str:
+    """Write the card beside the first file; returns its path, or why there is none, as a line for the report."""
+    first = Path(subject.report.path)
+    for path in (first.with_name("README.md"), first.with_name(f"{_stem(first)}.README.md")):
+        old = _ours(path, subject)
+        if old is None:
+            continue
+        try:
+            with atomic_path(path) as part:
+                part.write_text(page(subject, old), encoding="utf-8")
+        except OSError as e:
+            return f"no card: {path} cannot be written: {e.strerror or e}"
+        return f"card: {path}"
+    return f"no card: {path} is there and was not made here, or was changed"
+
+
+def _ours(path: Path, subject: Subject) -> str | None:
+    """The page at ``path``, empty if there is none; None if it is not to be touched: another's, or of another model."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError):
+        return None
+    found = MARK.search(text)
+    if found is None or found[1] != _checksum(text) or f"\n# {subject.name}\n" not in text:
+        return None
+    return text
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(MARK.sub("", text).encode()).hexdigest()[:16]
+
+
+def page(subject: Subject, old: str = "") -> str:
+    """The whole page; lines of files that are there still are taken from the ``old`` one."""
+    folder = Path(subject.report.path).parent
+    front = "\n".join(["---", *_front_matter(front_matter(subject)), "---", ""])
+    lines = [f"# {subject.name}", "", *_about(subject), ""]
+    lines += [
+        "| file | quantization | size | bits per weight | types |",
+        "|---|---|---|---|---|",
+        *_kept(old, FILE_ROW, folder, subject),
+        _file_row(subject),
+        "",
+        "## Run",
+        "",
+        *_run(subject),
+        "",
+        "## How it was made",
+        "",
+        *_recipe(subject),
+        *_kept(old, REMARK, folder, subject),
+        *_remarks(subject),
+        "",
+        "```",
+        *_kept(old, COMMAND, folder, subject),
+        command(subject),
+        "```",
+        "",
+    ]
+    body = "\n".join(lines)
+    return f"{front}<!-- made by mobe-gguf export: {_checksum(front + body)} -->\n{body}"
+
+
+def _kept(old: str, pattern: re.Pattern[str], folder: Path, subject: Subject) -> list[str]:
+    """Lines of the old page about other files that are still there."""
+    now = Path(subject.report.path).name
+    found = [(line, match[1]) for line in old.splitlines() if (match := pattern.match(line))]
+    written = {_stem(Path(now))} | {_stem(Path(name)) for name in subject.report.files}
+    return [
+        line
+        for line, name in found
+        if _stem(Path(name)) not in written and any(folder.glob(f"{_glob(_stem(Path(name)))}*.gguf"))
+    ]
+
+
+def _glob(text: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", text)
+
+
+def _stem(path: Path) -> str:
+    """``model`` of ``model.gguf`` and of ``model-00001-of-00003.gguf``."""
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name)
+
+
+# front matter
+
+
+def front_matter(subject: Subject) -> dict[str, Any]:
+    """The keys that the hub reads, as far as they are known."""
+    keys, origin = subject.keys, subject.origin
+    base = origin.base
+    url = str(keys.get("general.base_model.0.repo_url") or "")
+    lineage = base or (url.removeprefix(HUB) if url.startswith(HUB) else None)
+    found = {
+        "base_model": [lineage] if lineage else None,
+        "base_model_relation": "quantized" if base else None,
+        "license": keys.get("general.license"),
+        "license_name": keys.get("general.license.name"),
+        "license_link": keys.get("general.license.link"),
+        "language": subject.values("general.languages"),
+        "pipeline_tag": "text-generation",
+        "tags": ["gguf", "llama.cpp", *(["mobe"] if origin.of_mobe else []), "moe", "quantization"],
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _front_matter(values: Mapping[str, Any]) -> Iterable[str]:
+    for key, value in values.items():
+        if isinstance(value, list):
+            yield f"{key}:"
+            yield from (f"- {_scalar(item)}" for item in value)
+        else:
+            yield f"{key}: {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    """YAML: a string plain where no reader can take it for anything else, in JSON's quotes otherwise."""
+    text = str(value)
+    words = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+    if re.fullmatch(r"[A-Za-z][\w./+-]*", text) and text.lower() not in words:
+        return text
+    return json.dumps(text, ensure_ascii=False)
+
+
+# what it is
+
+
+def _about(subject: Subject) -> list[str]:
+    origin, report = subject.origin, subject.report
+    of = f"[{origin.base}]({HUB}{origin.base})" if origin.base else origin.source
+    if not isinstance(subject.checkpoint, MobeCheckpoint):
+        return [f"{of} as GGUF: {amount(report.n_params)} parameters."]
+    form = _form(subject.checkpoint)
+    if subject.dense:
+        return [
+            f"{of} as GGUF, its experts as {PAPER} gives them back, multiplied out: {form}. "
+            f"{amount(report.n_params)} parameters, as many as the original has."
+        ]
+    share = report.n_params / report.original_params
+    return [
+        f"{of} as GGUF, its experts compressed as a {PAPER}: {form}. {amount(report.n_params)} parameters, "
+        f"{share:.1%} of the original's {amount(report.original_params)}."
+    ]
+
+
+def _form(checkpoint: MobeCheckpoint) -> str:
+    layers = [checkpoint.layer(index) for index in checkpoint.moe_layers]
+    layers = [layer for layer in layers if layer.projections]
+    first = layers[0]
+    found = [p for p in ALL_PROJECTIONS if any(p in layer.projections for layer in layers)]
+    projection = first.projections[0]
+    g = first.group_count(projection)
+    groups = f", in {g} groups" if g > 1 else ""
+    return (
+        f"in {len(layers)} layers the {_and(found)} matrices of {checkpoint.n_expert} experts share "
+        f"{first.n_basis(projection)} bases of rank {first.rank(projection)}{groups}, activation {checkpoint.activation}"
+    )
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _file_row(subject: Subject) -> str:
+    report, first = subject.report, Path(subject.report.path).name
+    files = f", {len(report.files)} files" if len(report.files) > 1 else ""
+    types = ", ".join(
+        f"{row.label} {'/'.join(t for t, _ in row.types.most_common())}"
+        for row in rows(report.entries)
+        if row.label in ("A", "B", "down", "experts")
+    )
+    size = f"{report.n_bytes / 1e9:.2f} GB" if report.n_bytes >= 10**9 else f"{report.n_bytes / 1e6:.2f} MB"
+    return (
+        f"| [{first}]({quote(first)}) | {report.quant} | {size}{files} | {report.bits_per_weight:.2f} "
+        f"| {types} |"
+    )
+
+
+def _run(subject: Subject) -> list[str]:
+    file = Path(subject.report.path).name
+    if not subject.factorized:
+        return [
+            "Any llama.cpp runs these files:",
+            "",
+            f"    llama-cli -m {file}",
+            f"    llama-server -m {file}",
+        ]
+    return [
+        "These files need the llama.cpp that `mobe-gguf build` makes; an ordinary one refuses them.",
+        "",
+        "    mobe-gguf build",
+        f"    llama-cli -m {file}",
+        f"    llama-server -m {file}",
+        "",
+        "In Python, in the same environment:",
+        "",
+        "```python",
+        "from llama_cpp import Llama",
+        "",
+        f"llm = Llama({json.dumps(file, ensure_ascii=False)})",
+        "```",
+    ]
+
+
+# how it was made
+
+
+def command(subject: Subject) -> str:
+    """The command of this export, files by their names alone."""
+    recipe, model = subject.recipe, subject.checkpoint.path.absolute().name
+    words = [
+        "mobe-gguf export",
+        f"{model}/",
+        f"{_stem(Path(subject.report.path))}.gguf",
+        f"--quant {recipe.quant}",
+    ]
+    for option, value in (
+        ("--basis-type", recipe.basis),
+        ("--transform-type", recipe.transform),
+        ("--down-type", recipe.down),
+        ("--output-tensor-type", recipe.output),
+        ("--token-embedding-type", recipe.embedding),
+    ):
+        words += [f"{option} {value}"] if value else []
+    words += [f"--tensor-type '{pattern}={kind}'" for pattern, kind in recipe.overrides]
+    words += ["--pure"] if recipe.pure else []
+    words += [recipe.target.option()] if recipe.target else []
+    words += [f"--imatrix {Path(path).name}" for path in recipe.imatrix]
+    words += ["--dense"] if subject.dense else []
+    return " ".join([*words, *subject.options])
+
+
+def _recipe(subject: Subject) -> list[str]:
+    about = subject.checkpoint.config.get("mobe")
+    about = about if isinstance(about, dict) else {}
+    lines = []
+    settings = about.get("settings")
+    if isinstance(settings, dict):
+        said = ", ".join(
+            f"{key} {_plain(value)}" for key, value in settings.items() if _is_telling(key, value)
+        )
+        lines.append(f"- Factors by `mobe-gguf factorize`: {said}.")
+    return lines + [f"- {line}." for line in (_errors(about), _objective(about)) if line]
+
+
+def _is_telling(key: str, value: Any) -> bool:
+    return value is not None and key not in ("imatrix", "layers")
+
+
+def _plain(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _errors(about: Mapping[str, Any]) -> str | None:
+    """``mobe.errors``: layer -> projection -> |W - W'|^2 / |W|^2."""
+    layers = about.get("errors")
+    layers = (
+        [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
+    )
+    said = []
+    for projection in ALL_PROJECTIONS:
+        found = [e for layer in layers if isinstance(e := layer.get(projection), (int, float))]
+        if found:
+            said.append(f"{projection} {mean(found):.4f} ({min(found):.4f} to {max(found):.4f})")
+    return f"Relative squared error of the matrices, before quantization: {', '.join(said)}" if said else None
+
+
+def _objective(about: Mapping[str, Any]) -> str | None:
+    found = about.get("objectives")
+    values = [e for e in found.values() if isinstance(e, (int, float))] if isinstance(found, dict) else []
+    return (
+        f"Weighted by what the experts are fed, which was minimised: {mean(values):.4f}" if values else None
+    )
+
+
+def _remarks(subject: Subject) -> list[str]:
+    """What is true of this file and not of others."""
+    refit, file = subject.report.refit, Path(subject.report.path).name
+    if refit is None or not refit.norm:
+        return []
+    said = refit.as_json()
+    return [
+        f"- `{file}`: A and mix solved again for the rounded bases, relative squared error of the outputs "
+        f"{said['error_before']:.4f} before, {said['error_after']:.4f} after."
+    ]

@@ -1,0 +1,114 @@
+"""``--target-size`` and ``--target-bpw``: the types of bases, A and experts' matrices that make the best file of a size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from mobe_gguf.errors import UsageError
+from mobe_gguf.export.allocate import TooSmall, allocate
+from mobe_gguf.export.imatrix import Imatrix, importances
+from mobe_gguf.export.mixture import Spec, layer_of
+from mobe_gguf.export.recipe import Choice, Recipe, is_fixed
+from mobe_gguf.export.refit import units_of, weigh_transforms
+from mobe_gguf.export.sensitivity import is_divided, measure, shares_of
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.original import Original
+from mobe_gguf.progress import bar
+
+#: Any quantized type: what importance matrices are looked up for, before there is a choice.
+QUANTIZED = Choice("q4_k", "q4_k")
+
+
+def divide(
+    conversion: Any,
+    checkpoint: MobeCheckpoint | None,
+    imatrix: Imatrix,
+    recipe: Recipe,
+    choices: Mapping[str, Choice],
+    original: Original | None,
+    refit: bool,
+    head: int,
+    quiet: bool = False,
+) -> tuple[dict[str, Choice], list[str]]:
+    """``choices`` with those of the experts' tensors changed, but for what an option names, and how in words.
+
+    ``conversion``: ``converter.Conversion`` or ``gguf_target.GgufConversion``.  ``head``: bytes before the tensors.  UsageError if the smallest types take more than
+    the target, or there is nothing to choose.
+    """
+    tensors, target = conversion.tensors, recipe.target
+    assert target is not None
+    wanted = {
+        name
+        for name, t in tensors.items()
+        if is_divided(name)
+        and not t.forced
+        and not conversion.is_copied(name, choices[name])
+        and not is_fixed(Spec(name, t.source.shape), recipe, name.replace("_exps.", "_basis.") in tensors)
+    }
+    if not wanted:
+        raise UsageError(
+            f"{target.option()}: there are no experts' matrices whose types are not given; leave it out"
+        )
+
+    def size(name: str, type_name: str) -> int:
+        return _bytes(tensors[name].source.shape, type_name, conversion.alignment)
+
+    provisional = {**choices, **dict.fromkeys(wanted, QUANTIZED)}
+    encoded = {n: c for n, c in provisional.items() if not conversion.is_copied(n, c)}
+    weights = importances(imatrix, tensors, encoded)
+    units = units_of(checkpoint, imatrix, provisional, weights) if checkpoint else {}
+    weights |= weigh_transforms(units, provisional, weights)
+    layers = tuple(sorted({layer_of(name) for name in wanted}))
+    shares = shares_of(original, imatrix, layers)
+    options = {}
+    with bar("measure types", len(wanted), quiet) as progress:
+        found = measure(tensors, wanted, units, weights, size, refit=refit, shares=shares)
+        for i, (name, curve) in enumerate(found, 1):
+            options[name] = curve
+            line = f"{name}: error {min(o.error for o in curve):.5f} to {max(o.error for o in curve):.5f}"
+            progress.advance(1, line if i % max(1, len(wanted) // 10) == 0 else None)
+    rest = sum(size(n, c.type) for n, c in choices.items() if n not in wanted)
+    n_params = sum(prod(t.source.shape) for t in tensors.values())
+    budget = target.budget(n_params, head) - rest
+    try:
+        chosen = allocate(options, budget)
+    except TooSmall as e:
+        least = e.least + rest
+        smallest = f"{(least + head) / 1e6:.3f}M" if target.bits is None else f"{8 * least / n_params:.3f}"
+        raise UsageError(
+            f"{target.option()}: with the smallest types that can be had it is {smallest}. Give that or more, another --quant "
+            "for the tensors that are not the experts', or --imatrix, which smaller types need."
+        ) from None
+    how = _lines({name: option.type for name, option in chosen.items()})
+    error = sum(option.error for option in chosen.values()) / len(layers)
+    counted = "each layer by its share of the residual stream" if shares else "all layers alike"
+    how.append(f"expected error {error:.4f} a layer, {counted}")
+    return {**choices, **{n: Choice(o.type, o.type) for n, o in chosen.items()}}, how
+
+
+def _bytes(shape: tuple[int, ...], type_name: str, alignment: int) -> int:
+    """Bytes of a tensor in the file, with what is added to reach the next multiple of ``alignment``."""
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+    return -(-(prod(shape) // block * block_bytes) // alignment) * alignment
+
+
+def _lines(types: Mapping[str, str]) -> list[str]:
+    """``B of gate: q3_k 0-2, q4_k 3`` and so on."""
+    from mobe_gguf.factorize.plan import format_layers
+
+    by_kind: dict[str, dict[str, list[int]]] = {}
+    for name, type_name in types.items():
+        match = re.fullmatch(r"blk\.\d+\.ffn_(\w+)_(basis|exps)\.weight", name)
+        assert match is not None, name
+        kind = f"{match[1]} B" if match[2] == "basis" else match[1]
+        by_kind.setdefault(kind, {}).setdefault(type_name, []).append(layer_of(name))
+    return [
+        f"{kind}: "
+        + ", ".join(f"{t} in {format_layers(tuple(layers))}" for t, layers in sorted(found.items()))
+        for kind, found in sorted(by_kind.items())
+    ]

@@ -1,0 +1,73 @@
+"""The types that factors were fitted for, ``factorize --for TYPE``: what they are exported in if nothing else is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf import names
+from mobe_gguf.checkpoint import read_json
+from mobe_gguf.errors import UsageError
+from mobe_gguf.export.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fit
+from mobe_gguf.gguf_factors import FACTORS_NAME
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+
+
+def fitted_types(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Types of B and of A by config.json or factors.json, None where none was said."""
+    about = config.get("mobe")
+    settings = about.get("settings") if isinstance(about, dict) else None
+    if not isinstance(settings, dict):
+        return None, None
+    found = (settings.get("for_basis"), settings.get("for_transform"))
+    basis, transform = (name if name in BLOCK else None for name in found)
+    return basis, transform
+
+
+def default_types(model: Path) -> tuple[str, str, str]:
+    """``(--quant, --basis-type, --transform-type)`` for factors exported as they were fitted.
+
+    UsageError if the factors in ``model`` were not fitted for one type.
+    """
+    path = next((p for p in (model / FACTORS_NAME, model / "config.json") if p.is_file()), None)
+    basis, transform = fitted_types(read_json(path)) if path else (None, None)
+    if basis is None and transform is None:
+        raise UsageError(
+            f"--quant is needed: {model} does not say which type its factors were fitted for (factorize --for TYPE). "
+            "For instance --quant q4_k"
+        )
+    if basis != transform or ALIASES.get(basis, basis) not in QUANTS:
+        raise UsageError(
+            f"--quant is needed: the factors in {model} were fitted for bases of {basis or 'no type'} and A's of "
+            f"{transform or 'no type'}, which does not say what the other tensors are to be. For instance --quant q4_k"
+            + (f" --basis-type {basis}" if basis else "")
+            + (f" --transform-type {transform}" if transform else "")
+        )
+    return ALIASES.get(basis, basis), basis, transform
+
+
+def mismatch(checkpoint: MobeCheckpoint, choices: Mapping[str, Choice]) -> str | None:
+    """What to tell a user whose factors get other quantized types than they were fitted for; None if they do not."""
+    fitted = dict(zip(("basis", "transform"), fitted_types(checkpoint.config), strict=True))
+    got: dict[str, set[str]] = {"basis": set(), "transform": set()}
+    for index in checkpoint.moe_layers:
+        layer = checkpoint.layer(index)
+        for projection in layer.projections:
+            row = layer.rank(projection) if projection == "down" else checkpoint.n_embd
+            a_row = checkpoint.n_ff_exp if projection == "down" else layer.rank(projection)
+            for kind, name, length in (
+                ("basis", names.basis_name(index, projection), row),
+                ("transform", names.transform_name(index, projection), a_row),
+            ):
+                chosen, wanted = choices[name].type, fitted[kind]
+                if wanted is not None and chosen not in FLOATS and chosen != fit(wanted, length):
+                    got[kind].add(chosen)
+    words = [
+        f"{what} were fitted for {fitted[kind]} and are written as {', '.join(sorted(got[kind]))}"
+        for kind, what in (("basis", "bases"), ("transform", "A's"))
+        if got[kind]
+    ]
+    if not words:
+        return None
+    return f"warning: {'; '.join(words)}. Leave --quant out for the types that they were fitted for, or factorize --for these"

@@ -1,0 +1,246 @@
+"""Factors back into the GGUF file that they are of: its keys and all other tensors pass through, byte for byte.
+
+:class:`GgufConversion` stands where llama.cpp's converter stands for a Hugging Face model (``converter.Conversion``): it
+has the file's tensors, in order, each with a source that decodes it if it is given another type.  What keeps its type is
+copied.  Gate and up that are one tensor are taken apart in the layers that have factors: llama.cpp then asks for both.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import IO, Any
+
+from mobe_gguf.errors import UsageError
+from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.mixture import Facts, Spec
+from mobe_gguf.export.recipe import (
+    Choice,
+    Recipe,
+    allows_quantization,
+    is_named,
+    plan,
+)
+from mobe_gguf.export.shards import ALIGNMENT
+from mobe_gguf.export.write import Encoded
+from mobe_gguf.gguf_factors import GgufFactors
+from mobe_gguf.gguf_file import MAGIC
+from mobe_gguf.gguf_source import GgufModel, Stored, merged_name
+from mobe_gguf.runtime import ggml
+
+#: Type numbers of GGUF values (ggml/docs/gguf.md).
+_U16, _U32, _I32, _STRING = 2, 4, 5, 8
+_FORMATS = {_U16: "<H", _U32: "<I", _I32: "<i"}
+
+#: What a split file says of itself; the output may be cut in another way.
+SPLIT_NO, SPLIT_TENSORS, SPLIT_COUNT = "split.no", "split.tensors.count", "split.count"
+
+
+class Copied(Encoded):
+    """A tensor that passes through."""
+
+    def tofile(self, file: IO[bytes]) -> None:
+        source = self.tensor.source
+        assert isinstance(source, Stored) and source.n_bytes == self.nbytes, self.tensor.name
+        for block in source.blocks():
+            file.write(block)
+
+
+class Keys:
+    """The keys of the file to be written: those of the source as they stand there, and what is set over or behind them.
+
+    Has of ``gguf.GGUFWriter`` what ``export`` calls.
+    """
+
+    def __init__(self, model: GgufModel):
+        self.model = model
+        self.set: dict[str, bytes] = {}
+        self.values: dict[str, Any] = {
+            name: value
+            for name, value in model.file.keys.items()
+            if name not in (SPLIT_NO, SPLIT_TENSORS, SPLIT_COUNT)
+        }
+        self.tensors: list[
+            dict[str, Any]
+        ] = []  # as the converter's writer has it; nothing is counted from it here
+
+    def add_uint32(self, name: str, value: int) -> None:
+        self._add(name, value, pair(name, _U32, value))
+
+    def add_string(self, name: str, value: str) -> None:
+        self._add(name, value, pair(name, _STRING, value))
+
+    def _add(self, name: str, value: Any, raw: bytes) -> None:
+        self.values[name] = value
+        self.set[name] = raw
+
+    def pairs(self) -> list[bytes]:
+        """All of them, encoded, in order."""
+        with open(self.model.file.path, "rb") as file:
+
+            def read(name: str) -> bytes:
+                begin, end = self.model.file.key_spans[name]
+                file.seek(begin)
+                return file.read(end - begin)
+
+            return [self.set[name] if name in self.set else read(name) for name in self.values]
+
+
+def pair(name: str, kind: int, value: Any) -> bytes:
+    """One key with its type and value, as GGUF has it."""
+
+    def text(value: str) -> bytes:
+        raw = value.encode()
+        return struct.pack("<Q", len(raw)) + raw
+
+    return (
+        text(name)
+        + struct.pack("<I", kind)
+        + (text(value) if kind == _STRING else struct.pack(_FORMATS[kind], value))
+    )
+
+
+class GgufConversion:
+    """``source`` with the factors' layers made ready for them: gate and up apart, under the names that A gets."""
+
+    pre = None
+
+    def __init__(self, factors: GgufFactors, source: GgufModel):
+        self.model = source
+        self.arch = source.arch
+        self.writer = Keys(source)
+        apart = {merged_name(i): i for i in factors.moe_layers if source.is_merged(i)}
+        self.tensors: dict[str, Tensor] = {}
+        for index in factors.moe_layers:
+            for projection in factors.layer(index).projections:
+                source.check_experts(index, projection)
+        for name, info in source.file.tensors.items():
+            stored = [Stored.of(info)]
+            if name in apart:
+                stored = [source.stored(apart[name], projection) for projection in ("gate", "up")]
+            for part in stored:
+                self.tensors[part.name] = Tensor(part.name, part)
+        self.recipe: Recipe | None = None
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """GGUF keys and values set so far."""
+        return self.writer.values
+
+    @property
+    def alignment(self) -> int:
+        return self.model.file.alignment
+
+    def files(self) -> list[Path]:
+        """Those of the source."""
+        return sorted({info.file for info in self.model.file.tensors.values()})
+
+    def finish(self, file_type: str, out: Path, origin: Any = None) -> None:
+        """The source's keys are whole; what depends on the types is set in :meth:`header`."""
+
+    def choose(self, recipe: Recipe) -> dict[str, Choice]:
+        """The type of every tensor: factors by ``recipe``, others the one that they have unless an option names them.
+
+        UsageError as ``recipe.plan``.
+        """
+        self.recipe = recipe
+        specs, kept = [], {}
+        for tensor in self.tensors.values():
+            spec = Spec(tensor.name, tensor.source.shape)
+            if isinstance(tensor.source, Stored) and not (
+                allows_quantization(spec) and is_named(spec, recipe)
+            ):
+                kept[tensor.name] = Choice(tensor.source.type, tensor.source.type)
+            else:
+                specs.append(spec)
+        return plan(specs, recipe, Facts.of(self.arch, self.keys)) | kept
+
+    def is_copied(self, name: str, choice: Choice) -> bool:
+        """Whether the tensor passes through.  UsageError if it cannot, being of a type that cannot be decoded."""
+        source = self.tensors[name].source
+        if not isinstance(source, Stored) or source.type == choice.type:
+            return isinstance(source, Stored)
+        if not ggml.type_info(source.type).decodes:
+            raise UsageError(
+                f"tensor {name} has type {source.type}, which cannot be decoded; leave it as it is"
+            )
+        return False
+
+    def header(self, shards: list[list[Encoded]], index: int) -> Header:
+        """Head of one of the files; the first has the keys."""
+        import gguf
+
+        tensors = [tensor for shard in shards for tensor in shard]
+        if index == 0:
+            if file_type := self._file_type(tensors):
+                self.writer.add_uint32("general.file_type", gguf.LlamaFileType[file_type].value)
+            if any(ggml.type_info(tensor.type).quantized for tensor in tensors):
+                self.writer.add_uint32("general.quantization_version", gguf.GGML_QUANT_VERSION)
+            pairs = self.writer.pairs()
+        else:
+            key = "general.alignment"  # each file's own, the others' default
+            pairs = [pair(key, _U32, self.alignment)] if self.alignment != ALIGNMENT else []
+        if len(shards) > 1:  # in the order and with the types of llama-gguf-split
+            pairs += [
+                pair(SPLIT_NO, _U16, index),
+                pair(SPLIT_TENSORS, _I32, len(tensors)),
+                pair(SPLIT_COUNT, _U16, len(shards)),
+            ]
+        return Header(pairs, shards[index], self.alignment)
+
+    def _file_type(self, tensors: list[Encoded]) -> str | None:
+        """That of ``--quant`` where most parameters are of its type; else the source's, None, still says it best."""
+        assert self.recipe is not None
+        parameters: Counter[str] = Counter()
+        for tensor in tensors:
+            parameters[tensor.type] += math.prod(tensor.tensor.source.shape)
+        return self.recipe.file_type if parameters.most_common(1)[0][0] == self.recipe.base else None
+
+
+class Header:
+    """Head of a GGUF file, version 3; has of ``gguf.GGUFWriter`` what ``write_gguf`` calls.
+
+    ``pairs``: encoded keys.  gguf-py's own writer would encode every key anew, vocabularies and all.
+    """
+
+    def __init__(self, pairs: list[bytes], tensors: list[Encoded], alignment: int):
+        self.pairs = pairs
+        self.tensors = tensors
+        self.alignment = alignment
+        self.file: IO[bytes] | None = None
+
+    def write_header_to_file(self, path: Path) -> None:
+        self.file = open(path, "wb")  # noqa: SIM115, closed in close()
+        self.file.write(MAGIC + struct.pack("<IQQ", 3, len(self.tensors), len(self.pairs)))
+
+    def write_kv_data_to_file(self) -> None:
+        self._opened.write(b"".join(self.pairs))
+
+    def write_ti_data_to_file(self) -> None:
+        offset = 0
+        for tensor in self.tensors:
+            shape, name = tensor.tensor.source.shape[::-1], tensor.tensor.name.encode()
+            self._opened.write(
+                struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+            )
+            self._opened.write(struct.pack("<IQ", ggml.type_info(tensor.type).id, offset))
+            offset += tensor.nbytes + -tensor.nbytes % self.alignment
+        self._pad()
+
+    def write_tensor_data(self, tensor: Encoded) -> None:
+        tensor.tofile(self._opened)
+        self._pad()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    @property
+    def _opened(self) -> IO[bytes]:
+        assert self.file is not None
+        return self.file
+
+    def _pad(self) -> None:
+        self._opened.write(bytes(-self._opened.tell() % self.alignment))

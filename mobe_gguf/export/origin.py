@@ -1,0 +1,77 @@
+"""What the model that is exported was made of, and how the file's metadata call it.
+
+llama.cpp's converter takes ``general.name`` and what belongs to it from the directory's name: that of a MoBE checkpoint is as good
+as ``mobe``, that of the hub's cache a hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.errors import UsageError
+from mobe_gguf.hub import model_id
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+
+HUB = "https://huggingface.co/"
+
+#: Files of a model directory that metadata come from.
+SOURCES = ("README.md", "config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """``name``: of the model that is written, ``source``: of the original; ``base``: the original's id on the hub
+    (``org/name``), if that is known.  ``of_mobe``: whether it was made by factors, written as such or multiplied out.
+    """
+
+    name: str
+    source: str
+    base: str | None
+    of_mobe: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, base: str | None = None, dense: bool = False) -> Origin:
+        """``base`` as a user says it; UsageError if it is no id.  ``dense``: the factors are multiplied out."""
+        if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is None:
+            raise UsageError(f"--base-model {base}: expected an id of the hub such as Qwen/Qwen3-30B-A3B")
+        path = checkpoint.path.absolute()
+        about = checkpoint.config.get("mobe")
+        recorded = about.get("source") if isinstance(about, dict) else None
+        if isinstance(recorded, str) and Path(recorded).name:
+            path = Path(recorded)
+        base = base or model_id(path)
+        source = name = path.name.removesuffix(".gguf") if base is None else base.partition("/")[2]
+        of_mobe = isinstance(checkpoint, MobeCheckpoint)
+        if of_mobe and "mobe" not in name.lower():
+            name += "-MoBE"
+        return cls(f"{name}-dense" if of_mobe and dense else name, source, base, of_mobe)
+
+    def keys(self) -> dict[str, str | int]:
+        """``general.base_model.*`` for the file; empty where the converter's own are as good."""
+        if self.base is None or not self.of_mobe:
+            return {}
+        organization, _, name = self.base.partition("/")
+        return {
+            "general.base_model.count": 1,
+            "general.base_model.0.name": name.replace("-", " "),
+            "general.base_model.0.organization": organization,
+            "general.base_model.0.repo_url": HUB + self.base,
+        }
+
+    @contextlib.contextmanager
+    def directory(self, model: Path) -> Iterator[Path]:
+        """A directory of that name with what the converter takes metadata from."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / self.name
+            folder.mkdir()
+            for name in SOURCES:
+                if (model / name).is_file():
+                    shutil.copyfile(model / name, folder / name)
+            yield folder

@@ -1,0 +1,140 @@
+"""How large the GGUF file of a factorized model will be, before there are factors: what ``factorize --target 12GB`` goes by.
+
+The original goes through the same steps as in ``export`` up to the tensor table; then A and B take the places of the experts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf import names
+from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.errors import MobeError
+from mobe_gguf.export.converter import convert
+from mobe_gguf.export.imatrix import Imatrix
+from mobe_gguf.export.recipe import Facts, Recipe, Spec, plan
+
+ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of a file: ``fixed`` for all that is not a factor, header and tensor table included.
+
+    ``types``: ``(A, B)`` of each (layer, projection) by rank, ``plain`` the bytes of the file with ordinary experts.
+    """
+
+    fixed: int
+    plain: int
+    types: Mapping[tuple[int, str, int], tuple[str, str]]
+    shapes: tuple[int, int, int]
+    groups: int
+    by_row: bool
+
+    def unit(self, layer: int, projection: str, bases: int, rank: int) -> int:
+        """Bytes of A, B and alpha of one unit."""
+        a, b, mix = _shapes(*self.shapes, projection, bases, rank, self.groups, self.by_row)
+        type_a, type_b = self.types[layer, projection, rank]
+        return _bytes(a, type_a) + _bytes(b, type_b) + _bytes(mix, "f32")
+
+
+def predict(
+    checkpoint: Checkpoint,
+    units: Iterable[tuple[int, str]],
+    recipe: Recipe,
+    ranks: Iterable[int],
+    *,
+    groups: int,
+    by_row: bool,
+    activation: str,
+) -> Prediction:
+    """For factors of ``units`` in the types of ``recipe``, at any of ``ranks``.
+
+    MobeError if the runtime is not built, the converter does not take the model, or has its gate and up in one tensor.
+    """
+    units, sizes = list(units), (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
+    conversion = convert(checkpoint, Path("model.gguf"))
+    conversion.finish(recipe.file_type, Path("model.gguf"))
+    writer, arch = conversion.writer, conversion.arch
+    writer.add_uint32(names.key_version(arch), names.MOBE_VERSION)
+    writer.add_string(names.key_activation(arch), activation)
+    writer.add_uint32(names.key_group_count(arch), groups)
+    for key, value in Imatrix(recipe.imatrix).keys().items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+    plain = {t.name: t.source.shape for t in conversion.tensors.values()}
+    for layer, projection in units:
+        if names.transform_name(layer, projection) not in plain:
+            raise MobeError(
+                f"{checkpoint.path}: llama.cpp's converter makes no tensor {names.transform_name(layer, projection)} of "
+                "this model, so the size of its file cannot be told. Give --target as a share, as 0.75."
+            )
+    forced = {t.name: t.forced for t in conversion.tensors.values() if t.forced}
+    facts = Facts.of(arch, conversion.keys)
+    types: dict[tuple[int, str, int], tuple[str, str]] = {}
+    rest = head = 0
+    for rank in ranks:
+        shapes = dict(plain)
+        for layer, projection in units:
+            made = _shapes(*sizes, projection, groups, rank, groups, by_row)
+            for name, shape in zip(_names(layer, projection), made, strict=True):
+                shapes[name] = shape
+        chosen = _types(shapes, recipe, facts) | forced
+        for layer, projection in units:
+            a, b, _ = _names(layer, projection)
+            types[layer, projection, rank] = chosen[a], chosen[b]
+        factors = {name for unit in units for name in _names(*unit)}
+        rest = sum(_bytes(shape, chosen[name]) for name, shape in shapes.items() if name not in factors)
+        head = _head(conversion, shapes)
+    originally = _types(plain, recipe, facts) | forced
+    plain_bytes = _head(conversion, plain) + sum(_bytes(shape, originally[n]) for n, shape in plain.items())
+    return Prediction(rest + head, plain_bytes, types, sizes, groups, by_row)
+
+
+def _names(layer: int, projection: str) -> tuple[str, str, str]:
+    make = (names.transform_name, names.basis_name, names.mix_name)
+    return tuple(function(layer, projection) for function in make)  # type: ignore[return-value]
+
+
+def _shapes(
+    n: int, p: int, d: int, projection: str, bases: int, rank: int, groups: int, by_row: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """A, B and alpha in torch's order; down has its bases on the output side."""
+    down = projection == "down"
+    mix = (n, bases // groups) + (((d if down else rank),) if by_row else ())
+    return (n, rank, p) if down else (n, p, rank), (bases, d, rank) if down else (bases, rank, d), mix
+
+
+def _types(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, facts: Facts) -> dict[str, str]:
+    choices = plan([Spec(name, shape) for name, shape in shapes.items()], recipe, facts)
+    return {name: choice.type for name, choice in choices.items()}
+
+
+def _bytes(shape: tuple[int, ...], type_name: str) -> int:
+    """Bytes of a tensor in the file, with what is added to reach the next multiple of ALIGNMENT."""
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+    return -(-(prod(shape) // block * block_bytes) // ALIGNMENT) * ALIGNMENT
+
+
+def _head(conversion: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of header, keys and tensor table: written to a temporary file, for their length."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path=None, arch=conversion.arch)
+    writer.kv_data = [dict(conversion.writer.kv_data[0])]
+    for name, shape in shapes.items():
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * prod(shape))
+    with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
+        path = Path(directory) / "head"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return -(-path.stat().st_size // ALIGNMENT) * ALIGNMENT

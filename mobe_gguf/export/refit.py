@@ -1,0 +1,429 @@
+"""A and mix solved again for the bases as the file holds them.
+
+Rounding the bases changes every ``Z_i = f( sum_j alpha_ij B_j )``, and the A that was best for the old one is not for the
+new.  So for each expert, in the metric of its inputs:
+
+1. A and alpha are solved for again with the bases as they will be read back, see ``refit_solve``;
+2. A is encoded, its columns weighed by the second moments of what it multiplies, ``E[z^2]``;
+3. it is compared with the A of the checkpoint encoded in the same way, and the better one is written with its alpha.
+
+The matrices W to come near to are the original model's, or, where it is not at hand, what the unrounded factors stand for: what
+these leave of W is orthogonal to Z, so not much is lost.  Where the encoder leaves the bases as they are, for they were
+fitted ``--for`` their type, so was A, and its rows are only scaled.
+
+Down, ``W_i ~ f( sum_j alpha_ij B_j ) A_i``, is the same problem transposed.  What is said of shapes here is true of it after
+that; its inputs weigh the rows of ``W_i^T``, to each of which a row of ``A_i^T`` belongs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from mobe_gguf import names
+from mobe_gguf.errors import MobeError
+from mobe_gguf.export.imatrix import Imatrix, Importance
+from mobe_gguf.export.recipe import FLOATS, Choice
+from mobe_gguf.export.refit_solve import cost, kept, resized, second_moments, solve
+from mobe_gguf.export.report import Refit
+from mobe_gguf.export.write import Encoded
+from mobe_gguf.factorize.metric import Metric
+from mobe_gguf.formula import activate, combine
+from mobe_gguf.gguf_factors import GgufFactors
+from mobe_gguf.mobe_checkpoint import MobeCheckpoint, MobeLayer
+from mobe_gguf.original import Original, open_original
+from mobe_gguf.runtime import ggml
+from mobe_gguf.wab import WabCheckpoint
+
+#: Bytes that a block of experts may take, if it is more than one.  It is fixed, for sums depend on it in their last bits.
+BLOCK_BYTES = 64 << 20
+
+
+@dataclass
+class Unit:
+    """The factors of one projection of one layer, and what export does with them.
+
+    ``basis_type``, ``basis_weights``: how B is encoded.  ``metric``: of all experts' inputs, none where they weigh rows;
+    ``rows``: those weights' roots ``[n, p]``; ``origin`` says which file they are of, None where nothing is known of them.
+    """
+
+    layer: MobeLayer
+    projection: str
+    basis_type: str
+    basis_weights: Importance | None = None
+    metric: Metric = field(default_factory=Metric)
+    rows: torch.Tensor | None = None
+    origin: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        layer: MobeLayer,
+        projection: str,
+        imatrix: Imatrix,
+        choices: Mapping[str, Choice],
+        weights: Mapping[str, Importance],
+    ) -> Unit:
+        """``choices`` and ``weights``: types and columns' weights by GGUF name.  MobeError if ``imatrix`` is of another model."""
+        basis = names.basis_name(layer.index, projection)
+        unit = cls(layer, projection, choices[basis].type, weights.get(basis))
+        n, row = layer.checkpoint.n_expert, layer.checkpoint.expert_shape(projection)[1]
+        found = imatrix.inputs(layer.index, projection, n, row)
+        if found is not None:
+            unit.origin, moments = found
+            metric = Metric.of(moments, n, row)
+            if unit.turned:
+                unit.rows = metric.root
+            else:
+                unit.metric = metric
+        return unit
+
+    @property
+    def by_moments(self) -> bool:
+        """Whether ``factorize --moments`` fitted the factors: it knew more of the inputs than an imatrix tells, and made A's size
+        right by that."""
+        about = self.layer.checkpoint.config.get("mobe")
+        settings = about.get("settings") if isinstance(about, dict) else None
+        return isinstance(settings, dict) and settings.get("moments") is not None
+
+    @property
+    def turned(self) -> bool:
+        """Whether the file's matrices are the transposed ones of the problem that is solved."""
+        return self.projection == "down"
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """A matrix or several, from the file's orientation to the problem's, or back."""
+        return x.transpose(-1, -2).contiguous() if self.turned else x
+
+    def scaled(self, x: torch.Tensor, s: slice) -> torch.Tensor:
+        """Matrices ``[experts, p, ...]`` of the problem, their rows by their weights."""
+        return x if self.rows is None else x * self.rows[s, :, None]
+
+    def unscaled(self, x: torch.Tensor, s: slice) -> torch.Tensor:
+        return x if self.rows is None else x / self.rows[s, :, None]
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer.index} {self.projection}"
+
+    @property
+    def activation(self) -> str:
+        return self.layer.checkpoint.activation
+
+    @property
+    def n_expert(self) -> int:
+        return self.layer.checkpoint.n_expert
+
+    def group(self, i: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """Group i of experts: which they are, mix ``[n/g, m/g]`` or ``[n/g, m/g, r]``, bases ``[m/g, r, d]``."""
+        g = self.layer.group_count(self.projection)
+        m, n = self.layer.n_basis(self.projection) // g, self.n_expert // g
+        bases = [self.turn(self.layer.basis_matrix(self.projection, j)) for j in range(i * m, (i + 1) * m)]
+        mix = self.layer.mix(self.projection)[i * n : (i + 1) * n]
+        if self.turned and mix.dim() == 3:
+            mix = mix[:, :, None]  # a weight for each column
+        return slice(i * n, (i + 1) * n), mix, torch.stack(bases)
+
+    def read_back(self, i: int, bases: torch.Tensor, type_name: str) -> torch.Tensor:
+        """The bases of group i as they are read out of a file that has them in this type."""
+        weights = None if self.basis_weights is None else self.basis_weights.read()
+        found = []
+        for j, basis in enumerate(bases, i * len(bases)):
+            row = None if weights is None else weights[j]
+            found.append(self.turn(decoded(self.turn(basis), type_name, row, f"basis {j} of {self.name}")[1]))
+        return torch.stack(found)
+
+    def groups(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """All groups: experts, mix, the bases as they are in the checkpoint, and as they will be in the file."""
+        for i in range(self.layer.group_count(self.projection)):
+            experts, mix, bases = self.group(i)
+            yield experts, mix, bases, self.read_back(i, bases, self.basis_type)
+
+    def blocks(self, experts: slice) -> list[slice]:
+        """``experts`` in runs that memory allows."""
+        p = self.layer.checkpoint.n_ff_exp
+        r, d = self.layer.rank(self.projection), self.layer.checkpoint.n_embd
+        size = max(1, BLOCK_BYTES // (4 * (6 * r * d + 4 * p * d + 6 * p * r + 4 * r * r)))
+        return [slice(i, min(i + size, experts.stop)) for i in range(experts.start, experts.stop, size)]
+
+    def moments(self) -> np.ndarray:
+        """``[n, r]``: ``E[z^2]`` of each expert, z = f(sum of alpha B) x with the rounded bases, from the inputs' squares."""
+        out = np.empty((self.n_expert, self.layer.rank(self.projection)), np.float32)
+        for experts, mix, _, basis in self.groups():
+            for i in range(experts.start, experts.stop):
+                s = slice(i, i + 1)
+                z = activate(combine(mix[i - experts.start :][:1], basis), self.activation)
+                out[i] = second_moments(self.metric.slice(s, z).apply(z))[0].numpy()
+        return out
+
+
+def decoded(
+    x: torch.Tensor, type_name: str, weights: np.ndarray | None, name: str
+) -> tuple[np.ndarray, torch.Tensor]:
+    """``x`` ``[..., row]`` encoded as ``type_name``, and its values when read back, float32."""
+    values = x.to(torch.float32).contiguous().numpy()
+    data = ggml.quantize(values, type_name, weights, name=name)
+    return data, torch.from_numpy(ggml.dequantize(data, type_name, values.shape[-1]))
+
+
+def each_decoded(
+    stack: torch.Tensor, type_name: str, weights: np.ndarray | None, name: str, first: int = 0
+) -> tuple[list[np.ndarray], torch.Tensor]:
+    """:func:`decoded` of each matrix of ``stack``, experts from ``first`` on, by its own row of ``weights``."""
+    pairs = [
+        decoded(x, type_name, None if weights is None else weights[i], f"{name}, expert {first + i}")
+        for i, x in enumerate(stack)
+    ]
+    return [data for data, _ in pairs], torch.stack([values for _, values in pairs])
+
+
+@dataclass
+class Solved(Encoded):
+    """A of a unit, solved for while it is written; ``original`` is the model whose matrices it is to come near to, or None.
+
+    ``collected``: whether ``importance`` is out of a file; if not, its columns are weighed by E[z^2] of each expert's new Z, or
+    alike where nothing is known of the inputs.
+    """
+
+    unit: Unit = None  # type: ignore[assignment]
+    original: Original | None = None
+    collected: bool = False
+    outcome: Refit | None = None
+    mix: torch.Tensor | None = None
+
+    def tofile(self, file: IO[bytes]) -> None:
+        written = sum(file.write(memoryview(data).cast("B")) for data in self._solve())
+        assert written == self.nbytes, f"{self.tensor.name}: {written} bytes, {self.nbytes} were announced"
+
+    def solved_mix(self) -> torch.Tensor:
+        """alpha that belongs to the A's: ``[n, m/g]`` or ``[n, m/g, r]``; solves for them if that was not done yet."""
+        if self.mix is None:
+            for _ in self._solve():
+                pass
+        assert self.mix is not None
+        return self.mix
+
+    def _solve(self) -> Iterator[np.ndarray]:
+        unit, outcome, mixes = self.unit, Refit(), []
+        weights = self.importance.read() if self.collected and self.importance else None
+        for experts, mix, basis, kept_basis in unit.groups():
+            same = torch.equal(basis, kept_basis)
+            for s in unit.blocks(experts):
+                alpha = mix[s.start - experts.start : s.stop - experts.start]
+                stored = torch.stack(
+                    [unit.layer.transform(unit.projection, e) for e in range(s.start, s.stop)]
+                )
+                z = activate(combine(alpha, kept_basis), unit.activation)
+                metric = unit.metric.slice(s, z)
+                zm = metric.apply(z)
+                given = self._weights(weights, s, zm)
+                data, values = each_decoded(stored, self.type, given, self.tensor.name, s.start)
+                if not (same and unit.by_moments) and (self.original is not None or not same):
+                    stored, values = (unit.scaled(unit.turn(a), s) for a in (stored, values))
+                    w = self._target(s, alpha, basis, stored, metric)
+                    if same:  # they were fitted for this type, and A for them
+                        new = resized(w, stored, zm), alpha, zm
+                    else:
+                        new = solve(w, stored, zm, z, alpha, kept_basis, metric, unit.activation)
+                    data, alpha = self._better(w, zm, alpha, data, values, new, weights, s, outcome)
+                outcome.matrices += len(alpha)
+                mixes.append(alpha[:, :, 0] if alpha.dim() == 4 else alpha)
+                yield from data
+        self.mix, self.outcome = torch.cat(mixes), outcome
+
+    def _weights(self, collected: np.ndarray | None, s: slice, zm: torch.Tensor) -> np.ndarray | None:
+        if collected is not None:
+            return collected[s]
+        return None if self.unit.origin is None or self.unit.turned else second_moments(zm).numpy()
+
+    def _target(
+        self, s: slice, alpha: torch.Tensor, basis: torch.Tensor, stored: torch.Tensor, metric: Metric
+    ) -> torch.Tensor:
+        """W of the block's experts, in the metric and scaled, as ``stored`` is."""
+        unit = self.unit
+        if self.original is None:
+            return torch.bmm(stored, metric.apply(activate(combine(alpha, basis), unit.activation)))
+        index, projection = unit.layer.index, unit.projection
+        w = torch.stack([self.original.expert(index, projection, e) for e in range(s.start, s.stop)])
+        return metric.apply(unit.scaled(unit.turn(w), s))
+
+    def _better(
+        self,
+        w: torch.Tensor,
+        zm: torch.Tensor,
+        alpha: torch.Tensor,
+        data: list[np.ndarray],
+        values: torch.Tensor,
+        solved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        collected: np.ndarray | None,
+        s: slice,
+        outcome: Refit,
+    ) -> tuple[list[np.ndarray], torch.Tensor]:
+        """Bytes and alpha of the block's experts, of each the better of what is there (A in ``data``, whose values are ``values``,
+        for Z ``zm`` and ``alpha``) and ``solved``: A, alpha and Z."""
+        unit = self.unit
+        a, new_alpha, new_zm = solved
+        new = unit.turn(unit.unscaled(a, s))
+        new_data, new_values = each_decoded(
+            new, self.type, self._weights(collected, s, new_zm), self.tensor.name, s.start
+        )
+        new_values = unit.scaled(unit.turn(new_values), s)
+        (old_cost, old_error), (new_cost, new_error) = cost(w, values, zm), cost(w, new_values, new_zm)
+        better = new_cost < old_cost
+        sizes = w.square().sum(-1)
+        old_kept, new_kept = (
+            (kept(w, *pair) * sizes).sum(-1) for pair in ((values, zm), (new_values, new_zm))
+        )
+        outcome.add(
+            Refit(
+                before=float(old_error.sum()),
+                after=float(torch.where(better, new_error, old_error).sum()),
+                kept_before=float(old_kept.sum()),
+                kept_after=float(torch.where(better, new_kept, old_kept).sum()),
+                norm=float(sizes.sum()),
+                solved=int(better.sum()),
+            )
+        )
+        chosen = [new if yes else old for new, old, yes in zip(new_data, data, better.tolist(), strict=True)]
+        return chosen, torch.where(better.view(-1, *(1,) * (alpha.dim() - 1)), new_alpha, alpha)
+
+
+@dataclass(frozen=True)
+class SolvedMix:
+    """alpha of a unit as a source: what belongs to the A's that were written."""
+
+    solved: Solved
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        layer, projection = self.solved.unit.layer, self.solved.unit.projection
+        return tuple(layer.mix(projection).shape)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        yield self.solved.solved_mix()
+
+
+def units_of(
+    checkpoint: MobeCheckpoint,
+    imatrix: Imatrix,
+    choices: Mapping[str, Choice],
+    weights: Mapping[str, Importance],
+) -> dict[str, Unit]:
+    """All factorized projections, by the GGUF name of their A."""
+    units = {}
+    for index in checkpoint.moe_layers:
+        layer = checkpoint.layer(index)
+        for projection in layer.projections:
+            name = names.transform_name(index, projection)
+            units[name] = Unit.of(layer, projection, imatrix, choices, weights)
+    return units
+
+
+def weigh_transforms(
+    units: Mapping[str, Unit], choices: Mapping[str, Choice], weights: Mapping[str, Importance]
+) -> dict[str, Importance]:
+    """Weights of the A's that no file has any for: E[z^2] by the factors and their inputs, where these are known."""
+    return {
+        name: Importance(f"{unit.origin} (experts' inputs, through the bases)", unit.moments)
+        for name, unit in units.items()
+        if name not in weights
+        and not unit.turned
+        and unit.origin is not None
+        and choices[name].type not in FLOATS
+    }
+
+
+@dataclass
+class Refitting:
+    """What an export solves for again: ``units`` by the name of their A; ``why``: why ``original`` is None."""
+
+    units: dict[str, Unit]
+    original: Original | None
+    why: str | None
+    solved: list[Solved] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, units: Mapping[str, Unit], original: Original | None, why: str | None) -> Refitting | None:
+        """None if there is nothing to solve for, because no bases are quantized."""
+        units = {name: unit for name, unit in units.items() if unit.basis_type not in FLOATS}
+        return cls(units, original, why) if units else None
+
+    @property
+    def fingerprint(self) -> tuple[str, str]:
+        """For telling whether an interrupted export did the same."""
+        return "refit", self.original.checksum if self.original else ""
+
+    def put(self, encoded: Sequence[Encoded], collected: Mapping[str, Importance]) -> list[Encoded]:
+        """``encoded`` with the A's and mixes of the units replaced by what solves for them."""
+        by_name = {e.tensor.name: e for e in encoded}
+        for name, unit in self.units.items():
+            a, mix = by_name[name], by_name[names.mix_name(unit.layer.index, unit.projection)]
+            solved = Solved(a.tensor, a.type, a.nbytes, a.importance, unit, self.original, name in collected)
+            self.solved.append(solved)
+            by_name[name] = solved
+            by_name[mix.tensor.name] = replace(mix, tensor=replace(mix.tensor, source=SolvedMix(solved)))
+        return list(by_name.values())
+
+    def outcome(self) -> Refit:
+        """Sum over what was solved for; in files that an interrupted run had finished nothing was."""
+        total = Refit(None if self.original is None else str(self.original.path), self.why)
+        for solved in self.solved:
+            if solved.outcome is not None:
+                total.add(solved.outcome)
+        return total
+
+
+def find_original(
+    checkpoint: MobeCheckpoint, given: str | os.PathLike[str] | None
+) -> tuple[Original | None, str | None]:
+    """The model that the factors are of, and why there is none.
+
+    ``given`` by the user, or where factorize found it.  MobeError if the one that was given is another model.
+    """
+    if isinstance(checkpoint, WabCheckpoint):
+        return open_original(checkpoint.path), None
+    if isinstance(checkpoint, GgufFactors):
+        return checkpoint.open_source(given), None
+    about = checkpoint.config.get("mobe")
+    about = about if isinstance(about, dict) else {}
+    recorded = about.get("source")
+    if given is None and not isinstance(recorded, str):
+        return None, "where the original model is was not recorded"
+    path = Path(recorded if given is None else given)
+    if given is None and not path.exists():
+        return None, f"the original model is no longer at {path}"
+    try:
+        original = open_original(path)
+        _check_original(checkpoint, original, about.get("source_checksum"))
+    except MobeError as e:
+        if given is not None:
+            raise
+        return None, e.message.splitlines()[0]
+    return original, None
+
+
+def _check_original(checkpoint: MobeCheckpoint, original: Original, checksum: object) -> None:
+    """MobeError if ``checkpoint`` holds factors of another model."""
+    where = f"--original {original.path}"
+    if original.is_mobe:
+        raise MobeError(f"{where}: holds factors; expected the model that they were made of")
+    if isinstance(checksum, str) and original.checksum != checksum:
+        raise MobeError(
+            f"{where}: is not the model that {checkpoint.path} was made of: its checksum is {original.checksum[:12]}..., "
+            f"expected {checksum[:12]}... Give that one, or leave --original out"
+        )
+    for what in ("n_expert", "n_embd", "n_ff_exp"):
+        if getattr(original, what) != getattr(checkpoint, what):
+            raise MobeError(
+                f"{where}: {what} is {getattr(original, what)}, in {checkpoint.path} it is {getattr(checkpoint, what)}: "
+                "expected the model that the factors were made of"
+            )
+    for index in checkpoint.moe_layers:
+        for projection in checkpoint.layer(index).projections:
+            original.check_experts(index, projection)

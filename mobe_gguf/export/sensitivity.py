@@ -1,0 +1,146 @@
+"""What each type costs each matrix of the experts: measured with the encoders themselves, on some experts of every layer.
+
+An error is the share of the outputs' square that is wrong, on inputs as the importance matrix saw them:
+
+- bases: ``|W - A Z|^2 / |W|^2`` with the bases rounded, A as it is or solved for again (``refit``), W being what the
+  unrounded factors stand for;
+- A: the same with A rounded and the bases as they are; ordinary experts and down: W rounded.
+
+Roundings of different matrices do not know of each other, so their errors add up; those of a layer count by its experts' share
+of the residual stream (``factorize/sensitivity.py``), if the original model and an importance matrix of it are there.
+Memory: one group's bases twice and SAMPLE experts.  Time: the bases are encoded once in each type of the ladder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mobe_gguf.errors import MobeError
+from mobe_gguf.export.allocate import LADDER, Option
+from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.imatrix import Imatrix, Importance
+from mobe_gguf.export.mixture import layer_of
+from mobe_gguf.export.recipe import fit, is_down, is_transform, requires_imatrix
+from mobe_gguf.export.refit import Unit, each_decoded
+from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
+from mobe_gguf.factorize.imatrix import Imatrix as Inputs
+from mobe_gguf.factorize.sensitivity import layer_shares
+from mobe_gguf.formula import activate, combine
+from mobe_gguf.original import Original
+
+#: Experts of a layer that are measured; they are the first ones, for experts have no order.
+SAMPLE = 4
+
+#: ``(name, type) -> bytes``.
+Size = Callable[[str, str], int]
+
+
+def is_divided(name: str) -> bool:
+    """Whether bits are divided among tensors of this name: all experts' matrices, factorized or not, and bases."""
+    return is_transform(name) or is_down(name) or name.endswith("_basis.weight")
+
+
+def ladder(tensor: Tensor, weights: Importance | None) -> list[str]:
+    """Types of LADDER that ``tensor`` can have, as its rows allow them."""
+    fitting = dict.fromkeys(fit(t, tensor.source.shape[-1]) for t in LADDER)
+    return [t for t in fitting if weights is not None or not requires_imatrix(tensor.name, t, "")]
+
+
+def measure(
+    tensors: Mapping[str, Tensor],
+    wanted: set[str],
+    units: Mapping[str, Unit],
+    weights: Mapping[str, Importance],
+    size: Size,
+    *,
+    refit: bool,
+    shares: Mapping[int, float] | None,
+) -> Iterator[tuple[str, list[Option]]]:
+    """The options of each tensor of ``wanted``, in the file's order.
+
+    ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``shares``: what layers
+    count, None if alike.
+    """
+    for name in (n for n in tensors if n in wanted):
+        tensor, found = tensors[name], weights.get(name)
+        types = ladder(tensor, found)
+        share = 1.0 if shares is None else shares.get(layer_of(name), 1.0)
+        unit = units.get(name.replace("_basis.", "_exps."))
+        if unit is None:
+            errors = _plain(tensor, found, types)
+        elif name.endswith("_basis.weight"):
+            errors = _basis(unit, types, refit)
+        else:
+            errors = _transform(unit, found, types)
+        yield name, [Option(t, size(name, t), share * e) for t, e in zip(types, errors, strict=True)]
+
+
+def _sampled(unit: Unit) -> tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of some experts of the first group: which, alpha, the bases, A ``[., p, r]`` scaled and Z ``[., r, d]``."""
+    experts, mix, bases = unit.group(0)
+    s = slice(0, min(SAMPLE, experts.stop))
+    a = unit.turn(torch.stack([unit.layer.transform(unit.projection, e) for e in range(s.stop)]))
+    return s, mix[s], bases, unit.scaled(a, s), activate(combine(mix[s], bases), unit.activation)
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    total = float(whole.sum())
+    return float(part.sum()) / total if total else 0.0
+
+
+def _basis(unit: Unit, types: list[str], refit: bool) -> list[float]:
+    s, alpha, bases, a, z = _sampled(unit)
+    metric = unit.metric.slice(s, z)
+    w = torch.bmm(a, metric.apply(z))
+    errors = []
+    for type_name in types:
+        kept = unit.read_back(0, bases, type_name)
+        z = activate(combine(alpha, kept), unit.activation)
+        solved, zm = a, metric.apply(z)
+        if refit and not torch.equal(kept, bases):
+            solved, _, zm = solve(w, a, zm, z, alpha, kept, metric, unit.activation)
+        errors.append(_share(cost(w, solved, zm)[0], squares(w)))
+    return errors
+
+
+def _transform(unit: Unit, weights: Importance | None, types: list[str]) -> list[float]:
+    s, _, _, a, z = _sampled(unit)
+    zm = unit.metric.slice(s, z).apply(z)
+    w = torch.bmm(a, zm)
+    given = None if weights is None else weights.read()[s] if unit.turned else second_moments(zm).numpy()
+    stored = unit.turn(unit.unscaled(a, s))
+    errors = []
+    for type_name in types:
+        values = unit.scaled(unit.turn(each_decoded(stored, type_name, given, unit.name)[1]), s)
+        errors.append(_share(cost(w, values, zm)[0], squares(w)))
+    return errors
+
+
+def _plain(tensor: Tensor, weights: Importance | None, types: list[str]) -> list[float]:
+    matrices = (m for piece in tensor.source.pieces() for m in piece.reshape(-1, *tensor.source.shape[-2:]))
+    w = torch.stack([m.float() for m in islice(matrices, SAMPLE)])
+    given = None if weights is None else weights.read()[: len(w)]
+    root = torch.ones(1) if given is None else torch.from_numpy(np.sqrt(given))[:, None]
+    errors = []
+    for type_name in types:
+        values = each_decoded(w, type_name, given, tensor.name)[1]
+        errors.append(_share(squares((w - values) * root), squares(w * root)))
+    return errors
+
+
+def shares_of(
+    original: Original | None, imatrix: Imatrix, layers: tuple[int, ...]
+) -> dict[int, float] | None:
+    """What the experts of each layer count; None if that cannot be told."""
+    for file in imatrix.files:
+        if original is not None and not file.of_mobe:
+            try:
+                return layer_shares(original, Inputs(Path(file.path)), layers)
+            except MobeError:
+                continue  # of another model: what export itself reads of it is checked elsewhere
+    return None

@@ -1,0 +1,182 @@
+"""Units on a Ray cluster: a queue, each unit a task; one whose worker dies is given out again.
+
+Workers read MODEL and write finished units themselves, on a file system that all machines share: nothing but settings and
+results passes through Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mobe_gguf import __version__
+from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.factorize.remote import JobAddress
+from mobe_gguf.factorize.target import Unit
+from mobe_gguf.factorize.workers import REPORT, Do, Done, attempt, opened, step_line
+from mobe_gguf.progress import Bar
+
+if TYPE_CHECKING:
+    from mobe_gguf.factorize.job import Job
+
+#: A unit whose worker died is given out so often in all.
+ATTEMPTS = 4
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Connected to the cluster at ``address`` (``local``: one of this machine's processors, for this run only) while inside;
+    nothing without an address.  MobeError if Ray is not installed or does not answer.
+    """
+    if address is None:
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports to nobody
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # the next version's default, else a warning
+    try:
+        import ray
+    except ImportError as e:
+        raise MobeError(
+            "--ray needs Ray, which is not installed: pip install 'mobe-gguf[ray]', here and on every machine"
+        ) from e
+    started = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **started)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as e:
+        said = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise MobeError(
+            f"--ray {address}: cannot be used ({said}). Start one with:\n  ray start --head\n"
+            "and name it by its address HOST:6379 (on its own machine: auto), or take --ray local"
+        ) from e
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def on_ray(job: Job, units: list[Unit], device: str, progress: Bar, do: Do[Done]) -> Iterator[Done]:
+    """``do`` with ``units`` on the cluster that this process is connected to, ``device`` being ``cpu`` or ``cuda``.
+
+    A unit takes one GPU, or on CPUs a share of them, and its memory: Ray starts as many at once as the cluster has room for.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.queue import Queue
+
+    needs = _needs(job, len(units), device)
+    steps = Queue(actor_options={"num_cpus": 0}) if progress.is_live else None
+    task = ray.remote(max_retries=0, **needs)(_work)
+    address = ray.put(JobAddress.of(job))
+    action = ray.put(do)
+    tries = dict.fromkeys(units, 0)
+    running: dict[Any, Unit] = {}
+
+    def hand_out(unit: Unit) -> None:
+        tries[unit] += 1
+        running[task.remote(address, action, unit, device, needs["num_cpus"], steps)] = unit
+
+    try:
+        for unit in units:
+            hand_out(unit)
+        while running:
+            done, _ = ray.wait(list(running), timeout=None if steps is None else REPORT)
+            while steps is not None and not steps.empty():
+                progress.update(steps.get())
+            for ref in done:
+                unit = running.pop(ref)
+                try:
+                    result = ray.get(ref)
+                except RayTaskError as e:  # `do` itself failed; anew it would again
+                    raise _cause(e) from e
+                except RayError as e:
+                    said = " ".join(str(e).split())[:300] or type(e).__name__
+                    if tries[unit] == ATTEMPTS:
+                        raise MobeError(
+                            f"layer {unit[0]} {unit[1]}: its worker died {ATTEMPTS} times, at last: {said}\nFinished units are "
+                            "kept; run the same command again with --resume."
+                        ) from e
+                    progress.advance(
+                        0,
+                        f"layer {unit[0]} {unit[1]}: its worker died ({type(e).__name__}), given to another",
+                    )
+                    hand_out(unit)
+                else:
+                    yield result
+    finally:
+        for ref in running:
+            ray.cancel(ref, force=True)
+        if steps is not None:
+            steps.shutdown(force=True)
+
+
+def _needs(job: Job, count: int, device: str) -> dict[str, Any]:
+    """Resources of a task.  UsageError if no machine has such."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "GPU" if device == "cuda" else "CPU"
+    able = [node for node in nodes if node.get(kind, 0) >= 1]
+    if not able:
+        raise UsageError(
+            f"--device {device} with --ray: none of the cluster's {len(nodes)} machines has a {kind} to give"
+        )
+    at_once = min(count, sum(int(node[kind]) for node in able))
+    cpus = [int(node.get("CPU", 0)) for node in able]
+    needs: dict[str, Any] = {"num_cpus": min(sum(cpus) // at_once, *cpus, sum(cpus))}
+    if device == "cuda":
+        needs["num_gpus"] = 1
+    memory = max(int(node.get("memory", 0)) for node in able)
+    return needs | {"memory": min(job.plan.memory_bytes, memory)}
+
+
+def _cause(error: Any) -> BaseException:
+    """What was raised in a worker; as a MobeError where it is not one of ours or the disk's."""
+    cause = error.cause
+    if isinstance(cause, MobeError | OSError):
+        return cause
+    said = str(error).strip().splitlines()[-1]
+    hint = f" Install mobe-gguf[ray] {__version__} on every machine." if "No module named" in said else ""
+    return MobeError(f"a worker failed: {said}.{hint} Finished units are kept; --resume goes on from them.")
+
+
+def await_file(path: Path, seconds: float = 90) -> None:
+    """Return when ``path`` is there: a network file system may show what another machine wrote only after a while.
+
+    MobeError if it does not come.
+    """
+    until = time.monotonic() + seconds
+    while path.name not in os.listdir(path.parent):
+        if time.monotonic() > until:
+            raise MobeError(
+                f"{path}: a worker wrote it, but it is not here after {seconds:.0f} s. Is {path.parent} on a file system that "
+                "all machines share? Run the same command again with --resume."
+            )
+        time.sleep(1)
+
+
+# in a worker
+
+
+def _work(address: JobAddress, do: Do[Done], unit: Unit, device: str, threads: int, steps: Any) -> Done:
+    torch.set_num_threads(max(1, threads))
+    began = last = time.monotonic()
+
+    def on_step(share: float, error: float) -> None:
+        nonlocal last
+        if steps is not None and time.monotonic() > last + 2 * REPORT:
+            last = time.monotonic()
+            with contextlib.suppress(Exception):  # a report that is lost costs nothing
+                steps.put_nowait(step_line(unit, share, error, began))
+
+    where = f"{device} of {socket.gethostname()}"
+    return attempt(opened(address), do, unit, device, where, on_step)

@@ -1,0 +1,76 @@
+"""How long a job will take: some steps on random experts of its shapes, on its device, times what there is to do.
+
+A dry run reads no weights and probes nothing, so this knows neither how soon a fit stops for want of progress (it may take
+fewer steps) nor what reading the source costs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mobe_gguf.factorize.job import Job
+from mobe_gguf.factorize.plan import STORED, baseline
+from mobe_gguf.factorize.solver import fit
+from mobe_gguf.factorize.target import Size, probe_steps
+from mobe_gguf.factorize.workers import units_at_once
+
+#: Multiply-adds of the largest product of a trial's step, and its steps.
+WORK = 4e9
+STEPS = 8
+
+
+def expected_time(job: Job, device: str) -> dict[str, Any]:
+    """Seconds: ``fitting`` all units, ``probing`` them first (``--target``), and both, with ``at_once`` units side by side;
+    ``trial``: what finding out took.  Units that are finished already count too.
+    """
+    began = time.monotonic()
+    units = job.settings.units()
+    at_once = units_at_once(job, len(units), device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // at_once))
+    try:
+        unit = _unit_seconds(job, device.split(",")[0])
+    finally:
+        torch.set_num_threads(threads)
+    rounds = -(-len(units) // at_once)
+    fitting, probing = rounds * unit, 0.0
+    if job.goal is not None and job.sizes is None:
+        share = probe_steps(job.settings.steps) / job.settings.steps
+        probes = sum(min(2, len(job.goal.even(u))) + 3 for u in units) / len(units)
+        probing = fitting * share * probes
+    return {
+        "fitting": round(fitting, 3),
+        "probing": round(probing, 3),
+        "seconds": round(fitting + probing, 3),
+        "at_once": at_once,
+        "trial": round(time.monotonic() - began, 3),
+    }
+
+
+def _unit_seconds(job: Job, device: str) -> float:
+    """Of one unit with all its steps."""
+    c, s = job.checkpoint, job.settings
+    n, p, d = c.n_expert, c.n_ff_exp, c.n_embd
+    size = job.example()
+    rank = (size.rank if size else s.rank) or p
+    few = max(1, min(n, int(WORK / (p * rank * d))))
+    w = torch.randn(few, p, d, generator=torch.Generator().manual_seed(0)) * 0.02
+    if s.method != "mobe":
+        began = time.monotonic()
+        baseline(s, n, p, d).compress(w, dtype=STORED[s.dtype], device=device)
+        return (time.monotonic() - began) * n / few
+    settings = s.solver(size)
+    bases = max(1, round(settings.n_basis * few / n))
+    settings = replace(
+        s.solver(Size(bases, settings.rank)),
+        n_group=1,
+        steps=STEPS,
+        mix_terms=min(settings.mix_terms, bases) if settings.mix_terms else None,
+    )
+    stamps: list[float] = []
+    fit(w, settings, device=device, on_step=lambda *_: stamps.append(time.monotonic()))
+    return (stamps[-1] - stamps[0]) / (len(stamps) - 1) * s.steps * n / few

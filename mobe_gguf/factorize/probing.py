@@ -1,0 +1,250 @@
+"""The sizes of a ``--target`` job: short fits of every unit around an even share of the budget, then the allocation.
+
+What a probe measured is kept in ``OUT.work/probes/``, one file a unit, and what was chosen in ``OUT.work/sizes.json``: a job
+that is taken up again has the sizes that its finished units were fitted with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobe_gguf.atomic import write_json
+from mobe_gguf.checkpoint import Checkpoint
+from mobe_gguf.errors import UsageError
+from mobe_gguf.export.recipe import Recipe
+from mobe_gguf.factorize.imatrix import Imatrix
+from mobe_gguf.factorize.plan import JobSettings, default_rank, parameters
+from mobe_gguf.factorize.sensitivity import TRUST, layer_shares
+from mobe_gguf.factorize.target import (
+    BEYOND,
+    MOST,
+    Choices,
+    Cost,
+    Goal,
+    Option,
+    Point,
+    Size,
+    Unit,
+    allocate,
+    once_more,
+    options,
+    probe_steps,
+    rank_candidates,
+    search,
+)
+from mobe_gguf.original import Original
+
+if TYPE_CHECKING:
+    from mobe_gguf.factorize.job import Job
+
+
+def goal_of(checkpoint: Original, settings: JobSettings, imatrix: Imatrix | None) -> Goal | None:
+    """What ``--target`` asks for; None without it, and for a method that has nothing to choose.
+
+    UsageError if no sizes cost so little, or a plain file is no larger; MobeError if the file's size cannot be told.
+    """
+    if settings.target is None or settings.method != "mobe":
+        return None
+    n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
+    step = settings.groups
+    choices = Choices(step * (settings.mix_terms or 1), n, step)
+    ranks = _ranks(settings, p, d)
+    units = settings.units()
+    if isinstance(settings.target, float):
+
+        def count_of(unit: Unit) -> Cost:
+            return lambda size: parameters(settings.solver(size, unit[1]), n, p, d)
+
+        budget = int(settings.target * len(units) * n * p * d)
+        goal = Goal(budget, {u: count_of(u) for u in units}, choices, ranks)
+        least = f"{goal.least / (len(units) * n * p * d):.3f}"
+    else:
+        if not isinstance(checkpoint, Checkpoint):
+            raise UsageError(
+                "--target with a size is for Hugging Face directories; give a share, as --target 0.75"
+            )
+        from mobe_gguf.export.predict import predict
+
+        recipe = Recipe(
+            settings.quant or "",
+            basis=settings.for_basis,
+            transform=settings.for_transform,
+            imatrix=(str(imatrix.path),) if imatrix else (),
+        )
+        form = dict(groups=step, by_row=settings.mix == "row", activation=settings.activation)
+        file = predict(checkpoint, units, recipe, ranks, **form)
+        if settings.target >= file.plain:
+            raise UsageError(
+                f"--target {settings.target / 1e6:.2f}MB: an ordinary {settings.quant} file takes "
+                f"{file.plain / 1e6:.2f} MB, so there is nothing to factorize"
+            )
+
+        def bytes_of(unit: Unit) -> Cost:
+            return lambda size: file.unit(*unit, size.bases, size.rank)
+
+        goal = Goal(settings.target - file.fixed, {u: bytes_of(u) for u in units}, choices, ranks)
+        least = f"{(file.fixed + goal.least) / 1e6:.2f}MB"
+    if goal.budget < goal.least or not all(goal.even(unit) for unit in units):
+        raise UsageError(
+            f"--target is too little: with {choices.least} bases of rank {min(ranks)} in every unit it would be "
+            f"--target {least}. Ask for more, or let fewer be factorized (--layers, --projections)."
+        )
+    return goal
+
+
+def _ranks(settings: JobSettings, p: int, d: int) -> tuple[int, ...]:
+    """Candidates, less those that the types of the factors, if these are known, have no rows for."""
+    ranks = []
+    for rank in rank_candidates(p, d, settings.rank, default_rank(p, d)):
+        with contextlib.suppress(UsageError):
+            for projection in settings.projections:
+                settings.solver(Size(settings.groups, rank), projection).resolved(p, d)
+            ranks.append(rank)
+    return tuple(ranks) or (settings.rank or default_rank(p, d),)
+
+
+def probe_path(job: Job, unit: Unit) -> Path:
+    return job.work / "probes" / f"layer-{unit[0]:03d}-{unit[1]}.json"
+
+
+def sizes_path(job: Job) -> Path:
+    return job.work / "sizes.json"
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What was measured of a unit: around an even share, and around what a first allocation made of that (None: not yet)."""
+
+    first: tuple[Point, ...]
+    again: tuple[Point, ...] | None = None
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        return self.first + (self.again or ())
+
+
+def probe_unit(
+    job: Job,
+    unit: Unit,
+    known: Probes | None,
+    sizes: Sequence[Size],
+    fit: Callable[[Size, int, Callable[[float, float], None]], float],
+    on_step: Callable[[float, float], None],
+) -> Probes:
+    """Measure one unit and keep what came out: by :func:`search`, or after that ``sizes``.
+
+    ``fit(size, steps, on_step)`` gives the error in the metric minimised.
+    """
+    assert job.goal is not None
+    even, done = job.goal.even(unit), 0
+    steps = probe_steps(job.settings.steps)
+    expected = len(sizes) if known else min(2, len(even)) + 2
+
+    def measure(size: Size) -> float:
+        nonlocal done
+        error = fit(size, steps, lambda share, e: on_step(min(1.0, (done + share) / expected), e))
+        done += 1
+        return error
+
+    if known is None:
+        probes = Probes(tuple(search(measure, even, job.goal.choices)))
+    else:
+        probes = Probes(known.first, tuple(Point(size, measure(size)) for size in sizes))
+    write_probes(job, unit, probes)
+    return probes
+
+
+def write_probes(job: Job, unit: Unit, probes: Probes) -> None:
+    again = None if probes.again is None else [_as_json(p) for p in probes.again]
+    probe_path(job, unit).parent.mkdir(parents=True, exist_ok=True)
+    write_json(probe_path(job, unit), {"first": [_as_json(p) for p in probes.first], "again": again})
+
+
+def _as_json(point: Point) -> dict[str, Any]:
+    return asdict(point.size) | {"error": point.error}
+
+
+def read_probes(job: Job, unit: Unit) -> Probes | None:
+    """What an earlier run measured; None if there is nothing whole."""
+    try:
+        found = json.loads(probe_path(job, unit).read_text(encoding="utf-8"))
+        first, again = (
+            None
+            if found[name] is None
+            else tuple(Point(Size(int(p["bases"]), int(p["rank"])), float(p["error"])) for p in found[name])
+            for name in ("first", "again")
+        )
+        return Probes(first, again) if first else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_sizes(path: Path, units: list[Unit]) -> dict[Unit, Size] | None:
+    """What an earlier run chose; None if there is nothing whole."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["units"]
+        return {u: Size(int(found[_key(u)]["bases"]), int(found[_key(u)]["rank"])) for u in units}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(unit: Unit) -> str:
+    return f"{unit[0]}.{unit[1]}"
+
+
+def layer_weights(job: Job) -> tuple[dict[int, float], str]:
+    """What an error in each layer weighs, and a line that says why."""
+    shares = None
+    if job.imatrix is not None:
+        shares = layer_shares(job.checkpoint, job.imatrix, job.settings.layers)
+    if shares is not None:
+        said = ", ".join(f"{layer}: {share:.2f}" for layer, share in shares.items())
+        weights = {layer: share**TRUST for layer, share in shares.items()}
+        return (
+            weights,
+            f"share of each layer's experts in the residual stream, which their errors are weighed by: {said}",
+        )
+    why = "the imatrix has no inputs of down" if job.imatrix is not None else "there is no --imatrix"
+    return dict.fromkeys(job.settings.layers, 1.0), (
+        f"errors of all layers weigh alike: {why} to tell how much hangs on each"
+    )
+
+
+def to_probe_again(
+    job: Job, probes: Mapping[Unit, Probes], weights: Mapping[int, float]
+) -> dict[Unit, list[Size]]:
+    """What is still to be measured of each unit, now that it is known about how much each will get."""
+    assert job.goal is not None
+    chosen = _allocate(job, {unit: p.first for unit, p in probes.items()}, weights, MOST)
+    return {
+        unit: once_more(probes[unit].first, option.size, job.goal.even(unit, option.cost))
+        for unit, option in chosen.items()
+    }
+
+
+def choose(job: Job, probes: Mapping[Unit, Probes], weights: Mapping[int, float]) -> dict[Unit, Size]:
+    """Sizes for all units, kept in ``sizes.json``."""
+    chosen = _allocate(job, {unit: p.points for unit, p in probes.items()}, weights, BEYOND)
+    kept = {
+        _key(unit): asdict(option.size) | {"weight": weights[unit[0]], "expected": option.error}
+        for unit, option in chosen.items()
+    }
+    write_json(sizes_path(job), {"units": kept})
+    return {unit: option.size for unit, option in chosen.items()}
+
+
+def _allocate(
+    job: Job, points: Mapping[Unit, Sequence[Point]], weights: Mapping[int, float], reach: float
+) -> dict[Unit, Option]:
+    goal = job.goal
+    assert goal is not None
+    return allocate(
+        {unit: options(found, goal.costs[unit], goal.choices, reach) for unit, found in points.items()},
+        {unit: weights[unit[0]] for unit in points},
+        goal.budget,
+    )

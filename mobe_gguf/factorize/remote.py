@@ -1,0 +1,90 @@
+"""A job as another process opens it: the same files under the same paths, checked to be the same."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mobe_gguf import __version__
+from mobe_gguf.errors import MobeError
+from mobe_gguf.factorize import probing
+from mobe_gguf.factorize.imatrix import Imatrix
+from mobe_gguf.factorize.moments import Moments
+from mobe_gguf.factorize.plan import JobSettings, Plan
+from mobe_gguf.factorize.target import Size, Unit
+from mobe_gguf.original import open_original
+
+if TYPE_CHECKING:
+    from mobe_gguf.factorize.job import Job
+
+
+@dataclass(frozen=True)
+class JobAddress:
+    """What it takes to open a running job elsewhere.  ``token``: what the run has written into the work directory's lock, so
+    that another folder of the same name is not taken for it.
+    """
+
+    model: Path
+    out: Path
+    settings: JobSettings
+    plan: Plan
+    sizes: tuple[tuple[Unit, Size], ...] | None
+    imatrix: Path | None
+    moments: Path | None
+    checksum: str
+    token: str
+    version: str = __version__
+
+    @classmethod
+    def of(cls, job: Job) -> JobAddress:
+        """Of a job that holds its lock."""
+        return cls(
+            job.checkpoint.path.absolute(),
+            job.out.absolute(),
+            job.settings,
+            job.plan,
+            None if job.sizes is None else tuple(job.sizes.items()),
+            job.imatrix and job.imatrix.path.absolute(),
+            job.moments and job.moments.path.absolute(),
+            job.checkpoint.checksum,
+            (job.work / "lock").read_text(),
+        )
+
+    def open(self) -> Job:
+        """The job, with writing of its own names; MobeError if this process does not see the same files."""
+        from mobe_gguf.factorize.job import Job, work_directory
+
+        work, host = work_directory(self.out), socket.gethostname()
+        shared = "Every worker must see MODEL, OUT and the other files under the same paths, on a file system that all share."
+        if self.version != __version__:
+            raise MobeError(
+                f"{host} has mobe-gguf {__version__}, the job runs {self.version}; install the same everywhere"
+            )
+        try:
+            token = (work / "lock").read_text()
+        except OSError as e:
+            raise MobeError(f"{work}: not there on {host} ({e.strerror}). {shared}") from e
+        if token != self.token:
+            raise MobeError(f"{work}: on {host} this is another folder than the job's. {shared}")
+        try:
+            checkpoint = open_original(self.model)
+            imatrix = self.imatrix and Imatrix(self.imatrix)
+            moments = self.moments and Moments(self.moments)
+        except MobeError as e:
+            raise MobeError(f"on {host}: {e.message}\n{shared}") from e
+        found = {
+            "MODEL": (checkpoint.checksum, self.checksum),
+            "--imatrix": (imatrix and imatrix.checksum, self.settings.imatrix),
+            "--moments": (moments and moments.checksum, self.settings.moments),
+        }
+        for name, (here, there) in found.items():
+            if here != there:
+                raise MobeError(
+                    f"{name} is another one on {host} (checksum {here}, expected {there}). {shared}"
+                )
+        job = Job(checkpoint, self.out, self.settings, self.plan, imatrix, moments=moments, shared=True)
+        if self.sizes is not None:
+            return replace(job, sizes=dict(self.sizes))
+        return replace(job, goal=probing.goal_of(checkpoint, self.settings, imatrix))

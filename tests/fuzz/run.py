@@ -1,0 +1,205 @@
+"""Damaged GGUF files through the patched loader, built with AddressSanitizer, and through this package's reader.
+
+    python tests/fuzz/run.py [--count 2000] [--seed 0] [--keep DIR]
+
+Whole small files of every kind of factors are changed in a few bytes of the head, in one number of it, or cut off.  Each is loaded,
+and evaluated if it loads, in a process of its own.  Exit code 1 if one crashes, hangs, reaches memory that is not its own,
+or makes our reader raise anything but the error that users see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parity.gguf_files import GgufFile, factorize, qwen3moe
+from parity.loader import Loader, Outcome
+
+from mobe_gguf.errors import MobeError
+from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.progress import bar, console
+from mobe_gguf.runtime import build, source
+from mobe_gguf.runtime import compile as compiling
+from mobe_gguf.verify import verify
+
+#: Numbers that break arithmetic.
+NASTY = (0, 1, 2, 31, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def sanitized(jobs: int) -> Path:
+    """The directory of libllama and its libraries, compiled with AddressSanitizer; done again only after a change."""
+    recipe = build.Recipe.patched(compiling.Options())
+    cache = source.cache_dir()
+    work = cache / f"asan-{recipe.variant()}"
+    env = compiling.environment()
+    cache.mkdir(parents=True, exist_ok=True)
+    with build.locked(cache) as lock:
+        work.mkdir(exist_ok=True)
+        log = work / "build.log"
+        tree = build.patched_tree(recipe, work, env)
+        build.copy_kernels(recipe, work, work / "ggml_mobe")
+        values = recipe.definitions() | {
+            "GGML_MOBE_DIR": str(work / "ggml_mobe"),
+            "LLAMA_SANITIZE_ADDRESS": "ON",
+            "GGML_SANITIZE_ADDRESS": "ON",
+            "GGML_RPC": "OFF",
+            "CMAKE_CXX_FLAGS_RELEASE": "-O1 -g1",
+            "CMAKE_C_FLAGS_RELEASE": "-O1 -g1",
+        }
+        compiling.configure(tree / "vendor" / "llama.cpp", work / "build", values, env, log, lock)
+        compiling.compile_targets(work / "build", ["llama", "mtmd"], jobs, env, log, lock)
+    return work / "build" / "bin"
+
+
+def whole() -> dict[str, GgufFile]:
+    """Small files of every kind of factors."""
+    return {
+        "ordinary": qwen3moe(),
+        "scalar": factorize(qwen3moe()),
+        "by row": factorize(qwen3moe(), by_row=True),
+        "groups": factorize(qwen3moe(), n_group=2),
+        "linear": factorize(qwen3moe(), activation="none"),
+    }
+
+
+def damaged(content: bytes, end: int, rng: random.Random) -> bytes:
+    """``content`` with its head, which ends at ``end``, changed somehow."""
+    kind = rng.random()
+    if kind < 0.15:
+        return content[: rng.choice((rng.randrange(len(content)), rng.randrange(end)))]
+    changed = bytearray(content)
+    if kind < 0.55:
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(end)] = rng.randrange(256)
+    elif kind < 0.8:
+        form, size = rng.choice((("<I", 4), ("<Q", 8)))
+        at = rng.randrange(end - size)
+        struct.pack_into(form, changed, at, rng.choice(NASTY) % (1 << 8 * size))
+    else:  # where numbers of the factors are: behind their names
+        names = [
+            b"_basis.weight",
+            b"_basis.mix",
+            b"_exps.weight",
+            b".mobe.",
+            b"expert_count",
+            b"expert_used_count",
+        ]
+        places = [i for i in range(end) if any(content.startswith(name, i) for name in names)]
+        if places:
+            at = min(end - 8, rng.choice(places) + rng.randint(8, 60))
+            struct.pack_into("<Q", changed, at, rng.choice((*NASTY, *range(3, 130, 7))))
+    return bytes(changed)
+
+
+def cases(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        ready = []
+        for name, file in whole().items():
+            path = file.write(Path(folder) / "whole.gguf")
+            end = min(tensor.offset for tensor in read_gguf(path).tensors.values())
+            ready.append((name, path.read_bytes(), end))
+    for name, content, _ in ready:
+        yield f"{name}, whole", content
+    for i in range(count):
+        name, content, end = ready[i % len(ready)]
+        yield f"{name}, change {i}", damaged(content, end, rng)
+
+
+def asserted(outcome: Outcome) -> bool:
+    """Whether llama.cpp stopped by itself, at a check of its own: so it treats some impossible hyper-parameters."""
+    found = re.search(r"(\S+):\d+: GGML_ASSERT", outcome.stderr)
+    return outcome.signal == "SIGABRT" and found is not None and "mobe" not in Path(found[1]).name
+
+
+def fault_of(outcome: Outcome) -> str | None:
+    """Why this is not how a file should be loaded or refused."""
+    if "AddressSanitizer" in outcome.stderr:
+        at = outcome.stderr.index("AddressSanitizer")
+        return outcome.stderr[at : at + 1500]
+    if outcome.signal == "SIGALRM":
+        return "it took too long"
+    if asserted(outcome):
+        return None
+    if outcome.signal is not None:
+        return f"{outcome.signal}\n{outcome.stderr[-800:]}"
+    return None
+
+
+def library(name: str) -> str:
+    """Path of one of the compiler's own libraries."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or "cc"
+    command = [compiler, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=2000, help="damaged files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", "-j", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--keep", type=Path, help="put files at fault here")
+    options = parser.parse_args()
+    libraries = sanitized(options.jobs)
+    # Python is not sanitized, so the runtime has to be there before it, and what throws has to be there before that looks
+    os.environ["LD_PRELOAD"] = f"{library('libasan.so')} {library('libstdc++.so.6')}"
+    # a size that no memory has is an ordinary failure
+    os.environ["ASAN_OPTIONS"] = (
+        "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:max_allocation_size_mb=4096"
+    )
+    outcomes: Counter[str] = Counter()
+    faults = 0
+    with tempfile.TemporaryDirectory() as folder, Loader(libraries) as loader:
+        del os.environ["LD_PRELOAD"]
+        path = Path(folder) / "case.gguf"
+        with bar("damaged files", options.count) as progress:
+            for name, content in cases(options.count, options.seed):
+                path.write_bytes(content)
+                fault = reader_fault(path)
+                outcome = loader.load(path)
+                fault = fault or fault_of(outcome)
+                if name.endswith("whole") and not outcome.loaded:
+                    fault = fault or f"a whole file was refused: {outcome.errors}"
+                stopped = "stopped by an assertion of llama.cpp" if asserted(outcome) else "refused"
+                outcomes["fault" if fault else "loaded" if outcome.loaded else stopped] += 1
+                if fault:
+                    faults += 1
+                    console.print(f"{name}: {fault}", markup=False, highlight=False)
+                    if options.keep:
+                        options.keep.mkdir(parents=True, exist_ok=True)
+                        shutil.copy(path, options.keep / f"{name.replace(', ', '-').replace(' ', '-')}.gguf")
+                progress.advance(1)
+    print(", ".join(f"{count} {what}" for what, count in outcomes.most_common()))
+    return 1 if faults else 0
+
+
+def reader_fault(path: Path) -> str | None:
+    """Anything but an answer, or the error that users see, from our own reader."""
+    try:
+        verify(path, quiet=True)
+    except MobeError:
+        return None
+    except Exception as e:
+        return f"our reader: {type(e).__name__}: {e}"
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MobeError as e:
+        sys.exit(f"Error: {e.message}")
