@@ -113,10 +113,12 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--sparse", action="store_true", help="holes instead of numbers, and no rival")
     parser.add_argument("--quants", default="q4_k")
+    parser.add_argument("--no-refit", action="store_true", help="as export's: A is not solved again")
     parser.add_argument("--dir", type=Path, default=Path("export-bench"), help="emptied at the end")
     options = parser.parse_args()
     quantize = str(runtime.tool("llama-quantize"))
     ours = [str(Path(sys.executable).with_name("mobe-gguf")), "export"]
+    extra = ["--no-card", *["--no-refit"] * options.no_refit]
     if options.dir.exists():
         sys.exit(f"{options.dir} exists: name another --dir, it is deleted at the end")
     try:
@@ -137,10 +139,14 @@ def main() -> None:
             out.unlink()
 
         if not options.sparse:
-            command = [*ours, str(options.dir / "model"), str(reference), "--quant", "bf16"]
+            command = [*ours, str(options.dir / "model"), str(reference), "--quant", "bf16", "--no-card"]
             subprocess.run(command, check=True, capture_output=True)
         for quant in options.quants.split(","):
-            row("mobe-gguf export", quant, [*ours, str(options.dir / "model"), str(out), "--quant", quant])
+            row(
+                "mobe-gguf export",
+                quant,
+                [*ours, str(options.dir / "model"), str(out), "--quant", quant, *extra],
+            )
             if not options.sparse:
                 row("llama-quantize", quant, [quantize, str(reference), str(out), quant])
         Console(width=110 if not sys.stdout.isatty() else None).print(table)
