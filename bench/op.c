@@ -6,7 +6,7 @@
 #include "ggml-backend.h"
 #include "ggml-mobe.h"
 #include "ggml.h"
-#include "mobe-pair.h"
+#include "mobe-quad.h"
 #include "mobe-vec.h"
 
 #include <stdbool.h>
@@ -42,17 +42,13 @@ static void peaks(void) {
     const mobe_vec one = mobe_vec_set(0.999f);
     PEAK("fma", mobe_vec, one, a[i] += one*one, MOBE_VEC)
     PEAK("tanh", mobe_vec, mobe_vec_set(0.1f*i), a[i] = mobe_vec_tanh_quick(a[i]), MOBE_VEC)
-#if defined(MOBE_PAIR)
-    const mobe_pair two = mobe_pair_set(0x00010001);
-    PEAK("int16", mobe_pair, two, a[i] = mobe_pair_dot(a[i], two, two), 2*MOBE_VEC)
+#if defined(MOBE_QUAD)
+    const mobe_quad four = mobe_quad_set(0x01010101);
+    PEAK("int8", mobe_quad, four, a[i] = mobe_quad_dot(a[i], four, four, false), 4*MOBE_VEC)
 #endif
 #if defined(__AVX512BF16__)
     const __m512bh half = (__m512bh) _mm512_set1_epi16(0x3f00);
     PEAK("bf16", __m512, (__m512) one, a[i] = _mm512_dpbf16_ps(a[i], half, half), 2*MOBE_VEC)
-#endif
-#if defined(__AVX512VNNI__)
-    const __m512i four = _mm512_set1_epi32(0x01010101);
-    PEAK("int8", __m512i, four, a[i] = _mm512_dpbusd_epi32(a[i], four, four), 4*MOBE_VEC)
 #endif
     const size_t size = (size_t) 256 << 20;
     char * memory = aligned_alloc(64, size);

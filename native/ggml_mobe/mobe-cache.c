@@ -20,10 +20,8 @@ struct mobe_cache_work {
     int64_t * n;       // [2]    lengths of `experts` and of `missed`
     char    * x;       // [T*x_experts] inputs as the product takes them
 
-    bool              * needed; // [m]
-    struct mobe_terms * terms;  // [k*T]
-    struct mobe_tile    tile;
-    char              * rows;   // [k*T] one row of each missed expert that is not kept
+    struct mobe_row row;  // of missed experts
+    char          * rows; // [k*T] one row of each missed expert that is not kept
 };
 
 static int64_t mobe_most(const struct ggml_mobe_shape * s) { return s->k*s->T < s->n ? s->k*s->T : s->n; }
@@ -75,14 +73,8 @@ static size_t mobe_cache_shared(struct mobe_cache_work * w, char * base, const s
 static size_t mobe_cache_own(struct mobe_cache_work * w, char * base, const struct mobe_former * former) {
     const struct ggml_mobe_shape * s = &former->shape;
     size_t used = 0;
-    MOBE_TAKE(needed, s->m);
-    MOBE_TAKE(terms,  mobe_most(s));
-    MOBE_TAKE(rows,   mobe_most(s)*mobe_align(ggml_row_size(ggml_mobe_cache_type(s->d), s->d)));
-    for (int64_t i = 0; i < mobe_most(s); i++) {
-        used += mobe_terms_place(former, base ? &w->terms[i] : NULL, base ? base + used : NULL);
-    }
-    used += mobe_tile_place(former, base ? &w->tile : NULL, base ? base + used : NULL);
-    return used;
+    MOBE_TAKE(rows, mobe_most(s)*mobe_align(ggml_row_size(ggml_mobe_cache_type(s->d), s->d)));
+    return used + mobe_row_place(former, base ? &w->row : NULL, mobe_most(s), base ? base + used : NULL);
 }
 #undef MOBE_TAKE
 
@@ -191,27 +183,16 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
     const int64_t row_begin  = params->ith*per_thread;
     const int64_t row_end    = row_begin + per_thread < s.r ? row_begin + per_thread : s.r;
 
-    memset(w.needed, 0, s.m*sizeof(bool));
-    if (!s.row_mix) {
-        for (int64_t i = 0; i < n_missed; i++) {
-            mobe_terms_gather(&former, &w.terms[i], w.experts[w.missed[i]], 0, w.needed);
-        }
-    }
-
     for (int64_t rho = row_begin; rho < row_end; rho++) {
-        if (s.row_mix) {
-            memset(w.needed, 0, s.m*sizeof(bool));
-            for (int64_t i = 0; i < n_missed; i++) {
-                mobe_terms_gather(&former, &w.terms[i], w.experts[w.missed[i]], rho, w.needed);
-            }
+        if (n_missed > 0 && (s.row_mix || rho == row_begin)) {
+            mobe_row_gather(&former, &w.row, w.experts, w.missed, n_missed, rho);
         }
         for (int64_t c0 = 0; n_missed > 0 && c0 < s.d; c0 += MOBE_COLS) {
             const int64_t n_cols = s.d - c0 < MOBE_COLS ? s.d - c0 : MOBE_COLS;
-            mobe_tile_decode(&former, &w.tile, w.needed, rho, c0, n_cols);
             for (int64_t i0 = 0; i0 < n_missed; i0 += MOBE_TOGETHER) {
                 const int n = n_missed - i0 < MOBE_TOGETHER ? (int) (n_missed - i0) : MOBE_TOGETHER;
                 float values[MOBE_TOGETHER*MOBE_COLS] __attribute__((aligned(64)));
-                mobe_tile_combine(&former, w.terms + i0, n, &w.tile, n_cols, values, MOBE_COLS);
+                mobe_row_form(&former, &w.row, i0, n, rho, c0, n_cols, values, MOBE_COLS);
                 for (int i = 0; i < n; i++) {
                     const int32_t place = w.missed[i0 + i];
                     char * row = mobe_cache_row(&cache, &w, place, rho);

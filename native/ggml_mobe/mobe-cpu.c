@@ -39,10 +39,15 @@ struct mobe_work {
     int32_t * experts; // [n]     those in use, ascending
     int64_t   n_expert;
 
-    bool              * needed; // [m] some expert in use mixes this basis
+    char * formed; // [MOBE_EXPERTS][rows of a block][columns of a block], float or bf16
+
+    // decoding
+    struct mobe_row row;
+    float         * sums;  // [k*T][MOBE_VEC] of the row, for each use
+    // a prompt
+    struct mobe_list    list;
     struct mobe_terms * terms;  // [rows of a block, or 1 when the mix is not row-wise][experts in use]
     struct mobe_tile  * tiles;  // [rows of a block][column tiles of a block]
-    char              * formed; // [MOBE_EXPERTS][rows of a block][columns of a block], float or bf16
 };
 
 // Rows and tiles of columns of a block: what is taken apart before it is combined.
@@ -74,18 +79,21 @@ static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct m
     MOBE_TAKE(first,   s->n + 1);
     MOBE_TAKE(uses,    s->k*s->T);
     MOBE_TAKE(experts, s->n);
-    MOBE_TAKE(needed,  s->m);
-    MOBE_TAKE(terms,   n_terms);
-    MOBE_TAKE(tiles,   block.rows*block.tiles);
     MOBE_TAKE(formed,  MOBE_EXPERTS*block.rows*block.tiles*MOBE_COLS*sizeof(float));
+    if (prompt) {
+        MOBE_TAKE(terms, n_terms);
+        MOBE_TAKE(tiles, block.rows*block.tiles);
+        used += mobe_list_place(former, base ? &w->list : NULL, base ? base + used : NULL);
+        for (int64_t i = 0; i < n_terms; i++) {
+            used += mobe_terms_place(former, base ? &w->terms[i] : NULL, base ? base + used : NULL);
+        }
+        for (int64_t i = 0; i < block.rows*block.tiles; i++) {
+            used += mobe_tile_place(former, base ? &w->tiles[i] : NULL, base ? base + used : NULL);
+        }
+    }
+    MOBE_TAKE(sums, s->k*s->T*MOBE_VEC);
 #undef MOBE_TAKE
-    for (int64_t i = 0; i < n_terms; i++) {
-        used += mobe_terms_place(former, base ? &w->terms[i] : NULL, base ? base + used : NULL);
-    }
-    for (int64_t i = 0; i < block.rows*block.tiles; i++) {
-        used += mobe_tile_place(former, base ? &w->tiles[i] : NULL, base ? base + used : NULL);
-    }
-    return used;
+    return used + mobe_row_place(former, base ? &w->row : NULL, n_expert_max, base ? base + used : NULL);
 }
 
 static struct mobe_former mobe_node_former(const struct ggml_tensor * dst) {
@@ -100,7 +108,7 @@ static struct mobe_former mobe_node_former(const struct ggml_tensor * dst) {
 static size_t mobe_shared_bytes(const struct mobe_former * former) {
     const struct ggml_mobe_shape * s = &former->shape;
 #if defined(MOBE_BF16)
-    return former->ints && s->T >= MOBE_PROMPT ? s->T*s->x_experts*mobe_align(s->d*sizeof(uint16_t)) : 0;
+    return former->bytes && s->T >= MOBE_PROMPT ? s->T*s->x_experts*mobe_align(s->d*sizeof(uint16_t)) : 0;
 #else
     GGML_UNUSED(s);
     return 0;
@@ -167,13 +175,7 @@ static void mobe_place_uses(
 // z[rho .. rho + n_rows] += rows . x[c0 .. c0 + n_cols] for the uses of one expert
 static void mobe_multiply(
         const struct mobe_use * uses, int64_t n_use, size_t x_each, const char * rows, size_t row_bytes, int64_t rho, int64_t n_rows,
-        int64_t c0, int64_t n_cols, bool decoding) {
-    if (decoding) {
-        for (int64_t u = 0; u < n_use; u++) {
-            uses[u].z[rho] += mobe_dot((const float *) rows, (const float *) uses[u].x + c0, n_cols);
-        }
-        return;
-    }
+        int64_t c0, int64_t n_cols) {
     for (int64_t u0 = 0; u0 < n_use; u0 += MOBE_MUL) {
         const int n_x = n_use - u0 < MOBE_MUL ? (int) (n_use - u0) : MOBE_MUL;
         const char * xs[MOBE_MUL];
@@ -187,6 +189,103 @@ static void mobe_multiply(
             mobe_prefetch(uses[u].z + rho, n_rows*sizeof(float));
         }
         mobe_mul(rows, row_bytes, (int) n_rows, xs, n_x, x_each, n_cols, zs);
+    }
+}
+
+// Few tokens: one row at a time, each formed for the tokens that use it.
+static void mobe_decode_rows(
+        const struct mobe_former * former, struct mobe_work * w, int64_t row_begin, int64_t row_end) {
+    const struct ggml_mobe_shape * s = &former->shape;
+    float * formed = (float *) w->formed;
+
+    for (int64_t rho = row_begin; rho < row_end; rho++) {
+        if (s->row_mix || rho == row_begin) {
+            mobe_row_gather(former, &w->row, w->experts, NULL, w->n_expert, rho);
+        }
+        memset(w->sums, 0, s->k*s->T*MOBE_VEC*sizeof(float));
+        for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
+            const int64_t n_cols = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
+            for (int64_t e0 = 0; e0 < w->n_expert; e0 += MOBE_EXPERTS) {
+                const int64_t n_expert = w->n_expert - e0 < MOBE_EXPERTS ? w->n_expert - e0 : MOBE_EXPERTS;
+                mobe_row_form(former, &w->row, e0, (int) n_expert, rho, c0, n_cols, formed, MOBE_COLS);
+                for (int64_t e = 0; e < n_expert; e++) {
+                    const int32_t expert = w->experts[e0 + e];
+                    for (int32_t u = w->first[expert]; u < w->first[expert + 1]; u++) {
+                        mobe_dot_add(formed + e*MOBE_COLS, (const float *) w->uses[u].x + c0, n_cols, w->sums + u*MOBE_VEC);
+                    }
+                }
+            }
+        }
+        for (int64_t u = 0; u < s->k*s->T; u++) {
+            w->uses[u].z[rho] = mobe_vec_sum(mobe_vec_load(w->sums + u*MOBE_VEC));
+        }
+    }
+}
+
+// Many tokens: blocks of rows, each formed for all experts in use.
+static void mobe_prompt_rows(
+        const struct mobe_former * former, struct mobe_work * w, const struct mobe_inputs * inputs, struct ggml_tensor * dst,
+        int64_t row_begin, int64_t row_end) {
+    const struct ggml_mobe_shape * s = &former->shape;
+    const struct mobe_block block = mobe_block_of(former, true);
+    const size_t row_bytes    = block.tiles*MOBE_COLS*inputs->each; // of a formed row
+    const size_t expert_bytes = block.rows*row_bytes;
+
+    for (int64_t rho = row_begin; rho < row_end; rho += block.rows) {
+        const int64_t n_rows = row_end - rho < block.rows ? row_end - rho : block.rows;
+
+        if (s->row_mix || rho == row_begin) {
+            const int64_t n = (s->row_mix ? n_rows : 1)*w->n_expert;
+            mobe_list_clear(former, &w->list);
+            for (int64_t i = 0; i < n; i++) {
+                mobe_list_add(former, &w->list, w->experts[i%w->n_expert], rho + i/w->n_expert);
+            }
+            mobe_list_close(former, &w->list);
+            for (int64_t i = 0; i < n; i++) {
+                mobe_terms_gather(former, &w->terms[i], &w->list, w->experts[i%w->n_expert], rho + i/w->n_expert);
+            }
+        }
+        for (int64_t i = 0; i < s->k*s->T; i++) {
+            memset((float *) dst->data + i*s->r + rho, 0, n_rows*sizeof(float));
+        }
+        for (int64_t c0 = 0; c0 < s->d; c0 += block.tiles*MOBE_COLS) {
+            const int64_t n_cols = s->d - c0 < block.tiles*MOBE_COLS ? s->d - c0 : block.tiles*MOBE_COLS;
+
+            for (int64_t row = 0; row < n_rows; row++) {
+                for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
+                    mobe_tile_decode(former, &w->tiles[row*block.tiles + c/MOBE_COLS], &w->list, rho + row, c0 + c,
+                        n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS);
+                }
+            }
+            for (int64_t e0 = 0; e0 < w->n_expert; e0 += MOBE_EXPERTS) {
+                const int64_t n_expert = w->n_expert - e0 < MOBE_EXPERTS ? w->n_expert - e0 : MOBE_EXPERTS;
+
+                for (int64_t row = 0; row < n_rows; row++) {
+                    const struct mobe_terms * terms = w->terms + (s->row_mix ? row*w->n_expert : 0) + e0;
+                    for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
+                        const int64_t n = n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS;
+                        const struct mobe_tile * tile = &w->tiles[row*block.tiles + c/MOBE_COLS];
+                        char * to = w->formed + row*row_bytes + c*inputs->each;
+#if defined(MOBE_BF16)
+                        if (inputs->each == sizeof(uint16_t)) {
+                            float values[MOBE_EXPERTS*MOBE_COLS] MOBE_ALIGNED;
+                            mobe_tile_combine(former, terms, (int) n_expert, tile, n, values, MOBE_COLS);
+                            for (int64_t e = 0; e < n_expert; e++) {
+                                mobe_bf16_from_float(values + e*MOBE_COLS, (uint16_t *) (to + e*expert_bytes), n);
+                            }
+                            continue;
+                        }
+#endif
+                        mobe_tile_combine(former, terms, (int) n_expert, tile, n, (float *) to, expert_bytes/sizeof(float));
+                    }
+                }
+                for (int64_t e = 0; e < n_expert; e++) {
+                    const int32_t expert = w->experts[e0 + e];
+                    mobe_multiply(w->uses + w->first[expert], w->first[expert + 1] - w->first[expert], inputs->each,
+                        w->formed + e*expert_bytes, row_bytes, rho, n_rows, c0, n_cols);
+                }
+            }
+        }
     }
 }
 
@@ -259,17 +358,15 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
     mobe_count_uses(&w, &s, ids);
 
     prompt = prompt && s.k*s.T >= 2*w.n_expert;
-    const struct mobe_block block = mobe_block_of(&former, prompt);
-
     struct mobe_inputs inputs = { (const char *) x->data, x->nb[2], s.x_experts == 1 ? 0 : x->nb[1], sizeof(float) };
 #if defined(MOBE_BF16)
-    const bool bf16 = prompt && former.ints;
+    const bool bf16 = prompt && former.bytes;
     if (bf16) {
         const size_t  each = mobe_align(s.d*sizeof(uint16_t));
         const int64_t n    = s.T*s.x_experts;
         for (int64_t i = params->ith; i < n; i += params->nth) {
             const char * src = (const char *) x->data + i/s.x_experts*x->nb[2] + i%s.x_experts*x->nb[1];
-            mobe_bf16_from_float((const float *) src, (uint16_t *) (shared + i*each), s.d); // d is a multiple of 32: ints
+            mobe_bf16_from_float((const float *) src, (uint16_t *) (shared + i*each), s.d); // d is a multiple of 32: bytes
         }
         ggml_barrier(params->threadpool);
         inputs = (struct mobe_inputs) { shared, s.x_experts*each, s.x_experts == 1 ? 0 : each, sizeof(uint16_t) };
@@ -283,65 +380,9 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
     const int64_t row_begin  = params->ith*per_thread;
     const int64_t row_end    = row_begin + per_thread < s.r ? row_begin + per_thread : s.r;
 
-    memset(w.needed, 0, s.m*sizeof(bool));
-    if (!s.row_mix) {
-        for (int64_t i = 0; i < w.n_expert; i++) {
-            mobe_terms_gather(&former, &w.terms[i], w.experts[i], 0, w.needed);
-        }
-    }
-
-    const size_t row_bytes    = block.tiles*MOBE_COLS*inputs.each; // of a formed row
-    const size_t expert_bytes = block.rows*row_bytes;
-
-    for (int64_t rho = row_begin; rho < row_end; rho += block.rows) {
-        const int64_t n_rows = row_end - rho < block.rows ? row_end - rho : block.rows;
-
-        if (s.row_mix) {
-            memset(w.needed, 0, s.m*sizeof(bool));
-            for (int64_t i = 0; i < n_rows*w.n_expert; i++) {
-                mobe_terms_gather(&former, &w.terms[i], w.experts[i%w.n_expert], rho + i/w.n_expert, w.needed);
-            }
-        }
-        for (int64_t i = 0; i < s.k*s.T; i++) {
-            memset((float *) dst->data + i*s.r + rho, 0, n_rows*sizeof(float));
-        }
-        for (int64_t c0 = 0; c0 < s.d; c0 += block.tiles*MOBE_COLS) {
-            const int64_t n_cols = s.d - c0 < block.tiles*MOBE_COLS ? s.d - c0 : block.tiles*MOBE_COLS;
-
-            for (int64_t row = 0; row < n_rows; row++) {
-                for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
-                    mobe_tile_decode(&former, &w.tiles[row*block.tiles + c/MOBE_COLS], w.needed, rho + row, c0 + c,
-                        n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS);
-                }
-            }
-            for (int64_t e0 = 0; e0 < w.n_expert; e0 += MOBE_EXPERTS) {
-                const int64_t n_expert = w.n_expert - e0 < MOBE_EXPERTS ? w.n_expert - e0 : MOBE_EXPERTS;
-
-                for (int64_t row = 0; row < n_rows; row++) {
-                    const struct mobe_terms * terms = w.terms + (s.row_mix ? row*w.n_expert : 0) + e0;
-                    for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
-                        const int64_t n = n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS;
-                        const struct mobe_tile * tile = &w.tiles[row*block.tiles + c/MOBE_COLS];
-                        char * to = w.formed + row*row_bytes + c*inputs.each;
-#if defined(MOBE_BF16)
-                        if (bf16) {
-                            float values[MOBE_EXPERTS*MOBE_COLS] MOBE_ALIGNED;
-                            mobe_tile_combine(&former, terms, (int) n_expert, tile, n, values, MOBE_COLS);
-                            for (int64_t e = 0; e < n_expert; e++) {
-                                mobe_bf16_from_float(values + e*MOBE_COLS, (uint16_t *) (to + e*expert_bytes), n);
-                            }
-                            continue;
-                        }
-#endif
-                        mobe_tile_combine(&former, terms, (int) n_expert, tile, n, (float *) to, expert_bytes/sizeof(float));
-                    }
-                }
-                for (int64_t e = 0; e < n_expert; e++) {
-                    const int32_t expert = w.experts[e0 + e];
-                    mobe_multiply(w.uses + w.first[expert], w.first[expert + 1] - w.first[expert], inputs.each,
-                        w.formed + e*expert_bytes, row_bytes, rho, n_rows, c0, n_cols, !prompt);
-                }
-            }
-        }
+    if (prompt) {
+        mobe_prompt_rows(&former, &w, &inputs, dst, row_begin, row_end);
+    } else {
+        mobe_decode_rows(&former, &w, row_begin, row_end);
     }
 }

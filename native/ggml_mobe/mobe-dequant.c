@@ -51,12 +51,8 @@ static inline uint64_t mobe_less_32(uint64_t bytes) {
 
 static inline float mobe_larger(float a, float b) { return a > b ? a : b; }
 
-static inline float mobe_most_of(float scale, float min, float q_min, float q_max) {
-    return mobe_larger(fabsf(scale*q_min - min), fabsf(scale*q_max - min));
-}
-
 // Types with blocks of 32: a scale in half precision; a minimum of its own, or a shift of the numbers
-#define MOBE_SCALES_32(name, block_type, scale_of, min_of, q_min, q_max) \
+#define MOBE_SCALES_32(name, block_type, scale_of, min_of) \
     static float name(const void * src, int n, float * scale, float * min) { \
         const block_type * block = src; \
         float most = 0.0f, d[8] = { 0 }, m[8] = { 0 }; \
@@ -64,26 +60,26 @@ static inline float mobe_most_of(float scale, float min, float q_min, float q_ma
             for (int b = 0; b < 8; b++) { \
                 d[b] = scale_of; \
                 m[b] = min_of; \
-                most = mobe_larger(most, mobe_most_of(d[b], m[b], q_min, q_max)); \
+                most = mobe_larger(most, fabsf(d[b])); \
             } \
         } else { \
             for (int b = 0; b < n/32; b++) { \
                 d[b] = scale_of; \
                 m[b] = min_of; \
-                most = mobe_larger(most, mobe_most_of(d[b], m[b], q_min, q_max)); \
+                most = mobe_larger(most, fabsf(d[b])); \
             } \
         } \
         MOBE_STORE_EIGHT(scale, d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]); \
         MOBE_STORE_EIGHT(min,   m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]); \
         return most; \
     }
-MOBE_SCALES_32(mobe_scales_q4_0,   block_q4_0,   mobe_half(block[b].d), 8*d[b], 0, 15)
-MOBE_SCALES_32(mobe_scales_q4_1,   block_q4_1,   mobe_half(block[b].d), -mobe_half(block[b].m), 0, 15)
-MOBE_SCALES_32(mobe_scales_q5_0,   block_q5_0,   mobe_half(block[b].d), 16*d[b], 0, 31)
-MOBE_SCALES_32(mobe_scales_q5_1,   block_q5_1,   mobe_half(block[b].d), -mobe_half(block[b].m), 0, 31)
-MOBE_SCALES_32(mobe_scales_q8_0,   block_q8_0,   mobe_half(block[b].d), 0.0f, -128, 127)
-MOBE_SCALES_32(mobe_scales_iq4_nl, block_iq4_nl, mobe_half(block[b].d), 0.0f, -127, 113)
-MOBE_SCALES_32(mobe_scales_mxfp4,  block_mxfp4,  GGML_E8M0_TO_FP32_HALF(block[b].e), 0.0f, -12, 12)
+MOBE_SCALES_32(mobe_scales_q4_0,   block_q4_0,   mobe_half(block[b].d), 8*d[b])
+MOBE_SCALES_32(mobe_scales_q4_1,   block_q4_1,   mobe_half(block[b].d), -mobe_half(block[b].m))
+MOBE_SCALES_32(mobe_scales_q5_0,   block_q5_0,   mobe_half(block[b].d), 16*d[b])
+MOBE_SCALES_32(mobe_scales_q5_1,   block_q5_1,   mobe_half(block[b].d), -mobe_half(block[b].m))
+MOBE_SCALES_32(mobe_scales_q8_0,   block_q8_0,   mobe_half(block[b].d), 0.0f)
+MOBE_SCALES_32(mobe_scales_iq4_nl, block_iq4_nl, mobe_half(block[b].d), 0.0f)
+MOBE_SCALES_32(mobe_scales_mxfp4,  block_mxfp4,  GGML_E8M0_TO_FP32_HALF(block[b].e), 0.0f)
 
 static float mobe_scales_iq4_xs(const void * src, int n, float * scale, float * min) {
     const block_iq4_xs * block = src;
@@ -96,11 +92,11 @@ static float mobe_scales_iq4_xs(const void * src, int n, float * scale, float * 
     }
     mobe_store_eight_signed(scale, mobe_less_32(low | high << 4), d);
     mobe_store_eight_bytes(min, 0, 0.0f);
-    return fabsf(d)*32*127;
+    return fabsf(d)*32;
 }
 
 // the 6-bit scales and minima of q4_K and q5_K
-static inline float mobe_scales_k4(ggml_half d, ggml_half dmin, const uint8_t * packed, float q_max, float * scale, float * min) {
+static inline float mobe_scales_k4(ggml_half d, ggml_half dmin, const uint8_t * packed, float * scale, float * min) {
     uint32_t in[3];
     memcpy(in, packed, sizeof(in));
     const uint64_t scales = (in[0] & 0x3f3f3f3f) | (uint64_t) ((in[2] & 0x0f0f0f0f)        | ((in[0] >> 2) & 0x30303030)) << 32;
@@ -109,19 +105,19 @@ static inline float mobe_scales_k4(ggml_half d, ggml_half dmin, const uint8_t * 
     const float bymin = mobe_half(dmin);
     mobe_store_eight_bytes(scale, scales, by);
     mobe_store_eight_bytes(min, mins, bymin);
-    return mobe_larger(fabsf(by)*63*q_max, fabsf(bymin)*63);
+    return fabsf(by)*63;
 }
 
 static float mobe_scales_q4_k(const void * src, int n, float * scale, float * min) {
     const block_q4_K * block = src;
     GGML_UNUSED(n);
-    return mobe_scales_k4(block->d, block->dmin, block->scales, 15, scale, min);
+    return mobe_scales_k4(block->d, block->dmin, block->scales, scale, min);
 }
 
 static float mobe_scales_q5_k(const void * src, int n, float * scale, float * min) {
     const block_q5_K * block = src;
     GGML_UNUSED(n);
-    return mobe_scales_k4(block->d, block->dmin, block->scales, 31, scale, min);
+    return mobe_scales_k4(block->d, block->dmin, block->scales, scale, min);
 }
 
 static float mobe_scales_q2_k(const void * src, int n, float * scale, float * min) {
@@ -135,7 +131,7 @@ static float mobe_scales_q2_k(const void * src, int n, float * scale, float * mi
         mobe_store_eight_bytes(scale + 8*i, both & 0x0f0f0f0f0f0f0f0fu, d);
         mobe_store_eight_bytes(min + 8*i, (both >> 4) & 0x0f0f0f0f0f0f0f0fu, dmin);
     }
-    return mobe_larger(fabsf(d)*15*3, fabsf(dmin)*15);
+    return fabsf(d)*15;
 }
 
 static float mobe_scales_q3_k(const void * src, int n, float * scale, float * min) {
@@ -150,9 +146,9 @@ static float mobe_scales_q3_k(const void * src, int n, float * scale, float * mi
         const uint64_t two = ((high >> 4*i) & 0x03030303) | (uint64_t) ((high >> (4*i + 2)) & 0x03030303) << 32;
         const uint64_t six = ((low >> 4*i) & 0x0f0f0f0f0f0f0f0fu) | two << 4;
         mobe_store_eight_signed(scale + 8*i, mobe_less_32(six), d);
-        mobe_store_eight_bytes(min + 8*i, 0, 0.0f);
+        mobe_store_eight_signed(min + 8*i, mobe_less_32(six), 4*d);
     }
-    return fabsf(d)*32*4;
+    return fabsf(d)*32;
 }
 
 static float mobe_scales_q6_k(const void * src, int n, float * scale, float * min) {
@@ -165,7 +161,7 @@ static float mobe_scales_q6_k(const void * src, int n, float * scale, float * mi
         mobe_store_eight_signed(scale + 8*i, bytes, d);
         mobe_store_eight_signed(min + 8*i, bytes, 32*d);
     }
-    return fabsf(d)*128*32;
+    return fabsf(d)*128;
 }
 
 // low nibbles are columns 0 .. 15, high ones 16 .. 31; a fifth bit for each
@@ -226,7 +222,7 @@ static void mobe_bytes_q3_k(const void * src, int n, int8_t * q) {
         for (int i = 0; i < 32; i++) {
             const int low  = (block->qs[32*(part/4) + i] >> 2*(part%4)) & 3;
             const int high = (block->hmask[i] >> part) & 1;
-            q[32*part + i] = (int8_t) (low + 4*high - 4);
+            q[32*part + i] = (int8_t) (low + 4*high);
         }
     }
 }
@@ -262,20 +258,20 @@ static const uint8_t mobe_table_fp4[16] = { 128, 129, 130, 131, 132, 134, 136, 1
 const struct mobe_format * mobe_format_of(enum ggml_type type) {
 #define MOBE_QS(block_type) offsetof(block_type, qs)
     static const struct mobe_format formats[GGML_TYPE_COUNT] = {
-        //                     run  scales              bytes            apart offset         stride
-        [GGML_TYPE_Q4_0]   = { 32, mobe_scales_q4_0,   NULL,            16, MOBE_QS(block_q4_0),   sizeof(block_q4_0),   NULL },
-        [GGML_TYPE_Q4_1]   = { 32, mobe_scales_q4_1,   NULL,            16, MOBE_QS(block_q4_1),   sizeof(block_q4_1),   NULL },
-        [GGML_TYPE_Q4_K]   = { 32, mobe_scales_q4_k,   NULL,            32, MOBE_QS(block_q4_K),   16,                   NULL },
-        [GGML_TYPE_IQ4_NL] = { 32, mobe_scales_iq4_nl, NULL,            16, MOBE_QS(block_iq4_nl), sizeof(block_iq4_nl), mobe_table_iq4 },
-        [GGML_TYPE_IQ4_XS] = { 32, mobe_scales_iq4_xs, NULL,            16, MOBE_QS(block_iq4_xs), 16,                   mobe_table_iq4 },
-        [GGML_TYPE_MXFP4]  = { 32, mobe_scales_mxfp4,  NULL,            16, MOBE_QS(block_mxfp4),  sizeof(block_mxfp4),  mobe_table_fp4 },
-        [GGML_TYPE_Q5_0]   = { 32, mobe_scales_q5_0,   mobe_bytes_q5_0, 0, 0, 0, NULL },
-        [GGML_TYPE_Q5_1]   = { 32, mobe_scales_q5_1,   mobe_bytes_q5_1, 0, 0, 0, NULL },
-        [GGML_TYPE_Q8_0]   = { 32, mobe_scales_q8_0,   mobe_bytes_q8_0, 0, 0, 0, NULL },
-        [GGML_TYPE_Q2_K]   = { 16, mobe_scales_q2_k,   mobe_bytes_q2_k, 0, 0, 0, NULL },
-        [GGML_TYPE_Q3_K]   = { 16, mobe_scales_q3_k,   mobe_bytes_q3_k, 0, 0, 0, NULL },
-        [GGML_TYPE_Q5_K]   = { 32, mobe_scales_q5_k,   mobe_bytes_q5_k, 0, 0, 0, NULL },
-        [GGML_TYPE_Q6_K]   = { 16, mobe_scales_q6_k,   mobe_bytes_q6_k, 0, 0, 0, NULL },
+        //                     run zero wide   twice  scales              bytes            apart offset                 stride
+        [GGML_TYPE_Q4_0]   = { 32,  8, false, false, mobe_scales_q4_0,   NULL,            16, MOBE_QS(block_q4_0),   sizeof(block_q4_0),   NULL },
+        [GGML_TYPE_Q4_1]   = { 32,  8, false, false, mobe_scales_q4_1,   NULL,            16, MOBE_QS(block_q4_1),   sizeof(block_q4_1),   NULL },
+        [GGML_TYPE_Q4_K]   = { 32,  8, false, false, mobe_scales_q4_k,   NULL,            32, MOBE_QS(block_q4_K),   16,                   NULL },
+        [GGML_TYPE_IQ4_NL] = { 32,  0, true,  false, mobe_scales_iq4_nl, NULL,            16, MOBE_QS(block_iq4_nl), sizeof(block_iq4_nl), mobe_table_iq4 },
+        [GGML_TYPE_IQ4_XS] = { 32,  0, true,  false, mobe_scales_iq4_xs, NULL,            16, MOBE_QS(block_iq4_xs), 16,                   mobe_table_iq4 },
+        [GGML_TYPE_MXFP4]  = { 32,  0, true,  false, mobe_scales_mxfp4,  NULL,            16, MOBE_QS(block_mxfp4),  sizeof(block_mxfp4),  mobe_table_fp4 },
+        [GGML_TYPE_Q5_0]   = { 32, 16, false, false, mobe_scales_q5_0,   mobe_bytes_q5_0, 0, 0, 0, NULL },
+        [GGML_TYPE_Q5_1]   = { 32, 16, false, false, mobe_scales_q5_1,   mobe_bytes_q5_1, 0, 0, 0, NULL },
+        [GGML_TYPE_Q8_0]   = { 32,  0, true,  true,  mobe_scales_q8_0,   mobe_bytes_q8_0, 0, MOBE_QS(block_q8_0), 0, NULL },
+        [GGML_TYPE_Q2_K]   = { 16,  2, false, false, mobe_scales_q2_k,   mobe_bytes_q2_k, 0, 0, 0, NULL },
+        [GGML_TYPE_Q3_K]   = { 16,  4, false, false, mobe_scales_q3_k,   mobe_bytes_q3_k, 0, 0, 0, NULL },
+        [GGML_TYPE_Q5_K]   = { 32, 16, false, false, mobe_scales_q5_k,   mobe_bytes_q5_k, 0, 0, 0, NULL },
+        [GGML_TYPE_Q6_K]   = { 16, 32, false, false, mobe_scales_q6_k,   mobe_bytes_q6_k, 0, 0, 0, NULL },
     };
 #undef MOBE_QS
     return (int) type >= 0 && type < GGML_TYPE_COUNT && formats[type].scales ? &formats[type] : NULL;

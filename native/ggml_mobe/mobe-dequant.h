@@ -16,8 +16,11 @@ enum {
 
 // A type whose numbers are scale*q - min, scale and min the same for `run` columns. A stretch is n <= MOBE_COLS columns, whole blocks.
 struct mobe_format {
-    int run;
-    // scale and min [n/run], in eights, the last filled up with zeros; returns the largest |scale*q - min| that can occur
+    int  run;
+    int  zero;  // the middle of the numbers, unless they are wide
+    bool wide;  // q is -128 .. 127, not 0 .. 127
+    bool twice; // so fine that a coefficient of eight bits would be coarse beside it
+    // scale and min [n/run], in eights, the last filled up with zeros; returns a bound of |scale|, close to the largest
     float (*scales)(const void * src, int n, float * scale, float * min);
     void  (*bytes)(const void * src, int n, int8_t * q); // [n]; NULL for nibbles:
 

@@ -1,22 +1,31 @@
 #include "mobe-form.h"
-#include "mobe-pair-decode.h"
-#include "mobe-pair.h"
+#include "mobe-quad-decode.h"
+#include "mobe-quad.h"
 
 #include "ggml-impl.h"
 
 #include <string.h>
 
 enum {
-    MOBE_SHARE = 32760, // units of an expert's coefficients, all together
-    MOBE_PARTS = 1024,  // pairs of a group at most: beyond, floats are summed
+    MOBE_SHARE = 32512, // the largest coefficient in units; its upper byte is at most 127, rounded too
+    MOBE_TWICE = 256,   // bases of a group at most, for sums with coefficients of 16 bits not to overflow
 #if defined(__AVX512F__) || (defined(__ARM_NEON) && defined(__aarch64__))
     MOBE_SUMS  = 16,    // vectors summed at a time: half of the registers
 #else
     MOBE_SUMS  = 8,
 #endif
+#if defined(__AVX512F__)
+    MOBE_MANY  = 8,     // experts that share loads
+#else
+    MOBE_MANY  = 2,
+#endif
 };
 
 static size_t mobe_align(size_t n) { return (n + 63) & ~(size_t) 63; }
+
+static int64_t mobe_groups(const struct mobe_former * former) { return former->shape.m/former->shape.m_group; }
+
+static int64_t mobe_group_of(const struct mobe_former * former, int64_t expert) { return expert/(former->shape.n/mobe_groups(former)); }
 
 void mobe_former_init(
         struct mobe_former * former, const struct ggml_tensor * basis, const struct ggml_tensor * mix,
@@ -25,283 +34,566 @@ void mobe_former_init(
     former->mix        = (const float *) mix->data;
     former->shape      = shape;
     former->activation = activation;
-#if defined(MOBE_PAIR)
-    former->ints = ggml_is_quantized(basis->type) && shape.m_group <= 2*MOBE_PARTS;
+    former->format     = mobe_format_of(basis->type);
+#if defined(MOBE_QUAD)
+    former->bytes = ggml_is_quantized(basis->type);
 #else
-    former->ints = false;
+    former->bytes = false;
 #endif
-    former->n_part = former->ints ? (shape.m_group + 1)/2 : shape.m_group;
-    former->n_pad  = (former->n_part + 15)/16*16;
+    former->twice  = former->bytes && former->format && former->format->twice && shape.m_group <= MOBE_TWICE;
+    former->stretch = ggml_row_size(basis->type, MOBE_COLS);
+    former->n_part = former->bytes ? (shape.m_group + 3)/4 : shape.m_group;
+    former->n_pad  = (shape.m_group + 31)/32*32;
+}
+
+// ---- layouts
+
+#define MOBE_TAKE(to, field, count) \
+    do { if (memory) { (to)->field = (void *) (memory + used); } used += mobe_align((count)*sizeof(*(to)->field)); } while (0)
+
+size_t mobe_list_place(const struct mobe_former * former, struct mobe_list * list, char * memory) {
+    size_t used = 0;
+    MOBE_TAKE(list, n,     mobe_groups(former));
+    MOBE_TAKE(list, basis, former->shape.m);
+    MOBE_TAKE(list, place, former->shape.m);
+    return used;
 }
 
 size_t mobe_terms_place(const struct mobe_former * former, struct mobe_terms * terms, char * memory) {
-    const size_t part = mobe_align(former->n_part*sizeof(int32_t));
-    const size_t coef = former->n_pad*sizeof(float);
-    if (memory) {
-        terms->part = (int32_t *) memory;
-        terms->even = (float *) (memory + part);
-        terms->odd  = (float *) (memory + part + coef);
-    }
-    return part + 2*coef;
+    size_t used = 0;
+    MOBE_TAKE(terms, part, former->n_part);
+    MOBE_TAKE(terms, coef, former->n_pad);
+    return used;
 }
 
 size_t mobe_tile_place(const struct mobe_former * former, struct mobe_tile * tile, char * memory) {
-    const int64_t n_group = former->shape.m/former->shape.m_group;
-    const size_t  data    = n_group*former->n_part*MOBE_COLS*sizeof(int32_t);
-    const size_t  unit    = n_group*former->n_pad*sizeof(float);
-    if (memory) {
-        tile->data = (int32_t *) memory;
-        tile->even = (float *) (memory + data);
-        tile->odd  = (float *) (memory + data + unit);
-        memset(tile->even, 0, 2*unit);
+    const int64_t n = mobe_groups(former);
+    size_t used = 0;
+    MOBE_TAKE(tile, data, n*former->n_part*MOBE_COLS*4);
+    if (former->bytes) {
+        MOBE_TAKE(tile, scale, n*former->n_part*MOBE_RUNS*4);
+        MOBE_TAKE(tile, shift, n*former->n_pad*MOBE_RUNS);
+        MOBE_TAKE(tile, most,  n*former->n_pad);
+        MOBE_TAKE(tile, shares, MOBE_MANY*former->n_pad);
+        MOBE_TAKE(tile, coefs, MOBE_MANY*former->n_part*MOBE_RUNS*4*(former->twice ? 2 : 1));
     }
-    return data + 2*unit;
+    return used;
+}
+
+size_t mobe_row_place(const struct mobe_former * former, struct mobe_row * row, int64_t n_expert, char * memory) {
+    size_t used = 0;
+    MOBE_TAKE(row, lists, n_expert);
+    MOBE_TAKE(row, terms, n_expert);
+    for (int64_t i = 0; i < n_expert; i++) {
+        used += mobe_list_place(former, memory ? &row->lists[i] : NULL, memory ? memory + used : NULL);
+        used += mobe_terms_place(former, memory ? &row->terms[i] : NULL, memory ? memory + used : NULL);
+    }
+    used += mobe_tile_place(former, memory ? &row->tile : NULL, memory ? memory + used : NULL);
+    return used;
+}
+#undef MOBE_TAKE
+
+// ---- what is mixed
+
+// of an expert in row rho; the next basis' coefficient is *stride further on
+static const float * mobe_coefs_of(const struct mobe_former * former, int64_t expert, int64_t rho, int64_t * stride) {
+    const struct ggml_mobe_shape * s = &former->shape;
+    *stride = s->row_mix ? s->r : 1;
+    return former->mix + expert*s->m_group**stride + (s->row_mix ? rho : 0);
+}
+
+void mobe_list_clear(const struct mobe_former * former, struct mobe_list * list) {
+    memset(list->place, 0xff, former->shape.m*sizeof(int32_t));
+}
+
+void mobe_list_add(const struct mobe_former * former, struct mobe_list * list, int64_t expert, int64_t rho) {
+    int64_t stride;
+    const float * mix = mobe_coefs_of(former, expert, rho, &stride);
+    int32_t * place = list->place + mobe_group_of(former, expert)*former->shape.m_group;
+    for (int64_t j = 0; j < former->shape.m_group; j++) {
+        if (mix[j*stride] != 0.0f) {
+            place[j] = 0;
+        }
+    }
+}
+
+void mobe_list_close(const struct mobe_former * former, struct mobe_list * list) {
+    const int64_t m = former->shape.m_group;
+    for (int64_t g = 0; g < mobe_groups(former); g++) {
+        int32_t n = 0;
+        for (int64_t j = 0; j < m; j++) {
+            if (list->place[g*m + j] >= 0) {
+                list->basis[g*m + n] = (int32_t) j;
+                list->place[g*m + j] = n++;
+            }
+        }
+        list->n[g] = n;
+    }
 }
 
 void mobe_terms_gather(
-        const struct mobe_former * former, struct mobe_terms * terms, int64_t expert, int64_t rho, bool * needed) {
-    const struct ggml_mobe_shape * s = &former->shape;
-    const int64_t stride = s->row_mix ? s->r : 1;
-    const float * mix    = former->mix + expert*s->m_group*stride + (s->row_mix ? rho : 0);
-    const int     each   = former->ints ? 2 : 1;
+        const struct mobe_former * former, struct mobe_terms * terms, const struct mobe_list * list, int64_t expert, int64_t rho) {
+    int64_t stride;
+    const float * mix = mobe_coefs_of(former, expert, rho, &stride);
+    const int each = former->bytes ? 4 : 1;
 
-    terms->group = expert/(s->n/(s->m/s->m_group));
+    terms->group = mobe_group_of(former, expert);
     terms->n     = 0;
-    memset(terms->even, 0, former->n_pad*sizeof(float));
-    memset(terms->odd,  0, former->n_pad*sizeof(float));
-    for (int64_t j = 0; j < s->m_group; j++) {
-        const float a = mix[j*stride];
+    memset(terms->coef, 0, former->n_pad*sizeof(float));
+    const int32_t * basis = list->basis + terms->group*former->shape.m_group;
+    for (int32_t i = 0; i < list->n[terms->group]; i++) {
+        const float a = mix[basis[i]*stride];
         if (a == 0.0f) {
             continue;
         }
-        const int64_t part = j/each;
-        (j%each == 0 ? terms->even : terms->odd)[part] = a;
-        if (terms->n == 0 || terms->part[terms->n - 1] != part) {
-            terms->part[terms->n++] = (int32_t) part;
-        }
-        needed[terms->group*s->m_group + j] = true;
-    }
-}
-
-// What one expert brings along for a tile: coefficients of all parts (pairs of integers, or floats), and what to multiply sums by.
-struct mobe_share {
-    const void * coefs;
-    float        unit;
-    float      * dst;
-};
-
-// n_sum vectors for each of n_expert (1 or 2) experts. list is NULL for all parts. The same formula for integers and floats;
-// n_sum, n_expert, ints and activation are constants where this is called.
-MOBE_INLINE void mobe_combine_columns(
-        const struct mobe_share * shares, int n_expert, const int32_t * list, int64_t n, const int32_t * data, int64_t c, int n_sum,
-        bool ints, enum ggml_mobe_activation activation) {
-    mobe_vec values[MOBE_SUMS];
-#if defined(MOBE_PAIR)
-    if (ints) {
-        mobe_pair sums[MOBE_SUMS];
-        for (int v = 0; v < n_expert*n_sum; v++) {
-            sums[v] = mobe_pair_zero();
-        }
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t   part = list ? list[i] : i;
-            const int32_t * src  = data + part*MOBE_COLS + c;
-            MOBE_KEEP(src);
-            mobe_pair coef[2];
-            for (int e = 0; e < n_expert; e++) {
-                coef[e] = mobe_pair_set(((const int32_t *) shares[e].coefs)[part]);
-            }
-            for (int v = 0; v < n_sum; v++) {
-                const mobe_pair b = mobe_pair_load(src + v*MOBE_VEC);
-                for (int e = 0; e < n_expert; e++) {
-                    sums[e*n_sum + v] = mobe_pair_dot(sums[e*n_sum + v], b, coef[e]);
-                    MOBE_PIN(sums[e*n_sum + v]);
-                }
-            }
-        }
-        for (int e = 0; e < n_expert; e++) {
-            const float unit = shares[e].unit;
-            MOBE_UNROLL
-            for (int v = 0; v < n_sum; v++) {
-                values[e*n_sum + v] = mobe_pair_to_float(sums[e*n_sum + v])*unit;
-            }
-        }
-    } else
-#endif
-    {
-        mobe_vec sums[MOBE_SUMS]; // apart from values, or GCC leaves them in memory
-        MOBE_UNROLL
-        for (int v = 0; v < n_expert*n_sum; v++) {
-            sums[v] = mobe_vec_set(0.0f);
-        }
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t part = list ? list[i] : i;
-            const float * src  = (const float *) data + part*MOBE_COLS + c;
-            MOBE_KEEP(src);
-            mobe_vec coef[2];
-            for (int e = 0; e < n_expert; e++) {
-                coef[e] = mobe_vec_set(((const float *) shares[e].coefs)[part]);
-            }
-            MOBE_UNROLL
-            for (int v = 0; v < n_sum; v++) {
-                const mobe_vec b = mobe_vec_load(src + v*MOBE_VEC);
-                for (int e = 0; e < n_expert; e++) {
-                    sums[e*n_sum + v] += coef[e]*b;
-                    MOBE_PIN(sums[e*n_sum + v]);
-                }
-            }
-        }
-        MOBE_UNROLL
-        for (int v = 0; v < n_expert*n_sum; v++) {
-            values[v] = sums[v];
-        }
-    }
-    for (int e = 0; e < n_expert; e++) {
-        float * dst = shares[e].dst + c;
-        MOBE_UNROLL
-        for (int v = 0; v < n_sum; v++) {
-            mobe_vec f = values[e*n_sum + v];
-            switch (activation) {
-                case GGML_MOBE_ACTIVATION_SILU: f = ints ? mobe_vec_silu_quick(f) : mobe_vec_silu(f); break;
-                case GGML_MOBE_ACTIVATION_TANH: f = ints ? mobe_vec_tanh_quick(f) : mobe_vec_tanh(f); break;
-                default: break;
-            }
-            mobe_vec_store(dst + v*MOBE_VEC, f);
+        terms->coef[i] = a;
+        if (terms->n == 0 || terms->part[terms->n - 1] != i/each) {
+            terms->part[terms->n++] = i/each;
         }
     }
 }
 
-MOBE_INLINE void mobe_combine_row(
-        const struct mobe_share * shares, int n_expert, const int32_t * list, int64_t n, const int32_t * data, int64_t n_cols,
-        bool ints, enum ggml_mobe_activation activation) {
-    int64_t c = 0;
-    for (; c + MOBE_SUMS/n_expert*MOBE_VEC <= n_cols; c += MOBE_SUMS/n_expert*MOBE_VEC) {
-        mobe_combine_columns(shares, n_expert, list, n, data, c, MOBE_SUMS/n_expert, ints, activation);
+// bases that an expert mixes
+static int64_t mobe_terms_count(const struct mobe_former * former, const struct mobe_terms * terms) {
+    int64_t n = 0;
+    for (int64_t j = 0; j < former->shape.m_group; j++) {
+        n += terms->coef[j] != 0.0f;
     }
-    for (; c + 4*MOBE_VEC <= n_cols; c += 4*MOBE_VEC) {
-        mobe_combine_columns(shares, n_expert, list, n, data, c, 4, ints, activation);
-    }
-    for (; c < n_cols; c += MOBE_VEC) {
-        mobe_combine_columns(shares, n_expert, list, n, data, c, 1, ints, activation);
-    }
+    return n;
 }
 
-// shares of two experts that mix all parts, or of one that mixes those listed
-typedef void (*mobe_combine_t)(
-        const struct mobe_share * shares, bool two, const int32_t * list, int64_t n, const int32_t * data, int64_t n_cols);
-
-#define MOBE_COMBINE(name, ints, activation) \
-    static void name( \
-            const struct mobe_share * shares, bool two, const int32_t * list, int64_t n, const int32_t * data, int64_t n_cols) { \
-        if (two) { \
-            mobe_combine_row(shares, 2, NULL, n, data, n_cols, ints, activation); \
-        } else { \
-            mobe_combine_row(shares, 1, list, n, data, n_cols, ints, activation); \
-        } \
-    }
-MOBE_COMBINE(mobe_combine_float_none, false, GGML_MOBE_ACTIVATION_NONE)
-MOBE_COMBINE(mobe_combine_float_silu, false, GGML_MOBE_ACTIVATION_SILU)
-MOBE_COMBINE(mobe_combine_float_tanh, false, GGML_MOBE_ACTIVATION_TANH)
-#if defined(MOBE_PAIR)
-MOBE_COMBINE(mobe_combine_int_none, true, GGML_MOBE_ACTIVATION_NONE)
-MOBE_COMBINE(mobe_combine_int_silu, true, GGML_MOBE_ACTIVATION_SILU)
-MOBE_COMBINE(mobe_combine_int_tanh, true, GGML_MOBE_ACTIVATION_TANH)
-#endif
-
-static const mobe_combine_t mobe_combine_of[2][GGML_MOBE_ACTIVATION_COUNT] = {
-    { mobe_combine_float_none, mobe_combine_float_silu, mobe_combine_float_tanh },
-#if defined(MOBE_PAIR)
-    { mobe_combine_int_none, mobe_combine_int_silu, mobe_combine_int_tanh },
-#endif
-};
+// ---- tiles
 
 // What is taken apart next follows in memory: the next stretch, or the next row; it is fetched ahead. There are more streams than
 // a processor watches by itself.
 void mobe_tile_decode(
-        const struct mobe_former * former, struct mobe_tile * tile, const bool * needed, int64_t rho, int64_t c0, int64_t n_cols) {
-    const struct ggml_tensor     * basis = former->basis;
-    const struct ggml_mobe_shape * s     = &former->shape;
-    const char * row = (const char *) basis->data + rho*basis->nb[1] + ggml_row_size(basis->type, c0);
-    const size_t all = ggml_row_size(basis->type, MOBE_COLS);
-#if defined(MOBE_PAIR)
-    const struct mobe_format * format = mobe_format_of(basis->type);
-#endif
+        const struct mobe_former * former, struct mobe_tile * tile, const struct mobe_list * list, int64_t rho, int64_t c0, int64_t n_cols) {
+    const struct ggml_tensor * basis = former->basis;
+    const int64_t m   = former->shape.m_group;
+    const size_t  all = former->stretch;
+    const char  * row = (const char *) basis->data + rho*basis->nb[1] + c0/MOBE_COLS*all;
 
-    for (int64_t g = 0; g < s->m/s->m_group; g++) {
-        for (int64_t part = 0; part < former->n_part; part++) {
-            int32_t * dst = tile->data + (g*former->n_part + part)*MOBE_COLS;
-            if (!former->ints) {
-                const int64_t j = g*s->m_group + part;
-                if (needed[j]) {
-                    mobe_prefetch(row + j*basis->nb[2] + all, all);
-                    mobe_decode(basis->type, row + j*basis->nb[2], (float *) dst, (int) n_cols);
-                    for (int64_t c = n_cols; c % MOBE_VEC != 0; c++) {
-                        ((float *) dst)[c] = 0.0f;
-                    }
+    tile->list = list;
+    for (int64_t g = 0; g < mobe_groups(former); g++) {
+        const int64_t n = list->n[g];
+        if (!former->bytes) {
+            for (int64_t i = 0; i < n; i++) {
+                const char * src = row + (g*m + list->basis[g*m + i])*basis->nb[2];
+                float      * dst = (float *) tile->data + (g*former->n_part + i)*MOBE_COLS;
+                mobe_prefetch(src + all, all);
+                mobe_decode(basis->type, src, dst, (int) n_cols);
+                for (int64_t c = n_cols; c % MOBE_VEC != 0; c++) {
+                    dst[c] = 0.0f;
                 }
-                continue;
             }
-#if defined(MOBE_PAIR)
-            const int64_t even     = g*s->m_group + 2*part;
-            const bool    has_even = needed[even];
-            const bool    has_odd  = 2*part + 1 < s->m_group && needed[even + 1];
-            if (has_even || has_odd) {
-                mobe_prefetch(row + even*basis->nb[2] + all, all);
-                if (has_odd) {
-                    mobe_prefetch(row + (even + 1)*basis->nb[2] + all, all);
-                }
-                mobe_pair_decode(basis->type, format,
-                    has_even ? row + even*basis->nb[2] : NULL, has_odd ? row + (even + 1)*basis->nb[2] : NULL, (int) n_cols,
-                    dst, &tile->even[g*former->n_pad + part], &tile->odd[g*former->n_pad + part]);
+            continue;
+        }
+#if defined(MOBE_QUAD)
+        for (int64_t i = 0; i < n; i += 4) {
+            const int64_t part = g*former->n_part + i/4;
+            const char * src[4];
+            for (int64_t p = 0; p < 4; p++) {
+                src[p] = i + p < n ? row + (g*m + list->basis[g*m + i + p])*basis->nb[2] : NULL;
+                mobe_prefetch(src[p] + all, src[p] ? all : 0);
             }
+            const struct mobe_four four = {
+                (uint8_t *) tile->data + part*MOBE_COLS*4, tile->scale + part*MOBE_RUNS*4,
+                tile->shift + (g*former->n_pad + i)*MOBE_RUNS, tile->most + g*former->n_pad + i,
+            };
+            mobe_quad_decode(basis->type, former->format, src, (int) n_cols, &four);
+        }
+        for (int64_t i = (n + 3)/4*4; i % 16 != 0; i++) {
+            tile->most[g*former->n_pad + i] = 0.0f; // read with whole vectors
+        }
 #endif
+    }
+}
+
+MOBE_INLINE void mobe_activate(mobe_vec * values, int n, enum ggml_mobe_activation activation, bool quick) {
+    switch (activation) {
+        case GGML_MOBE_ACTIVATION_SILU:
+            MOBE_UNROLL
+            for (int i = 0; i < n; i++) {
+                values[i] = quick ? mobe_vec_silu_quick(values[i]) : mobe_vec_silu(values[i]);
+            }
+            break;
+        case GGML_MOBE_ACTIVATION_TANH:
+            MOBE_UNROLL
+            for (int i = 0; i < n; i++) {
+                values[i] = quick ? mobe_vec_tanh_quick(values[i]) : mobe_vec_tanh(values[i]);
+            }
+            break;
+        default: break;
+    }
+}
+
+// ---- sums of floats
+
+// n_sum vectors for each of n_expert (1 or 2) experts; n_sum and n_expert are constants where this is called. list is NULL for all parts.
+MOBE_INLINE void mobe_float_columns(
+        const float * const * coefs, float * const * dst, int n_expert, const int32_t * list, int64_t n, const float * data, int64_t c,
+        int n_sum, enum ggml_mobe_activation activation) {
+    mobe_vec sums[MOBE_SUMS], values[MOBE_SUMS]; // two, or GCC leaves them in memory
+    MOBE_UNROLL
+    for (int v = 0; v < n_expert*n_sum; v++) {
+        sums[v] = mobe_vec_set(0.0f);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t part = list ? list[i] : i;
+        const float * src  = data + part*MOBE_COLS + c;
+        MOBE_KEEP(src);
+        mobe_vec coef[2];
+        for (int e = 0; e < n_expert; e++) {
+            coef[e] = mobe_vec_set(coefs[e][part]);
+        }
+        MOBE_UNROLL
+        for (int v = 0; v < n_sum; v++) {
+            const mobe_vec b = mobe_vec_load(src + v*MOBE_VEC);
+            for (int e = 0; e < n_expert; e++) {
+                sums[e*n_sum + v] += coef[e]*b;
+                MOBE_PIN(sums[e*n_sum + v]);
+            }
+        }
+    }
+    MOBE_UNROLL
+    for (int v = 0; v < n_expert*n_sum; v++) {
+        values[v] = sums[v];
+    }
+    mobe_activate(values, n_expert*n_sum, activation, false);
+    for (int e = 0; e < n_expert; e++) {
+        MOBE_UNROLL
+        for (int v = 0; v < n_sum; v++) {
+            mobe_vec_store(dst[e] + c + v*MOBE_VEC, values[e*n_sum + v]);
         }
     }
 }
 
-#if defined(MOBE_PAIR)
-// The coefficients as integers: each times the unit of its basis in this tile, in units of their absolute sum, which is returned.
-static float mobe_coefs(const struct mobe_former * former, const struct mobe_terms * terms, const struct mobe_tile * tile, int32_t * coefs) {
-    const float * even = tile->even + terms->group*former->n_pad;
-    const float * odd  = tile->odd  + terms->group*former->n_pad;
-    mobe_vec total = mobe_vec_set(0.0f);
-    for (int64_t i = 0; i < former->n_pad; i += MOBE_VEC) {
-        total += mobe_vec_abs(mobe_vec_load(terms->even + i)*mobe_vec_load(even + i));
-        total += mobe_vec_abs(mobe_vec_load(terms->odd + i)*mobe_vec_load(odd + i));
+MOBE_INLINE void mobe_float_row(
+        const float * const * coefs, float * const * dst, int n_expert, const int32_t * list, int64_t n, const float * data,
+        int64_t n_cols, enum ggml_mobe_activation activation) {
+    int64_t c = 0;
+    for (; c + MOBE_SUMS/n_expert*MOBE_VEC <= n_cols; c += MOBE_SUMS/n_expert*MOBE_VEC) {
+        mobe_float_columns(coefs, dst, n_expert, list, n, data, c, MOBE_SUMS/n_expert, activation);
     }
-    const float sum = mobe_vec_sum(total);
-    const float to  = sum > 0.0f ? MOBE_SHARE/sum : 0.0f;
-    for (int64_t i = 0; i < former->n_pad; i += MOBE_VEC) {
-        const mobe_vecu e = mobe_vec_round(mobe_vec_load(terms->even + i)*mobe_vec_load(even + i)*to);
-        const mobe_vecu o = mobe_vec_round(mobe_vec_load(terms->odd + i)*mobe_vec_load(odd + i)*to);
-        const mobe_vecu both = (e & 0xffff) | (o << 16);
-        memcpy(coefs + i, &both, sizeof(both));
+    for (; c + 4*MOBE_VEC <= n_cols; c += 4*MOBE_VEC) {
+        mobe_float_columns(coefs, dst, n_expert, list, n, data, c, 4, activation);
     }
-    return sum*(1.0f/MOBE_SHARE);
+    for (; c < n_cols; c += MOBE_VEC) {
+        mobe_float_columns(coefs, dst, n_expert, list, n, data, c, 1, activation);
+    }
 }
+
+static void mobe_float_combine(
+        const struct mobe_former * former, const struct mobe_terms * terms, int n_expert, const struct mobe_tile * tile,
+        int64_t n_cols, float * dst, int64_t stride) {
+    for (int i = 0; i < n_expert;) {
+        // two that mix everything share the loads
+        const int64_t n   = tile->list->n[terms[i].group];
+        const bool    two = i + 1 < n_expert && terms[i].group == terms[i + 1].group && terms[i].n == n && terms[i + 1].n == n;
+        const float * data = (const float *) tile->data + terms[i].group*former->n_part*MOBE_COLS;
+        const float * coefs[2] = { terms[i].coef, two ? terms[i + 1].coef : NULL };
+        float       * to[2]    = { dst + i*stride, dst + (i + 1)*stride };
+        if (two) {
+            mobe_float_row(coefs, to, 2, NULL, n, data, n_cols, former->activation);
+        } else {
+            mobe_float_row(coefs, to, 1, terms[i].part, terms[i].n, data, n_cols, former->activation);
+        }
+        i += 1 + two;
+    }
+}
+
+// ---- sums of bytes
+
+#if defined(MOBE_QUAD)
+
+typedef float   mobe_eight __attribute__((vector_size(32)));
+typedef int16_t mobe_short __attribute__((vector_size(2*MOBE_VEC))); // MOBE_VEC of them
+
+// What is the same for experts that are formed together. n_expert, n_run, twice and wide are constants where functions take this.
+struct mobe_together {
+    const struct mobe_former * former;
+    const struct mobe_terms  * terms;
+    const struct mobe_tile   * tile;
+    const int32_t            * list; // of parts, NULL for all
+    int64_t                    n;    // parts
+    float shift[MOBE_MANY*MOBE_RUNS] MOBE_ALIGNED; // [expert][run] sums of bytes, times unit, plus shift, are the values
+    float unit[MOBE_MANY];
+};
+
+// bytes of a part's coefficients: [expert][run][4], at least a vector
+MOBE_INLINE int mobe_coef_bytes(int n_expert, int n_run) { return n_expert*n_run*4 < 64 ? 64 : n_expert*n_run*4; }
+
+// The coefficients: each times the scales of its basis, as bytes [part][expert][run][4], the lower ones (twice) behind all upper ones;
+// and what does not depend on the numbers.
+MOBE_INLINE void mobe_bytes_share(struct mobe_together * t, int n_expert, int n_run, bool twice) {
+    const struct mobe_former * former = t->former;
+    const int64_t   group  = t->terms[0].group;
+    const float   * most   = t->tile->most  + group*former->n_pad;
+    const float   * shift  = t->tile->shift + group*former->n_pad*MOBE_RUNS;
+    const int16_t * scale  = t->tile->scale + group*former->n_part*MOBE_RUNS*4;
+    int16_t * const shares = t->tile->shares;
+    int8_t  * const high   = t->tile->coefs;
+    int8_t  * const low    = high + MOBE_MANY*former->n_part*MOBE_RUNS*4;
+    const int64_t   bases  = (t->tile->list->n[group] + MOBE_VEC - 1)/MOBE_VEC*MOBE_VEC;
+    const int       each   = mobe_coef_bytes(n_expert, n_run);
+
+    for (int e = 0; e < n_expert; e++) {
+        const float * coef = t->terms[e].coef;
+        mobe_vec top = mobe_vec_set(0.0f);
+        for (int64_t i = 0; i < bases; i += MOBE_VEC) {
+            top = mobe_vec_max(top, mobe_vec_abs(mobe_vec_load(coef + i)*mobe_vec_load(most + i)));
+        }
+        const float largest = mobe_vec_most(top);
+        const float to      = largest > 0.0f ? MOBE_SHARE/largest : 0.0f;
+        t->unit[e] = largest*((twice ? 1.0f : 256.0f)*32768.0f/32767.0f/MOBE_SHARE);
+        for (int64_t i = 0; i < bases; i += MOBE_VEC) {
+            const mobe_veci  units = (mobe_veci) (mobe_vec_load(coef + i)*mobe_vec_load(most + i)*to + 12582912.0f); // 1.5*2^23: rounds, in the low bits
+            const mobe_short s     = __builtin_convertvector(units, mobe_short);
+            memcpy(shares + e*former->n_pad + i, &s, sizeof(s));
+        }
+    }
+
+    const mobe_quad zero = mobe_quad_set(0x01010101u*(uint32_t) mobe_zero(former->format));
+    mobe_quad sums[MOBE_MANY*MOBE_RUNS/MOBE_VEC], low_sums[MOBE_MANY*MOBE_RUNS/MOBE_VEC]; // [expert][run]
+    const int n_vec = each/4/MOBE_VEC;
+    MOBE_UNROLL
+    for (int v = 0; v < n_vec; v++) {
+        sums[v] = low_sums[v] = mobe_quad_zero();
+    }
+    for (int64_t i = 0; i < t->n; i++) {
+        const int64_t part = n_expert == 1 && t->list ? t->list[i] : i;
+        MOBE_UNROLL
+        for (int v = 0; v < n_vec; v++) {
+            const int one = v*MOBE_VEC, two = one + 8 < n_expert*n_run ? one + 8 : one;
+            const int16_t * of_part = scale + part*MOBE_RUNS*4;
+            mobe_quad l;
+            const mobe_quad h = mobe_quad_coefs(
+                of_part + one%n_run*4, shares + one/n_run*former->n_pad + 4*part, of_part + two%n_run*4,
+                shares + two/n_run*former->n_pad + 4*part, twice ? &l : NULL);
+            mobe_quad_store(high + part*each + v*4*MOBE_VEC, h);
+            sums[v] = mobe_quad_dot(sums[v], zero, h, false);
+            if (twice) {
+                mobe_quad_store(low + part*each + v*4*MOBE_VEC, l);
+                low_sums[v] = mobe_quad_dot(low_sums[v], zero, l, false);
+            }
+        }
+    }
+    MOBE_UNROLL
+    for (int v = 0; v < n_vec; v++) {
+        mobe_vec s = mobe_quad_to_float(sums[v]);
+        if (twice) {
+            s = s*256.0f + mobe_quad_to_float(low_sums[v]);
+        }
+        mobe_vec_store(t->shift + v*MOBE_VEC, s);
+    }
+
+    // one sum over the bases, in their order: it must not depend on where on the list they are
+    for (int r = 0; r < n_run; r += 8) {
+        mobe_eight constant[MOBE_MANY];
+        MOBE_UNROLL
+        for (int e = 0; e < n_expert; e++) {
+            constant[e] = (mobe_eight) { 0 };
+        }
+        for (int64_t i = 0; i < 4*t->n; i++) {
+            const int64_t at = n_expert == 1 && t->list ? 4*t->list[i/4] + i%4 : i;
+            mobe_eight s;
+            memcpy(&s, shift + at*MOBE_RUNS + r, sizeof(s));
+            MOBE_UNROLL
+            for (int e = 0; e < n_expert; e++) {
+                constant[e] += t->terms[e].coef[at]*s;
+            }
+        }
+        MOBE_UNROLL
+        for (int e = 0; e < n_expert; e++) {
+            mobe_eight s;
+            memcpy(&s, t->shift + e*n_run + r, sizeof(s));
+            s = constant[e] - s*t->unit[e];
+            memcpy(t->shift + e*n_run + r, &s, sizeof(s));
+        }
+    }
+}
+
+MOBE_INLINE void mobe_bytes_add(
+        const struct mobe_together * t, int n_expert, int n_run, bool wide, int64_t r, const int8_t * coefs, const char * data,
+        mobe_quad * sums) {
+    const int n_sum = MOBE_COLS/n_run/MOBE_VEC;
+    for (int64_t i = 0; i < t->n; i++) {
+        const int64_t  part = n_expert == 1 && t->list ? t->list[i] : i;
+        const char   * src  = data + part*MOBE_COLS*4;
+        const int8_t * coef = coefs + part*mobe_coef_bytes(n_expert, n_run) + r*4;
+        MOBE_KEEP(src);
+        MOBE_KEEP(coef);
+        mobe_quad b[MOBE_COLS/8/MOBE_VEC];
+        for (int v = 0; v < n_sum; v++) {
+            b[v] = mobe_quad_load(src + v*4*MOBE_VEC);
+        }
+        MOBE_UNROLL
+        for (int e = 0; e < n_expert; e++) {
+            uint32_t four;
+            memcpy(&four, coef + e*n_run*4, sizeof(four));
+            const mobe_quad c = mobe_quad_set(four);
+            MOBE_UNROLL
+            for (int v = 0; v < n_sum; v++) {
+                sums[e*n_sum + v] = mobe_quad_dot(sums[e*n_sum + v], b[v], c, wide);
+                MOBE_PIN(sums[e*n_sum + v]);
+            }
+        }
+    }
+}
+
+MOBE_INLINE void mobe_bytes_row(
+        struct mobe_together * t, int n_expert, int n_run, bool wide, bool twice, int64_t n_cols, float * dst, int64_t stride) {
+    const int run   = MOBE_COLS/n_run;
+    const int n_sum = run/MOBE_VEC;
+    const int8_t * coefs = t->tile->coefs;
+    const int8_t * low   = coefs + MOBE_MANY*t->former->n_part*MOBE_RUNS*4;
+    const enum ggml_mobe_activation activation = t->former->activation;
+
+    mobe_bytes_share(t, n_expert, n_run, twice);
+    for (int64_t r = 0; r < n_cols/run; r++) {
+        const char * data = t->tile->data + (t->terms[0].group*t->former->n_part*MOBE_COLS + r*run)*4;
+        mobe_quad sums[MOBE_MANY*MOBE_COLS/8/MOBE_VEC];
+        mobe_vec  values[MOBE_MANY*MOBE_COLS/8/MOBE_VEC];
+        MOBE_UNROLL
+        for (int i = 0; i < n_expert*n_sum; i++) {
+            sums[i] = mobe_quad_zero();
+        }
+        mobe_bytes_add(t, n_expert, n_run, wide, r, coefs, data, sums);
+        if (twice) {
+            MOBE_UNROLL
+            for (int i = 0; i < n_expert*n_sum; i++) {
+                sums[i] = (mobe_quad) ((mobe_vecu) sums[i] << 8);
+            }
+            mobe_bytes_add(t, n_expert, n_run, wide, r, low, data, sums);
+        }
+        MOBE_UNROLL
+        for (int i = 0; i < n_expert*n_sum; i++) {
+            values[i] = mobe_quad_to_float(sums[i])*t->unit[i/n_sum] + t->shift[i/n_sum*n_run + r];
+        }
+        mobe_activate(values, n_expert*n_sum, activation, true);
+        MOBE_UNROLL
+        for (int i = 0; i < n_expert*n_sum; i++) {
+            mobe_vec_store(dst + i/n_sum*stride + r*run + i%n_sum*MOBE_VEC, values[i]);
+        }
+    }
+}
+
+// the constants of the functions above: as many experts as share registers, else one
+MOBE_INLINE void mobe_bytes_some(
+        struct mobe_together * t, int n_expert, int n_run, bool wide, bool twice, int64_t n_cols, float * dst, int64_t stride) {
+    switch (n_expert) {
+#if MOBE_VEC == 16
+        case 8:  mobe_bytes_row(t, 8, n_run, wide, twice, n_cols, dst, stride); break;
+        case 4:  mobe_bytes_row(t, 4, n_run, wide, twice, n_cols, dst, stride); break;
+#endif
+        case 2:  mobe_bytes_row(t, 2, n_run, wide, twice, n_cols, dst, stride); break;
+        default: mobe_bytes_row(t, 1, n_run, wide, twice, n_cols, dst, stride); break;
+    }
+}
+
+typedef void (*mobe_bytes_t)(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride);
+
+static void mobe_bytes_16(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
+    mobe_bytes_some(t, n_expert, 16, false, false, n_cols, dst, stride);
+}
+
+static void mobe_bytes_16_wide(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
+    mobe_bytes_some(t, n_expert, 16, true, false, n_cols, dst, stride);
+}
+
+static void mobe_bytes_32(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
+    mobe_bytes_some(t, n_expert, 8, false, false, n_cols, dst, stride);
+}
+
+static void mobe_bytes_32_wide(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
+    mobe_bytes_some(t, n_expert, 8, true, false, n_cols, dst, stride);
+}
+
+static void mobe_bytes_32_twice(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
+    mobe_bytes_some(t, n_expert, 8, true, true, n_cols, dst, stride);
+}
+
+static void mobe_bytes_combine(
+        const struct mobe_former * former, const struct mobe_terms * terms, int n_expert, const struct mobe_tile * tile,
+        int64_t n_cols, float * dst, int64_t stride) {
+    for (int i = 0; i < n_expert;) {
+        // those that mix everything share the loads
+        const int64_t all = (tile->list->n[terms[i].group] + 3)/4;
+        int same = 0;
+        while (same < MOBE_MANY && i + same < n_expert && terms[i + same].group == terms[i].group && terms[i + same].n == all) {
+            same++;
+        }
+        int n = MOBE_MANY;
+        while (n > 1 && n > same) {
+            n /= 2;
+        }
+        struct mobe_together t = { former, terms + i, tile, n > 1 || terms[i].n == all ? NULL : terms[i].part, terms[i].n };
+        const bool wide = mobe_wide(former->format);
+        const mobe_bytes_t combine = former->twice ? mobe_bytes_32_twice :
+            mobe_run(former->format) == 16 ? (wide ? mobe_bytes_16_wide : mobe_bytes_16) : (wide ? mobe_bytes_32_wide : mobe_bytes_32);
+        combine(&t, n, n_cols, dst + i*stride, stride);
+        i += n;
+    }
+}
+
 #endif
 
 void mobe_tile_combine(
         const struct mobe_former * former, const struct mobe_terms * terms, int n_expert, const struct mobe_tile * tile,
         int64_t n_cols, float * dst, int64_t stride) {
-    const mobe_combine_t combine = mobe_combine_of[former->ints][former->activation];
-    for (int i = 0; i < n_expert;) {
-        // two that mix everything share the loads
-        const bool two = i + 1 < n_expert && terms[i].n == former->n_part && terms[i + 1].n == former->n_part &&
-            terms[i].group == terms[i + 1].group;
-        struct mobe_share shares[2];
-#if defined(MOBE_PAIR)
-        int32_t coefs[2][MOBE_PARTS] MOBE_ALIGNED;
+#if defined(MOBE_QUAD)
+    if (former->bytes) {
+        mobe_bytes_combine(former, terms, n_expert, tile, n_cols, dst, stride);
+        return;
+    }
 #endif
-        for (int e = 0; e < 1 + two; e++) {
-            shares[e] = (struct mobe_share) { terms[i + e].even, 1.0f, dst + (i + e)*stride };
-#if defined(MOBE_PAIR)
-            if (former->ints) {
-                shares[e].unit  = mobe_coefs(former, &terms[i + e], tile, coefs[e]);
-                shares[e].coefs = coefs[e];
-            }
-#endif
+    mobe_float_combine(former, terms, n_expert, tile, n_cols, dst, stride);
+}
+
+// ---- rows for a few tokens
+
+// Taking a basis apart costs about as much as two experts' sums with it.
+void mobe_row_gather(
+        const struct mobe_former * former, struct mobe_row * row, const int32_t * experts, const int32_t * index, int64_t n_expert,
+        int64_t rho) {
+#define MOBE_EXPERT(i) experts[index ? index[i] : (i)]
+    row->n_expert = n_expert;
+    struct mobe_list * all = &row->lists[0];
+    mobe_list_clear(former, all);
+    for (int64_t i = 0; i < n_expert; i++) {
+        mobe_list_add(former, all, MOBE_EXPERT(i), rho);
+    }
+    mobe_list_close(former, all);
+    int64_t together = 0, apart = 0;
+    for (int64_t g = 0; g < mobe_groups(former); g++) {
+        together += all->n[g];
+    }
+    for (int64_t i = 0; i < n_expert; i++) {
+        mobe_terms_gather(former, &row->terms[i], all, MOBE_EXPERT(i), rho);
+        apart += mobe_terms_count(former, &row->terms[i]);
+    }
+    row->apart = n_expert > 1 && apart <= 2*together;
+    for (int64_t i = 0; row->apart && i < n_expert; i++) {
+        mobe_list_clear(former, &row->lists[i]);
+        mobe_list_add(former, &row->lists[i], MOBE_EXPERT(i), rho);
+        mobe_list_close(former, &row->lists[i]);
+        mobe_terms_gather(former, &row->terms[i], &row->lists[i], MOBE_EXPERT(i), rho);
+    }
+#undef MOBE_EXPERT
+}
+
+void mobe_row_form(
+        const struct mobe_former * former, struct mobe_row * row, int64_t first, int n_expert, int64_t rho, int64_t c0, int64_t n_cols,
+        float * dst, int64_t stride) {
+    if (!row->apart) {
+        if (first == 0) {
+            mobe_tile_decode(former, &row->tile, &row->lists[0], rho, c0, n_cols);
         }
-        combine(shares, two, terms[i].part, terms[i].n, tile->data + terms[i].group*former->n_part*MOBE_COLS, n_cols);
-        i += 1 + two;
+        mobe_tile_combine(former, row->terms + first, n_expert, &row->tile, n_cols, dst, stride);
+        return;
+    }
+    for (int i = 0; i < n_expert; i++) {
+        mobe_tile_decode(former, &row->tile, &row->lists[first + i], rho, c0, n_cols);
+        mobe_tile_combine(former, row->terms + first + i, 1, &row->tile, n_cols, dst + i*stride, stride);
     }
 }

@@ -1,13 +1,14 @@
 // Forming rows of f( sum_j alpha_j B_j ): the part of the CPU kernel that knows what a basis is made of.
 //
-// A tile is a stretch of MOBE_COLS columns of one row of all bases that are needed. It is taken apart once and lies in the first-level
-// cache while the experts in use combine it, one after the other. What comes out for an expert depends on nothing but its own
-// coefficients and the bases: not on the other experts, the threads or the number of tokens.
+// A tile is a stretch of MOBE_COLS columns of one row of the bases on a list. It is taken apart once and lies in the first-level
+// cache while experts combine it, one after the other. What comes out for an expert depends on nothing but its own
+// coefficients and the bases: not on the other experts, the list, the threads or the number of tokens.
 //
-// Quantized bases are summed as integers where the processor has instructions for it (mobe-pair.h): in a tile the numbers of a basis are
-// 16-bit multiples of a unit, so chosen that the largest is about 2^15; an expert's coefficients, each times the unit of its
-// basis, become 16-bit multiples of a unit of their own, so chosen that their absolute sum is below 2^15, and no sum can
-// overflow. Squared error relative to the values: 1e-8 for bases of up to 6 bits, 1.3e-6 for q8_0, whose own rounding it is.
+// Quantized bases are summed as bytes where the processor has instructions for it (mobe-quad.h). A tile has their numbers as they are
+// in the file, and the scales of each run of 32 (or 16) columns apart from them. An expert's coefficients, times the scales of
+// a run, are rounded to 8 bits, of which the largest uses nearly all: as exact as what ggml makes of a matrix in q8_0 or of the inputs of a
+// product. q8_0 bases, for which that would be coarse, get 16 bits in two rounds. What belongs to the middle of the numbers
+// is added in float, so that only the distance from there is rounded. Squared error relative to the values: 2e-5 to 6e-5, q8_0 1e-8.
 // Bases in f32, f16 and bf16 are summed as floats, all others too where there are no such instructions.
 
 #pragma once
@@ -21,44 +22,85 @@ struct mobe_former {
     const float              * mix;
     struct ggml_mobe_shape     shape;
     enum ggml_mobe_activation  activation;
-    bool    ints;
-    int64_t n_part; // parts of a group: a part is a pair of neighbouring bases for integers (the last may lack a partner), else one basis
-    int64_t n_pad;  // n_part, rounded up such that arrays of parts end at the end of a vector
+    const struct mobe_format * format;
+    bool    bytes;  // sums of bytes, not of floats
+    bool    twice;  // with coefficients of two bytes
+    size_t  stretch; // bytes of MOBE_COLS columns
+    int64_t n_part; // parts of a group: a part is four bases on a list for bytes (the last may have fewer), else one
+    int64_t n_pad;  // bases of a group, rounded up to whole vectors of 16 bits
 };
 
 void mobe_former_init(
         struct mobe_former * former, const struct ggml_tensor * basis, const struct ggml_tensor * mix,
         struct ggml_mobe_shape shape, enum ggml_mobe_activation activation);
 
-// What one expert mixes (in one row, when the mix is row-wise). Parts with nothing but zero coefficients are not listed.
+// The bases that some experts mix, each group's in ascending order.
+struct mobe_list {
+    int32_t * n;     // [groups]
+    int32_t * basis; // [groups][m_group] n of them, numbered within the group
+    int32_t * place; // [groups][m_group] where on the list a basis is, -1: not there
+};
+
+// What one expert mixes (in one row, when the mix is not row-wise), in the order of a list. Parts with nothing but zero
+// coefficients are not listed.
 struct mobe_terms {
     int64_t   group;
     int64_t   n;
     int32_t * part; // [n_part] ascending, n of them
-    float   * even; // [n_pad]  coefficients of all parts: of the first basis of a pair, or of the basis
-    float   * odd;  // [n_pad]  of the second basis of a pair
+    float   * coef; // [n_pad]  zeros from the list's end on
 };
 
 struct mobe_tile {
-    int32_t * data; // [groups][n_part][MOBE_COLS] pairs of 16-bit numbers, or floats
-    float   * even; // [groups][n_pad] integers only: units of the first bases of the pairs
-    float   * odd;
+    const struct mobe_list * list;
+    char    * data;  // [groups][n_part] bytes [MOBE_COLS][4], or floats [MOBE_COLS]
+    int16_t * scale; // [groups][n_part][MOBE_RUNS][4] bytes only: see mobe_four, as for the next two
+    float   * shift; // [groups][n_pad][MOBE_RUNS]
+    float   * most;  // [groups][n_pad]
+    int16_t * shares; // room for the coefficients of a few experts: as fractions of the largest
+    int8_t  * coefs;  // times scales
 };
 
 // Each lays its arrays out from memory on (64-byte aligned) and returns the bytes used, a multiple of 64; NULL only counts.
+size_t mobe_list_place(const struct mobe_former * former, struct mobe_list * list, char * memory);
 size_t mobe_terms_place(const struct mobe_former * former, struct mobe_terms * terms, char * memory);
 size_t mobe_tile_place(const struct mobe_former * former, struct mobe_tile * tile, char * memory);
 
-// The coefficients of an expert for row rho (any row when the mix is not row-wise); marks the bases that it mixes in needed[m].
+// A list is emptied, gets what experts mix in some rows (any row when the mix is not row-wise), and is closed.
+void mobe_list_clear(const struct mobe_former * former, struct mobe_list * list);
+void mobe_list_add(const struct mobe_former * former, struct mobe_list * list, int64_t expert, int64_t rho);
+void mobe_list_close(const struct mobe_former * former, struct mobe_list * list);
+
+// The coefficients of an expert for row rho; all that it mixes is on the list.
 void mobe_terms_gather(
-        const struct mobe_former * former, struct mobe_terms * terms, int64_t expert, int64_t rho, bool * needed);
+        const struct mobe_former * former, struct mobe_terms * terms, const struct mobe_list * list, int64_t expert, int64_t rho);
 
-// Takes columns c0 .. c0 + n_cols <= c0 + MOBE_COLS of row rho of the needed bases apart. c0 is a multiple of MOBE_COLS.
+// Takes columns c0 .. c0 + n_cols <= c0 + MOBE_COLS of row rho of the bases on a list apart. c0 is a multiple of MOBE_COLS.
 void mobe_tile_decode(
-        const struct mobe_former * former, struct mobe_tile * tile, const bool * needed, int64_t rho, int64_t c0, int64_t n_cols);
+        const struct mobe_former * former, struct mobe_tile * tile, const struct mobe_list * list, int64_t rho, int64_t c0, int64_t n_cols);
 
-// dst[e*stride + c] = f( sum ) for n_expert experts and c < n_cols; up to the next multiple of MOBE_VEC something finite. dst and stride
-// are multiples of 64 bytes.
+// dst[e*stride + c] = f( sum ) for n_expert experts, whose terms are in the order of the tile's list, and c < n_cols; up to the next
+// multiple of MOBE_VEC something finite. dst and stride are multiples of 64 bytes.
 void mobe_tile_combine(
         const struct mobe_former * former, const struct mobe_terms * terms, int n_expert, const struct mobe_tile * tile,
         int64_t n_cols, float * dst, int64_t stride);
+
+// Rows for a few tokens: what experts mix in a row, together or each by itself.
+struct mobe_row {
+    bool                apart; // they share so little that each takes its own bases apart
+    int64_t             n_expert;
+    struct mobe_list  * lists; // [n_expert], or one
+    struct mobe_terms * terms; // [n_expert]
+    struct mobe_tile    tile;
+};
+
+size_t mobe_row_place(const struct mobe_former * former, struct mobe_row * row, int64_t n_expert, char * memory);
+
+// For row rho, or for all rows when the mix is not row-wise; experts[index[i]] when there is an index.
+void mobe_row_gather(
+        const struct mobe_former * former, struct mobe_row * row, const int32_t * experts, const int32_t * index, int64_t n_expert,
+        int64_t rho);
+
+// As mobe_tile_combine, for experts first .. first + n_expert of those gathered; those of a row are formed in ascending order.
+void mobe_row_form(
+        const struct mobe_former * former, struct mobe_row * row, int64_t first, int n_expert, int64_t rho, int64_t c0, int64_t n_cols,
+        float * dst, int64_t stride);

@@ -14,22 +14,22 @@
 
 enum { MOBE_MUL = 4 }; // rows, and inputs, of a product
 
-static inline float mobe_dot(const float * a, const float * b, int64_t n) {
-    mobe_vec sums[4] = { mobe_vec_set(0.0f), mobe_vec_set(0.0f), mobe_vec_set(0.0f), mobe_vec_set(0.0f) };
+// sums[MOBE_VEC] += a*b over n columns, whichever lane a column falls into
+static inline void mobe_dot_add(const float * a, const float * b, int64_t n, float * sums) {
+    mobe_vec sum[4] = { mobe_vec_load(sums), mobe_vec_set(0.0f), mobe_vec_set(0.0f), mobe_vec_set(0.0f) };
     int64_t c = 0;
     for (; c + 4*MOBE_VEC <= n; c += 4*MOBE_VEC) {
         for (int v = 0; v < 4; v++) {
-            sums[v] += mobe_vec_load(a + c + v*MOBE_VEC)*mobe_vec_load(b + c + v*MOBE_VEC);
+            sum[v] += mobe_vec_load(a + c + v*MOBE_VEC)*mobe_vec_load(b + c + v*MOBE_VEC);
         }
     }
     for (; c + MOBE_VEC <= n; c += MOBE_VEC) {
-        sums[0] += mobe_vec_load(a + c)*mobe_vec_load(b + c);
+        sum[0] += mobe_vec_load(a + c)*mobe_vec_load(b + c);
     }
-    float sum = mobe_vec_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    mobe_vec_store(sums, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; c < n; c++) {
-        sum += a[c]*b[c];
+        sums[0] += a[c]*b[c];
     }
-    return sum;
 }
 
 // dst[row + u*stride] += rows[row] . x[u] over n columns, for n_row rows that are row_bytes apart and n_x inputs; n_row and n_x are

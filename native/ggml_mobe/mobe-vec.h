@@ -72,8 +72,32 @@ static inline float mobe_vec_sum(mobe_vec v) {
 
 static inline mobe_vec mobe_vec_abs(mobe_vec v) { return (mobe_vec) ((mobe_veci) v & 0x7fffffff); }
 
-// the nearest integers; their low 16 bits are right for |v| < 2^21, in two's complement
-static inline mobe_vecu mobe_vec_round(mobe_vec v) { return (mobe_vecu) (v + 12582912.0f); }
+static inline mobe_vec mobe_vec_max(mobe_vec a, mobe_vec b) {
+#if defined(__AVX512F__)
+    return (mobe_vec) _mm512_max_ps((__m512) a, (__m512) b);
+#elif defined(__AVX__)
+    return (mobe_vec) _mm256_max_ps((__m256) a, (__m256) b);
+#else
+    const mobe_veci first = a > b;
+    return (mobe_vec) (((mobe_veci) a & first) | ((mobe_veci) b & ~first));
+#endif
+}
+
+// the largest lane
+static inline float mobe_vec_most(mobe_vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512) v);
+#else
+    float most[MOBE_VEC];
+    memcpy(most, &v, sizeof(v));
+    for (int n = MOBE_VEC/2; n > 0; n /= 2) {
+        for (int i = 0; i < n; i++) {
+            most[i] = most[i] > most[i + n] ? most[i] : most[i + n];
+        }
+    }
+    return most[0];
+#endif
+}
 
 // NaN stays NaN
 static inline mobe_vec mobe_vec_clamp(mobe_vec v, float lo, float hi) {

@@ -19,12 +19,12 @@ struct test_mobe_proj : public test_case {
             ",activation=" + ggml_mobe_activation_name(activation);
     }
 
-    // float32 sums in another order; the basis itself is dequantized to the same numbers on both sides. The CPU kernel sums quantized
-    // bases as 16-bit integers and multiplies a prompt in bf16: up to 1.1e-5 (iq4_xs), less than rounding x to 8 bit
-    // costs ggml's own products. A few dozen results may by chance be small beside what they are sums of.
+    // float32 sums in another order; the basis itself is dequantized to the same numbers on both sides. The CPU kernel rounds what
+    // multiplies quantized bases to 8 bit and multiplies a prompt in bf16: up to 1e-4, about what rounding x to 8 bit costs
+    // ggml's own products. A few dozen results may by chance be small beside what they are sums of.
     double max_nmse_err() override {
         const bool few = r*n_used*n_tokens < 1000;
-        return !ggml_is_quantized(type_basis) ? 1e-9 : few ? 2e-4 : 2e-5;
+        return !ggml_is_quantized(type_basis) ? 1e-9 : few ? 5e-4 : 2e-4;
     }
 
     // a backend may round the combination or x to 16 bit, or to 8 bit with a scale a block

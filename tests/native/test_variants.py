@@ -37,12 +37,13 @@ def test_x86(ggml, tmp_path, name):
     check(build.Program(tmp_path / "operator"))
 
 
-def test_aarch64(ggml, tmp_path):
+@pytest.mark.parametrize("flags", ["", "-march=armv8.2-a+dotprod"], ids=["neon", "dotprod"])
+def test_aarch64(ggml, tmp_path, flags):
     compiler = shutil.which("aarch64-linux-gnu-gcc")
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip(
             "needs aarch64-linux-gnu-gcc and qemu-user: apt install gcc-aarch64-linux-gnu qemu-user-static"
         )
-    build.compile_program(ggml, tmp_path / "operator", "-O2 -static", compiler)
+    build.compile_program(ggml, tmp_path / "operator", f"-O2 -static {flags}", compiler)
     check(build.Program(tmp_path / "operator", (emulator,)))

@@ -6,7 +6,7 @@
 #include "ggml-mobe.h"
 #include "mobe-cpu.h"
 #include "mobe-form.h"
-#include "mobe-pair.h"
+#include "mobe-quad.h"
 #include "mobe-vec.h"
 
 #include "ggml-cpu-impl.h"
@@ -137,34 +137,23 @@ static void drop(struct ggml_tensor * t) {
     free(t);
 }
 
-// rows row0 .. r of n_expert <= 8 experts, by the functions that the operator forms them with: dst[n_expert][r - row0][d]
+// rows row0 .. r of n_expert experts, by the functions that the operator forms them with: dst[n_expert][r - row0][d]
 static void form(const struct mobe_former * former, const int32_t * experts, int n_expert, int64_t row0, float * dst) {
     const struct ggml_mobe_shape * s = &former->shape;
-    struct mobe_terms terms[8];
-    struct mobe_tile  tile;
-    const size_t terms_size = mobe_terms_place(former, NULL, NULL);
-    char * memory = aligned_alloc(64, 8*terms_size + mobe_tile_place(former, NULL, NULL));
-    bool * needed = malloc(s->m*sizeof(bool));
-    mobe_tile_place(former, &tile, memory + 8*terms_size);
-    for (int i = 0; i < n_expert; i++) {
-        mobe_terms_place(former, &terms[i], memory + i*terms_size);
-    }
+    struct mobe_row row;
+    char * memory = aligned_alloc(64, mobe_row_place(former, NULL, n_expert, NULL));
+    mobe_row_place(former, &row, n_expert, memory);
     for (int64_t rho = row0; rho < s->r; rho++) {
-        memset(needed, 0, s->m*sizeof(bool));
-        for (int i = 0; i < n_expert; i++) {
-            mobe_terms_gather(former, &terms[i], experts[i], rho, needed);
-        }
+        mobe_row_gather(former, &row, experts, NULL, n_expert, rho);
         for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
             const int64_t n = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
             float values[8*MOBE_COLS] MOBE_ALIGNED;
-            mobe_tile_decode(former, &tile, needed, rho, c0, n);
-            mobe_tile_combine(former, terms, n_expert, &tile, n, values, MOBE_COLS);
+            mobe_row_form(former, &row, 0, n_expert, rho, c0, n, values, MOBE_COLS);
             for (int i = 0; i < n_expert; i++) {
                 memcpy(dst + ((i*(s->r - row0)) + rho - row0)*s->d + c0, values + i*MOBE_COLS, n*sizeof(float));
             }
         }
     }
-    free(needed);
     free(memory);
 }
 
@@ -247,7 +236,7 @@ static double check(const struct test * t) {
     compute(z, 1, false);
     memcpy(one, z->data, n*sizeof(float));
     const double error = nmse(truth, one, n);
-    expect(error < (ggml_is_quantized(t->type) ? 2e-5 : 1e-10), "error", t, error);
+    expect(error < (ggml_is_quantized(t->type) ? 2e-4 : 1e-10), "error", t, error);
     for (int n_threads = 2; n_threads <= 3; n_threads++) {
         memset(z->data, 0xff, n*sizeof(float));
         compute(z, n_threads, false);
@@ -271,7 +260,7 @@ static double check(const struct test * t) {
             product[s*t->r + rho] = (float) sum;
         }
     }
-    expect(nmse(truth, product, (int64_t) t->k*t->r) < (ggml_is_quantized(t->type) ? 2e-5 : 1e-10), "formed rows", t, 0);
+    expect(nmse(truth, product, (int64_t) t->k*t->r) < (ggml_is_quantized(t->type) ? 2e-4 : 1e-10), "formed rows", t, 0);
     form(&former, first + t->k - 1, 1, 1, alone);
     expect(memcmp(alone, rows + ((int64_t) (t->k - 1)*t->r + 1)*t->d, (size_t) (t->r - 1)*t->d*sizeof(float)) == 0,
         "formed rows depend on the other experts", t, 0);
@@ -349,8 +338,8 @@ int main(int argc, char ** argv) {
     ((struct ggml_type_traits_cpu *) ggml_get_type_traits_cpu(GGML_TYPE_Q8_0))->from_float =
         ggml_get_type_traits(GGML_TYPE_Q8_0)->from_float_ref;
 
-#if defined(MOBE_PAIR)
-    printf("sums of 16-bit integers, vectors of %d\n", MOBE_VEC);
+#if defined(MOBE_QUAD)
+    printf("sums of bytes, vectors of %d\n", MOBE_VEC);
 #else
     printf("sums of floats, vectors of %d\n", MOBE_VEC);
 #endif

@@ -1,0 +1,31 @@
+// Taking four quantized bases apart for sums of bytes (mobe-quad.h).
+
+#pragma once
+
+#include "mobe-dequant.h"
+
+#include <stdint.h>
+
+// Runs of columns with a scale of their own in a stretch: 16 of 16 columns, or 8 of 32.
+static inline int mobe_run(const struct mobe_format * format) { return format ? format->run : 16; }
+// eight bits and a sign, rather than 0 .. 127
+static inline bool mobe_wide(const struct mobe_format * format) { return !format || format->wide; }
+
+// What four bases are in a stretch. The number at column c of basis p is scale*(q - zero) + shift, with
+//   q     = data[4*c + p], as mobe-quad.h wants it
+//   zero  = the middle of the numbers, the same for all: mobe_zero
+//   scale = most[p]*scale[4*run + p]/32767
+//   shift = shift[MOBE_RUNS*p + run]
+struct mobe_four {
+    uint8_t * data;  // [4*MOBE_COLS], 64-byte aligned
+    int16_t * scale; // [4*MOBE_RUNS], too
+    float   * shift; // [4*MOBE_RUNS]
+    float   * most;  // [4]
+};
+
+float mobe_zero(const struct mobe_format * format);
+
+// n_cols <= MOBE_COLS columns, whole blocks. A basis that is not read (NULL) has scales and shifts of 0, whatever bytes stand in
+// for it; one of them is not NULL. format is mobe_format_of(type).
+void mobe_quad_decode(
+        enum ggml_type type, const struct mobe_format * format, const char * const * src, int n_cols, const struct mobe_four * dst);

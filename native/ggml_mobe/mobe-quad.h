@@ -1,0 +1,238 @@
+// Sums of products of bytes: a 32-bit lane holds the numbers of four bases at one column, another lane four coefficients, and one
+// instruction (VNNI, NEON's dot product) multiplies them and adds them up in 32 bits: four times the products of a float
+// multiply-add. AVX2 and AVX-512BW without VNNI take three instructions. MOBE_QUAD is not defined where there is none of
+// these; the kernel then sums floats.
+//
+// Coefficients are signed and at least -127. Numbers are "narrow", 0 .. 127, or "wide", eight bits and a sign; wide ones lie in
+// memory with MOBE_WIDE_BIAS added, as the instruction takes them.
+
+#pragma once
+
+#include "mobe-vec.h"
+
+#if defined(__GNUC__) && defined(__AVX512F__) && defined(__AVX512BW__)
+
+#define MOBE_QUAD 1
+typedef __m512i mobe_quad; // MOBE_VEC lanes
+typedef __m128i mobe_piece;
+
+static inline mobe_quad mobe_quad_zero(void) { return _mm512_setzero_si512(); }
+static inline mobe_quad mobe_quad_set(uint32_t four) { return _mm512_set1_epi32((int32_t) four); }
+static inline mobe_quad mobe_quad_load(const void * p) { return _mm512_load_si512(p); }
+static inline void      mobe_quad_store(void * p, mobe_quad v) { _mm512_store_si512(p, v); }
+static inline mobe_vec  mobe_quad_to_float(mobe_quad v) { return (mobe_vec) _mm512_cvtepi32_ps(v); }
+
+#if defined(__AVX512VNNI__)
+#define MOBE_WIDE_BIAS 128
+static inline mobe_quad mobe_quad_dot(mobe_quad sum, mobe_quad numbers, mobe_quad coefs, bool wide) {
+    (void) wide;
+    return _mm512_dpbusd_epi32(sum, numbers, coefs);
+}
+#else
+#define MOBE_WIDE_BIAS 0
+static inline mobe_quad mobe_quad_dot(mobe_quad sum, mobe_quad numbers, mobe_quad coefs, bool wide) {
+    if (wide) { // the sign goes over to the coefficients; two products are at most 2*128*127
+        coefs   = _mm512_mask_sub_epi8(coefs, _mm512_movepi8_mask(numbers), _mm512_setzero_si512(), coefs);
+        numbers = _mm512_abs_epi8(numbers);
+    }
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(numbers, coefs), _mm512_set1_epi16(1)));
+}
+#endif
+
+#elif defined(__GNUC__) && defined(__AVX2__)
+
+#define MOBE_QUAD 1
+typedef __m256i mobe_quad;
+typedef __m128i mobe_piece;
+
+static inline mobe_quad mobe_quad_zero(void) { return _mm256_setzero_si256(); }
+static inline mobe_quad mobe_quad_set(uint32_t four) { return _mm256_set1_epi32((int32_t) four); }
+static inline mobe_quad mobe_quad_load(const void * p) { return _mm256_load_si256((const __m256i *) p); }
+static inline void      mobe_quad_store(void * p, mobe_quad v) { _mm256_store_si256((__m256i *) p, v); }
+static inline mobe_vec  mobe_quad_to_float(mobe_quad v) { return (mobe_vec) _mm256_cvtepi32_ps(v); }
+
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define MOBE_WIDE_BIAS 128
+static inline mobe_quad mobe_quad_dot(mobe_quad sum, mobe_quad numbers, mobe_quad coefs, bool wide) {
+    (void) wide;
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, numbers, coefs);
+#else
+    return _mm256_dpbusd_epi32(sum, numbers, coefs);
+#endif
+}
+#else
+#define MOBE_WIDE_BIAS 0
+static inline mobe_quad mobe_quad_dot(mobe_quad sum, mobe_quad numbers, mobe_quad coefs, bool wide) {
+    if (wide) {
+        coefs   = _mm256_sign_epi8(coefs, numbers);
+        numbers = _mm256_abs_epi8(numbers);
+    }
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(numbers, coefs), _mm256_set1_epi16(1)));
+}
+#endif
+
+#elif defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+
+#include <arm_neon.h>
+
+#define MOBE_QUAD 1
+#define MOBE_WIDE_BIAS 0
+typedef int32x4_t  mobe_quad;
+typedef uint8x16_t mobe_piece;
+
+static inline mobe_quad mobe_quad_zero(void) { return vdupq_n_s32(0); }
+static inline mobe_quad mobe_quad_set(uint32_t four) { return vdupq_n_s32((int32_t) four); }
+static inline mobe_quad mobe_quad_load(const void * p) { return vld1q_s32((const int32_t *) p); }
+static inline void      mobe_quad_store(void * p, mobe_quad v) { vst1q_s32((int32_t *) p, v); }
+static inline mobe_vec  mobe_quad_to_float(mobe_quad v) { return (mobe_vec) vcvtq_f32_s32(v); }
+static inline mobe_quad mobe_quad_dot(mobe_quad sum, mobe_quad numbers, mobe_quad coefs, bool wide) {
+    (void) wide;
+    return vdotq_s32(sum, vreinterpretq_s8_s32(numbers), vreinterpretq_s8_s32(coefs));
+}
+
+#endif
+
+#if defined(MOBE_QUAD)
+
+// ---- bytes of four bases side by side
+
+#if defined(__aarch64__)
+static inline mobe_piece mobe_piece_load(const void * p) { return vld1q_u8((const uint8_t *) p); }
+static inline void       mobe_piece_store(void * p, mobe_piece v) { vst1q_u8((uint8_t *) p, v); }
+#define MOBE_ZIP(bits) \
+    static inline mobe_piece mobe_zip_low_##bits(mobe_piece a, mobe_piece b) { \
+        return vreinterpretq_u8_u##bits(vzip1q_u##bits(vreinterpretq_u##bits##_u8(a), vreinterpretq_u##bits##_u8(b))); \
+    } \
+    static inline mobe_piece mobe_zip_high_##bits(mobe_piece a, mobe_piece b) { \
+        return vreinterpretq_u8_u##bits(vzip2q_u##bits(vreinterpretq_u##bits##_u8(a), vreinterpretq_u##bits##_u8(b))); \
+    }
+#define vreinterpretq_u8_u8(v) (v)
+#else
+static inline mobe_piece mobe_piece_load(const void * p) { return _mm_loadu_si128((const __m128i *) p); }
+static inline void       mobe_piece_store(void * p, mobe_piece v) { _mm_storeu_si128((__m128i *) p, v); }
+#define MOBE_ZIP(bits) \
+    static inline mobe_piece mobe_zip_low_##bits(mobe_piece a, mobe_piece b) { return _mm_unpacklo_epi##bits(a, b); } \
+    static inline mobe_piece mobe_zip_high_##bits(mobe_piece a, mobe_piece b) { return _mm_unpackhi_epi##bits(a, b); }
+#endif
+MOBE_ZIP(8)
+MOBE_ZIP(16)
+MOBE_ZIP(32)
+#undef MOBE_ZIP
+
+// 16 bytes of each of four bases as 16 lanes
+enum { MOBE_JOINED = 16/MOBE_VEC };
+static inline void mobe_quad_join(const uint8_t * a, const uint8_t * b, const uint8_t * c, const uint8_t * d, mobe_quad * out) {
+#if defined(__AVX512F__) && defined(__AVX512VBMI__)
+    const __m512i order = _mm512_set_epi32(0x3f2f1f0f, 0x3e2e1e0e, 0x3d2d1d0d, 0x3c2c1c0c, 0x3b2b1b0b, 0x3a2a1a0a, 0x39291909, 0x38281808,
+        0x37271707, 0x36261606, 0x35251505, 0x34241404, 0x33231303, 0x32221202, 0x31211101, 0x30201000);
+    __m512i all = _mm512_castsi128_si512(mobe_piece_load(a));
+    all = _mm512_inserti32x4(all, mobe_piece_load(b), 1);
+    all = _mm512_inserti32x4(all, mobe_piece_load(c), 2);
+    all = _mm512_inserti32x4(all, mobe_piece_load(d), 3);
+    out[0] = _mm512_permutexvar_epi8(order, all);
+#else
+    const mobe_piece pa = mobe_piece_load(a), pb = mobe_piece_load(b), pc = mobe_piece_load(c), pd = mobe_piece_load(d);
+    const mobe_piece ab_low = mobe_zip_low_8(pa, pb), ab_high = mobe_zip_high_8(pa, pb);
+    const mobe_piece cd_low = mobe_zip_low_8(pc, pd), cd_high = mobe_zip_high_8(pc, pd);
+    const mobe_piece four[4] = {
+        mobe_zip_low_16(ab_low, cd_low), mobe_zip_high_16(ab_low, cd_low), mobe_zip_low_16(ab_high, cd_high), mobe_zip_high_16(ab_high, cd_high),
+    };
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(four[0]), four[1], 1);
+    out[0] = _mm512_inserti32x4(_mm512_inserti32x4(low, four[2], 2), four[3], 3);
+#else
+    memcpy(out, four, sizeof(four));
+#endif
+#endif
+}
+
+// 32 bytes of each as 32 lanes
+static inline void mobe_quad_join_32(const uint8_t * a, const uint8_t * b, const uint8_t * c, const uint8_t * d, mobe_quad * out) {
+#if defined(__AVX512F__) && defined(__AVX512VBMI__)
+    const __m512i order = _mm512_set_epi32(0x6f4f2f0f, 0x6e4e2e0e, 0x6d4d2d0d, 0x6c4c2c0c, 0x6b4b2b0b, 0x6a4a2a0a, 0x69492909, 0x68482808,
+        0x67472707, 0x66462606, 0x65452505, 0x64442404, 0x63432303, 0x62422202, 0x61412101, 0x60402000);
+    __m512i ab = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) a));
+    __m512i cd = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) c));
+    ab = _mm512_inserti64x4(ab, _mm256_loadu_si256((const __m256i *) b), 1);
+    cd = _mm512_inserti64x4(cd, _mm256_loadu_si256((const __m256i *) d), 1);
+    out[0] = _mm512_permutex2var_epi8(ab, order, cd);
+    out[1] = _mm512_permutex2var_epi8(ab, _mm512_or_si512(order, _mm512_set1_epi8(0x10)), cd);
+#else
+    mobe_quad_join(a, b, c, d, out);
+    mobe_quad_join(a + 16, b + 16, c + 16, d + 16, out + MOBE_JOINED);
+#endif
+}
+
+static inline mobe_quad mobe_quad_low(mobe_quad v) { return (mobe_quad) ((mobe_vecu) v & 0x0f0f0f0fu); }
+static inline mobe_quad mobe_quad_high(mobe_quad v) { return (mobe_quad) (((mobe_vecu) v >> 4) & 0x0f0f0f0fu); }
+static inline mobe_quad mobe_quad_flip(mobe_quad v) { return (mobe_quad) ((mobe_vecu) v ^ 0x80808080u); }
+
+// entries of a table of 16 bytes
+static inline mobe_quad mobe_quad_look_up(const uint8_t * table, mobe_quad index) {
+#if defined(__AVX512F__)
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(mobe_piece_load(table)), index);
+#elif defined(__AVX2__)
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(mobe_piece_load(table)), index);
+#else
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vld1q_u8(table), vreinterpretq_u8_s32(index)));
+#endif
+}
+
+// ---- coefficients
+
+// The products of two 15-bit fractions, rounded: their upper 8 bits, rounded again, and (low not NULL) the lower ones for that. A vector
+// holds MOBE_VEC runs of four bases. scale is [runs][4], share the 4 coefficients that repeat; of 16 runs the second eight have
+// their own.
+static inline mobe_quad mobe_quad_coefs(
+        const int16_t * scale, const int16_t * share, const int16_t * scale_2, const int16_t * share_2, mobe_quad * low) {
+    int64_t four, four_2;
+    memcpy(&four, share, sizeof(four));
+    memcpy(&four_2, share_2, sizeof(four_2));
+#if defined(__AVX512F__)
+    const __m512i half = _mm512_set1_epi16(128);
+    const __m512i a = _mm512_mulhrs_epi16(_mm512_load_si512(scale), _mm512_set1_epi64(four));
+    const __m512i b = _mm512_mulhrs_epi16(_mm512_load_si512(scale_2), _mm512_set1_epi64(four_2));
+    if (low) {
+        const __m512i l = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+        *low = MOBE_WIDE_BIAS ? l : _mm512_max_epi8(l, _mm512_set1_epi8(-127));
+    }
+#if defined(__AVX512VBMI__)
+    const __m512i upper = _mm512_set_epi8(127, 125, 123, 121, 119, 117, 115, 113, 111, 109, 107, 105, 103, 101, 99, 97, 95, 93, 91, 89, 87, 85,
+        83, 81, 79, 77, 75, 73, 71, 69, 67, 65, 63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17,
+        15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi8(_mm512_add_epi16(a, half), upper, _mm512_add_epi16(b, half));
+#else
+    const __m512i ha = _mm512_srli_epi16(_mm512_add_epi16(a, half), 8);
+    const __m512i hb = _mm512_srli_epi16(_mm512_add_epi16(b, half), 8);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(ha)), _mm512_cvtepi16_epi8(hb), 1);
+#endif
+#elif defined(__AVX2__)
+    (void) scale_2;
+    __m256i c[2], h[2];
+    for (int k = 0; k < 2; k++) {
+        c[k] = _mm256_mulhrs_epi16(_mm256_load_si256((const __m256i *) (scale + 16*k)), _mm256_set1_epi64x(four));
+        h[k] = _mm256_srai_epi16(_mm256_add_epi16(c[k], _mm256_set1_epi16(128)), 8);
+        c[k] = _mm256_srai_epi16(_mm256_slli_epi16(c[k], 8), 8);
+    }
+    if (low) {
+        const __m256i l = _mm256_permute4x64_epi64(_mm256_packs_epi16(c[0], c[1]), 0xd8);
+        *low = MOBE_WIDE_BIAS ? l : _mm256_max_epi8(l, _mm256_set1_epi8(-127));
+    }
+    return _mm256_permute4x64_epi64(_mm256_packs_epi16(h[0], h[1]), 0xd8);
+#else
+    (void) scale_2;
+    int8x8_t h[2], l[2];
+    for (int k = 0; k < 2; k++) {
+        const int16x8_t c = vqrdmulhq_s16(vld1q_s16(scale + 8*k), vreinterpretq_s16_s64(vdupq_n_s64(four)));
+        h[k] = vrshrn_n_s16(c, 8);
+        l[k] = vmax_s8(vmovn_s16(c), vdup_n_s8(-127));
+    }
+    if (low) {
+        *low = vreinterpretq_s32_s8(vcombine_s8(l[0], l[1]));
+    }
+    return vreinterpretq_s32_s8(vcombine_s8(h[0], h[1]));
+#endif
+}
+
+#endif
