@@ -39,11 +39,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.factorize.projected import fast_products
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.factorize.start import initial_basis
 from mobe_gguf.formula import activate, combine
+from mobe_gguf.sources.checkpoint import Checkpoint
 
 T = TypeVar("T")
 

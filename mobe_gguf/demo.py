@@ -22,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mobe_gguf import resources, runtime
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.evaluate import Settings, heldout, perplexity, tool
 from mobe_gguf.export import Recipe, Report, export, parse_quant
@@ -31,6 +30,7 @@ from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import Options, plan_checkpoint, settle
 from mobe_gguf.progress import console
 from mobe_gguf.runtime.install import Environment
+from mobe_gguf.sources.checkpoint import Checkpoint
 
 MODEL = "tiny-moe"
 MOBE = f"{MODEL}-mobe"

@@ -12,12 +12,12 @@ from typing import Any
 from rich.table import Table
 
 from mobe_gguf import names
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.report import Entry, amount, original_params, rows
-from mobe_gguf.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.gguf_file import GgufFile, read_model
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.gguf_factors import FACTORS_NAME, GgufFactors
+from mobe_gguf.sources.gguf_file import GgufFile, read_model
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,14 @@ def describe(path: str | os.PathLike[str]) -> Description:
         raise MobeError(f"{path}: no such file or directory")
     if path.is_dir():
         return _describe_directory(path)
-    return _describe_gguf(read_model(path))
+    return describe_gguf(read_model(path))
 
 
 # GGUF
 
 
-def _describe_gguf(file: GgufFile) -> Description:
+def describe_gguf(file: GgufFile) -> Description:
+    """:func:`describe` for a GGUF file whose head was read."""
     entries = [Entry(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     layers, problems = _gguf_layers(file)
     down = next((t.shape for t in file.tensors.values() if ".ffn_down_exps.weight" in t.name), None)
@@ -215,7 +216,6 @@ def _describe_directory(path: Path) -> Description:
         Entry(name, info.dtype.lower(), info.shape, info.n_bytes, label=labels.get(name) or _label(name))
         for name, info in infos.items()
     ]
-    ours = checkpoint.config.get("mobe")
     description = Description(
         path=str(path),
         kind=kind,
@@ -228,7 +228,7 @@ def _describe_directory(path: Path) -> Description:
         entries=entries,
         original_params=0,
         n_bytes=sum((path / shard).stat().st_size for shard in {info.shard for info in infos.values()}),
-        version=ours.get("version") if isinstance(ours, dict) else None,
+        version=recorded(checkpoint.config, "version"),
         layers=[_layer(checkpoint, index) for index in checkpoint.moe_layers],
     )
     in_factors = sum(e.n_params for e in entries if e.label in ("A", "B", "mix"))
@@ -274,10 +274,7 @@ def _layer(checkpoint: Checkpoint, index: int) -> Layer:
 
 
 def _recorded_error(config: dict[str, Any], layer: int, projection: str) -> float | None:
-    """What ``factorize`` wrote under ``mobe.errors[layer][projection]``; other checkpoints have nothing there."""
-    value: Any = config
-    for key in ("mobe", "errors", str(layer), projection):
-        value = value.get(key) if isinstance(value, dict) else None
+    value = recorded(config, "errors", str(layer), projection)
     return float(value) if isinstance(value, (int, float)) else None
 
 

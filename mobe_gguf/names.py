@@ -12,6 +12,9 @@ MOBE_VERSION_DOWN = 2
 #: f in ``A . f(sum_j alpha_j B_j)``; the position is the number the C operator uses.
 ACTIVATIONS = ("none", "silu", "tanh")
 
+#: What the authors' training knows.
+WAB_ACTIVATIONS = ("silu", "tanh")
+
 #: Projections that the method's authors factorize, and so what is factorized if nothing is said; ``families`` knows their
 #: names in a checkpoint.
 PROJECTIONS = ("gate", "up")

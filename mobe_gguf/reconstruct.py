@@ -12,7 +12,6 @@ import errno
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,19 +21,24 @@ from typing import Any
 import torch
 
 from mobe_gguf.atomic import atomic_path, write_json
-from mobe_gguf.checkpoint import DTYPES, INDEX_NAME
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.converter import ARCHITECTURES
 from mobe_gguf.export.factors import check_factors
 from mobe_gguf.export.shards import Parts, fingerprint
 from mobe_gguf.factorize.plan import STORED
-from mobe_gguf.factorize.writer import Entry, copies, copy_small_files, shards, write_safetensors
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, Reconstruction
+from mobe_gguf.factorize.writer import (
+    MAX_SHARD,
+    Entry,
+    copies,
+    copy_small_files,
+    shard_names,
+    shards,
+    write_safetensors,
+)
+from mobe_gguf.files import check_space
 from mobe_gguf.progress import bar
-from mobe_gguf.wab import WabCheckpoint
-
-#: Bytes of a shard, as ``save_pretrained`` has it.
-MAX_SHARD = 5_000_000_000
+from mobe_gguf.sources.checkpoint import DTYPES, INDEX_NAME
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, Reconstruction
 
 #: Keys of config.json that only a MoBE checkpoint has.
 MOBE_KEYS = ("num_B", "activation", "mobe")
@@ -83,7 +87,7 @@ def reconstruct_model(
     config, notes = original_config(checkpoint, target)
     items = list(_entries(checkpoint, target, dtype is not None))
     runs = shards(items, max_shard_size)
-    names = [f"model-{i + 1:05d}-of-{len(runs):05d}.safetensors" for i in range(len(runs))]
+    names = shard_names(len(runs))
     result = Reconstructed(
         path=str(out),
         architecture=config["architectures"][0],
@@ -98,7 +102,7 @@ def reconstruct_model(
     if dry_run:
         return result
     try:
-        _check_space(parts, result.n_bytes)
+        check_space(out, result.n_bytes, parts.files(), "Make room or write elsewhere.")
         result.files_kept = _write(checkpoint, parts, dict(zip(names, runs, strict=True)), quiet)
         index = {entry.name: name for name, run in zip(names, runs, strict=True) for entry in run}
         copy_small_files(checkpoint.path, parts.folder)
@@ -138,20 +142,7 @@ def _write(checkpoint: MobeCheckpoint, parts: Parts, runs: dict[str, list[Entry]
 
 
 def _key(checkpoint: MobeCheckpoint, *settings: Any) -> str:
-    files = [path for path in checkpoint.path.iterdir() if path.is_file()]
-    if isinstance(checkpoint, WabCheckpoint):
-        files += [path for paths in checkpoint.files.values() for path in paths]
-    return fingerprint(files, checkpoint.activation, *settings)
-
-
-def _check_space(parts: Parts, needed: int) -> None:
-    kept = sum(path.stat().st_size for path in parts.files())
-    free = shutil.disk_usage(parts.out.absolute().parent).free + kept
-    if free < needed:
-        raise MobeError(
-            f"{parts.out.absolute().parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
-            "Make room or write elsewhere."
-        )
+    return fingerprint(checkpoint.source_files(), checkpoint.activation, *settings)
 
 
 # tensors

@@ -1,12 +1,11 @@
 """Is a GGUF file whole?  Structure, shapes, finite values and, if asked for, checksums.
 
-The head is read by :mod:`mobe_gguf.gguf_file`, factors are compared with the layout by :mod:`mobe_gguf.inspect`, and values
+The head is read by :mod:`mobe_gguf.sources.gguf_file`, factors are compared with the layout by :mod:`mobe_gguf.inspect`, and values
 are judged by ggml's own check, the one behind llama.cpp's ``--check-tensors``.  Reads the data once, a few megabytes at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -17,13 +16,11 @@ import numpy as np
 
 from mobe_gguf import names
 from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.gguf_file import GgufFile, TensorInfo, read_gguf, read_model
-from mobe_gguf.inspect import describe
+from mobe_gguf.files import CHUNK, sha256
+from mobe_gguf.inspect import describe_gguf
 from mobe_gguf.progress import bar
 from mobe_gguf.runtime import ggml
-
-#: Bytes read at a time.
-CHUNK = 8 << 20
+from mobe_gguf.sources.gguf_file import GgufFile, TensorInfo, join, padded, read_parts
 
 
 @dataclass
@@ -51,10 +48,10 @@ def verify(
         raise MobeError(f"{path}: no such file")
     verdict = Verdict(path)
     try:
-        model = read_model(path)
-        verdict.files = sorted({path, *(info.file for info in model.tensors.values())})
-        heads = [read_gguf(file) for file in verdict.files]
-        verdict.problems += [(str(path), problem) for problem in describe(path).problems]
+        heads = read_parts(path)
+        model = join(heads)
+        verdict.files = [head.path for head in heads]
+        verdict.problems += [(str(path), problem) for problem in describe_gguf(model).problems]
     except MobeError as e:
         verdict.problems.append((str(path), e.message.removeprefix(f"{path}: ")))
         return verdict
@@ -79,7 +76,7 @@ def _layout(file: GgufFile) -> Iterator[tuple[str, str]]:
     for info in file.tensors.values():
         if after is not None and info.offset != after:
             yield info.name, f"its data begin at byte {info.offset} of {file.path.name}, expected {after}"
-        after = -(-(info.offset + info.n_bytes) // file.alignment) * file.alignment
+        after = padded(info.offset + info.n_bytes, file.alignment)
     if after is not None and file.size > after:
         yield file.path.name, f"{file.size - after} bytes follow the last tensor's data"
 
@@ -126,16 +123,12 @@ def _where(rows: np.ndarray, info: TensorInfo, first: int) -> str:
 
 def _checksums(verdict: Verdict, sums: dict[str, str]) -> Iterator[tuple[str, str]]:
     for file in verdict.files:
-        digest = hashlib.sha256()
-        with open(file, "rb") as f:
-            while chunk := f.read(CHUNK):
-                digest.update(chunk)
-        verdict.sums[file.name] = digest.hexdigest()
+        found = verdict.sums[file.name] = sha256(file)
         expected = sums.get(file.name)
         if expected is None:
             yield file.name, "the list of checksums does not name it"
-        elif expected != digest.hexdigest():
-            yield file.name, f"its sha256 is {digest.hexdigest()}, expected {expected}"
+        elif expected != found:
+            yield file.name, f"its sha256 is {found}, expected {expected}"
 
 
 def read_sums(path: Path) -> dict[str, str]:

@@ -22,13 +22,13 @@ from parity.llama import nmse
 from parity.reference import multiply_out, transformers_logits
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.cli import main
 from mobe_gguf.factorize import writer
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.names import ALL_PROJECTIONS, PROJECTIONS
 from mobe_gguf.reconstruct import reconstruct_model
-from mobe_gguf.wab import WabCheckpoint, WabFiles
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.wab import WabCheckpoint, WabFiles
 
 TOKENS = list(range(40, 60))
 

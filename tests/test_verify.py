@@ -16,7 +16,7 @@ from parity.gguf_files import GgufFile, factorize, qwen3moe
 
 from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.sources.gguf_file import read_gguf
 from mobe_gguf.verify import verify
 
 BASIS = "blk.1.ffn_up_basis.weight"
@@ -121,19 +121,25 @@ def test_a_file_that_is_not_there_or_no_gguf(tmp_path: Path) -> None:
     assert code == 1 and "not a GGUF file" in err
 
 
-def test_split_files(whole: Path, tmp_path: Path) -> None:
+def split(whole: Path, out: Path, tensors: int) -> Path:
+    """The first of two files, the first with so many tensors."""
     import subprocess
 
-    split = [
-        runtime.tool("llama-gguf-split"),
-        "--split",
-        "--split-max-tensors",
-        "20",
-        whole,
-        tmp_path / "part",
-    ]
-    subprocess.run(split, check=True, capture_output=True)
-    first = tmp_path / "part-00001-of-00002.gguf"
+    command = [runtime.tool("llama-gguf-split"), "--split", "--split-max-tensors", str(tensors), whole, out]
+    subprocess.run(command, check=True, capture_output=True)
+    return out.with_name(f"{out.name}-00001-of-00002.gguf")
+
+
+def test_files_of_two_sets(whole: Path, tmp_path: Path) -> None:
+    first, other = split(whole, tmp_path / "part", 20), split(whole, tmp_path / "other", 34)
+    name = first.name.replace("-00001-", "-00002-")
+    other.with_name(other.name.replace("-00001-", "-00002-")).replace(tmp_path / name)
+    code, _, err = run(first)
+    assert code == 1 and "the 2 files hold 21 tensors, split.tensors.count is 35" in err
+
+
+def test_split_files(whole: Path, tmp_path: Path) -> None:
+    first = split(whole, tmp_path / "part", 20)
     code, out, _ = run(first)
     assert code == 0 and "2 files, 35 tensors" in out
     second = tmp_path / "part-00002-of-00002.gguf"

@@ -13,15 +13,16 @@ import torch
 
 from mobe_gguf import evaluate
 from mobe_gguf.atomic import write_json
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
+from mobe_gguf.factorize.job import work_directory
 from mobe_gguf.factorize.plan import Options, default_bases
 from mobe_gguf.formula import activate, combine
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.names import ACTIVATIONS, PROJECTIONS
 from mobe_gguf.progress import Bar, bar
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 VERSION = 1
 
@@ -170,10 +171,6 @@ def settle(checkpoint: Checkpoint, asked: Asked) -> Study:
         ctx=asked.ctx,
         chunks=asked.chunks if asked.divergence else None,
     )
-
-
-def work_directory(out: Path) -> Path:
-    return out.with_name(out.name + ".work")
 
 
 def run(

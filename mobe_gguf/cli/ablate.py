@@ -88,12 +88,13 @@ def command(
     """
     from mobe_gguf import ablate, runtime
     from mobe_gguf.ablate import report
-    from mobe_gguf.ablate.study import finish, summary, work_directory
+    from mobe_gguf.ablate.study import finish, summary
     from mobe_gguf.atomic import write_json
-    from mobe_gguf.checkpoint import Checkpoint
-    from mobe_gguf.cli.factorize import _parse_projections, check_device
-    from mobe_gguf.factorize.plan import parse_layers
-    from mobe_gguf.hub import resolve
+    from mobe_gguf.cli.factorize import check_device
+    from mobe_gguf.factorize.job import work_directory
+    from mobe_gguf.factorize.plan import parse_layers, parse_projections
+    from mobe_gguf.sources.checkpoint import Checkpoint
+    from mobe_gguf.sources.hub import resolve
 
     check_device(device)
     if not no_plot:
@@ -107,7 +108,7 @@ def command(
     checkpoint = Checkpoint(model)
     asked = ablate.Asked(
         layers=None if layers is None else parse_layers(layers),
-        projections=None if projections is None else _parse_projections(projections),
+        projections=None if projections is None else parse_projections(projections),
         bases=None if bases is None else _numbers(bases),
         activations=None if activations is None else tuple(part.strip() for part in activations.split(",")),
         steps=steps,

@@ -168,7 +168,7 @@ def command(
         parse_target,
         parse_type,
     )
-    from mobe_gguf.hub import resolve
+    from mobe_gguf.sources.hub import resolve
 
     def type_of(option: str, text: str | None) -> str | None:
         return None if text is None else parse_type(option, text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.names import ACTIVATIONS, ALL_PROJECTIONS
+from mobe_gguf.names import ACTIVATIONS
 
 #: ``--form``: activation and mix.
 FORMS = {"compact": ("tanh", "scalar"), "linear": ("none", "row")}
@@ -182,15 +182,15 @@ def command(
     from mobe_gguf.factorize.expected import expected_time
     from mobe_gguf.factorize.target import parse_target
     from mobe_gguf.factorize.workers import Place
-    from mobe_gguf.hub import resolve
     from mobe_gguf.progress import console
+    from mobe_gguf.sources.hub import resolve
 
     activation, mix = _form(form, activation, mix)
     options = plan.Options(
         activation=activation,
         mix=mix,
         layers=None if layers is None else plan.parse_layers(layers),
-        projections=None if projections is None else _parse_projections(projections),
+        projections=None if projections is None else plan.parse_projections(projections),
         target=None if target is None else parse_target(target),
         quant=None if quant is None else parse_quant(quant),
         for_basis=_type("--for-basis", for_basis) or _type("--for", for_both),
@@ -230,16 +230,6 @@ def command(
         click.echo(json.dumps(report.result_json(result), indent=2))
     elif not quiet:
         report.print_result(result, console)
-
-
-def _parse_projections(text: str) -> tuple[str, ...]:
-    """``"up,gate"`` -> ("gate", "up")."""
-    asked = [part.strip() for part in text.split(",")]
-    for name in asked:
-        if name not in ALL_PROJECTIONS:
-            known = ",".join(ALL_PROJECTIONS)
-            raise UsageError(f"--projections: {name!r} is unknown; expected some of {known}")
-    return tuple(p for p in ALL_PROJECTIONS if p in asked)
 
 
 def _form(form: str | None, activation: str | None, mix: str | None) -> tuple[str | None, str | None]:

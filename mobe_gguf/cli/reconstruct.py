@@ -54,13 +54,13 @@ def command(
       mobe-gguf reconstruct original/ dense/ --wab trained/ --activation silu
     """
     from mobe_gguf.errors import MobeError
-    from mobe_gguf.export import parse_size
     from mobe_gguf.export.report import amount
-    from mobe_gguf.gguf_factors import FACTORS_NAME
-    from mobe_gguf.hub import resolve
-    from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+    from mobe_gguf.files import parse_size
     from mobe_gguf.reconstruct import reconstruct_model
-    from mobe_gguf.wab import WabCheckpoint
+    from mobe_gguf.sources.gguf_factors import FACTORS_NAME
+    from mobe_gguf.sources.hub import resolve
+    from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
+    from mobe_gguf.sources.wab import WabCheckpoint
 
     size = parse_size(max_shard_size, "--max-shard-size")
     said = wab_files(wab, activation, wab_layers)

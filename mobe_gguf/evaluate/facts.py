@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.report import Entry, original_params
-from mobe_gguf.gguf_file import read_model
+from mobe_gguf.sources.gguf_file import read_model
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,15 @@ and writes them, ``shards`` cuts them into files.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export.allocate import parse_target
 from mobe_gguf.export.card import Subject, write_card
-from mobe_gguf.export.converter import Conversion, convert
+from mobe_gguf.export.converter import Conversion, add_keys, convert
 from mobe_gguf.export.divide import divide
 from mobe_gguf.export.factors import add_factors, check_factors, put_experts, put_transforms
 from mobe_gguf.export.fitted import default_types, mismatch
@@ -32,13 +30,16 @@ from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.recipe import Choice, Facts, Recipe, Spec, parse_override, parse_quant, parse_type, plan
 from mobe_gguf.export.refit import Refitting, find_original, units_of, weigh_transforms
 from mobe_gguf.export.report import Entry, Report, original_params
-from mobe_gguf.export.shards import Parts, cut, fingerprint, parse_size, shard_paths, write_shards
-from mobe_gguf.export.write import Encoded, check_output, check_space, write_gguf
-from mobe_gguf.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
-from mobe_gguf.original import Original
+from mobe_gguf.export.shards import Parts, cut, fingerprint, shard_paths, write_shards
+from mobe_gguf.export.write import Encoded, check_output, head_bytes, write_gguf
+from mobe_gguf.files import check_space, parse_size
 from mobe_gguf.progress import bar
-from mobe_gguf.wab import WabCheckpoint, WabFiles
+from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.gguf_factors import FACTORS_NAME, GgufFactors
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.original import Original
+from mobe_gguf.sources.wab import WabCheckpoint, WabFiles
 
 __all__ = [
     "Recipe",
@@ -104,8 +105,7 @@ def export(
             add_factors(conversion, checkpoint)
     origin = Origin.of(checkpoint, base_model, dense)
     conversion.finish(recipe.file_type, out, origin)
-    for key, value in imatrix.keys().items():
-        (conversion.writer.add_string if isinstance(value, str) else conversion.writer.add_uint32)(key, value)
+    add_keys(conversion.writer, imatrix.keys())
     if experts_used is not None:
         _use_experts(conversion, experts_used)
     found: tuple[Original | None, str | None] = (None, None)
@@ -143,20 +143,20 @@ def export(
     report.copied = sum(isinstance(tensor, Copied) for tensor in encoded)
     if conversion.pre is not None:
         report.tokenizer_pre, report.tokenizer_why = conversion.pre.name, conversion.pre.why
-    sources = [path for path in model.iterdir() if path.is_file()]
-    if isinstance(conversion, GgufConversion):
-        sources += conversion.files()
-    if isinstance(checkpoint, WabCheckpoint):
-        sources += [path for paths in checkpoint.files.values() for path in paths]
     key = fingerprint(
-        [*sources, *map(Path, recipe.imatrix)],
+        [*checkpoint.source_files(), *conversion.files(), *map(Path, recipe.imatrix)],
         conversion.keys,
         entries,
         wab,
         refitting and refitting.fingerprint,
     )
     parts = Parts(out, key)
-    check_space(out, report.data_bytes, parts.files() if len(paths) > 1 else ())
+    check_space(
+        out,
+        report.data_bytes,
+        parts.files() if len(paths) > 1 else (),
+        "Make room, write elsewhere, or choose a smaller --quant.",
+    )
     if not dry_run:
         _write(conversion, parts, shards, report, quiet, verbose)
         report.refit = refitting and refitting.outcome()
@@ -243,14 +243,10 @@ def _lay_out(
     conversion: Conversion, choices: dict[str, Choice], weights: dict[str, Importance]
 ) -> tuple[list[Encoded], list[Entry]]:
     """The tensors as they are written, in order, and what the report says of them."""
-    import gguf  # the pinned tree's, which convert() has put in place
-    import numpy as np
-
     encoded, entries = [], []
     for tensor in conversion.tensors.values():
         choice, shape = choices[tensor.name], tensor.source.shape
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[choice.type.upper()]]
-        n_bytes = int(np.prod(shape, dtype=np.int64)) // block * block_bytes
+        n_bytes = ggml.type_info(choice.type).tensor_bytes(shape)
         importance = weights.get(tensor.name)
         kind = Copied if conversion.is_copied(tensor.name, choice) else Encoded
         encoded.append(kind(tensor, choice.type, n_bytes, importance))
@@ -284,14 +280,7 @@ def _writer(conversion: Conversion, shards: list[list[Encoded]], index: int) -> 
 
 def _head(conversion: Conversion | GgufConversion, choices: dict[str, Choice]) -> int:
     """Bytes before the tensors, in one file; their types do not change it."""
-    with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
-        path = Path(directory) / "head"
-        writer = _writer(conversion, [_lay_out(conversion, choices, {})[0]], 0)
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        return -(-path.stat().st_size // conversion.alignment) * conversion.alignment
+    return head_bytes(_writer(conversion, [_lay_out(conversion, choices, {})[0]], 0), conversion.alignment)
 
 
 def _write(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.files import UNITS
 
 #: Types that are tried, where rows allow them and an importance matrix is there if they need one.
 LADDER = (
@@ -34,8 +35,6 @@ LADDER = (
 
 #: Steps that the bytes between the smallest and the largest choice are counted in.
 GRAINS = 20_000
-
-UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)

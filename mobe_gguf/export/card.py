@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import quote
 
 from mobe_gguf.atomic import atomic_path
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.export.origin import HUB, Origin
 from mobe_gguf.export.recipe import Recipe
 from mobe_gguf.export.report import Report, amount, rows
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
 
 #: Says that a page is ours, and by a checksum over the rest that nobody changed it.
 MARK = re.compile(r"<!-- made by mobe-gguf export: ([0-9a-f]{16}) -->\n")
@@ -300,16 +300,15 @@ def command(subject: Subject) -> str:
 
 
 def _recipe(subject: Subject) -> list[str]:
-    about = subject.checkpoint.config.get("mobe")
-    about = about if isinstance(about, dict) else {}
+    config = subject.checkpoint.config
     lines = []
-    settings = about.get("settings")
+    settings = recorded(config, "settings")
     if isinstance(settings, dict):
         said = ", ".join(
             f"{key} {_plain(value)}" for key, value in settings.items() if _is_telling(key, value)
         )
         lines.append(f"- Factors by `mobe-gguf factorize`: {said}.")
-    return lines + [f"- {line}." for line in (_errors(about), _objective(about)) if line]
+    return lines + [f"- {line}." for line in (_errors(config), _objective(config)) if line]
 
 
 def _is_telling(key: str, value: Any) -> bool:
@@ -320,9 +319,9 @@ def _plain(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _errors(about: Mapping[str, Any]) -> str | None:
+def _errors(config: Mapping[str, Any]) -> str | None:
     """``mobe.errors``: layer -> projection -> |W - W'|^2 / |W|^2."""
-    layers = about.get("errors")
+    layers = recorded(config, "errors")
     layers = (
         [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
     )
@@ -334,8 +333,8 @@ def _errors(about: Mapping[str, Any]) -> str | None:
     return f"Relative squared error of the matrices, before quantization: {', '.join(said)}" if said else None
 
 
-def _objective(about: Mapping[str, Any]) -> str | None:
-    found = about.get("objectives")
+def _objective(config: Mapping[str, Any]) -> str | None:
+    found = recorded(config, "objectives")
     values = [e for e in found.values() if isinstance(e, (int, float))] if isinstance(found, dict) else []
     return (
         f"Weighted by what the experts are fed, which was minimised: {mean(values):.4f}" if values else None

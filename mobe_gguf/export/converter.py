@@ -13,7 +13,7 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from mobe_gguf import runtime
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export import tiktoken, tokenizer
 from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.recipe import Choice
 from mobe_gguf.export.source import Lazy, Source, Whole, cast, evaluate
+from mobe_gguf.sources.checkpoint import Checkpoint
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
 FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")
@@ -78,6 +78,10 @@ class Conversion:
         """What the data of every tensor are padded to."""
         return self.writer.data_alignment
 
+    def files(self) -> list[Path]:
+        """What it reads beside the checkpoint's own files: nothing."""
+        return []
+
     def is_copied(self, name: str, choice: Choice) -> bool:
         """Whether the tensor passes through as it is stored: never, out of a Hugging Face model."""
         return False
@@ -101,8 +105,13 @@ class Conversion:
             for part in self.writer.kv_data:
                 for key in [key for key in part if key.startswith("general.base_model.")]:
                     del part[key]
-            for key, value in said.items():
-                (self.writer.add_string if isinstance(value, str) else self.writer.add_uint32)(key, value)
+            add_keys(self.writer, said)
+
+
+def add_keys(writer: Any, values: Mapping[str, str | int]) -> None:
+    """Set GGUF keys: texts, and numbers as u32."""
+    for key, value in values.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
 
 
 def convert(

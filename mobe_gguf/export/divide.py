@@ -14,9 +14,10 @@ from mobe_gguf.export.mixture import Spec, layer_of
 from mobe_gguf.export.recipe import Choice, Recipe, is_fixed
 from mobe_gguf.export.refit import units_of, weigh_transforms
 from mobe_gguf.export.sensitivity import is_divided, measure, shares_of
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
-from mobe_gguf.original import Original
+from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.progress import bar
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.original import Original
 
 #: Any quantized type: what importance matrices are looked up for, before there is a choice.
 QUANTIZED = Choice("q4_k", "q4_k")
@@ -54,7 +55,7 @@ def divide(
         )
 
     def size(name: str, type_name: str) -> int:
-        return _bytes(tensors[name].source.shape, type_name, conversion.alignment)
+        return stored_bytes(tensors[name].source.shape, type_name, conversion.alignment)
 
     provisional = {**choices, **dict.fromkeys(wanted, QUANTIZED)}
     encoded = {n: c for n, c in provisional.items() if not conversion.is_copied(n, c)}
@@ -87,14 +88,6 @@ def divide(
     counted = "each layer by its share of the residual stream" if shares else "all layers alike"
     how.append(f"expected error {error:.4f} a layer, {counted}")
     return {**choices, **{n: Choice(o.type, o.type) for n, o in chosen.items()}}, how
-
-
-def _bytes(shape: tuple[int, ...], type_name: str, alignment: int) -> int:
-    """Bytes of a tensor in the file, with what is added to reach the next multiple of ``alignment``."""
-    import gguf
-
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
-    return -(-(prod(shape) // block * block_bytes) // alignment) * alignment
 
 
 def _lines(types: Mapping[str, str]) -> list[str]:

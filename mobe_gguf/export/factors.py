@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 from mobe_gguf import names
 from mobe_gguf.errors import MobeError
-from mobe_gguf.export.converter import Conversion, Tensor
+from mobe_gguf.export.converter import Conversion, Tensor, add_keys
 from mobe_gguf.export.source import Stacked, Whole
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
 
 
 def check_factors(checkpoint: MobeCheckpoint) -> None:
@@ -100,10 +101,17 @@ def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
         for found in conversion.tensors.values()
         for tensor in (found, *behind.get(found.name, ()))
     }
-    writer, arch = conversion.writer, conversion.arch
-    writer.add_uint32(names.key_version(arch), version)
-    writer.add_string(names.key_activation(arch), checkpoint.activation)
-    writer.add_uint32(names.key_group_count(arch), groups)
+    add_mobe_keys(conversion.writer, conversion.arch, version, checkpoint.activation, groups)
+
+
+def add_mobe_keys(writer: Any, arch: str, version: int, activation: str, groups: int) -> None:
+    """All keys that a file with factors has."""
+    values = {
+        names.key_version(arch): version,
+        names.key_activation(arch): activation,
+        names.key_group_count(arch): groups,
+    }
+    add_keys(writer, values)
 
 
 def _factors(conversion: Conversion, layer: MobeLayer, projection: str) -> list[Tensor]:

@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf import names
-from mobe_gguf.checkpoint import read_json
 from mobe_gguf.errors import UsageError
 from mobe_gguf.export.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fit
-from mobe_gguf.gguf_factors import FACTORS_NAME
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.checkpoint import read_json
+from mobe_gguf.sources.gguf_factors import FACTORS_NAME
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
 
 
 def fitted_types(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Types of B and of A by config.json or factors.json, None where none was said."""
-    about = config.get("mobe")
-    settings = about.get("settings") if isinstance(about, dict) else None
-    if not isinstance(settings, dict):
-        return None, None
-    found = (settings.get("for_basis"), settings.get("for_transform"))
+    found = (recorded(config, "settings", "for_basis"), recorded(config, "settings", "for_transform"))
     basis, transform = (name if name in BLOCK else None for name in found)
     return basis, transform
 

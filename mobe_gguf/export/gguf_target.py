@@ -23,12 +23,11 @@ from mobe_gguf.export.recipe import (
     is_named,
     plan,
 )
-from mobe_gguf.export.shards import ALIGNMENT
 from mobe_gguf.export.write import Encoded
-from mobe_gguf.gguf_factors import GgufFactors
-from mobe_gguf.gguf_file import MAGIC
-from mobe_gguf.gguf_source import GgufModel, Stored, merged_name
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.gguf_factors import GgufFactors
+from mobe_gguf.sources.gguf_file import ALIGNMENT, MAGIC, padded
+from mobe_gguf.sources.gguf_source import GgufModel, Stored, merged_name
 
 #: Type numbers of GGUF values (ggml/docs/gguf.md).
 _U16, _U32, _I32, _STRING = 2, 4, 5, 8
@@ -226,7 +225,7 @@ class Header:
                 struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
             )
             self._opened.write(struct.pack("<IQ", ggml.type_info(tensor.type).id, offset))
-            offset += tensor.nbytes + -tensor.nbytes % self.alignment
+            offset += padded(tensor.nbytes, self.alignment)
         self._pad()
 
     def write_tensor_data(self, tensor: Encoded) -> None:

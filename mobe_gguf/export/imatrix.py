@@ -30,8 +30,8 @@ from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.mixture import layer_of
 from mobe_gguf.export.recipe import FLOATS, Choice, is_basis, is_transform, requires_imatrix
 from mobe_gguf.factorize.imatrix import smoothed
-from mobe_gguf.gguf_file import Array, GgufFile, read_gguf
-from mobe_gguf.gguf_source import merged_name
+from mobe_gguf.sources.gguf_file import Array, GgufFile, read_gguf
+from mobe_gguf.sources.gguf_source import merged_name
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 

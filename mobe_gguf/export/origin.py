@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import UsageError
-from mobe_gguf.hub import model_id
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.hub import model_id
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
 
 HUB = "https://huggingface.co/"
 
@@ -42,10 +42,9 @@ class Origin:
         if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is None:
             raise UsageError(f"--base-model {base}: expected an id of the hub such as Qwen/Qwen3-30B-A3B")
         path = checkpoint.path.absolute()
-        about = checkpoint.config.get("mobe")
-        recorded = about.get("source") if isinstance(about, dict) else None
-        if isinstance(recorded, str) and Path(recorded).name:
-            path = Path(recorded)
+        factorized = recorded(checkpoint.config, "source")
+        if isinstance(factorized, str) and Path(factorized).name:
+            path = Path(factorized)
         base = base or model_id(path)
         source = name = path.name.removesuffix(".gguf") if base is None else base.partition("/")[2]
         of_mobe = isinstance(checkpoint, MobeCheckpoint)

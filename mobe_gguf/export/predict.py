@@ -5,7 +5,6 @@ The original goes through the same steps as in ``export`` up to the tensor table
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf import names
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
-from mobe_gguf.export.converter import convert
+from mobe_gguf.export.converter import add_keys, convert
+from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.recipe import Facts, Recipe, Spec, plan
-
-ALIGNMENT = 32
+from mobe_gguf.export.write import head_bytes, stored_bytes
+from mobe_gguf.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Prediction:
         """Bytes of A, B and alpha of one unit."""
         a, b, mix = _shapes(*self.shapes, projection, bases, rank, self.groups, self.by_row)
         type_a, type_b = self.types[layer, projection, rank]
-        return _bytes(a, type_a) + _bytes(b, type_b) + _bytes(mix, "f32")
+        return stored_bytes(a, type_a) + stored_bytes(b, type_b) + stored_bytes(mix, "f32")
 
 
 def predict(
@@ -60,12 +59,9 @@ def predict(
     units, sizes = list(units), (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
     conversion = convert(checkpoint, Path("model.gguf"))
     conversion.finish(recipe.file_type, Path("model.gguf"))
-    writer, arch = conversion.writer, conversion.arch
-    writer.add_uint32(names.key_version(arch), names.MOBE_VERSION)
-    writer.add_string(names.key_activation(arch), activation)
-    writer.add_uint32(names.key_group_count(arch), groups)
-    for key, value in Imatrix(recipe.imatrix).keys().items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+    arch = conversion.arch
+    add_mobe_keys(conversion.writer, arch, names.MOBE_VERSION, activation, groups)
+    add_keys(conversion.writer, Imatrix(recipe.imatrix).keys())
     plain = {t.name: t.source.shape for t in conversion.tensors.values()}
     for layer, projection in units:
         if names.transform_name(layer, projection) not in plain:
@@ -76,23 +72,22 @@ def predict(
     forced = {t.name: t.forced for t in conversion.tensors.values() if t.forced}
     facts = Facts.of(arch, conversion.keys)
     types: dict[tuple[int, str, int], tuple[str, str]] = {}
-    rest = head = 0
+    factors: dict[str, tuple[int, ...]] = {}
+    chosen: dict[str, str] = {}
     for rank in ranks:
-        shapes = dict(plain)
         for layer, projection in units:
             made = _shapes(*sizes, projection, groups, rank, groups, by_row)
-            for name, shape in zip(_names(layer, projection), made, strict=True):
-                shapes[name] = shape
-        chosen = _types(shapes, recipe, facts) | forced
+            factors |= zip(_names(layer, projection), made, strict=True)
+        chosen = _types(plain | factors, recipe, facts) | forced
         for layer, projection in units:
             a, b, _ = _names(layer, projection)
             types[layer, projection, rank] = chosen[a], chosen[b]
-        factors = {name for unit in units for name in _names(*unit)}
-        rest = sum(_bytes(shape, chosen[name]) for name, shape in shapes.items() if name not in factors)
-        head = _head(conversion, shapes)
+    # what is no factor has the same type at any rank, and the table the same length
+    rest = sum(stored_bytes(shape, chosen[name]) for name, shape in plain.items() if name not in factors)
+    fixed = _head(conversion, plain | factors) + rest
     originally = _types(plain, recipe, facts) | forced
-    plain_bytes = _head(conversion, plain) + sum(_bytes(shape, originally[n]) for n, shape in plain.items())
-    return Prediction(rest + head, plain_bytes, types, sizes, groups, by_row)
+    ordinary = sum(stored_bytes(shape, originally[name]) for name, shape in plain.items())
+    return Prediction(fixed, _head(conversion, plain) + ordinary, types, sizes, groups, by_row)
 
 
 def _names(layer: int, projection: str) -> tuple[str, str, str]:
@@ -114,16 +109,8 @@ def _types(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, facts: Facts) 
     return {name: choice.type for name, choice in choices.items()}
 
 
-def _bytes(shape: tuple[int, ...], type_name: str) -> int:
-    """Bytes of a tensor in the file, with what is added to reach the next multiple of ALIGNMENT."""
-    import gguf
-
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
-    return -(-(prod(shape) // block * block_bytes) // ALIGNMENT) * ALIGNMENT
-
-
 def _head(conversion: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes of header, keys and tensor table: written to a temporary file, for their length."""
+    """Bytes before the tensors."""
     import gguf
     import numpy as np
 
@@ -131,10 +118,4 @@ def _head(conversion: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
     writer.kv_data = [dict(conversion.writer.kv_data[0])]
     for name, shape in shapes.items():
         writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * prod(shape))
-    with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
-        path = Path(directory) / "head"
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        return -(-path.stat().st_size // ALIGNMENT) * ALIGNMENT
+    return head_bytes(writer)

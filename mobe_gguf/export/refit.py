@@ -35,11 +35,11 @@ from mobe_gguf.export.report import Refit
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.factorize.metric import Metric
 from mobe_gguf.formula import activate, combine
-from mobe_gguf.gguf_factors import GgufFactors
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, MobeLayer
-from mobe_gguf.original import Original, open_original
 from mobe_gguf.runtime import ggml
-from mobe_gguf.wab import WabCheckpoint
+from mobe_gguf.sources.gguf_factors import GgufFactors
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, MobeLayer, recorded
+from mobe_gguf.sources.original import Original, open_original
+from mobe_gguf.sources.wab import WabCheckpoint
 
 #: Bytes that a block of experts may take, if it is more than one.  It is fixed, for sums depend on it in their last bits.
 BLOCK_BYTES = 64 << 20
@@ -88,9 +88,7 @@ class Unit:
     def by_moments(self) -> bool:
         """Whether ``factorize --moments`` fitted the factors: it knew more of the inputs than an imatrix tells, and made A's size
         right by that."""
-        about = self.layer.checkpoint.config.get("mobe")
-        settings = about.get("settings") if isinstance(about, dict) else None
-        return isinstance(settings, dict) and settings.get("moments") is not None
+        return recorded(self.layer.checkpoint.config, "settings", "moments") is not None
 
     @property
     def turned(self) -> bool:
@@ -122,13 +120,11 @@ class Unit:
 
     def group(self, i: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
         """Group i of experts: which they are, mix ``[n/g, m/g]`` or ``[n/g, m/g, r]``, bases ``[m/g, r, d]``."""
-        g = self.layer.group_count(self.projection)
-        m, n = self.layer.n_basis(self.projection) // g, self.n_expert // g
-        bases = [self.turn(self.layer.basis_matrix(self.projection, j)) for j in range(i * m, (i + 1) * m)]
+        n = self.n_expert // self.layer.group_count(self.projection)
         mix = self.layer.mix(self.projection)[i * n : (i + 1) * n]
         if self.turned and mix.dim() == 3:
             mix = mix[:, :, None]  # a weight for each column
-        return slice(i * n, (i + 1) * n), mix, torch.stack(bases)
+        return slice(i * n, (i + 1) * n), mix, self.turn(self.layer.group_basis(self.projection, i))
 
     def read_back(self, i: int, bases: torch.Tensor, type_name: str) -> torch.Tensor:
         """The bases of group i as they are read out of a file that has them in this type."""
@@ -390,17 +386,15 @@ def find_original(
         return open_original(checkpoint.path), None
     if isinstance(checkpoint, GgufFactors):
         return checkpoint.open_source(given), None
-    about = checkpoint.config.get("mobe")
-    about = about if isinstance(about, dict) else {}
-    recorded = about.get("source")
-    if given is None and not isinstance(recorded, str):
+    source = recorded(checkpoint.config, "source")
+    if given is None and not isinstance(source, str):
         return None, "where the original model is was not recorded"
-    path = Path(recorded if given is None else given)
+    path = Path(source if given is None else given)
     if given is None and not path.exists():
         return None, f"the original model is no longer at {path}"
     try:
         original = open_original(path)
-        _check_original(checkpoint, original, about.get("source_checksum"))
+        _check_original(checkpoint, original, recorded(checkpoint.config, "source_checksum"))
     except MobeError as e:
         if given is not None:
             raise

@@ -31,7 +31,7 @@ from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
 from mobe_gguf.factorize.imatrix import Imatrix as Inputs
 from mobe_gguf.factorize.sensitivity import layer_shares
 from mobe_gguf.formula import activate, combine
-from mobe_gguf.original import Original
+from mobe_gguf.sources.original import Original
 
 #: Experts of a layer that are measured; they are the first ones, for experts have no order.
 SAMPLE = 4

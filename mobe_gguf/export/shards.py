@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,22 +24,10 @@ from mobe_gguf import __version__
 from mobe_gguf.atomic import write_json
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export.write import Encoded, write_gguf
-
-#: GGUF's default alignment: what a tensor's data are padded to.
-ALIGNMENT = 32
+from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
 
 #: ``split.count`` is a u16.
 MAX_SHARDS = 65_535
-
-UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_size(text: str, option: str = "--split-max-size") -> int:
-    """``50G`` -> bytes, in powers of ten as llama-gguf-split reads it; UsageError names the ``option`` if it is no size."""
-    match = re.fullmatch(r"(\d+)([MGT])", text.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise UsageError(f"{option} {text}: expected a whole number and M, G or T, for instance 50G or 500M")
-    return int(match[1]) * UNITS[match[2]]
 
 
 def cut(tensors: Sequence[Encoded], limit: int | None, alignment: int = ALIGNMENT) -> list[list[Encoded]]:
@@ -53,17 +40,17 @@ def cut(tensors: Sequence[Encoded], limit: int | None, alignment: int = ALIGNMEN
     shards: list[list[Encoded]] = [[]]
     size = 0
     for tensor in tensors:
-        padded = -(-tensor.nbytes // alignment) * alignment
-        if padded > limit:
+        n_bytes = padded(tensor.nbytes, alignment)
+        if n_bytes > limit:
             raise UsageError(
-                f"--split-max-size: tensor {tensor.tensor.name} alone takes {padded / 1e9:.3f} GB, more than the "
-                f"{limit / 1e9:.3f} GB allowed; use at least --split-max-size {-(-padded // 10**6)}M"
+                f"--split-max-size: tensor {tensor.tensor.name} alone takes {n_bytes / 1e9:.3f} GB, more than the "
+                f"{limit / 1e9:.3f} GB allowed; use at least --split-max-size {-(-n_bytes // 10**6)}M"
             )
-        if size + padded > limit:
+        if size + n_bytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += padded
+        size += n_bytes
     if len(shards) > MAX_SHARDS:
         raise UsageError(f"--split-max-size: that makes {len(shards)} files, GGUF knows {MAX_SHARDS} at most")
     return shards

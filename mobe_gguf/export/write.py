@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import chunks
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
 
 
 def check_output(out: Path) -> None:
@@ -33,20 +34,20 @@ def check_output(out: Path) -> None:
         raise MobeError(f"{parent}: no permission to write there; choose another place for {out.name}")
 
 
-def check_space(out: Path, needed: int, left: Iterable[Path] = ()) -> None:
-    """MobeError if the file system of ``out`` has less than ``needed`` bytes free.
+def stored_bytes(shape: Sequence[int], type_name: str, alignment: int = ALIGNMENT) -> int:
+    """What a tensor takes in a file, with what it is padded by."""
+    return padded(ggml.type_info(type_name).tensor_bytes(shape), alignment)
 
-    What an interrupted run left, ``left`` and the file beside ``out``, is overwritten or taken over, so it counts as
-    free; an existing ``out`` is not, for it is replaced only once the new file is whole.
-    """
-    left = (out.with_name(f".{out.name}.part"), *left)
-    free = shutil.disk_usage(out.absolute().parent).free
-    free += sum(part.stat().st_blocks * 512 for part in left if part.is_file())
-    if free < needed:
-        raise MobeError(
-            f"{out.absolute().parent}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
-            "Make room, write elsewhere, or choose a smaller --quant."
-        )
+
+def head_bytes(writer: Any, alignment: int = ALIGNMENT) -> int:
+    """What header, keys and tensor table of ``writer`` take, padded: they are written to a temporary file for that."""
+    with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
+        path = Path(directory) / "head"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return padded(path.stat().st_size, alignment)
 
 
 @dataclass

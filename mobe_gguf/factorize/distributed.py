@@ -21,7 +21,7 @@ from mobe_gguf import __version__
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.remote import JobAddress
 from mobe_gguf.factorize.target import Unit
-from mobe_gguf.factorize.workers import REPORT, Do, Done, attempt, opened, step_line
+from mobe_gguf.factorize.workers import REPORT, Do, Done, attempt, opened, reporting
 from mobe_gguf.progress import Bar
 
 if TYPE_CHECKING:
@@ -169,14 +169,11 @@ def await_file(path: Path, seconds: float = 90) -> None:
 
 def _work(address: JobAddress, do: Do[Done], unit: Unit, device: str, threads: int, steps: Any) -> Done:
     torch.set_num_threads(max(1, threads))
-    began = last = time.monotonic()
 
-    def on_step(share: float, error: float) -> None:
-        nonlocal last
-        if steps is not None and time.monotonic() > last + 2 * REPORT:
-            last = time.monotonic()
-            with contextlib.suppress(Exception):  # a report that is lost costs nothing
-                steps.put_nowait(step_line(unit, share, error, began))
+    def report(line: str) -> None:
+        with contextlib.suppress(Exception):  # a report that is lost costs nothing
+            steps.put_nowait(line)
 
+    on_step = reporting(unit, None if steps is None else report, every=2 * REPORT)
     where = f"{device} of {socket.gethostname()}"
     return attempt(opened(address), do, unit, device, where, on_step)

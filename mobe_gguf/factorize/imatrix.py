@@ -6,7 +6,6 @@ channels and the number of rows it saw: ``blk.L.ffn_gate_exps.weight.in_sum2`` `
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 
 from mobe_gguf import names
 from mobe_gguf.errors import MobeError
-from mobe_gguf.gguf_source import merged_name
+from mobe_gguf.files import sha256
+from mobe_gguf.sources.gguf_source import merged_name
 
 #: Rows that every expert is taken to have seen beside its own, as a share of the average expert's, with the average
 #: input: an expert that the calibration text never routed to still has to be kept in shape.
@@ -43,7 +43,7 @@ class Imatrix:
     @cached_property
     def checksum(self) -> str:
         """sha256 of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return sha256(self.path)
 
     def weight(self, layer: int, projection: str, n: int, d: int) -> torch.Tensor:
         """``[n, 1, d]`` mean squares of the inputs of a layer's gate or up (down: d is its p), weighted by how often each expert is used.

@@ -25,7 +25,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mobe_gguf.atomic import write_json
-from mobe_gguf.checkpoint import read_header
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.distributed import await_file, cluster
@@ -44,9 +43,10 @@ from mobe_gguf.factorize.target import Goal, Size, Unit
 from mobe_gguf.factorize.unit import UnitResult, fit_unit, probe_unit
 from mobe_gguf.factorize.workers import Place, each
 from mobe_gguf.factorize.writer import write_output
-from mobe_gguf.gguf_source import GgufModel
-from mobe_gguf.original import Original, open_original
 from mobe_gguf.progress import Bar, bar, console
+from mobe_gguf.sources.checkpoint import read_header
+from mobe_gguf.sources.gguf_source import GgufModel
+from mobe_gguf.sources.original import Original, open_original
 
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1

@@ -22,13 +22,14 @@ import torch
 from safetensors import safe_open
 
 from mobe_gguf.atomic import atomic_path
-from mobe_gguf.checkpoint import Checkpoint, read_header
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.imatrix import PRIOR
 from mobe_gguf.factorize.metric import FLOOR, Roots
 from mobe_gguf.factorize.writer import Entry, write_safetensors
+from mobe_gguf.files import sha256
 from mobe_gguf.memory import free_memory
 from mobe_gguf.progress import Bar, bar, console
+from mobe_gguf.sources.checkpoint import Checkpoint, read_header
 
 VERSION = 1
 KEY = "mobe_moments"
@@ -130,7 +131,7 @@ def collect(
         "version": VERSION,
         "model": str(model),
         "source_checksum": checkpoint.checksum,
-        "text": hashlib.sha256(text.read_bytes()).hexdigest(),
+        "text": sha256(text),
         "tokens": tokens.numel(),
         "ctx": ctx,
         "rank": rank,

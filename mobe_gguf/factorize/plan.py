@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from mobe_gguf.checkpoint import PLAIN_FLOATS
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.baselines import METHODS, Baseline
 from mobe_gguf.factorize.solver import BLOCK_BYTES, Settings
 from mobe_gguf.factorize.target import Size, Unit
-from mobe_gguf.names import PROJECTIONS
-from mobe_gguf.original import Original
+from mobe_gguf.names import ALL_PROJECTIONS, PROJECTIONS
+from mobe_gguf.sources.checkpoint import PLAIN_FLOATS
+from mobe_gguf.sources.original import Original
 
 #: Names of the types that factors can be stored in.
 STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -238,6 +238,16 @@ def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
             )
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
+
+
+def parse_projections(text: str) -> tuple[str, ...]:
+    """``"up,gate"`` -> ("gate", "up"); UsageError if one is unknown."""
+    asked = [part.strip() for part in text.split(",")]
+    for name in asked:
+        if name not in ALL_PROJECTIONS:
+            known = ",".join(ALL_PROJECTIONS)
+            raise UsageError(f"--projections: {name!r} is unknown; expected some of {known}")
+    return tuple(p for p in ALL_PROJECTIONS if p in asked)
 
 
 def format_layers(layers: tuple[int, ...]) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobe_gguf.atomic import write_json
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import UsageError
 from mobe_gguf.export.recipe import Recipe
 from mobe_gguf.factorize.imatrix import Imatrix
@@ -37,7 +36,8 @@ from mobe_gguf.factorize.target import (
     rank_candidates,
     search,
 )
-from mobe_gguf.original import Original
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.original import Original
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

@@ -18,6 +18,7 @@ taken in blocks, so that beside W and the parameters only a block's matrices are
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ class Projected:
             g = derivative_(metric.adjoint(g), u, z, self.activation)
             mix_grad[s] = combine_gradient(g, mix[s], basis, basis_grad)
         loss = self.mean_square - float(explained) / self.w.numel()
-        if not loss == loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             raise SingularError("the loss is not finite")
         basis_grad /= self.w.numel()
         mix_grad /= self.w.numel()

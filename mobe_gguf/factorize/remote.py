@@ -14,7 +14,7 @@ from mobe_gguf.factorize.imatrix import Imatrix
 from mobe_gguf.factorize.moments import Moments
 from mobe_gguf.factorize.plan import JobSettings, Plan
 from mobe_gguf.factorize.target import Size, Unit
-from mobe_gguf.original import open_original
+from mobe_gguf.sources.original import open_original
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

@@ -11,7 +11,7 @@ from rich.table import Table
 from mobe_gguf.factorize.expected import expected_time
 from mobe_gguf.factorize.job import Job, Result
 from mobe_gguf.factorize.plan import JobSettings, Plan, baseline, format_layers
-from mobe_gguf.original import Original
+from mobe_gguf.sources.original import Original
 
 #: For lines of text: no colouring, and no wrapping, so that commands and paths can be copied.
 PLAIN: dict[str, Any] = dict(highlight=False, markup=False, soft_wrap=True)

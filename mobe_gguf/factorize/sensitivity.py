@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import torch
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.factorize.imatrix import Imatrix
-from mobe_gguf.gguf_source import GgufModel, Stored
-from mobe_gguf.original import Original
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.gguf_source import GgufModel, Stored
+from mobe_gguf.sources.original import Original
 
 #: Matrices that write to the residual stream, beside the routed experts: end of a Hugging Face name -> GGUF name.
 WRITERS = {

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mobe_gguf.errors import UsageError
+from mobe_gguf.files import UNITS
 
 #: ``(layer, projection)``.
 Unit = tuple[int, str]
@@ -57,8 +58,6 @@ class Point:
 
 #: Cost of a unit of this size, in parameters or bytes.
 Cost = Callable[[Size], int]
-
-UNITS = {"M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_target(text: str) -> float | int:

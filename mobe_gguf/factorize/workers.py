@@ -112,13 +112,7 @@ def in_threads(
 
     def work(unit: Unit) -> Done:
         torch.set_num_threads(max(1, threads // workers))  # of this worker
-        began = time.monotonic()
-
-        def on_step(share: float, error: float) -> None:
-            if stop.is_set():
-                raise Stopped
-            progress.update(step_line(unit, share, error, began))
-
+        on_step = reporting(unit, progress.update, stop)
         if device != "cpu":
             return attempt(job, do, unit, device, device, on_step)
         return do(job, *unit, device, on_step)
@@ -141,9 +135,24 @@ def units_at_once(job: Job, count: int, device: str) -> int:
     return max(1, min(torch.get_num_threads(), count, int(0.5 * free_memory() / job.plan.memory_bytes)))
 
 
-def step_line(unit: Unit, share: float, error: float, began: float) -> str:
-    """What the bar says of a unit while it is worked on; ``began`` by time.monotonic()."""
-    return f"layer {unit[0]} {unit[1]}: {share:4.0%}, error {error:.5f}, {time.monotonic() - began:.0f} s"
+def reporting(
+    unit: Unit, report: Callable[[str], None] | None, stop: Any = None, every: float = 0.0
+) -> OnStep:
+    """What is called after each step on ``unit``: gives ``report``, if there is one, a line for the bar, with ``every`` seconds in
+    between.  Raises Stopped once the event ``stop`` is set.
+    """
+    began = last = time.monotonic()
+
+    def on_step(share: float, error: float) -> None:
+        nonlocal last
+        if stop is not None and stop.is_set():
+            raise Stopped
+        now = time.monotonic()
+        if report is not None and now >= last + every:
+            last = now
+            report(f"layer {unit[0]} {unit[1]}: {share:4.0%}, error {error:.5f}, {now - began:.0f} s")
+
+    return on_step
 
 
 def in_processes(
@@ -222,17 +231,9 @@ def _end_with_parent() -> None:
 
 
 def _work(address: JobAddress, do: Do[Done], unit: Unit, device: str) -> Done:
-    began = last = time.monotonic()
-
-    def on_step(share: float, error: float) -> None:
-        nonlocal last
-        if _state["stop"].is_set():
-            raise Stopped
-        if _state["steps"] is not None and time.monotonic() > last + REPORT:
-            last = time.monotonic()
-            _state["steps"].put(step_line(unit, share, error, began))
-
-    if _state["stop"].is_set():
+    stop, steps = _state["stop"], _state["steps"]
+    on_step = reporting(unit, None if steps is None else steps.put, stop, REPORT)
+    if stop.is_set():
         raise Stopped
     return attempt(opened(address), do, unit, device, device, on_step)
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from mobe_gguf.atomic import write_json
-from mobe_gguf.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, read_header
-from mobe_gguf.gguf_factors import FACTORS_NAME
-from mobe_gguf.original import Original
+from mobe_gguf.sources.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, read_header
+from mobe_gguf.sources.gguf_factors import FACTORS_NAME
+from mobe_gguf.sources.original import Original
 
+#: Bytes of a shard, as ``save_pretrained`` has it.
 MAX_SHARD = 5_000_000_000
 CHUNK = 16 << 20
 
@@ -155,8 +156,7 @@ def write_output(
     try:
         is_directory = isinstance(source, Checkpoint)
         rest = shards(copies(source, units), MAX_SHARD) if is_directory else []
-        count = len(units) + len(rest)
-        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        names = shard_names(len(units) + len(rest))
         weight_map: dict[str, str] = {}
         total = 0
         for name, unit in zip(names, units.values(), strict=False):
@@ -178,9 +178,13 @@ def write_output(
         raise
 
 
-def shards(items: Iterable[Entry], limit: int | None = None) -> list[list[Entry]]:
-    """Runs of tensors of at most ``limit`` bytes, MAX_SHARD by default (a larger tensor gets a shard of its own)."""
-    limit = MAX_SHARD if limit is None else limit
+def shard_names(count: int) -> list[str]:
+    """Of all ``count`` files of a model, as ``save_pretrained`` names them."""
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def shards(items: Iterable[Entry], limit: int) -> list[list[Entry]]:
+    """Runs of tensors of at most ``limit`` bytes (a larger tensor gets a shard of its own)."""
     runs: list[list[Entry]] = []
     size = 0
     for item in items:

@@ -6,9 +6,10 @@ the only table of them here.  Names are ggml's own in lower case: ``f32``, ``q8_
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -81,6 +82,10 @@ class TypeInfo:
                 "number of them"
             )
         return n // self.block * self.bytes
+
+    def tensor_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor of ``shape``, its row last.  Raises ``MobeError`` as :meth:`row_bytes`."""
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobe_gguf.errors import MobeError
+from mobe_gguf.files import sha256
 from mobe_gguf.progress import bar, console
 
 #: Names the cache directory; without it, ``$XDG_CACHE_HOME/mobe-gguf`` or ``~/.cache/mobe-gguf``.
@@ -73,13 +73,13 @@ def fetch(pin: Pin, cache: Path, env: Mapping[str, str]) -> Path:
     """
     archive = cache / pin.filename
     if archive.is_file():
-        if _sha256(archive) == pin.sha256:
+        if sha256(archive) == pin.sha256:
             return archive
         say(f"{archive}: checksum differs from the pinned one, downloading again")
         archive.unlink()
     with tempfile.TemporaryDirectory(prefix="download-", dir=cache) as scratch:
         arrived = _pip_download(pin, Path(scratch), archive, env)
-        found = _sha256(arrived)
+        found = sha256(arrived)
         if found != pin.sha256:
             raise MobeError(
                 f"{pin.filename} as downloaded is not the pinned file: expected sha256 {pin.sha256}, got {found}; "
@@ -112,14 +112,6 @@ def unpack(archive: Path, pin: Pin, target: Path) -> None:
                 f"{archive} holds no directory {pin.top}; delete it and run mobe-gguf build again"
             )
         os.replace(top, target)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _pip_download(pin: Pin, scratch: Path, archive: Path, env: Mapping[str, str]) -> Path:

@@ -12,12 +12,12 @@ from click.testing import CliRunner, Result
 
 from mobe_gguf import ablate, resources, runtime
 from mobe_gguf.ablate import study as studies
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.cli import main
 from mobe_gguf.errors import UsageError
 from mobe_gguf.evaluate import heldout
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.formula import combine
+from mobe_gguf.sources.checkpoint import Checkpoint
 
 FAST = ("--steps", 3, "--no-kl", "--layers", 1, "--projections", "up")
 

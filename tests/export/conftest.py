@@ -1,4 +1,4 @@
-"""Tiny models and their MoBE checkpoints, made once for all tests of this folder; none of them writes into these."""
+"""MoBE checkpoints of the tiny models, made once for all tests of this folder; none of them writes into these."""
 
 from __future__ import annotations
 
@@ -7,23 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from export.handmade import make_mobe
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``model(family, **overrides)``: a random model of ``tiny.make_model``."""
-    made: dict[Any, Path] = {}
-
-    def get(family: str, **overrides: Any) -> Path:
-        key = (family, tuple(sorted(overrides.items())))
-        if key not in made:
-            made[key] = tiny.make_model(family, tmp_path_factory.mktemp("models") / family, **overrides)
-        return made[key]
-
-    return get
 
 
 @pytest.fixture(scope="session")

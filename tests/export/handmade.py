@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf.families import family_of
+from mobe_gguf.sources.families import family_of
 
 
 def make_mobe(

@@ -27,9 +27,9 @@ from mobe_gguf.export.refit_solve import BIAS
 from mobe_gguf.export.sensitivity import measure
 from mobe_gguf.export.source import Whole
 from mobe_gguf.formula import activate, combine
-from mobe_gguf.gguf_file import read_gguf
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 SIZES = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=2)
 

@@ -17,8 +17,8 @@ from export.handmade import make_mobe
 from export.published import make_wab
 from mobe_gguf.cli import main
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.gguf_file import read_gguf
 from mobe_gguf.inspect import describe
+from mobe_gguf.sources.gguf_file import read_gguf
 
 Maker = Callable[..., Path]
 

@@ -14,9 +14,9 @@ import torch
 from export.handmade import make_mobe
 from mobe_gguf import names, runtime
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.gguf_file import GgufFile, read_gguf
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.gguf_file import GgufFile, read_gguf
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 Maker = Callable[..., Path]
 

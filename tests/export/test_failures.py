@@ -25,7 +25,7 @@ from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export import Recipe, export, write
 from mobe_gguf.export.refit import BLOCK_BYTES
-from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.sources.gguf_file import read_gguf
 
 Maker = Callable[..., Path]
 

@@ -27,9 +27,9 @@ from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export import Recipe, export, parse_override, parse_quant, write
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.gguf_file import GgufFile, read_gguf, read_model
 from mobe_gguf.inspect import describe
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.gguf_file import GgufFile, read_gguf, read_model
 
 Maker = Callable[..., Path]
 

@@ -26,8 +26,8 @@ from mobe_gguf.export.imatrix import Entry, Imatrix, ImatrixFile
 from mobe_gguf.export.recipe import ALIASES, QUANTS, Facts, Spec, plan
 from mobe_gguf.export.report import importance_lines
 from mobe_gguf.export.source import Whole
-from mobe_gguf.gguf_file import read_gguf
 from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf.sources.gguf_file import read_gguf
 
 #: Rows of whole blocks of 256, so that every type fits; A is as wide as the input, so that no size gives it away.
 SIZES = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=2)
@@ -38,6 +38,8 @@ FACTORIZED = dict(
     by_row=dict(by_row=True),
     partly=dict(layers=(1,), projections=("up",)),
     down=dict(m=4, g=2, projections=ALL_PROJECTIONS),
+    # which goes by ggml's own products, but not while somebody collects
+    linear=dict(m=3, activation="none", projections=ALL_PROJECTIONS),
 )
 
 
@@ -149,7 +151,7 @@ def test_bytes_of_a_mobe_model(quant: str, kind: str, factorized: Any, tmp_path:
     same_files(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
     said = importance_lines(report.entries)
     assert said[-1] == "importance not known, all columns alike: embeddings", said
-    down = "" if kind == "down" else ", down"
+    down = "" if "down" in FACTORIZED[kind].get("projections", ()) else ", down"
     assert len(said) == 2 and said[0].startswith(f"importance from {imatrix.name}: A, B{down}")
 
 

@@ -29,9 +29,9 @@ from mobe_gguf.export.recipe import (
     plan,
     requires_imatrix,
 )
-from mobe_gguf.gguf_file import read_gguf
 from mobe_gguf.names import ALL_PROJECTIONS
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.gguf_file import read_gguf
 
 FACTS = Facts(n_layer=8, n_expert=16, n_gqa=4)
 SPECS = [

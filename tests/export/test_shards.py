@@ -24,8 +24,8 @@ from mobe_gguf import runtime
 from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export import Recipe, export, parse_size, write
-from mobe_gguf.gguf_file import read_gguf
 from mobe_gguf.inspect import describe
+from mobe_gguf.sources.gguf_file import read_gguf
 
 Maker = Callable[..., Path]
 LIMIT = 1_000_000

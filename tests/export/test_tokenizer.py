@@ -13,7 +13,7 @@ import pytest
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.export.tokenizer import DIGITS, GPT2, KNOWN, Known, recognize
-from mobe_gguf.gguf_file import read_gguf
+from mobe_gguf.sources.gguf_file import read_gguf
 
 #: Where the pre-tokenizers differ: contractions, digits, line ends, capitals, other scripts, marks, punctuation.
 TEXT = (

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from export.published import make_wab
 from mobe_gguf.cli import main
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.gguf_file import read_gguf
-from mobe_gguf.mobe_checkpoint import reconstruct
-from mobe_gguf.wab import WabCheckpoint, WabFiles, wab_name
+from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.sources.mobe_checkpoint import reconstruct
+from mobe_gguf.sources.wab import WabCheckpoint, WabFiles, wab_name
 
 
 @pytest.fixture
@@ -69,6 +69,12 @@ def test_sigma_is_rounded_as_training_rounds_it(made: tuple[Path, Path]) -> None
     for projection in ("gate", "up"):
         sigma = checkpoint.expert_stack(1, projection).half().std()
         assert sigma.dtype == torch.float16 and checkpoint.layer(1).scale(projection) == float(sigma)
+
+
+def test_what_it_is_read_from(made: tuple[Path, Path]) -> None:
+    """An interrupted export goes on only while all of these are the same."""
+    files = set(WabCheckpoint(made[0], WabFiles((made[1],), "silu")).source_files())
+    assert files == {*made[0].iterdir(), *made[1].iterdir()}
 
 
 def test_exported_file(made: tuple[Path, Path], tmp_path: Path) -> None:

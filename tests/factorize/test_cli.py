@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from mobe_gguf.cli import main
 from mobe_gguf.factorize.job import prepare
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.gguf_file import read_gguf
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 
 def call(*arguments: object) -> Result:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.down import fit_down
@@ -18,10 +17,11 @@ from mobe_gguf.factorize.plan import Options, make_plan, plan_checkpoint, settle
 from mobe_gguf.factorize.rounding import rounded
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.formula import activate, combine_groups
-from mobe_gguf.gguf_file import read_gguf
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, reconstruct
 from mobe_gguf.names import ALL_PROJECTIONS
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, reconstruct
 
 from .test_imatrix import write as write_imatrix
 from .test_solver import shared_structure

@@ -12,16 +12,17 @@ import pytest
 import torch
 from parity import gguf_files
 
-from mobe_gguf import gguf_source, names
+from mobe_gguf import names
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.job import prepare, run, work_directory
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.gguf_factors import GgufFactors
-from mobe_gguf.gguf_source import GgufModel, Stored
-from mobe_gguf.mobe_checkpoint import reconstruct
-from mobe_gguf.original import open_original
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources import gguf_source
+from mobe_gguf.sources.gguf_factors import GgufFactors
+from mobe_gguf.sources.gguf_source import GgufModel, Stored
+from mobe_gguf.sources.mobe_checkpoint import reconstruct
+from mobe_gguf.sources.original import open_original
 
 FAST = Options(steps=2)
 

@@ -18,8 +18,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from sources.editing import edit_config, edit_tensors, to_fp8
 
-from mobe_gguf.checkpoint import INDEX_NAME, Checkpoint, read_header
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize import unit as units
@@ -27,9 +27,9 @@ from mobe_gguf.factorize.job import prepare, run, work_directory
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.workers import Stopped
 from mobe_gguf.factorize.writer import Entry, write_safetensors
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, reconstruct
+from mobe_gguf.sources.checkpoint import INDEX_NAME, Checkpoint, read_header
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, reconstruct
 
-from .test_checkpoint import edit_config, edit_tensors, to_fp8
 from .test_imatrix import write as write_imatrix
 
 FAST = Options(steps=3)

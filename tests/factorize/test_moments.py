@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export import Recipe, export
@@ -23,8 +22,9 @@ from mobe_gguf.factorize.metric import Metric, Roots
 from mobe_gguf.factorize.moments import Moments, collect, compress
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.solver import Settings, fit
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 from .test_imatrix import write as write_imatrix
 from .test_solver import reconstruct, shared_structure

@@ -10,15 +10,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.plan import Options, resume_settings, settle
 from mobe_gguf.factorize.rounding import noise, resolve, rounded, settled
 from mobe_gguf.factorize.solver import Settings, fit
-from mobe_gguf.gguf_file import read_gguf
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 from .test_solver import reconstruct, shared_structure
 

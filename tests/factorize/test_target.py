@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
+from sources.editing import edit_tensors
 
 from mobe_gguf import runtime
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize import unit as units
@@ -33,9 +33,9 @@ from mobe_gguf.factorize.target import (
     search,
 )
 from mobe_gguf.inspect import describe
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
-from .test_checkpoint import edit_tensors
 from .test_cli import call, refused
 from .test_job import contents, factorize, names
 

@@ -28,10 +28,10 @@ from parity.gguf_files import GgufFile, factorize, qwen3moe
 from parity.loader import Loader, Outcome
 
 from mobe_gguf.errors import MobeError
-from mobe_gguf.gguf_file import read_gguf
 from mobe_gguf.progress import bar, console
 from mobe_gguf.runtime import build, source
 from mobe_gguf.runtime import compile as compiling
+from mobe_gguf.sources.gguf_file import read_gguf
 from mobe_gguf.verify import verify
 
 #: Numbers that break arithmetic.

@@ -13,15 +13,24 @@ and ``[n, m, d]`` for a mix row by row.  config.json holds ``num_B`` and ``activ
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.formula import activate, combine
 from mobe_gguf.names import ACTIVATIONS, ALL_PROJECTIONS
+from mobe_gguf.sources.checkpoint import Checkpoint
+
+
+def recorded(config: Mapping[str, Any], *path: str) -> Any:
+    """What ``factorize`` noted under the key ``mobe`` of config.json or factors.json, ``path`` further down; None if nothing."""
+    value: Any = config
+    for key in ("mobe", *path):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 class MobeLayer:
@@ -126,6 +135,14 @@ class MobeLayer:
         name = self._names(projection)[index // (m // g)][0]
         return self._finite(name, self.checkpoint.get_row(name, index % (m // g)))
 
+    def group_basis(self, projection: str, group: int) -> torch.Tensor:
+        """B of one group ``[m/g, r, d]`` (of down ``[m/g, d, r]``), read without the others and not held twice."""
+        m = self.n_basis(projection) // self.group_count(projection)
+        out = torch.empty(m, *self.basis_shape(projection))
+        for j in range(m):
+            out[j] = self.basis_matrix(projection, group * m + j)
+        return out
+
     def mix(self, projection: str) -> torch.Tensor:
         """alpha ``[n, m/g]``, or ``[n, m/g, r]`` (of down ``[n, m/g, d]``): expert e mixes the bases of group ``e // (n/g)``."""
         self._checked[projection]
@@ -151,6 +168,9 @@ class MobeLayer:
 class MobeCheckpoint(Checkpoint):
     """A directory of MoBE factors.  Raises MobeError if it is an ordinary model."""
 
+    #: What :meth:`layer` gives.
+    layer_class: type[MobeLayer] = MobeLayer
+
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path)
         if not self.is_mobe:
@@ -164,7 +184,6 @@ class MobeCheckpoint(Checkpoint):
                 f"{self.path} is not a MoBE checkpoint: config.json has no num_B and there are no B_gate tensors. "
                 f"{mend}"
             )
-        self._layers: dict[int, MobeLayer] = {}
 
     @cached_property
     def activation(self) -> str:
@@ -182,7 +201,11 @@ class MobeCheckpoint(Checkpoint):
             raise MobeError(
                 f"{self.path}: layer {index} has no routed experts; MoE layers are {list(self.moe_layers)}"
             )
-        return self._layers.setdefault(index, MobeLayer(self, index))
+        return self._layers.setdefault(index, self.layer_class(self, index))
+
+    @cached_property
+    def _layers(self) -> dict[int, MobeLayer]:
+        return {}
 
 
 #: Bytes of combined bases that :class:`Reconstruction` holds at a time, if they are of more than one expert; twice that
@@ -218,14 +241,11 @@ class Reconstruction:
         """``f(sum_j alpha_ij B_j)`` of ``expert`` and as many of its group after it as BATCH_BYTES allow."""
         layer, projection = self.layer, self.projection
         n_group = layer.checkpoint.n_expert // layer.group_count(projection)
-        m_group = layer.n_basis(projection) // layer.group_count(projection)
         group, index = divmod(expert, n_group)
         self._combined = ()
         if group != self._group:
             self._basis = None  # not two groups' at a time
-            first = group * m_group
-            bases = (layer.basis_matrix(projection, j) for j in range(first, first + m_group))
-            self._basis = _stacked(bases, m_group)
+            self._basis = layer.group_basis(projection, group)
             self._mix = layer.mix(projection)[group * n_group : (group + 1) * n_group]
             self._group = group
         size = max(1, BATCH_BYTES // (4 * self._basis[0].numel()))
@@ -233,16 +253,6 @@ class Reconstruction:
             combine(self._mix[index : index + size], self._basis), layer.checkpoint.activation
         )
         self._first = expert
-
-
-def _stacked(tensors: Iterator[torch.Tensor], n: int) -> torch.Tensor:
-    """``torch.stack``, without holding all twice."""
-    first = next(tensors)
-    out = torch.empty(n, *first.shape)
-    out[0] = first
-    for i, tensor in enumerate(tensors, 1):
-        out[i] = tensor
-    return out
 
 
 def reconstruct(layer: MobeLayer, projection: str) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The experts of a GGUF file, read by slice and decoded by libggml.
 
-:class:`GgufModel` answers what :class:`mobe_gguf.checkpoint.Checkpoint` answers of a Hugging Face directory (see
+:class:`GgufModel` answers what :class:`mobe_gguf.sources.checkpoint.Checkpoint` answers of a Hugging Face directory (see
 ``original``), for any architecture whose experts llama.cpp calls ``blk.L.ffn_{gate,up,down}_exps.weight``, or, gate and up in
 one tensor, ``blk.L.ffn_gate_up_exps.weight``.
 """
@@ -22,9 +22,9 @@ import torch
 
 from mobe_gguf import names, runtime
 from mobe_gguf.errors import MobeError
-from mobe_gguf.families import Family
-from mobe_gguf.gguf_file import GgufFile, TensorInfo, read_model
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.families import Family
+from mobe_gguf.sources.gguf_file import GgufFile, TensorInfo, read_model
 
 #: Bytes that are copied at a time.  (1 GB takes 0.3 s of CPU time in pieces of 256 KiB, 0.7 to 1.5 s in pieces of 16 MiB,
 #: each of which is mapped anew.)
@@ -93,7 +93,7 @@ class Stored:
 
     @property
     def n_bytes(self) -> int:
-        return math.prod(self.shape[:-1]) * self.row_bytes
+        return ggml.type_info(self.type).tensor_bytes(self.shape)
 
     def matrix(self, index: int) -> torch.Tensor:
         """Matrix ``index``, decoded: float32 ``shape[-2:]``; nothing else is read."""

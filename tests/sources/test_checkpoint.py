@@ -13,20 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf.checkpoint import INDEX_NAME, Checkpoint, dequantize_fp8, read_header
 from mobe_gguf.errors import MobeError
-
-
-def edit_config(path, **changes):
-    config = json.loads((path / "config.json").read_text()) | changes
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(path, change):
-    """Apply ``change(dict of tensors)`` to a single-file model."""
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+from mobe_gguf.sources.checkpoint import INDEX_NAME, Checkpoint, dequantize_fp8, read_header
+from sources.editing import edit_config, edit_tensors, to_fp8
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -66,13 +55,6 @@ def test_half_precision(dtype, model):
     exact, half = Checkpoint(model("olmoe")), Checkpoint(model("olmoe", dtype=dtype))
     assert half.dtype(half.expert_sources(0, "gate")[0]) == dtype
     assert torch.equal(half.expert_stack(0, "gate"), exact.expert_stack(0, "gate").to(dtype).float())
-
-
-def to_fp8(w, block):
-    """``(w in e4m3, its scales)``, as DeepSeek-V3 is published: one scale a block of rows x columns."""
-    scale = torch.nn.functional.max_pool2d(w.abs()[None], block, stride=block, ceil_mode=True)[0] / 448.0
-    full = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: w.shape[0], : w.shape[1]]
-    return (w / full).to(torch.float8_e4m3fn), scale
 
 
 def test_fp8(own_model):

@@ -23,19 +23,16 @@ from pathlib import Path
 
 import torch
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
 from mobe_gguf.formula import activate, combine
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, MobeLayer
-from mobe_gguf.names import PROJECTIONS
+from mobe_gguf.names import PROJECTIONS, WAB_ACTIVATIONS
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, MobeLayer
 
 FILE = re.compile(r"model_layers_(\d+)_mlp_(\w+?)_proj(?:_group(\d+))?_WAB\.pth")
 
 #: Key -> number of dimensions.
 KEYS = {"A_params": 3, "B_params": 3, "w_params": 2}
-
-#: What the authors' training knows.
-ACTIVATIONS = ("silu", "tanh")
 
 
 def wab_name(layer: int, projection: str, group: int | None = None) -> str:
@@ -137,21 +134,19 @@ class WabCheckpoint(MobeCheckpoint):
     Raises MobeError if a file is missing or cannot be what its name says, or if the activation does not fit.
     """
 
+    layer_class = WabLayer
+
     def __init__(self, path: str | os.PathLike[str], said: WabFiles):
         Checkpoint.__init__(self, path)
         if self.is_mobe:
             raise MobeError(f"{self.path} is a MoBE checkpoint; --wab goes with the original model")
         self.activation = said.activation
         self.files = self._find(said)
-        self._layers = {}
         self._loaded: tuple[tuple[int, str], list[dict[str, torch.Tensor]]] | None = None
         self._check_activation()
 
-    def layer(self, index: int) -> MobeLayer:
-        super().layer(index)  # its complaint if there is no such layer
-        if not isinstance(self._layers[index], WabLayer):
-            self._layers[index] = WabLayer(self, index)
-        return self._layers[index]
+    def source_files(self) -> list[Path]:
+        return super().source_files() + [path for paths in self.files.values() for path in paths]
 
     def load(self, layer: int, projection: str) -> list[dict[str, torch.Tensor]]:
         """The content of a unit's files, one a group, mapped and not read.  The last unit asked for is kept."""
@@ -227,10 +222,10 @@ class WabCheckpoint(MobeCheckpoint):
         index, projection = min(self.files)
         layer = self.layer(index)
         w = self.expert(index, projection, 0)
-        u = combine(layer.mix(projection)[:1], self._first_group(layer, projection))
+        u = combine(layer.mix(projection)[:1], layer.group_basis(projection, 0))
         a = layer.transform(projection, 0)
         errors = {}
-        for activation in ACTIVATIONS:
+        for activation in WAB_ACTIVATIONS:
             rest = w - a @ activate(u, activation)[0]
             errors[activation] = float(rest.square().sum() / w.square().sum())
         error = errors[self.activation]
@@ -241,10 +236,6 @@ class WabCheckpoint(MobeCheckpoint):
                 f"error of expert 0 by --activation: {said}; about 0.1 is usual. "
                 "Name the activation that they were trained with, and the model that they were trained on."
             )
-
-    def _first_group(self, layer: MobeLayer, projection: str) -> torch.Tensor:
-        m = layer.n_basis(projection) // layer.group_count(projection)
-        return torch.stack([layer.basis_matrix(projection, j) for j in range(m)])
 
 
 def read_wab(path: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from mobe_gguf.errors import MobeError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-DEFAULT_ALIGNMENT = 32
 
+#: What the data of tensors are padded to where a file says nothing else.
+ALIGNMENT = 32
 #: ggml's own limits (GGML_MAX_DIMS, GGML_MAX_NAME less its final zero).
 MAX_DIMS = 4
 MAX_NAME = 63
@@ -44,6 +45,11 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+
+
+def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple of ``alignment``."""
+    return -(-n_bytes // alignment) * alignment
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class GgufFile:
     @property
     def alignment(self) -> int:
         """What the data of every tensor are padded to."""
-        return self.keys.get("general.alignment", DEFAULT_ALIGNMENT)
+        return self.keys.get("general.alignment", ALIGNMENT)
 
     @property
     def arch(self) -> str:
@@ -126,10 +132,15 @@ def read_model(path: str | os.PathLike[str]) -> GgufFile:
 
     MobeError also if another file than the first is given, or one is missing or of another set.
     """
+    return join(read_parts(path))
+
+
+def read_parts(path: str | os.PathLike[str]) -> list[GgufFile]:
+    """All files of the model whose first file, or only one, is at ``path``, in order.  MobeError as :func:`read_model`."""
     first = read_gguf(path)
     count = first.keys.get("split.count", 1)
     if count <= 1:
-        return first
+        return [first]
     name = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.path.name)
     if name is None or int(name[2]) != count or first.keys.get("split.no") != 0:
         raise MobeError(
@@ -144,6 +155,14 @@ def read_model(path: str | os.PathLike[str]) -> GgufFile:
                 f"{other.path}: its keys split.no and split.count are not those of file {i} of {count}"
             )
         files.append(other)
+    return files
+
+
+def join(files: Sequence[GgufFile]) -> GgufFile:
+    """What :func:`read_parts` gave, as one file.  MobeError if they are of different models."""
+    first, count = files[0], len(files)
+    if count == 1:
+        return first
     tensors = {name: info for file in files for name, info in file.tensors.items()}
     expected = first.keys.get("split.tensors.count")
     if len(tensors) != expected:
@@ -175,12 +194,12 @@ class _Reader:
             raise MobeError(f"{self.path}: GGUF of versions 2 and 3, little-endian, can be read; {kind}")
         n_tensors, n_keys = self.number("<Q"), self.number("<Q")
         keys = self.keys(n_keys)
-        alignment = keys.get("general.alignment", DEFAULT_ALIGNMENT)
+        alignment = keys.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self.broken(f"general.alignment is {alignment!r}, expected a power of two")
         table = self.table(n_tensors)
         self.where = "the tensor table"
-        start = -(-self.at // alignment) * alignment
+        start = padded(self.at, alignment)
         tensors = {name: self.place(entry, start, alignment) for name, entry in table.items()}
         return GgufFile(self.path, version, self.size, keys, tensors, self.key_spans)
 

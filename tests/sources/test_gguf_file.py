@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parity.gguf_files import factorize, qwen3moe
 
 from mobe_gguf.errors import MobeError
-from mobe_gguf.gguf_file import Array, read_gguf
+from mobe_gguf.sources.gguf_file import Array, read_gguf
 
 
 @pytest.fixture(scope="module")

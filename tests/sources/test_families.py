@@ -7,9 +7,9 @@ import json
 import pytest
 import tiny
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
-from mobe_gguf.families import FAMILIES, family_of, known_model_types
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.families import FAMILIES, family_of, known_model_types
 
 
 def test_every_family_has_a_tiny_model():

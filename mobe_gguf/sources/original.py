@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 
-from mobe_gguf.checkpoint import Checkpoint
 from mobe_gguf.errors import MobeError
-from mobe_gguf.families import Family
-from mobe_gguf.gguf_factors import FACTORS_NAME
-from mobe_gguf.gguf_source import GgufModel
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.families import Family
+from mobe_gguf.sources.gguf_factors import FACTORS_NAME
+from mobe_gguf.sources.gguf_source import GgufModel
 
 
 class Original(Protocol):

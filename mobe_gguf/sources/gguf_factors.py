@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf.checkpoint import INDEX_NAME, read_json
 from mobe_gguf.errors import MobeError
-from mobe_gguf.gguf_source import GgufModel, family
-from mobe_gguf.mobe_checkpoint import MobeCheckpoint, MobeLayer
+from mobe_gguf.sources.checkpoint import INDEX_NAME, read_json
+from mobe_gguf.sources.gguf_source import GgufModel, family
+from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 FACTORS_NAME = "factors.json"
 
@@ -40,7 +40,6 @@ class GgufFactors(MobeCheckpoint):
             raise MobeError(f"{self.path}: {INDEX_NAME} is missing; factorize the model again")
         self._tensors = self._read_headers()
         self._open: dict[str, Any] = {}
-        self._layers: dict[int, MobeLayer] = {}
 
     def _size(self, key: str) -> int:
         value = self.config.get(key)

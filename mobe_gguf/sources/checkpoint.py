@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mobe_gguf.errors import MobeError
-from mobe_gguf.families import family_of
 from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf.sources.families import family_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -326,6 +326,10 @@ class Checkpoint:
             halves = 2 if projection != "down" and self.is_fused(layer, projection) else 1
             kept -= sum(self.info(name).n_bytes for name in self.expert_sources(layer, projection)) // halves
         return kept
+
+    def source_files(self) -> list[Path]:
+        """All files that the model is read from."""
+        return [path for path in self.path.iterdir() if path.is_file()]
 
     @cached_property
     def checksum(self) -> str:

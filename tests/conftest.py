@@ -1,0 +1,35 @@
+"""Tiny models, made once for all tests; none of them writes into these."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``model(family, **options)``: a random model of ``tiny.make_model``."""
+    made: dict[Any, Path] = {}
+
+    def get(family: str, **options: Any) -> Path:
+        key = (family, repr(sorted(options.items())))
+        if key not in made:
+            made[key] = tiny.make_model(family, tmp_path_factory.mktemp("models") / family, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def own_model(model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """``own_model(family, **options)``: a copy that the test may damage."""
+
+    def get(family: str = "qwen3_moe", **options: Any) -> Path:
+        return Path(shutil.copytree(model(family, **options), tmp_path / "own"))
+
+    return get
