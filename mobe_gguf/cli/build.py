@@ -21,6 +21,11 @@ from mobe_gguf.runtime.source import say
     help="GPU architectures to compile for, such as 90 or '80;90'.  [default: this machine's GPUs]",
 )
 @click.option(
+    "--vulkan/--no-vulkan",
+    default=None,
+    help="Also compile the Vulkan backend.  [default: as the installed runtime, else no]",
+)
+@click.option(
     "--portable/--no-portable",
     default=None,
     help="Compile for any CPU of this kind, chosen at run time, instead of for this machine's only.",
@@ -37,6 +42,7 @@ from mobe_gguf.runtime.source import say
 def command(
     cuda: bool | None,
     cuda_arch: str | None,
+    vulkan: bool | None,
     portable: bool | None,
     test_tools: bool | None,
     jobs: int | None,
@@ -51,7 +57,9 @@ def command(
     An option left out keeps the value it had when the installed runtime was built.
     """
     environment = Environment.active()
-    options = inherited(environment, cuda=cuda, cuda_arch=cuda_arch, portable=portable, test_tools=test_tools)
+    options = inherited(
+        environment, cuda=cuda, cuda_arch=cuda_arch, vulkan=vulkan, portable=portable, test_tools=test_tools
+    )
     result = build(Recipe.patched(options), environment, jobs=jobs, force=force)
     done = "up to date" if result.fresh else f"built in {result.seconds:.0f} s ({result.steps} steps)"
     say(f"{describe(result.stamp)}: {done}; tools in {environment.scripts}")

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,11 +29,15 @@ from typing import Any
 from mobe_gguf import resources
 from mobe_gguf.atomic import atomic_path
 from mobe_gguf.errors import MobeError
+from mobe_gguf.files import sha256
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime import install, patch, source
 from mobe_gguf.runtime.compile import Options
 from mobe_gguf.runtime.install import Environment
 from mobe_gguf.runtime.source import LLAMA_CPP, Pin
+
+#: The fields of ``Options`` that stand for a backend besides the CPU's.
+BACKENDS = ("cuda", "vulkan")
 
 
 @dataclass(frozen=True)
@@ -66,21 +70,23 @@ class Recipe:
 
     def source_key(self) -> str:
         """Changes whenever the patched tree does."""
-        return _digest(self.pin.sha256, [(path.name, _sha256(path)) for path in self.patches])
+        return _digest(self.pin.sha256, [(path.name, sha256(path)) for path in self.patches])
 
     def variant(self) -> str:
         """Name of the build tree whose objects this recipe may reuse."""
         # test tools are only some more targets in the same tree
         definitions = {k: v for k, v in self.definitions().items() if k != "LLAMA_BUILD_TESTS"}
-        toolchain = {name: os.environ.get(name) for name in compiling.TOOLCHAIN_VARIABLES}
+        names = compiling.TOOLCHAIN_VARIABLES + ((compiling.VULKAN_VARIABLE,) if self.options.vulkan else ())
+        toolchain = {name: os.environ.get(name) for name in names}
         processor = None if self.options.portable else compiling.processor()
-        words = ["cuda" if self.options.cuda else "cpu", "portable" if self.options.portable else "native"]
+        backends = [name for name in BACKENDS if getattr(self.options, name)]
+        words = [*(backends or ["cpu"]), "portable" if self.options.portable else "native"]
         words += [] if self.patches else ["stock"]
         return "-".join([*words, _digest(self.pin.sha256, definitions, toolchain, processor)[:10]])
 
     def key(self) -> str:
         """Changes whenever the installed runtime would."""
-        kernels = [(path.as_posix(), _sha256(self.kernels / path)) for path in self.kernel_files()]
+        kernels = [(path.as_posix(), sha256(self.kernels / path)) for path in self.kernel_files()]
         return _digest(self.variant(), self.source_key(), self.definitions(), self.options.tools, kernels)
 
     def kernel_files(self) -> list[Path]:
@@ -244,10 +250,6 @@ def locked(cache: Path) -> Iterator[int]:
         yield f.fileno()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -264,7 +266,7 @@ def inherited(environment: Environment, **chosen: Any) -> Options:
     return Options(**values)
 
 
-def describe(stamp: Mapping[str, Any], names: Sequence[str] = ("cuda", "portable")) -> str:
+def describe(stamp: Mapping[str, Any]) -> str:
     """One line about an installed runtime."""
-    chosen = [name for name in names if stamp["options"].get(name)] or ["cpu"]
+    chosen = [name for name in (*BACKENDS, "portable") if stamp["options"].get(name)] or ["cpu"]
     return f"llama-cpp-python {stamp['version']}, {len(stamp['patches'])} patches, {' '.join(chosen)}"

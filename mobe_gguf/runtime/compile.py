@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,27 @@ LIBRARIES = ("llama", "mtmd")
 #: Environment variables that CMake takes compilers and flags from when it first configures a tree.
 TOOLCHAIN_VARIABLES = ("CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
 
+#: Where CMake looks for Vulkan's headers, loader and glslc first: the directory of LunarG's SDK.
+VULKAN_VARIABLE = "VULKAN_SDK"
+
+#: Asks for what ggml-vulkan's own CMakeLists.txt asks for. Its source further names what VK_EXT_layer_settings declares.
+VULKAN_PROBE = """\
+cmake_minimum_required(VERSION 3.21)
+project(probe C)
+find_package(Vulkan COMPONENTS glslc REQUIRED)
+list(APPEND CMAKE_PREFIX_PATH "$ENV{VULKAN_SDK}")
+find_package(SPIRV-Headers CONFIG REQUIRED)
+foreach(header vulkan_core.h vulkan.hpp)
+    if (NOT EXISTS ${Vulkan_INCLUDE_DIR}/vulkan/${header})
+        message(FATAL_ERROR "there is no ${Vulkan_INCLUDE_DIR}/vulkan/${header}")
+    endif()
+endforeach()
+file(STRINGS ${Vulkan_INCLUDE_DIR}/vulkan/vulkan_core.h found REGEX VK_EXT_layer_settings LIMIT_COUNT 1)
+if (NOT found)
+    message(FATAL_ERROR "the headers in ${Vulkan_INCLUDE_DIR} are too old: ${Vulkan_VERSION} lacks VK_EXT_layer_settings")
+endif()
+"""
+
 #: Without a terminal, a line at least this often (seconds).
 LINE_EVERY = 15.0
 
@@ -58,6 +80,7 @@ class Options:
 
     cuda: bool = False
     cuda_arch: str | None = None
+    vulkan: bool = False
     portable: bool = False
     test_tools: bool = False
 
@@ -94,6 +117,8 @@ def definitions(options: Options) -> dict[str, str]:
     }
     if options.cuda:
         chosen["CMAKE_CUDA_ARCHITECTURES"] = options.cuda_arch or "native"
+    if options.vulkan:
+        chosen["GGML_VULKAN"] = "ON"
     return chosen
 
 
@@ -144,12 +169,38 @@ def check_toolchain(options: Options, env: Mapping[str, str]) -> None:
                 "--cuda compiles for this machine's GPUs and found none: name the target, "
                 "for instance mobe-gguf build --cuda --cuda-arch 90 (H100), 89 (RTX 40), 86 (RTX 30), 80 (A100)"
             )
+    if options.vulkan:
+        _check_vulkan(env)
 
 
 def _nvcc(env: Mapping[str, str]) -> str | None:
     homes = [env[name] for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)] + ["/usr/local/cuda"]
     path = os.pathsep.join([env["PATH"], *(os.path.join(home, "bin") for home in homes)])
     return shutil.which(env.get("CUDACXX") or "nvcc", path=path)
+
+
+def _check_vulkan(env: Mapping[str, str]) -> None:
+    """Raise ``MobeError`` if CMake, which looks in more places than the PATH, finds not all that Vulkan takes."""
+    with tempfile.TemporaryDirectory(prefix="vulkan-probe-") as scratch:
+        Path(scratch, "CMakeLists.txt").write_text(VULKAN_PROBE, encoding="utf-8")
+        done = subprocess.run(
+            [shutil.which("cmake", path=env["PATH"]) or "cmake", "-G", "Ninja", "-S", scratch, "-B", scratch],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=dict(env),
+        )
+    if done.returncode != 0:
+        # CMake's error is indented below a line that says where
+        said = re.search(r"^CMake Error[^\n]*:\n(.*?)\n\S", done.stdout, re.MULTILINE | re.DOTALL)
+        why = " ".join((said[1] if said else done.stdout).split())[:200].rstrip(".")
+        raise MobeError(
+            f"--vulkan needs the Vulkan loader and its C++ headers, glslc and SPIRV-Headers: {why}; "
+            "apt install libvulkan-dev glslc spirv-headers (Debian 12's are too old), or LunarG's Vulkan SDK with "
+            f"${VULKAN_VARIABLE} naming its directory, or run mobe-gguf build --no-vulkan"
+        )
 
 
 def configure(
@@ -183,7 +234,7 @@ def compile_targets(
     with _run([ninja, "-C", str(build), f"-j{jobs}", *targets], env, log, lock) as (process, output):
         for line in output:
             lines.append(line)
-            if match := _STATUS.match(line):
+            if match := _finished(line, 0):
                 steps = _show(int(match[2]), match, output, lines)
     if process.returncode != 0:
         raise _failure("compiling llama.cpp", process.returncode, lines, log)
@@ -192,6 +243,16 @@ def compile_targets(
 
 #: Ninja's line for a finished step, as set by ``environment()``.
 _STATUS = re.compile(r"^\[(\d+)/(\d+)\] (.*)$")
+
+
+def _finished(line: str, done: int) -> re.Match[str] | None:
+    """Ninja's line for a step after ``done`` ones.
+
+    Not one that it announces before it counts (it looks for new files), nor one of a Ninja that a step runs, as the
+    shaders' generator of Vulkan is compiled by: these begin at 1 again, with a total of their own.
+    """
+    match = _STATUS.match(line)
+    return match if match and int(match[1]) > done else None
 
 
 def _show(total: int, match: re.Match[str], output: Iterator[str], lines: list[str]) -> int:
@@ -209,7 +270,7 @@ def _show(total: int, match: re.Match[str], output: Iterator[str], lines: list[s
             done = int(match[1])
             for text in output:
                 lines.append(text)
-                if following := _STATUS.match(text):
+                if following := _finished(text, done):
                     match = following
                     break
             else:
