@@ -6,6 +6,9 @@
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
+#include "ggml-backend.h"
+
+#include <algorithm>
 #include <cinttypes>
 #include <stdexcept>
 #include <vector>
@@ -135,9 +138,9 @@ ggml_tensor * llama_mobe::create_tensor(
     }
 
     // the mix of a group has too few entries, and a row-wise one needs r*m*k numbers a token
-    const bool linear = activation == GGML_MOBE_ACTIVATION_NONE && !is_down && !row_mix && g == 1;
+    const bool linear = activation == GGML_MOBE_ACTIVATION_NONE && !row_mix && g == 1;
     if (linear) { // goes where its products can be computed, which is more places than have the operator
-        kind = is_gate ? LLM_TENSOR_FFN_GATE_BASIS_LINEAR : LLM_TENSOR_FFN_UP_BASIS_LINEAR;
+        kind = is_gate ? LLM_TENSOR_FFN_GATE_BASIS_LINEAR : is_up ? LLM_TENSOR_FFN_UP_BASIS_LINEAR : LLM_TENSOR_FFN_DOWN_BASIS_LINEAR;
     }
 
     handled = true;
@@ -173,6 +176,16 @@ ggml_tensor * llama_mobe::example_op(ggml_context * ctx, ggml_tensor * w, int64_
     return ggml_mobe_proj(ctx, basis, mix, x, ids, GGML_MOBE_ACTIVATION_TANH);
 }
 
+// the coefficients of a token's experts: [m, k, T]
+static ggml_tensor * mix_of(ggml_context * ctx, ggml_tensor * mix, ggml_tensor * ids) {
+    const int64_t k = ids->ne[0];
+    const int64_t T = ids->ne[1];
+    ggml_tensor * rows = ggml_get_rows(ctx, mix, ggml_reshape_1d(ctx, ggml_cont(ctx, ids), k*T));
+    return ggml_reshape_3d(ctx, rows, mix->ne[0], k, T);
+}
+
+static ggml_tensor * transposed(ggml_context * ctx, ggml_tensor * t) { return ggml_cont(ctx, ggml_permute(ctx, t, 1, 0, 2, 3)); }
+
 // z[:,s,t] = sum_j mix[j,e] B_j x[:,t], e = ids[s,t]: the products of all bases once a token, then m numbers for each expert
 static ggml_tensor * project_linear(ggml_context * ctx, ggml_tensor * basis, ggml_tensor * mix, ggml_tensor * x, ggml_tensor * ids) {
     const int64_t d = basis->ne[0];
@@ -182,10 +195,61 @@ static ggml_tensor * project_linear(ggml_context * ctx, ggml_tensor * basis, ggm
 
     ggml_tensor * all = ggml_reshape_2d(ctx, basis, d, r*m);
     ggml_tensor * u   = ggml_mul_mat(ctx, all, ggml_reshape_2d(ctx, x, d, T));                           // [r*m, T]
-    u = ggml_cont(ctx, ggml_permute(ctx, ggml_reshape_3d(ctx, u, r, m, T), 1, 0, 2, 3));                 // [m, r, T]
+    u = transposed(ctx, ggml_reshape_3d(ctx, u, r, m, T));                                              // [m, r, T]
+    return ggml_mul_mat(ctx, u, mix_of(ctx, mix, ids));                                                 // [r, k, T]
+}
 
-    ggml_tensor * w = ggml_get_rows(ctx, mix, ggml_reshape_1d(ctx, ggml_cont(ctx, ids), ids->ne[0]*T)); // [m, k*T]
-    return ggml_mul_mat(ctx, u, ggml_reshape_3d(ctx, w, m, ids->ne[0], T));                              // [r, k, T]
+// some of what lies behind each other along the last axis
+static ggml_tensor * part(ggml_context * ctx, ggml_tensor * t, int64_t first, int64_t n) {
+    return n == t->ne[2] ? t : ggml_view_3d(ctx, t, t->ne[0], t->ne[1], n, t->nb[1], t->nb[2], first*t->nb[2]);
+}
+
+// [d, T, 1]: t, added up along its last axis, half onto half
+static ggml_tensor * summed(ggml_context * ctx, ggml_tensor * t) {
+    ggml_tensor * odd = nullptr;
+    while (t->ne[2] > 1) {
+        const int64_t half = t->ne[2]/2;
+        if (t->ne[2] % 2 != 0) {
+            ggml_tensor * last = part(ctx, t, 2*half, 1);
+            odd = odd == nullptr ? last : ggml_add(ctx, odd, last);
+        }
+        t = ggml_add(ctx, part(ctx, t, 0, half), part(ctx, t, half, half));
+    }
+    return odd == nullptr ? t : ggml_add(ctx, t, odd);
+}
+
+static const int64_t SUMS = 8; // at most, so that the graph stays small
+
+// out[:,t] = sum_j B_j (sum_s weights[s,t] mix[j,e] y[:,s,t]), e = ids[s,t]: experts are summed first, so that a token
+// multiplies each basis once
+static ggml_tensor * sum_linear(
+        ggml_context * ctx, ggml_tensor * basis, ggml_tensor * mix, ggml_tensor * y, ggml_tensor * ids, ggml_tensor * weights) {
+    const int64_t m = basis->ne[2];
+    const int64_t k = ids->ne[0];
+    const int64_t T = ids->ne[1];
+
+    ggml_tensor * c = mix_of(ctx, mix, ids);
+    if (weights != nullptr) {
+        c = ggml_mul(ctx, c, weights);
+    }
+    ggml_tensor * v = ggml_mul_mat(ctx, transposed(ctx, y), transposed(ctx, c)); // [r, m, T]
+    v = ggml_permute(ctx, v, 0, 2, 1, 3);                                        // [r, T, m]
+
+    // The products of several bases at once, [d, T, n_at_once], are added up: of a few tokens all bases, of a prompt as many as
+    // there are experts, whose own outputs would take as much memory; but no more than SUMS times.
+    const int64_t n_at_once = std::min(m, std::max({ k, 256/T, (m + SUMS - 1)/SUMS }));
+    const auto product = [&](int64_t j, int64_t n) { return ggml_mul_mat(ctx, part(ctx, basis, j, n), part(ctx, v, j, n)); };
+
+    ggml_tensor * sum = product(0, n_at_once);
+    int64_t j = n_at_once;
+    for (; j + n_at_once <= m; j += n_at_once) {
+        sum = ggml_add(ctx, sum, product(j, n_at_once));
+    }
+    sum = summed(ctx, sum);
+    if (j < m) {
+        sum = ggml_add(ctx, sum, summed(ctx, product(j, m - j)));
+    }
+    return ggml_reshape_2d(ctx, sum, sum->ne[0], T);
 }
 
 const llama_mobe::factors * llama_mobe::find(const ggml_tensor * w, bool after) const {
@@ -202,6 +266,17 @@ ggml_tensor * llama_mobe::project(
                   ggml_mobe_proj(ctx, f.basis, f.mix, x, ids, activation);
 }
 
+// whether llama.cpp has put the blocks of a single basis in another order for its own mul_mat, as it does with matrices on a CPU
+static bool is_repacked(const ggml_tensor * basis) {
+    if (basis->buffer == nullptr || ggml_backend_buffer_is_host(basis->buffer)) {
+        return false;
+    }
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(basis->buffer));
+    return dev != nullptr && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
+// The bases of `linear` factors may lie where the operator cannot be computed, and where nothing can without tokens: mul_mat
+// divides by their number. So a last layer of which no output is asked for gets an empty tensor.
 ggml_tensor * llama_mobe::project_input(
         ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids, bool watched,
         const llama_mobe_cache * cache) const {
@@ -209,17 +284,46 @@ ggml_tensor * llama_mobe::project_input(
     if (f == nullptr) {
         return x;
     }
-    // (a last layer of which no output is asked for has no tokens, and mul_mat divides by their number)
-    if (f->linear && !watched && x->ne[1] == 1 && ids->ne[1] > 0) {
-        return project_linear(ctx, f->basis, f->mix, x, ids);
+    if (f->linear && x->ne[1] == 1) {
+        if (ids->ne[1] == 0) {
+            return ggml_view_3d(ctx, x, f->basis->ne[1], ids->ne[0], 0, x->nb[1], x->nb[2], 0);
+        }
+        if (!watched || is_repacked(f->basis)) {
+            return project_linear(ctx, f->basis, f->mix, x, ids);
+        }
     }
     return project(ctx, *f, w, x, ids, cache);
+}
+
+ggml_tensor * llama_mobe::sum_output(
+        ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids, ggml_tensor * weights, bool watched) const {
+    const factors * f = find(w, true);
+    if (f == nullptr || !f->linear) {
+        return nullptr;
+    }
+    if (ids->ne[1] == 0) {
+        return ggml_view_2d(ctx, y, f->basis->ne[1], 0, y->nb[2], 0);
+    }
+    if (watched && !is_repacked(f->basis)) {
+        return nullptr;
+    }
+    return sum_linear(ctx, f->basis, f->mix, y, ids, weights);
 }
 
 ggml_tensor * llama_mobe::project_output(
         ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids, const llama_mobe_cache * cache) const {
     const factors * f = find(w, true);
     return f == nullptr ? y : project(ctx, *f, w, y, ids, cache);
+}
+
+uint32_t llama_mobe::max_nodes() const {
+    uint32_t n = 0;
+    for (const auto & it : by_transform) {
+        if (it.second.linear && it.second.after) {
+            n += 12 + 4*SUMS + 10*8; // coefficients; each sum; each halving (of 256 bases at once), with what is left over
+        }
+    }
+    return n;
 }
 
 int llama_mobe::version() const {

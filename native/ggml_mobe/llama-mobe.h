@@ -21,7 +21,7 @@ struct llama_mobe {
         ggml_tensor * basis; // [d, r, m]; down: [r, d, m]
         ggml_tensor * mix;   // [m/g, n] or [r, m/g, n]; down: [d, m/g, n]
         bool          after; // down: A's product is projected; the others: A's input is
-        bool          linear; // without activation B_j x serves all experts: ggml's own operators do it, on any backend
+        bool          linear; // without activation a token's experts share the products with B_j: ggml's own operators do it, on any backend
     };
 
     // the key is A, blk.L.ffn_{gate,up,down}_exps.weight
@@ -47,9 +47,17 @@ struct llama_mobe {
     ggml_tensor * project_input(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids, bool watched,
             const llama_mobe_cache * cache) const;
 
+    // the layer's output [d, T], of w's product y and the experts' weights [1, k, T] (nullptr: y is weighted already), where
+    // the experts can be summed before they are projected; else nullptr
+    ggml_tensor * sum_output(
+            ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids, ggml_tensor * weights, bool watched) const;
+
     // what the experts make of w's product y: y itself unless w is an A of down
     ggml_tensor * project_output(
             ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids, const llama_mobe_cache * cache) const;
+
+    // what sum_output's nodes are, at most, in all layers together: llama.cpp reckons with a few for each tensor
+    uint32_t max_nodes() const;
 
     // the layout version of a file with these factors
     int version() const;

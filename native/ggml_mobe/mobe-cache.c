@@ -1,5 +1,7 @@
 #include "mobe-cache.h"
 #include "mobe-form.h"
+#include "mobe-kept.h"
+#include "mobe-vec.h"
 
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
@@ -50,7 +52,22 @@ static struct mobe_former mobe_cache_former(const struct ggml_tensor * dst) {
     return former;
 }
 
+// rows in the form of mobe-kept.h, else in ggml's types; both take the same room
+static bool mobe_cache_own_rows(int64_t d) {
+#if defined(MOBE_QUAD)
+    return mobe_kept_takes(d);
+#else
+    GGML_UNUSED(d);
+    return false;
+#endif
+}
+
 static size_t mobe_input_bytes(const struct ggml_mobe_shape * s) {
+#if defined(MOBE_QUAD)
+    if (mobe_cache_own_rows(s->d)) {
+        return mobe_align(mobe_kept_input_bytes(s->d));
+    }
+#endif
     const enum ggml_type type = ggml_get_type_traits_cpu(ggml_mobe_cache_type(s->d))->vec_dot_type;
     return mobe_align(ggml_row_size(type, s->d));
 }
@@ -147,6 +164,42 @@ static char * mobe_cache_row(const struct mobe_cache * cache, const struct mobe_
     return slot >= 0 ? cache->slots + slot*cache->slot_bytes + rho*cache->row_bytes : w->rows + place*mobe_align(cache->row_bytes);
 }
 
+static void mobe_cache_encode_input(const float * src, char * dst, int64_t d) {
+#if defined(MOBE_QUAD)
+    if (mobe_cache_own_rows(d)) {
+        const struct mobe_kept_input x = mobe_kept_input_at(dst, d);
+        mobe_kept_encode_input(src, d, &x);
+        return;
+    }
+#endif
+    const struct ggml_type_traits_cpu * traits = ggml_get_type_traits_cpu(ggml_mobe_cache_type(d));
+    ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float(src, dst, d);
+}
+
+// columns c0 .. c0 + n of a row
+static void mobe_cache_encode(const float * src, int64_t c0, int64_t n, char * row, int64_t d) {
+#if defined(MOBE_QUAD)
+    if (mobe_cache_own_rows(d)) {
+        mobe_kept_encode(src, c0, n, row, d);
+        return;
+    }
+#endif
+    const enum ggml_type type = ggml_mobe_cache_type(d);
+    ggml_get_type_traits_cpu(type)->from_float(src, row + ggml_row_size(type, c0), n);
+}
+
+static float mobe_cache_dot(const char * row, char * input, int64_t d) {
+#if defined(MOBE_QUAD)
+    if (mobe_cache_own_rows(d)) {
+        const struct mobe_kept_input x = mobe_kept_input_at(input, d);
+        return mobe_kept_dot(row, d, &x);
+    }
+#endif
+    float z;
+    ggml_get_type_traits_cpu(ggml_mobe_cache_type(d))->vec_dot((int) d, &z, 0, row, 0, input, 0, 1);
+    return z;
+}
+
 void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * x   = dst->src[2];
     const struct ggml_tensor * ids = dst->src[3];
@@ -155,9 +208,6 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
     const struct ggml_mobe_shape s      = former.shape;
     const struct mobe_cache      cache  = mobe_cache_of(dst, &s);
 
-    const struct ggml_type_traits_cpu * traits = ggml_get_type_traits_cpu(cache.type);
-    const ggml_from_float_t encode       = traits->from_float;
-    const ggml_from_float_t encode_input = ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float;
     const size_t input_bytes = mobe_input_bytes(&s);
 
     struct mobe_cache_work w = { 0 };
@@ -171,7 +221,7 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
 
     for (int64_t i = params->ith; i < s.T*s.x_experts; i += params->nth) {
         const char * src = (const char *) x->data + i/s.x_experts*x->nb[2] + i%s.x_experts*x->nb[1];
-        encode_input((const float *) src, w.x + i*input_bytes, s.d);
+        mobe_cache_encode_input((const float *) src, w.x + i*input_bytes, s.d);
     }
     if (params->ith == 0) {
         mobe_cache_look_up(&cache, &s, ids, &w);
@@ -189,23 +239,25 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
         }
         for (int64_t c0 = 0; n_missed > 0 && c0 < s.d; c0 += MOBE_COLS) {
             const int64_t n_cols = s.d - c0 < MOBE_COLS ? s.d - c0 : MOBE_COLS;
+            mobe_tile_decode(&former, &w.row.tile, &w.row.list, rho, c0, n_cols);
             for (int64_t i0 = 0; i0 < n_missed; i0 += MOBE_TOGETHER) {
                 const int n = n_missed - i0 < MOBE_TOGETHER ? (int) (n_missed - i0) : MOBE_TOGETHER;
                 float values[MOBE_TOGETHER*MOBE_COLS] __attribute__((aligned(64)));
-                mobe_row_form(&former, &w.row, i0, n, rho, c0, n_cols, values, MOBE_COLS);
+                mobe_tile_combine(&former, w.row.terms + i0, n, &w.row.tile, n_cols, values, MOBE_COLS);
                 for (int i = 0; i < n; i++) {
                     const int32_t place = w.missed[i0 + i];
                     char * row = mobe_cache_row(&cache, &w, place, rho);
-                    encode(values + i*MOBE_COLS, row + ggml_row_size(cache.type, c0), n_cols);
+                    mobe_cache_encode(values + i*MOBE_COLS, c0, n_cols, row, s.d);
                 }
             }
         }
         for (int64_t t = 0; t < s.T; t++) {
             const int32_t * used = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
             for (int64_t i = 0; i < s.k; i++) {
-                const char * row   = mobe_cache_row(&cache, &w, w.index[used[i]], rho);
-                const char * input = w.x + (t*s.x_experts + (s.x_experts == 1 ? 0 : i))*input_bytes;
-                traits->vec_dot((int) s.d, (float *) dst->data + (t*s.k + i)*s.r + rho, 0, row, 0, input, 0, 1);
+                const char * row = mobe_cache_row(&cache, &w, w.index[used[i]], rho);
+                mobe_prefetch(row + cache.row_bytes, cache.row_bytes); // the next one
+                char * input     = w.x + (t*s.x_experts + (s.x_experts == 1 ? 0 : i))*input_bytes;
+                ((float *) dst->data)[(t*s.k + i)*s.r + rho] = mobe_cache_dot(row, input, s.d);
             }
         }
     }

@@ -6,7 +6,7 @@
 //   slot     int32 [n]       slot of each expert plus 1, 0 for none
 //   expert   int32 [n_slot]  what each slot holds plus 1, 0 for nothing
 //   used     uint64 [n_slot] clock of the last use of the slot
-//   slots    [n_slot][r] rows of d values in q8_0 (f16 where 32 does not divide d)
+//   slots    [n_slot][r] rows of d values: the numbers of q8_0, as mobe-kept.h lays them out or in ggml's type (f16 where 32 does not divide d)
 //
 // A hit multiplies the rows of a slot as mul_mat_id would those of an ordinary expert. A miss forms, quantizes and stores them,
 // in the slot that has been unused longest, and multiplies the very same rows; if all slots are in use by this call, it

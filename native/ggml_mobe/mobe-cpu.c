@@ -205,9 +205,10 @@ static void mobe_decode_rows(
         memset(w->sums, 0, s->k*s->T*MOBE_VEC*sizeof(float));
         for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
             const int64_t n_cols = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
+            mobe_tile_decode(former, &w->row.tile, &w->row.list, rho, c0, n_cols);
             for (int64_t e0 = 0; e0 < w->n_expert; e0 += MOBE_EXPERTS) {
                 const int64_t n_expert = w->n_expert - e0 < MOBE_EXPERTS ? w->n_expert - e0 : MOBE_EXPERTS;
-                mobe_row_form(former, &w->row, e0, (int) n_expert, rho, c0, n_cols, formed, MOBE_COLS);
+                mobe_tile_combine(former, w->row.terms + e0, (int) n_expert, &w->row.tile, n_cols, formed, MOBE_COLS);
                 for (int64_t e = 0; e < n_expert; e++) {
                     const int32_t expert = w->experts[e0 + e];
                     for (int32_t u = w->first[expert]; u < w->first[expert + 1]; u++) {

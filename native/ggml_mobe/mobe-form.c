@@ -16,8 +16,10 @@ enum {
 #endif
 #if defined(__AVX512F__)
     MOBE_MANY  = 8,     // experts that share loads
+    MOBE_IDLE  = 12,    // parts that an expert may have no share in and still be quicker along with others than alone
 #else
     MOBE_MANY  = 2,
+    MOBE_IDLE  = 2,
 #endif
 };
 
@@ -41,6 +43,11 @@ void mobe_former_init(
     former->bytes = false;
 #endif
     former->twice  = former->bytes && former->format && former->format->twice && shape.m_group <= MOBE_TWICE;
+#if defined(MOBE_QUAD)
+    former->zero = mobe_zero(former->format);
+#else
+    former->zero = 0.0f;
+#endif
     former->stretch = ggml_row_size(basis->type, MOBE_COLS);
     former->n_part = former->bytes ? (shape.m_group + 3)/4 : shape.m_group;
     former->n_pad  = (shape.m_group + 31)/32*32;
@@ -82,10 +89,9 @@ size_t mobe_tile_place(const struct mobe_former * former, struct mobe_tile * til
 
 size_t mobe_row_place(const struct mobe_former * former, struct mobe_row * row, int64_t n_expert, char * memory) {
     size_t used = 0;
-    MOBE_TAKE(row, lists, n_expert);
     MOBE_TAKE(row, terms, n_expert);
+    used += mobe_list_place(former, memory ? &row->list : NULL, memory ? memory + used : NULL);
     for (int64_t i = 0; i < n_expert; i++) {
-        used += mobe_list_place(former, memory ? &row->lists[i] : NULL, memory ? memory + used : NULL);
         used += mobe_terms_place(former, memory ? &row->terms[i] : NULL, memory ? memory + used : NULL);
     }
     used += mobe_tile_place(former, memory ? &row->tile : NULL, memory ? memory + used : NULL);
@@ -151,15 +157,6 @@ void mobe_terms_gather(
             terms->part[terms->n++] = i/each;
         }
     }
-}
-
-// bases that an expert mixes
-static int64_t mobe_terms_count(const struct mobe_former * former, const struct mobe_terms * terms) {
-    int64_t n = 0;
-    for (int64_t j = 0; j < former->shape.m_group; j++) {
-        n += terms->coef[j] != 0.0f;
-    }
-    return n;
 }
 
 // ---- tiles
@@ -250,7 +247,7 @@ MOBE_INLINE void mobe_float_columns(
         for (int v = 0; v < n_sum; v++) {
             const mobe_vec b = mobe_vec_load(src + v*MOBE_VEC);
             for (int e = 0; e < n_expert; e++) {
-                sums[e*n_sum + v] += coef[e]*b;
+                sums[e*n_sum + v] = mobe_vec_fma(coef[e], b, sums[e*n_sum + v]);
                 MOBE_PIN(sums[e*n_sum + v]);
             }
         }
@@ -309,6 +306,22 @@ static void mobe_float_combine(
 typedef float   mobe_eight __attribute__((vector_size(32)));
 typedef int16_t mobe_short __attribute__((vector_size(2*MOBE_VEC))); // MOBE_VEC of them
 
+// as mobe_vec_fma
+static inline mobe_eight mobe_eight_fma(mobe_eight a, float b, mobe_eight c) {
+#if defined(__aarch64__)
+    float32x4_t v[2], sum[2];
+    memcpy(v, &a, sizeof(v));
+    memcpy(sum, &c, sizeof(sum));
+    for (int i = 0; i < 2; i++) {
+        sum[i] = vfmaq_n_f32(sum[i], v[i], b);
+    }
+    memcpy(&c, sum, sizeof(c));
+    return c;
+#else
+    return (mobe_eight) _mm256_fmadd_ps((__m256) a, _mm256_set1_ps(b), (__m256) c);
+#endif
+}
+
 // What is the same for experts that are formed together. n_expert, n_run, twice and wide are constants where functions take this.
 struct mobe_together {
     const struct mobe_former * former;
@@ -347,13 +360,14 @@ MOBE_INLINE void mobe_bytes_share(struct mobe_together * t, int n_expert, int n_
         const float to      = largest > 0.0f ? MOBE_SHARE/largest : 0.0f;
         t->unit[e] = largest*((twice ? 1.0f : 256.0f)*32768.0f/32767.0f/MOBE_SHARE);
         for (int64_t i = 0; i < bases; i += MOBE_VEC) {
-            const mobe_veci  units = (mobe_veci) (mobe_vec_load(coef + i)*mobe_vec_load(most + i)*to + 12582912.0f); // 1.5*2^23: rounds, in the low bits
+            const mobe_vec   scaled = mobe_vec_load(coef + i)*mobe_vec_load(most + i);
+            const mobe_veci  units  = (mobe_veci) mobe_vec_horner(scaled, mobe_vec_set(to), 12582912.0f); // 1.5*2^23: rounds, in the low bits
             const mobe_short s     = __builtin_convertvector(units, mobe_short);
             memcpy(shares + e*former->n_pad + i, &s, sizeof(s));
         }
     }
 
-    const mobe_quad zero = mobe_quad_set(0x01010101u*(uint32_t) mobe_zero(former->format));
+    const mobe_quad zero = mobe_quad_set(0x01010101u*(uint32_t) former->zero);
     mobe_quad sums[MOBE_MANY*MOBE_RUNS/MOBE_VEC], low_sums[MOBE_MANY*MOBE_RUNS/MOBE_VEC]; // [expert][run]
     const int n_vec = each/4/MOBE_VEC;
     MOBE_UNROLL
@@ -382,7 +396,7 @@ MOBE_INLINE void mobe_bytes_share(struct mobe_together * t, int n_expert, int n_
     for (int v = 0; v < n_vec; v++) {
         mobe_vec s = mobe_quad_to_float(sums[v]);
         if (twice) {
-            s = s*256.0f + mobe_quad_to_float(low_sums[v]);
+            s = mobe_vec_fma(s, mobe_vec_set(256.0f), mobe_quad_to_float(low_sums[v]));
         }
         mobe_vec_store(t->shift + v*MOBE_VEC, s);
     }
@@ -400,14 +414,14 @@ MOBE_INLINE void mobe_bytes_share(struct mobe_together * t, int n_expert, int n_
             memcpy(&s, shift + at*MOBE_RUNS + r, sizeof(s));
             MOBE_UNROLL
             for (int e = 0; e < n_expert; e++) {
-                constant[e] += t->terms[e].coef[at]*s;
+                constant[e] = mobe_eight_fma(s, t->terms[e].coef[at], constant[e]);
             }
         }
         MOBE_UNROLL
         for (int e = 0; e < n_expert; e++) {
             mobe_eight s;
             memcpy(&s, t->shift + e*n_run + r, sizeof(s));
-            s = constant[e] - s*t->unit[e];
+            s = mobe_eight_fma(s, -t->unit[e], constant[e]);
             memcpy(t->shift + e*n_run + r, &s, sizeof(s));
         }
     }
@@ -468,7 +482,7 @@ MOBE_INLINE void mobe_bytes_row(
         }
         MOBE_UNROLL
         for (int i = 0; i < n_expert*n_sum; i++) {
-            values[i] = mobe_quad_to_float(sums[i])*t->unit[i/n_sum] + t->shift[i/n_sum*n_run + r];
+            values[i] = mobe_vec_fma(mobe_quad_to_float(sums[i]), mobe_vec_set(t->unit[i/n_sum]), mobe_vec_set(t->shift[i/n_sum*n_run + r]));
         }
         mobe_activate(values, n_expert*n_sum, activation, true);
         MOBE_UNROLL
@@ -517,17 +531,22 @@ static void mobe_bytes_combine(
         const struct mobe_former * former, const struct mobe_terms * terms, int n_expert, const struct mobe_tile * tile,
         int64_t n_cols, float * dst, int64_t stride) {
     for (int i = 0; i < n_expert;) {
-        // those that mix everything share the loads
+        // those that mix nearly everything share the loads; the rest of it counts as zeros
         const int64_t all = (tile->list->n[terms[i].group] + 3)/4;
         int same = 0;
-        while (same < MOBE_MANY && i + same < n_expert && terms[i + same].group == terms[i].group && terms[i + same].n == all) {
+        while (same < MOBE_MANY && i + same < n_expert && terms[i + same].group == terms[i].group && all - terms[i + same].n <= MOBE_IDLE) {
             same++;
         }
         int n = MOBE_MANY;
         while (n > 1 && n > same) {
             n /= 2;
         }
-        struct mobe_together t = { former, terms + i, tile, n > 1 || terms[i].n == all ? NULL : terms[i].part, terms[i].n };
+        struct mobe_together t; // (not all of it set to zero: that would take as long as a part)
+        t.former = former;
+        t.terms  = terms + i;
+        t.tile   = tile;
+        t.list   = n > 1 || terms[i].n == all ? NULL : terms[i].part;
+        t.n      = n > 1 ? all : terms[i].n;
         const bool wide = mobe_wide(former->format);
         const mobe_bytes_t combine = former->twice ? mobe_bytes_32_twice :
             mobe_run(former->format) == 16 ? (wide ? mobe_bytes_16_wide : mobe_bytes_16) : (wide ? mobe_bytes_32_wide : mobe_bytes_32);
@@ -552,48 +571,15 @@ void mobe_tile_combine(
 
 // ---- rows for a few tokens
 
-// Taking a basis apart costs about as much as two experts' sums with it.
 void mobe_row_gather(
         const struct mobe_former * former, struct mobe_row * row, const int32_t * experts, const int32_t * index, int64_t n_expert,
         int64_t rho) {
-#define MOBE_EXPERT(i) experts[index ? index[i] : (i)]
-    row->n_expert = n_expert;
-    struct mobe_list * all = &row->lists[0];
-    mobe_list_clear(former, all);
+    mobe_list_clear(former, &row->list);
     for (int64_t i = 0; i < n_expert; i++) {
-        mobe_list_add(former, all, MOBE_EXPERT(i), rho);
+        mobe_list_add(former, &row->list, experts[index ? index[i] : i], rho);
     }
-    mobe_list_close(former, all);
-    int64_t together = 0, apart = 0;
-    for (int64_t g = 0; g < mobe_groups(former); g++) {
-        together += all->n[g];
-    }
+    mobe_list_close(former, &row->list);
     for (int64_t i = 0; i < n_expert; i++) {
-        mobe_terms_gather(former, &row->terms[i], all, MOBE_EXPERT(i), rho);
-        apart += mobe_terms_count(former, &row->terms[i]);
-    }
-    row->apart = n_expert > 1 && apart <= 2*together;
-    for (int64_t i = 0; row->apart && i < n_expert; i++) {
-        mobe_list_clear(former, &row->lists[i]);
-        mobe_list_add(former, &row->lists[i], MOBE_EXPERT(i), rho);
-        mobe_list_close(former, &row->lists[i]);
-        mobe_terms_gather(former, &row->terms[i], &row->lists[i], MOBE_EXPERT(i), rho);
-    }
-#undef MOBE_EXPERT
-}
-
-void mobe_row_form(
-        const struct mobe_former * former, struct mobe_row * row, int64_t first, int n_expert, int64_t rho, int64_t c0, int64_t n_cols,
-        float * dst, int64_t stride) {
-    if (!row->apart) {
-        if (first == 0) {
-            mobe_tile_decode(former, &row->tile, &row->lists[0], rho, c0, n_cols);
-        }
-        mobe_tile_combine(former, row->terms + first, n_expert, &row->tile, n_cols, dst, stride);
-        return;
-    }
-    for (int i = 0; i < n_expert; i++) {
-        mobe_tile_decode(former, &row->tile, &row->lists[first + i], rho, c0, n_cols);
-        mobe_tile_combine(former, row->terms + first + i, 1, &row->tile, n_cols, dst + i*stride, stride);
+        mobe_terms_gather(former, &row->terms[i], &row->list, experts[index ? index[i] : i], rho);
     }
 }

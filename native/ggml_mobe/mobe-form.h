@@ -25,6 +25,7 @@ struct mobe_former {
     const struct mobe_format * format;
     bool    bytes;  // sums of bytes, not of floats
     bool    twice;  // with coefficients of two bytes
+    float   zero;   // what numbers of zero lie in a tile as
     size_t  stretch; // bytes of MOBE_COLS columns
     int64_t n_part; // parts of a group: a part is four bases on a list for bytes (the last may have fewer), else one
     int64_t n_pad;  // bases of a group, rounded up to whole vectors of 16 bits
@@ -84,23 +85,16 @@ void mobe_tile_combine(
         const struct mobe_former * former, const struct mobe_terms * terms, int n_expert, const struct mobe_tile * tile,
         int64_t n_cols, float * dst, int64_t stride);
 
-// Rows for a few tokens: what experts mix in a row, together or each by itself.
+// What a few experts mix in one row.
 struct mobe_row {
-    bool                apart; // they share so little that each takes its own bases apart
-    int64_t             n_expert;
-    struct mobe_list  * lists; // [n_expert], or one
+    struct mobe_list    list;
     struct mobe_terms * terms; // [n_expert]
     struct mobe_tile    tile;
 };
 
 size_t mobe_row_place(const struct mobe_former * former, struct mobe_row * row, int64_t n_expert, char * memory);
 
-// For row rho, or for all rows when the mix is not row-wise; experts[index[i]] when there is an index.
+// For row rho, or for all rows when the mix is not row-wise; of experts[index[i]] when there is an index.
 void mobe_row_gather(
         const struct mobe_former * former, struct mobe_row * row, const int32_t * experts, const int32_t * index, int64_t n_expert,
         int64_t rho);
-
-// As mobe_tile_combine, for experts first .. first + n_expert of those gathered; those of a row are formed in ascending order.
-void mobe_row_form(
-        const struct mobe_former * former, struct mobe_row * row, int64_t first, int n_expert, int64_t rho, int64_t c0, int64_t n_cols,
-        float * dst, int64_t stride);

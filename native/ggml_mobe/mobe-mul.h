@@ -100,6 +100,7 @@ MOBE_INLINE void mobe_mul_bf16(
         __m512bh v[MOBE_MUL];
         for (int u = 0; u < n_x; u++) {
             v[u] = mobe_bf16_load(x[u] + 2*c);
+            MOBE_PIN(v[u]); // or it is loaded again for each row
         }
         for (int i = 0; i < n_row; i++) {
             const __m512bh w = mobe_bf16_load(rows + i*row_bytes + 2*c);

@@ -9,6 +9,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__GNUC__)
@@ -70,6 +72,23 @@ static inline float mobe_vec_sum(mobe_vec v) {
 #endif
 }
 
+// a*b + c, in one rounding where the processor has that. Compilers may or may not make one of a product and a sum, here so and there so:
+// where the same numbers have to come out of several instances of a function, the sums of products are written with this.
+static inline mobe_vec mobe_vec_fma(mobe_vec a, mobe_vec b, mobe_vec c) {
+#if defined(__AVX512F__)
+    return (mobe_vec) _mm512_fmadd_ps((__m512) a, (__m512) b, (__m512) c);
+#elif defined(__FMA__)
+    return (mobe_vec) _mm256_fmadd_ps((__m256) a, (__m256) b, (__m256) c);
+#elif defined(__aarch64__)
+    return (mobe_vec) vfmaq_f32((float32x4_t) c, (float32x4_t) a, (float32x4_t) b);
+#else
+    return a*b + c;
+#endif
+}
+
+// the same for a polynomial: p*u + c
+static inline mobe_vec mobe_vec_horner(mobe_vec p, mobe_vec u, float c) { return mobe_vec_fma(p, u, mobe_vec_set(c)); }
+
 static inline mobe_vec mobe_vec_abs(mobe_vec v) { return (mobe_vec) ((mobe_veci) v & 0x7fffffff); }
 
 static inline mobe_vec mobe_vec_max(mobe_vec a, mobe_vec b) {
@@ -117,17 +136,18 @@ static inline mobe_vec mobe_vec_clamp(mobe_vec v, float lo, float hi) {
 static inline mobe_vec mobe_vec_exp(mobe_vec v) {
     v = mobe_vec_clamp(v, -87.0f, 87.0f);
     const mobe_vec magic = mobe_vec_set(12582912.0f); // 1.5*2^23: adding it rounds to an integer
-    const mobe_vec shift = v*1.44269504f + magic;
+    const mobe_vec shift = mobe_vec_fma(v, mobe_vec_set(1.44269504f), magic);
     const mobe_vec n     = shift - magic;
-    const mobe_vec u     = v - n*0.693145752f - n*1.42860677e-6f; // ln 2 in two parts, so that n*ln2 is exact
+    const mobe_vec first = mobe_vec_fma(n, mobe_vec_set(-0.693145752f), v); // ln 2 in two parts, so that n*ln2 is exact
+    const mobe_vec u     = mobe_vec_fma(n, mobe_vec_set(-1.42860677e-6f), first);
     mobe_vec p = mobe_vec_set(1.0f/5040);
-    p = p*u + 1.0f/720;
-    p = p*u + 1.0f/120;
-    p = p*u + 1.0f/24;
-    p = p*u + 1.0f/6;
-    p = p*u + 0.5f;
-    p = p*u + 1.0f;
-    p = p*u + 1.0f;
+    p = mobe_vec_horner(p, u, 1.0f/720);
+    p = mobe_vec_horner(p, u, 1.0f/120);
+    p = mobe_vec_horner(p, u, 1.0f/24);
+    p = mobe_vec_horner(p, u, 1.0f/6);
+    p = mobe_vec_horner(p, u, 0.5f);
+    p = mobe_vec_horner(p, u, 1.0f);
+    p = mobe_vec_horner(p, u, 1.0f);
     return (mobe_vec) ((mobe_vecu) p + ((mobe_vecu) shift << 23)); // the low bits of shift are n
 }
 
@@ -144,6 +164,8 @@ static inline void     mobe_vec_store(float * p, mobe_vec v) { *p = v; }
 static inline float    mobe_vec_sum(mobe_vec v) { return v; }
 static inline mobe_vec mobe_vec_exp(mobe_vec v) { return expf(v); }
 
+static inline mobe_vec mobe_vec_fma(mobe_vec a, mobe_vec b, mobe_vec c) { return fmaf(a, b, c); }
+static inline mobe_vec mobe_vec_horner(mobe_vec p, mobe_vec u, float c) { return fmaf(p, u, c); }
 static inline mobe_vec mobe_vec_clamp(mobe_vec v, float lo, float hi) { return v < lo ? lo : v > hi ? hi : v; }
 
 #endif
@@ -161,8 +183,13 @@ static inline mobe_vec mobe_vec_silu(mobe_vec v) {
 static inline mobe_vec mobe_vec_tanh(mobe_vec v) {
     v = mobe_vec_clamp(v, -8.6f, 8.6f);
     const mobe_vec u = v*v;
-    const mobe_vec p = ((1.08187114e-5f*u + 0.00289371843f)*u + 0.128720254f)*u + 0.999999762f;
-    const mobe_vec q = (((2.26667922e-7f*u + 0.000230620688f)*u + 0.0235802326f)*u + 0.462051541f)*u + 1.0f;
+    mobe_vec p = mobe_vec_horner(mobe_vec_set(1.08187114e-5f), u, 0.00289371843f);
+    p = mobe_vec_horner(p, u, 0.128720254f);
+    p = mobe_vec_horner(p, u, 0.999999762f);
+    mobe_vec q = mobe_vec_horner(mobe_vec_set(2.26667922e-7f), u, 0.000230620688f);
+    q = mobe_vec_horner(q, u, 0.0235802326f);
+    q = mobe_vec_horner(q, u, 0.462051541f);
+    q = mobe_vec_horner(q, u, 1.0f);
     return v*p/q;
 }
 
@@ -175,7 +202,10 @@ static inline mobe_vec mobe_vec_reciprocal(mobe_vec v) { return (mobe_vec) _mm51
 static inline mobe_vec mobe_vec_silu_quick(mobe_vec v) {
     const __m512 y = _mm512_mul_ps((__m512) v, _mm512_set1_ps(-1.44269504f));
     const mobe_vec u = (mobe_vec) _mm512_reduce_ps(y, 0x09); // y - floor(y)
-    const mobe_vec p = (((0.01353413f*u + 0.05201149f)*u + 0.24144278f)*u + 0.69300382f)*u + 1.0000026f;
+    mobe_vec p = mobe_vec_horner(mobe_vec_set(0.01353413f), u, 0.05201149f);
+    p = mobe_vec_horner(p, u, 0.24144278f);
+    p = mobe_vec_horner(p, u, 0.69300382f);
+    p = mobe_vec_horner(p, u, 1.0000026f);
     return v*mobe_vec_reciprocal(1.0f + (mobe_vec) _mm512_scalef_ps((__m512) p, y));
 }
 
@@ -190,8 +220,8 @@ static inline mobe_vec mobe_vec_silu_quick(mobe_vec v) { return mobe_vec_silu(v)
 static inline mobe_vec mobe_vec_tanh_quick(mobe_vec v) {
     v = mobe_vec_clamp(v, -5.1f, 5.1f);
     const mobe_vec u = v*v;
-    const mobe_vec p = (0.000661027967f*u + 0.10210792f)*u + 0.999941945f;
-    const mobe_vec q = (0.0127250608f*u + 0.435090989f)*u + 1.0f;
+    const mobe_vec p = mobe_vec_horner(mobe_vec_horner(mobe_vec_set(0.000661027967f), u, 0.10210792f), u, 0.999941945f);
+    const mobe_vec q = mobe_vec_horner(mobe_vec_horner(mobe_vec_set(0.0127250608f), u, 0.435090989f), u, 1.0f);
     return v*p*mobe_vec_reciprocal(q);
 }
 

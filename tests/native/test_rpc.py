@@ -16,6 +16,7 @@ from parity.gguf_files import factorize, qwen3moe
 
 from mobe_gguf import resources, runtime
 from mobe_gguf.errors import MobeError
+from mobe_gguf.names import ALL_PROJECTIONS
 
 #: What an unpatched llama.cpp of the pinned version answers to the first command: major, minor, patch, padding, 24 bytes.
 STOCK_HELLO = bytes([7, 0, 0, 0]) + bytes(24)
@@ -29,13 +30,17 @@ def server_program() -> Path:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> tuple[Path, Path]:
-    """A MoBE model and a text."""
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"activation": "none", "n_basis": 19, "projections": ALL_PROJECTIONS}],
+    ids=["operator", "products"],
+)
+def files(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A MoBE model, the operator's or one of ggml's own products, and a text."""
     folder = tmp_path_factory.mktemp("rpc")
     text = folder / "text.txt"
     text.write_text((resources.path("models") / "heldout.txt").read_text(encoding="utf-8")[:1500], "utf-8")
-    return factorize(qwen3moe()).write(folder / "mobe.gguf"), text
+    return factorize(qwen3moe(), **request.param).write(folder / "mobe.gguf"), text
 
 
 def free_port() -> int:
@@ -119,7 +124,7 @@ def test_a_peer_without_the_operator_is_refused(server_program, files):
             while True:
                 connection, _ = listener.accept()
                 with connection:
-                    command = connection.recv(1 + 8 + 24)
+                    command = connection.recv(1 + 8 + 24, socket.MSG_WAITALL)  # it comes in three pieces
                     assert command[0] == 14  # RPC_CMD_HELLO
                     connection.sendall(len(STOCK_HELLO).to_bytes(8, "little") + STOCK_HELLO)
 

@@ -19,8 +19,8 @@ def ggml() -> Path:
     return found
 
 
-def check(program: build.Program) -> None:
-    done = program.run()
+def check(program: build.Program, whole: bool = False) -> None:
+    done = program.run(whole)
     assert done.returncode == 0 and "all good" in done.stdout, (done.stdout + done.stderr)[-3000:]
 
 
@@ -33,8 +33,16 @@ def test_x86(ggml, tmp_path, name):
     missing = [feature for feature in needed.split() if feature not in have]
     if missing:
         pytest.skip(f"this processor lacks {', '.join(missing)}")
-    build.compile_program(ggml, tmp_path / "operator", f"-O2 {flags}")
+    build.compile_program(ggml, tmp_path / "operator", f"-O3 {flags}")
     check(build.Program(tmp_path / "operator"))
+
+
+def test_every_case_here(ggml, tmp_path):
+    """With the flags of the installed library: compilers choose other instructions at -O3."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    build.compile_program(ggml, tmp_path / "operator", "-O3 -march=native")
+    check(build.Program(tmp_path / "operator"), whole=True)
 
 
 @pytest.mark.parametrize("flags", ["", "-march=armv8.2-a+dotprod"], ids=["neon", "dotprod"])
@@ -45,5 +53,5 @@ def test_aarch64(ggml, tmp_path, flags):
         pytest.skip(
             "needs aarch64-linux-gnu-gcc and qemu-user: apt install gcc-aarch64-linux-gnu qemu-user-static"
         )
-    build.compile_program(ggml, tmp_path / "operator", f"-O2 -static {flags}", compiler)
+    build.compile_program(ggml, tmp_path / "operator", f"-O3 -static {flags}", compiler)
     check(build.Program(tmp_path / "operator", (emulator,)))

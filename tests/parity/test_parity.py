@@ -16,8 +16,8 @@ from tiny import make_model
 
 from mobe_gguf import resources
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.families import family_of
 from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf.sources.families import family_of
 from parity.llama import logits, nmse
 from parity.reference import multiply_out, transformers_logits
 
@@ -61,9 +61,25 @@ CASES = [
         factors=dict(by_row=True, r=40, activation="silu", projections=("up", "down")),
     ),
     Case(
-        "mixtral-down-linear",
+        "mixtral-down-linear-row-mix",
         "mixtral",
         factors=dict(m=3, by_row=True, activation="none", projections=ALL_PROJECTIONS),
+    ),
+    # ggml's own products; of the prompt, seven of the bases at a time
+    Case(
+        "qwen3_moe-down-linear",
+        "qwen3_moe",
+        factors=dict(m=19, activation="none", projections=ALL_PROJECTIONS),
+    ),
+    Case(
+        "deepseek_v3-down-linear",
+        "deepseek_v3",
+        factors=dict(m=4, r=32, activation="none", projections=("down",)),
+    ),
+    Case(
+        "olmoe-down-linear-2-groups",
+        "olmoe",
+        factors=dict(g=2, activation="none", projections=ALL_PROJECTIONS),
     ),
 ]
 

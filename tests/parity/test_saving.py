@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mobe_gguf import runtime
-from mobe_gguf.gguf_file import read_gguf
 from mobe_gguf.names import ALL_PROJECTIONS, key_version
+from mobe_gguf.sources.gguf_file import read_gguf
 from parity.gguf_files import factorize, qwen3moe
 from parity.llama import logits, open_model
 
@@ -24,6 +24,7 @@ TOKENS = list(range(40, 60))
         {"by_row": True},
         {"by_row": True, "projections": ALL_PROJECTIONS},
         {"projections": ("down",)},
+        {"activation": "none", "projections": ALL_PROJECTIONS},
     ],
     ids=str,
 )

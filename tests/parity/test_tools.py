@@ -56,10 +56,14 @@ def test_perplexity(gguf, tmp_path):
     perplexity(gguf, text)
 
 
-def test_perplexity_without_activation(tmp_path):
-    """Where a batch asks for no output, the last layer's experts get no tokens: ggml's own operators have to bear that."""
-    mobe = make_mobe(resources.path("models") / "tiny-moe", tmp_path / "mobe", m=6, activation="none")
-    export(mobe, tmp_path / "mobe.gguf", Recipe(parse_quant("q4_k")), quiet=True)
+@pytest.mark.parametrize(("m", "quant"), [(6, "q4_k"), (1, "q4_0")])
+def test_perplexity_without_activation(tmp_path, m, quant):
+    """Where a batch asks for no output, the last layer's experts get no tokens: ggml's own operators have to bear that.
+
+    One basis in q4_0 is a matrix that llama.cpp repacks.
+    """
+    mobe = make_mobe(resources.path("models") / "tiny-moe", tmp_path / "mobe", m=m, activation="none")
+    export(mobe, tmp_path / "mobe.gguf", Recipe(parse_quant(quant)), quiet=True)
     text = tmp_path / "text.txt"
     text.write_text(
         (resources.path("models") / "heldout.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8"
@@ -67,8 +71,19 @@ def test_perplexity_without_activation(tmp_path):
     perplexity(tmp_path / "mobe.gguf", text)
 
 
+def test_imatrix_of_one_repacked_basis(tmp_path):
+    """Which the operator, that llama-imatrix watches otherwise, cannot read."""
+    mobe = make_mobe(resources.path("models") / "tiny-moe", tmp_path / "mobe", m=1, activation="none")
+    export(mobe, tmp_path / "mobe.gguf", Recipe(parse_quant("q4_0")), quiet=True)
+    text = resources.path("models") / "calibration.txt"
+    options = ("-c", "64", "--chunks", "2", "-t", "2", "-o", tmp_path / "imatrix.gguf")
+    run(runtime.tool("llama-imatrix"), "-m", tmp_path / "mobe.gguf", "-f", text, *options)
+    assert (tmp_path / "imatrix.gguf").stat().st_size > 0
+
+
 def perplexity(gguf: Path, text: Path) -> None:
-    done = run(runtime.tool("llama-perplexity"), "-m", gguf, "-f", text, "-c", "64", "-b", "128", "-t", "2")
+    options = ("-c", "64", "-b", "128", "-ub", "32", "-t", "2")
+    done = run(runtime.tool("llama-perplexity"), "-m", gguf, "-f", text, *options)
     # not its "Final estimate": the program may end, as an unpatched one does, before its log's last lines are written
     running = re.findall(r"\[\d+\]([0-9.]+),", done.stdout)
     assert len(running) >= 5 and all(float(value) > 1 for value in running), done.stdout

@@ -52,11 +52,10 @@ class Program:
     path: Path
     before: tuple[str, ...] = ()
 
-    def run(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """A part of the cases, all types among them."""
-        return subprocess.run(
-            [*self.before, self.path, "few"], capture_output=True, text=True, timeout=timeout
-        )
+    def run(self, whole: bool = False, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """All cases, or a part, with all types among them."""
+        command = [*self.before, self.path, *([] if whole else ["few"])]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def compile_program(ggml: Path, out: Path, flags: str, compiler: str = "gcc") -> None:

@@ -148,7 +148,8 @@ static void form(const struct mobe_former * former, const int32_t * experts, int
         for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
             const int64_t n = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
             float values[8*MOBE_COLS] MOBE_ALIGNED;
-            mobe_row_form(former, &row, 0, n_expert, rho, c0, n, values, MOBE_COLS);
+            mobe_tile_decode(former, &row.tile, &row.list, rho, c0, n);
+            mobe_tile_combine(former, row.terms, n_expert, &row.tile, n, values, MOBE_COLS);
             for (int i = 0; i < n_expert; i++) {
                 memcpy(dst + ((i*(s->r - row0)) + rho - row0)*s->d + c0, values + i*MOBE_COLS, n*sizeof(float));
             }
