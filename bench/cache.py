@@ -4,8 +4,10 @@
 
 The layer is computed by ggml as the model's graph has it (gate and up through the operator, products with A, down), on random
 weights.  Which experts a token uses comes from a trace with the locality that has been measured of large models: a
-least-recently-used cache of 1/8 of the experts serves 2/3 of the lookups, one of 1/4 serves 80 %.  Beside each time: what the
-misses and hits read and multiply, and the same of the uncompressed layer in the same run.
+least-recently-used cache of 1/8 of the experts serves 2/3 of the lookups, one of 1/4 serves 80 %.  Milliseconds are means over
+the trace's tokens, medians of --rounds in turns.  Beside each: what the misses and hits move and multiply, the limit that this
+and the machine's peaks set (see peaks.py; the mean of each token's own), and the share reached.  The last two columns are the ratio of
+the uncompressed layer's limit to this one's with 8 and 16 such cores beside memory of 80 GB/s: arithmetic, nothing is run.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import peaks
 import synthetic
+from llama_bench import Speeds
 from rich.console import Console
 from rich.table import Table
 
+from mobe_gguf.errors import MobeError
 from mobe_gguf.progress import console
 from mobe_gguf.runtime import ggml
 
@@ -47,9 +52,10 @@ def trace(n: int, k: int, tokens: int, seed: int = 0) -> np.ndarray:
         chosen: list[int] = []
         while len(chosen) < k:
             part = rng.choice(len(chances), p=chances)
-            expert = stack[rng.integers(edges[part], edges[part + 1])]
-            if expert not in chosen:
-                chosen.append(expert)
+            # of the part that was drawn, so that each has its share of the lookups
+            left = [expert for expert in stack[edges[part] : edges[part + 1]] if expert not in chosen]
+            if left:
+                chosen.append(left[rng.integers(len(left))])
         for expert in chosen:
             stack.remove(expert)
         stack[:0] = chosen[::-1]
@@ -69,6 +75,7 @@ class Layer:
             [64 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead(), ffi.NULL, True]
         )
         self.fill: list[tuple] = []
+        self.caches: list = []
         x = lib.ggml_new_tensor_3d(self.ctx, F32, s.d, 1, 1)
         ids = lib.ggml_new_tensor_2d(self.ctx, I32, s.k, 1)
         self.x, self.ids = x, ids
@@ -104,6 +111,7 @@ class Layer:
             sizes = ffi.new("ggml_mobe_shape *", [s.d, s.p, s.m, s.m, s.n, s.k, 1, 1, False])
             size = lib.ggml_mobe_cache_size(sizes, slots)
             cache = lib.ggml_new_tensor_1d(self.ctx, I8, size)
+            self.caches.append(cache)
             z = lib.ggml_mobe_proj_cached(self.ctx, basis, mix, x, ids, 2, cache)
         else:
             z = lib.ggml_mobe_proj(self.ctx, basis, mix, x, ids, 2)
@@ -118,7 +126,10 @@ class Layer:
         return tensor
 
     def run(self, tokens: np.ndarray) -> Iterator[float]:
-        """Seconds of each token ``[k]``."""
+        """Seconds of each token ``[k]``, with nothing in the cache at first."""
+        for cache in self.caches:
+            empty = np.zeros(self.lib.ggml_nbytes(cache), np.uint8)
+            self.lib.ggml_backend_tensor_set(cache, ffi.from_buffer(empty), 0, empty.nbytes)
         rng = np.random.default_rng(2)
         for chosen in tokens:
             x = rng.standard_normal(self.lib.ggml_nbytes(self.x) // 4, dtype=np.float32)
@@ -128,37 +139,61 @@ class Layer:
             assert self.lib.ggml_backend_graph_compute(self.backend, self.graph) == 0
             yield time.perf_counter() - begin
 
+    def found(self) -> list[tuple[int, int]]:
+        """Lookups and hits that each cache counted in the last run (struct mobe_cache_head)."""
+        head = np.empty(3, np.uint64)
+        counts = []
+        for cache in self.caches:
+            self.lib.ggml_backend_tensor_get(cache, ffi.from_buffer(head), 0, head.nbytes)
+            counts.append((int(head[1]), int(head[2])))
+        return counts
+
     def close(self) -> None:
         self.lib.ggml_backend_buffer_free(self.buffer)
         self.lib.ggml_backend_free(self.backend)
         self.lib.ggml_free(self.ctx)
 
 
-def hit_rate(tokens: np.ndarray, slots: int, warm: int) -> float:
-    """Of a least-recently-used cache, counted from token ``warm`` on."""
-    order: list[int] = []
-    hits = lookups = 0
-    for t, chosen in enumerate(tokens):
+def missed(tokens: np.ndarray, slots: int) -> Iterator[list[int]]:
+    """Those of each token's experts ``[tokens, k]`` that a cache of ``slots`` lacks, empty at first; 0 for no cache.
+
+    As mobe-cache.c has it: what is there is marked as used first, then each missed expert takes the slot that has been unused
+    longest, unless this very token uses it.
+    """
+    used: dict[int, int] = {}
+    clock = 0
+    for chosen in tokens:
+        before, lacking = clock, []
         for expert in chosen:
-            found = expert in order
-            if t >= warm:
-                lookups, hits = lookups + 1, hits + found
-            if found:
-                order.remove(expert)
-            order.append(expert)
-        del order[: max(0, len(order) - slots)]
-    return hits / lookups
+            if expert in used:
+                used[expert] = clock = clock + 1
+            else:
+                lacking.append(int(expert))
+        for expert in lacking:
+            if len(used) >= slots:
+                oldest = min(used, key=used.__getitem__, default=None)
+                if oldest is None or used[oldest] > before:
+                    break
+                del used[oldest]
+            used[expert] = clock = clock + 1
+        yield lacking
 
 
-def work(s: synthetic.Shape, quant: str, rate: float) -> tuple[float, float]:
-    """Megabytes and million multiply-adds a token when ``rate`` of the matrices are found; rate 0 and no cache are alike."""
-    bits, kept = ggml.type_info(quant).bits, ggml.type_info("q8_0").bits
-    missed = s.k * (1 - rate)
-    each, terms = s.p * s.d, s.terms or s.m
-    bases = min(s.m, missed * terms)
-    read = 2 * (bases * each * bits + s.k * rate * each * kept + s.k * s.p * s.p * bits) + s.k * each * bits
-    multiplied = 2 * (missed * terms * each + s.k * each + s.k * s.p * s.p) + s.k * each
-    return read / 8e6, multiplied / 1e6
+def misses(tokens: np.ndarray, slots: int) -> np.ndarray:
+    """How many each token lacks."""
+    return np.array([len(lacking) for lacking in missed(tokens, slots)])
+
+
+def works(s: synthetic.Shape, quant: str, slots: int | None, lacking: np.ndarray) -> list[synthetic.Work]:
+    """Of each token."""
+    if slots is None or slots == 0:
+        return [s.work(slots == 0, quant)] * len(lacking)
+    return [s.cached(quant, int(count)) for count in lacking]
+
+
+def mean_limit(machine: peaks.Peaks, work: list[synthetic.Work], quant: str) -> float:
+    """Seconds a token."""
+    return statistics.fmean(machine.limit(each, quant) for each in work)
 
 
 def main() -> None:
@@ -171,42 +206,59 @@ def main() -> None:
     parser.add_argument("--budgets", default="0,0.125,0.25,0.5", help="shares of the experts")
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--warm", type=int, default=50, help="tokens before those that are measured")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     base = synthetic.SHAPES[options.shape]
     tokens = trace(base.n, base.k, options.warm + options.tokens)
+    machine = peaks.measure(options.threads, rounding=True)
+    out = Console(width=130 if not sys.stdout.isatty() else None)
+    out.print(str(machine), highlight=False)
+    contenders: list[tuple[synthetic.Shape, int | None]] = [(base, None)]
+    for terms in options.terms.split(","):
+        shape = synthetic.replace(base, terms=int(terms) or None)
+        contenders += [(shape, round(float(share) * base.n)) for share in options.budgets.split(",")]
+    layers = [Layer(shape, options.quant, slots, options.threads) for shape, slots in contenders]
+    times = [Speeds() for _ in layers]
+    for turn in range(options.rounds):
+        console.print(f"round {turn + 1} of {options.rounds}")
+        for layer, time_of in zip(layers, times, strict=True):
+            time_of.values.append(1e3 * statistics.fmean(list(layer.run(tokens))[options.warm :]))
     table = Table(
         title=f"one layer of {options.shape}, {options.quant}, one token at a time, {options.threads} threads"
     )
-    for column in ("experts", "terms", "kept", "found", "ms", "spread", "of plain", "MB", "M mult-adds"):
-        table.add_column(column, justify="right" if column != "experts" else "left")
-    contenders: list[tuple[str, synthetic.Shape, int | None]] = [("plain", base, None)]
-    for terms in options.terms.split(","):
-        shape = synthetic.replace(base, terms=int(terms) or None)
-        for share in options.budgets.split(","):
-            contenders.append(("factorized", shape, round(float(share) * base.n)))
-    plain = None
-    for label, shape, slots in contenders:
-        console.print(f"{label}, terms {shape.terms or 'all'}, {slots} kept")
-        layer = Layer(shape, options.quant, slots, options.threads)
-        times = list(layer.run(tokens))[options.warm :]
-        layer.close()
-        median = statistics.median(times)
-        quarters = statistics.quantiles(times, n=4)
-        plain = plain or median
-        rate = hit_rate(tokens, slots, options.warm) if slots else 0.0
-        if slots is None:
-            bits = ggml.type_info(options.quant).bits
-            read, multiplied = shape.weights_read(False) * bits / 8e6, shape.multiply_adds(False) / 1e6
-        else:
-            read, multiplied = work(shape, options.quant, rate)
+    for column in (
+        "terms", "kept", "found", "ms", "of plain", "MB", "M mult-adds", "M of f", "limit, ms", "reached",
+        "of plain, 8 cores", "16 cores",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    several = [machine.on(cores, 80e9) for cores in (8, 16)]
+    plain = works(base, options.quant, None, tokens)
+    for (shape, slots), layer, time_of in zip(contenders, layers, times, strict=True):
+        lacking = misses(tokens, slots or 0)
+        if any(count != (tokens.size, tokens.size - lacking.sum()) for count in layer.found()):
+            raise MobeError(f"the cache of {slots} counted other hits than it should have: {layer.found()}")
+        lacking = lacking[options.warm :]
+        work = works(shape, options.quant, slots, lacking)
+        limit = mean_limit(machine, work, options.quant)
+        ratios = [mean_limit(m, plain, options.quant) / mean_limit(m, work, options.quant) for m in several]
         table.add_row(
-            label, "-" if slots is None else str(shape.terms or shape.m), "-" if slots is None else str(slots),
-            f"{rate:.0%}" if slots else "-", f"{median * 1e3:.2f}", f"{(quarters[2] - quarters[0]) / median:.0%}",
-            f"{plain / median:.2f}", f"{read:.1f}", f"{multiplied:.0f}",
+            "plain" if slots is None else str(shape.terms or shape.m),
+            "-" if slots is None else str(slots),
+            f"{1 - lacking.sum() / (len(lacking) * base.k):.0%}" if slots else "-",
+            str(time_of), f"{times[0].median / time_of.median:.2f}",
+            f"{statistics.fmean(w.moved for w in work) / 1e6:.1f}",
+            f"{statistics.fmean(w.multiply_adds for w in work) / 1e6:.0f}",
+            f"{statistics.fmean(w.evaluate for w in work) / 1e6:.1f}",
+            f"{1e3 * limit:.3f}", f"{1e3 * limit / time_of.median:.0%}",
+            *(f"{ratio:.2f}" for ratio in ratios),
         )  # fmt: skip
-    Console(width=110 if not sys.stdout.isatty() else None).print(table)
+        layer.close()
+    out.print(table)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MobeError as e:
+        sys.exit(f"Error: {e.message}")

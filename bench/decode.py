@@ -3,8 +3,10 @@ several at once as parallel slots decode them.
 
     python bench/decode.py [--shapes qwen3-30b,...] [--quants q4_k,...] [--batches 1,2,4,8] [--threads 1,all]
 
-Models are synthetic (see synthetic.py) and kept in --dir.  Beside each speed: what a token reads and multiplies in the
-experts, and the share of the limit that these and the machine's peaks set (see peaks.py).
+Models are synthetic (see synthetic.py) and kept in --dir.  Beside each speed, of a token in the experts of one layer: what it
+reads and multiplies, the limit that this and the machine's peaks set (see peaks.py), the time that it took, and the share
+reached.  Attention, norms and output are in the speed and not in that time: it is what the model takes longer than one with a
+single small expert (the form "rest": its 1.6 M weights a layer of Qwen3-30B's shapes are not taken off).
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import llama_bench
+import peaks
 import synthetic
 from llama_bench import Contender
 from rich.console import Console
@@ -23,61 +27,96 @@ from rich.table import Table
 
 from mobe_gguf.errors import MobeError
 from mobe_gguf.progress import console
-from mobe_gguf.runtime import ggml
 
 #: A forward pass of the few layers takes so many tokens at least, per run.
-TOKENS = {1: 32, 2: 64, 4: 64, 8: 64}
+TOKENS = {1: 32, 2: 32, 4: 32, 8: 32}
+
+
+COLUMNS = (
+    "threads", "at once", "form", "tokens/s", "of plain", "MB", "M mult-adds", "limit, ms", "of", "experts, ms", "reached",
+)  # fmt: skip
 
 
 def forms(name: str, quant: str, layers: int, directory: Path, wanted: list[str]) -> dict[str, tuple]:
-    """``label: (file, shape, factorized)``."""
+    """``label: (file, shape, factorized)``; no shape of the form "rest", which is always there."""
     base = synthetic.SHAPES[name]
-    found = {}
+    found: dict[str, tuple] = {"rest": (synthetic.rest(directory, name, quant, layers), None, False)}
     for form in wanted:
         if form == "plain":
             found[form] = (synthetic.pair(directory, name, quant, layers)[0], base, False)
             continue
-        changes = {"dense": {}, "none": {"activation": "none"}}.get(form)
+        mix = form.removesuffix("-down")
+        changes = {"dense": {}, "none": {"activation": "none"}}.get(mix)
         if changes is None:
-            changes = {"terms": int(form.removeprefix("terms"))}
+            changes = {"terms": int(mix.removeprefix("terms"))}
+        if form != mix:
+            changes |= {"down": True}
         file = synthetic.pair(directory, name, quant, layers, **changes)[1]
         found[form] = (file, replace(base, **changes), True)
     return found
 
 
-def limits(shape: synthetic.Shape, factorized: bool, quant: str, tokens: int) -> tuple[float, float]:
-    """Megabytes read and million multiply-adds a token in the experts of one layer, with ``tokens`` at once."""
-    bits = ggml.type_info(quant).bits
-    read = shape.weights_read(factorized, tokens) * bits / 8e6
-    return read, shape.multiply_adds(factorized, tokens) / 1e6
+def rows(
+    files: dict[str, tuple],
+    speeds: dict[str, llama_bench.Speeds],
+    layers: int,
+    quant: str,
+    batch: int,
+    machine: peaks.Peaks,
+) -> Iterator[list[str]]:
+    """Of each form, from its name on."""
+    plain = speeds.get("plain")
+    for label, (_, shape, factorized) in files.items():
+        if shape is None:
+            yield [label, str(speeds[label])]
+            continue
+        ratio = f"{speeds[label].median / plain.median:.2f}" if plain else "-"
+        seconds = (1 / speeds[label].median - 1 / speeds["rest"].median) / layers
+        yield [
+            label, str(speeds[label]), ratio, *cells(shape, factorized, quant, batch, machine, seconds)
+        ]  # fmt: skip
+
+
+def cells(
+    shape: synthetic.Shape, factorized: bool, quant: str, batch: int, machine: peaks.Peaks, seconds: float
+) -> list[str]:
+    """What stands beside a speed; ``seconds``: of a token in the experts of one layer."""
+    work = shape.work(factorized, quant, batch)
+    read, arithmetic = machine.limits(work, quant)
+    limit = max(read, arithmetic)
+    reached = f"{limit / seconds:.0%}" if seconds > 0 else "-"
+    return [
+        f"{work.moved / 1e6:.1f}", f"{work.multiply_adds / 1e6:.0f}",
+        f"{1e3 * limit:.3f}", "memory" if read > arithmetic else "arithmetic", f"{1e3 * seconds:.3f}", reached,
+    ]  # fmt: skip
 
 
 def measure(options: argparse.Namespace, batches: list[int], tokens: dict[int, int], title: str) -> None:
-    """Print one table for each shape and quantization."""
+    """Print one table for each shape and quantization, and before them the peaks."""
     llama_bench.require_runtime()
+    machines = [
+        peaks.measure(threads) for threads in llama_bench.threads_of(os.cpu_count() or 1, options.threads)
+    ]
+    out = Console(width=130 if not sys.stdout.isatty() else None)
+    for machine in machines:
+        out.print(str(machine), highlight=False)
     for name in options.shapes.split(","):
         layers = options.layers or (1 if name == "deepseek-v3" else 4)
         for quant in options.quants.split(","):
             files = forms(name, quant, layers, options.dir, options.forms.split(","))
             table = Table(title=f"{title}: {name}, {layers} layers, {quant}")
-            for column in ("threads", "tokens at once", "form", "tokens/s", "of plain", "MB", "M mult-adds"):
+            for column in COLUMNS:
                 table.add_column(column, justify="right")
             contenders = [Contender(label, file) for label, (file, *_) in files.items()]
-            for threads in llama_bench.threads_of(os.cpu_count() or 1, options.threads):
-                for batch in batches:
-                    console.print(f"{name} {quant}: {threads} threads, {batch} at once")
-                    speeds = llama_bench.compare(
-                        contenders, batch, tokens.get(batch, batch), options.rounds, ("-t", str(threads))
-                    )
-                    plain = speeds.get("plain")
-                    for label, (_, shape, factorized) in files.items():
-                        read, multiplied = limits(shape, factorized, quant, batch)
-                        ratio = f"{speeds[label].median / plain.median:.2f}" if plain else "-"
-                        table.add_row(
-                            str(threads), str(batch), label, str(speeds[label]), ratio,
-                            f"{read:.1f}", f"{multiplied:.0f}",
-                        )  # fmt: skip
-            Console(width=110 if not sys.stdout.isatty() else None).print(table)
+            for machine in machines:
+                extra = ("-t", str(machine.threads))
+                for group, count in llama_bench.grouped(batches, tokens):
+                    console.print(f"{name} {quant}: {machine.threads} threads, {group} at once")
+                    found = llama_bench.compare_each(contenders, group, count, options.rounds, extra)
+                    for batch, speeds in found.items():
+                        for row in rows(files, speeds, layers, quant, batch, machine):
+                            table.add_row(str(machine.threads), str(batch), *row)
+            out.print(table)
 
 
 def arguments(description: str, **defaults: str) -> argparse.ArgumentParser:
@@ -87,7 +126,11 @@ def arguments(description: str, **defaults: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--shapes", default=defaults.get("shapes", "qwen3-30b,deepseek-v2-lite,deepseek-v3"))
     parser.add_argument("--quants", default="q4_k,q8_0,iq4_xs")
-    parser.add_argument("--forms", default="plain,dense,terms4,none", help="plain, dense, termsS, none")
+    parser.add_argument(
+        "--forms",
+        default="plain,dense,terms4,none",
+        help="plain; dense, termsS, none, each with -down behind",
+    )
     parser.add_argument("--layers", type=int, help="[default: 4; 1 of deepseek-v3]")
     parser.add_argument("--threads", default="1,all")
     parser.add_argument("--rounds", type=int, default=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,12 +42,20 @@ class Contender:
     program: Path | None = None
 
 
-def run(contender: Contender, batch: int, tokens: int, options: Sequence[str] = ()) -> float:
-    """Tokens per second: ``tokens`` of a prompt in batches of ``batch``, or generated one by one if that is 1."""
+def run(
+    contender: Contender, batches: Sequence[int], tokens: int, options: Sequence[str] = ()
+) -> dict[int, float]:
+    """Tokens per second by batch, the file being loaded once: ``tokens`` of a prompt in batches of each size, or generated one
+    by one where ``batches`` is 1 alone.
+
+    Of a prompt too, all tokens pass the last layer and the output (-embd), as those of parallel slots do: otherwise llama.cpp
+    takes but the last token through them, and of few layers one is missing.
+    """
+    sizes = ",".join(map(str, batches))
     what = (
         ("-p", "0", "-n", str(tokens))
-        if batch == 1
-        else ("-n", "0", "-p", str(tokens), "-b", str(batch), "-ub", str(batch))
+        if tuple(batches) == (1,)
+        else ("-n", "0", "-p", str(tokens), "-b", sizes, "-ub", str(max(batches)), "-embd", "1")
     )
     arguments = ("-m", str(contender.file), *what, "-r", "1", "-o", "json", *options, *contender.options)
     if contender.program is None:
@@ -55,19 +63,40 @@ def run(contender: Contender, batch: int, tokens: int, options: Sequence[str] = 
     else:
         command = [str(contender.program), *arguments]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(json.loads(out)[0]["avg_ts"])
+    speeds = [float(result["avg_ts"]) for result in json.loads(out)]
+    return dict(zip(batches, speeds, strict=True))
+
+
+def compare_each(
+    contenders: Sequence[Contender],
+    batches: Sequence[int],
+    tokens: int,
+    rounds: int,
+    options: Sequence[str] = (),
+) -> dict[int, dict[str, Speeds]]:
+    """Speeds by batch and label; every round takes each contender once, in an order that turns."""
+    speeds = {batch: {contender.label: Speeds() for contender in contenders} for batch in batches}
+    for turn in range(rounds):
+        shift = turn % len(contenders)
+        for contender in (*contenders[shift:], *contenders[:shift]):
+            for batch, found in run(contender, batches, tokens, options).items():
+                speeds[batch][contender.label].values.append(found)
+    return speeds
 
 
 def compare(
     contenders: Sequence[Contender], batch: int, tokens: int, rounds: int, options: Sequence[str] = ()
 ) -> dict[str, Speeds]:
-    """Speeds by label; every round takes each contender once, in an order that turns."""
-    speeds = {contender.label: Speeds() for contender in contenders}
-    for turn in range(rounds):
-        shift = turn % len(contenders)
-        for contender in (*contenders[shift:], *contenders[:shift]):
-            speeds[contender.label].values.append(run(contender, batch, tokens, options))
-    return speeds
+    """The same for one batch."""
+    return compare_each(contenders, (batch,), tokens, rounds, options)[batch]
+
+
+def grouped(batches: Sequence[int], tokens: Mapping[int, int]) -> list[tuple[list[int], int]]:
+    """``batches`` that may share a run, with its tokens: those of as many tokens, a batch of 1 alone."""
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for batch in batches:
+        groups.setdefault((batch == 1, tokens.get(batch, batch)), []).append(batch)
+    return [(group, count) for (_, count), group in groups.items()]
 
 
 def threads_of(machine: int, wanted: str) -> list[int]:

@@ -4,7 +4,7 @@
 
 Times are CPU time (the machine may be busy), medians with the fastest and slowest.  The limit adds up what the kernel cannot
 do without, each at the peak that a loop of nothing else reaches (bench/op.c): multiply-adds of the combination at the rate of
-16-bit integer pairs (floats: of multiply-adds), evaluations of tanh, multiply-adds with the inputs; or it is the read of the
+products of bytes (floats: of multiply-adds), evaluations of tanh, multiply-adds with the inputs; or it is the read of the
 bases from memory, if that takes longer.  What it leaves out is taking quantized numbers apart, loads and stores.
 """
 
@@ -49,10 +49,12 @@ def run(program: Path, *arguments: object) -> list[str]:
     return done.stdout.split("\n")[:-1]
 
 
-def limit(peak: dict[str, float], quantized: bool, bytes_read: int, mix: int, evaluations: int, inputs: int):
+def limit(peak: dict[str, float], kind: str, bytes_read: int, mix: int, evaluations: int, inputs: int):
     """Seconds of arithmetic and of reading, each at this core's peak; a decode multiplies by inputs in float."""
-    pairs = peak["int16"] if quantized and "int16" in peak else peak["fma"]
-    return mix / pairs + evaluations / peak["tanh"] + inputs / peak["fma"], bytes_read / peak["read"]
+    products = peak["fma"]
+    if ggml.type_info(kind).quantized and "int8" in peak:
+        products = peak["int8"] / (2 if kind.lower() == "q8_0" else 1)  # whose coefficients are of two bytes
+    return mix / products + evaluations / peak["tanh"] + inputs / peak["fma"], bytes_read / peak["read"]
 
 
 def measure(program: Path, peak: dict[str, float], kind: str, shape: list[int], tokens: int, options):
@@ -66,7 +68,7 @@ def measure(program: Path, peak: dict[str, float], kind: str, shape: list[int], 
     peaks = peak
     if tokens >= 4 and k * tokens >= 2 * in_use and info.quantized and "bf16" in peak:
         peaks = peak | {"fma": peak["bf16"]}  # a prompt is multiplied in bf16
-    compute, read = limit(peaks, info.quantized, m * r * info.row_bytes(d), mix, in_use * r * d, inputs)
+    compute, read = limit(peaks, kind, m * r * info.row_bytes(d), mix, in_use * r * d, inputs)
     took, bound = median(seconds), max(compute, read)
     what = "memory" if read > compute else "arithmetic"
     return [

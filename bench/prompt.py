@@ -17,7 +17,7 @@ from mobe_gguf.errors import MobeError
 def main() -> None:
     options = decode.arguments(__doc__, batches="16,64,512").parse_args()
     batches = [int(batch) for batch in options.batches.split(",")]
-    decode.measure(options, batches, {16: 64, 64: 128, 512: 512}, "prompt")
+    decode.measure(options, batches, {16: 128, 64: 128, 512: 512}, "prompt")
 
 
 if __name__ == "__main__":

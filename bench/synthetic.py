@@ -3,9 +3,9 @@
     python bench/synthetic.py qwen3-30b --quant q4_k --layers 4 --out DIR     writes both, prints their sizes
 
 All are of the architecture qwen3moe whatever the experts' shapes come from, with that model's number of heads of 128 and a
-vocabulary of 4096 tokens without a tokenizer, so that the few layers weigh what they weigh in a whole model.  All experts of
+vocabulary of 4096 tokens, so that the few layers weigh what they weigh in a whole model.  All experts of
 a tensor are copies of one random matrix: what is timed does not depend on the values, and the file is written as fast as
-the disk takes it.  The router is random, so routing is uniform: the worst case for a cache.
+the disk takes it.  The router is random, so routing is by dice: the worst case for a cache.
 """
 
 from __future__ import annotations
@@ -17,16 +17,42 @@ from pathlib import Path
 import numpy as np
 
 from mobe_gguf import names, runtime
+from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.recipe import fit
 from mobe_gguf.runtime import ggml
 
 VOCABULARY = 4096
 HEAD_DIM = 128
 
+#: Of what layers add to a token's vector: it stays nearly the embedding, so that tokens differ as much in the last layer as in the
+#: first, and so do their experts.  With 1, eight tokens use 50 of 128 experts in the first layer and 35 in the sixth.
+SMALL = 0.1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the experts of one layer take for one token, by the part of the processor that does it (see peaks.py).
+
+    ``moved``: bytes of weights, and of rows that a cache keeps; the others are numbers or multiply-adds.
+    """
+
+    moved: float
+    mix: float = 0.0
+    evaluate: float = 0.0
+    encode: float = 0.0
+    project: float = 0.0
+    halves: float = 0.0
+    multiply: float = 0.0
+
+    @property
+    def multiply_adds(self) -> float:
+        return self.mix + self.project + self.halves + self.multiply
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one layer; r = p, one group, tanh.  ``terms``: non-zero coefficients an expert, None for all."""
+    """Of one layer; r = p, one group, tanh.  ``terms``: non-zero coefficients an expert, None for all.  ``down``: whether
+    it is factorized as gate and up are."""
 
     n: int
     k: int
@@ -37,30 +63,69 @@ class Shape:
     kv_heads: int
     activation: str = "tanh"
     terms: int | None = None
+    down: bool = False
+
+    @property
+    def projections(self) -> int:
+        """With factors."""
+        return 2 + self.down
+
+    @property
+    def own(self) -> int:
+        """Weights of one expert of a factorized model: A's, and an ordinary down."""
+        return self.projections * self.p**2 + (not self.down) * self.p * self.d
+
+    def basis_bytes(self, quant: str) -> float:
+        """One basis of each projection; rows of down's are p long."""
+        return self.p * self.d * (2 * size(quant, self.d) + self.down * size(quant, self.p))
 
     def experts_used(self, tokens: int) -> float:
         """Different experts that ``tokens`` tokens together use, expected of even routing."""
         return self.n * (1 - (1 - self.k / self.n) ** tokens)
 
-    def multiply_adds(self, factorized: bool, tokens: int = 1) -> float:
-        """A token and layer, of the experts; with an activation each expert in use forms its own matrix, once."""
-        k, d, p, m = self.k, self.d, self.p, self.m
-        if not factorized:
-            return 3 * k * p * d
-        if self.activation == "none":
-            project = m * p * d + k * m * p
-        else:
-            project = (self.experts_used(tokens) / tokens * (self.terms or m) + k) * p * d
-        return k * p * d + 2 * (project + k * p * p)
+    def bases_used(self, experts: float) -> float:
+        """Different bases that so many experts mix, expected of terms chosen at random."""
+        return self.m * (1 - (1 - (self.terms or self.m) / self.m) ** experts)
 
-    def weights_read(self, factorized: bool, tokens: int = 1) -> float:
-        """A token and layer, of the experts."""
-        d, p = self.d, self.p
-        used = self.experts_used(tokens)
+    def work(self, factorized: bool, quant: str, tokens: int = 1) -> Work:
+        """A token, when ``tokens`` are computed at once: they share what is read, and the matrices that are formed."""
+        k, d, p, m = self.k, self.d, self.p, self.m
+        each, used = p * d, self.experts_used(tokens)
+        long, short = size(quant, d), size(quant, p)
         if not factorized:
-            return 3 * used * p * d / tokens
-        bases = min(self.m, used * (self.terms or self.m))
-        return (used * p * d + 2 * (used * p * p + bases * p * d)) / tokens
+            return Work((2 * used * each * long + used * each * short) / tokens, multiply=3 * k * each)
+        own, basis, count = used * self.own * short / tokens, self.basis_bytes(quant), self.projections
+        if self.activation == "none":  # each basis once for all experts
+            project = count * (m * each + k * m * p)
+            return Work(m * basis / tokens + own, multiply=k * self.own + project)
+        prompt = tokens >= 4 and k * tokens >= 2 * used  # mobe-cpu.c's rule
+        return Work(
+            moved=self.bases_used(used) * basis / tokens + own,
+            mix=count * used / tokens * (self.terms or m) * each,
+            evaluate=count * used / tokens * each,
+            project=0 if prompt else count * k * each,
+            halves=count * k * each if prompt else 0,
+            multiply=k * self.own,
+        )
+
+    def cached(self, quant: str, missed: int) -> Work:
+        """A token alone, with a cache of formed matrices that lacks ``missed`` of its k experts (of all projections alike)."""
+        k, each, count = self.k, self.p * self.d, self.projections
+        moved = self.bases_used(missed) * self.basis_bytes(quant)
+        moved += count * k * each * size("q8_0", self.d)  # read, or written by a miss
+        moved += k * self.own * size(quant, self.p)
+        return Work(
+            moved=moved,
+            mix=count * missed * (self.terms or self.m) * each,
+            evaluate=count * missed * each,
+            encode=count * missed * each,
+            multiply=k * (count * each + self.own),
+        )
+
+
+def size(quant: str, row: int) -> float:
+    """Bytes a number of rows of ``row``, in ``quant`` or what is taken in its place."""
+    return ggml.type_info(fit(quant, row)).bits / 8
 
 
 SHAPES = {
@@ -102,17 +167,15 @@ def write(path: Path, shape: Shape, quant: str, layers: int, factorized: bool) -
     for key, value in keys.items():
         writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)
-    writer.add_string("tokenizer.ggml.model", "no_vocab")
+    _add_tokenizer(writer, gguf.TokenType)
     if factorized:
-        writer.add_uint32(names.key_version(arch), 1)
-        writer.add_string(names.key_activation(arch), shape.activation)
-        writer.add_uint32(names.key_group_count(arch), 1)
+        version = names.MOBE_VERSION_DOWN if shape.down else names.MOBE_VERSION
+        add_mobe_keys(writer, arch, version, shape.activation, groups=1)
     tensors = list(_tensors(shape, quant, layers, factorized))
     for name, dims, type_name, _ in tensors:
         code = gguf.GGMLQuantizationType[type_name.upper()]
-        info = ggml.type_info(type_name)
-        size = int(np.prod(dims[:-1])) * info.row_bytes(dims[-1])
-        writer.add_tensor_info(name, dims, np.dtype(np.float32), size, raw_dtype=code)
+        n_bytes = ggml.type_info(type_name).tensor_bytes(dims)
+        writer.add_tensor_info(name, dims, np.dtype(np.float32), n_bytes, raw_dtype=code)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -126,6 +189,17 @@ def write(path: Path, shape: Shape, quant: str, layers: int, factorized: bool) -
     writer.close()
     part.rename(path)
     return path
+
+
+def _add_tokenizer(writer, kinds) -> None:
+    """Tokens that mean nothing: llama-server wants to spell what it generates."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256]
+    rest = VOCABULARY - len(tokens)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, *(f"w{i}" for i in range(rest))])
+    writer.add_token_scores([0.0] * VOCABULARY)
+    writer.add_token_types([*types, *[kinds.NORMAL] * rest])
 
 
 def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
@@ -143,18 +217,22 @@ def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
         yield f"{block}.attn_k_norm.weight", (HEAD_DIM,), "f32", None
         q, kv = shape.heads * HEAD_DIM, shape.kv_heads * HEAD_DIM
         for name, rows, row in (("q", q, d), ("k", kv, d), ("v", kv, d), ("output", d, q)):
-            yield f"{block}.attn_{name}.weight", (rows, row), fit(quant, row), row**-0.5
+            scale = row**-0.5 * (SMALL if name == "output" else 1)
+            yield f"{block}.attn_{name}.weight", (rows, row), fit(quant, row), scale
         yield f"{block}.ffn_gate_inp.weight", (n, d), "f32", d**-0.5
         for projection in names.PROJECTIONS:
-            if projection == "down":
-                continue
             if not factorized:
                 yield f"{block}.ffn_{projection}_exps.weight", (n, p, d), fit(quant, d), d**-0.5
                 continue
             yield names.transform_name(layer, projection), (n, p, p), fit(quant, p), (p * d) ** -0.5
             yield names.basis_name(layer, projection), (m, p, d), fit(quant, d), 1.0
             yield names.mix_name(layer, projection), (n, m), "f32", m**-0.5
-        yield f"{block}.ffn_down_exps.weight", (n, d, p), fit(quant, p), p**-0.5
+        if factorized and shape.down:
+            yield names.transform_name(layer, "down"), (n, p, p), fit(quant, p), SMALL / p
+            yield names.basis_name(layer, "down"), (m, d, p), fit(quant, p), 1.0
+            yield names.mix_name(layer, "down"), (n, m), "f32", m**-0.5
+            continue
+        yield f"{block}.ffn_down_exps.weight", (n, d, p), fit(quant, p), SMALL * p**-0.5
 
 
 def _matrix(
@@ -181,13 +259,22 @@ def pair(directory: Path, name: str, quant: str, layers: int, **changes) -> tupl
     shape = replace(SHAPES[name], **changes)
     stem = f"{name}-{layers}l-{quant}"
     suffix = "".join(
-        f"-{key}-{value}" for key, value in changes.items() if value != getattr(SHAPES[name], key)
+        f"-{key}" if value is True else f"-{key}-{value}"
+        for key, value in changes.items()
+        if value != getattr(SHAPES[name], key)
     )
     directory.mkdir(parents=True, exist_ok=True)
     return (
         write(directory / f"{stem}.gguf", shape, quant, layers, factorized=False),
         write(directory / f"{stem}-mobe{suffix}.gguf", shape, quant, layers, factorized=True),
     )
+
+
+def rest(directory: Path, name: str, quant: str, layers: int) -> Path:
+    """The ordinary model with one small expert a token: what is left of the time is attention, norms and output."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shape = replace(SHAPES[name], n=2, k=1, p=256)
+    return write(directory / f"{name}-{layers}l-{quant}-rest.gguf", shape, quant, layers, factorized=False)
 
 
 def main() -> None:
@@ -199,9 +286,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--terms", type=int)
     parser.add_argument("--activation", choices=names.ACTIVATIONS, default="tanh")
+    parser.add_argument("--down", action="store_true", help="factorize down too")
     parser.add_argument("--out", type=Path, default=Path("."))
     options = parser.parse_args()
-    changes = {"terms": options.terms, "activation": options.activation}
+    changes = {"terms": options.terms, "activation": options.activation, "down": options.down}
     for path in pair(options.out, options.shape, options.quant, options.layers, **changes):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

@@ -22,20 +22,63 @@ def test_work_of_the_published_shapes() -> None:
     import synthetic
 
     shape = synthetic.SHAPES["qwen3-30b"]
-    each = shape.p * shape.d
-    assert shape.multiply_adds(False) == 3 * 8 * each
-    # for each of gate and up: 403 M to combine, and the products of B's rows with x, and A's with that
-    assert shape.multiply_adds(True) == 2 * (402_653_184 + 8 * each + 8 * shape.p**2) + 8 * each
-    # 50 M basis weights, once a token
-    assert shape.weights_read(True) == 2 * (50_331_648 + 8 * shape.p**2) + 8 * each
+    each, own = shape.p * shape.d, 8 * shape.p**2
+    assert shape.work(False, "f32") == synthetic.Work(4 * 3 * 8 * each, multiply=3 * 8 * each)
+    # for each of gate and up: 403 M to combine, f of 8 matrices, the products of B's rows with x, and A's with that; down.
+    # 50 M basis weights are read once a token
+    work = shape.work(True, "f32")
+    assert work.mix == 2 * 402_653_184 and work.evaluate == work.project == 2 * 8 * each and work.encode == 0
+    assert work.multiply == 2 * own + 8 * each
+    assert work.moved == 4 * (2 * (50_331_648 + own) + 8 * each)
     # all experts are in use at last, and each forms its matrix once
     many = 10_000
+    work = shape.work(True, "f32", many)
     assert shape.experts_used(many) == pytest.approx(128)
-    combine = 2 * 128 * 32 * each / many
-    assert shape.multiply_adds(True, many) == pytest.approx(
-        combine + 8 * each * 3 + 16 * shape.p**2, rel=1e-9
-    )
-    assert replace(shape, terms=2).weights_read(True) == 2 * (16 * each + 8 * shape.p**2) + 8 * each
+    assert work.mix == pytest.approx(2 * 128 * 32 * each / many)
+    assert work.multiply_adds - work.mix == 8 * each * 3 + 2 * own
+    assert work.halves == 2 * 8 * each and work.project == 0
+    # B x once for all experts, and sums of numbers
+    work = replace(shape, activation="none").work(True, "f32")
+    assert work.multiply == 2 * (32 * each + 8 * 32 * shape.p + own) + 8 * each and work.evaluate == 0
+    assert work.moved == 4 * (2 * (50_331_648 + own) + 8 * each)
+    # down as well: as much again as gate or up, where its own matrix was
+    work = replace(shape, activation="none", down=True).work(True, "f32")
+    assert work.multiply == 3 * (32 * each + 8 * 32 * shape.p + own)
+    assert work.moved == 4 * 3 * (50_331_648 + own)
+    work, two = replace(shape, down=True).work(True, "f32"), shape.work(True, "f32")
+    assert (work.mix, work.evaluate, work.project) == (1.5 * two.mix, 1.5 * two.evaluate, 1.5 * two.project)
+    # rows of 1408 are not of whole blocks of q4_k: A and down are q5_0 then
+    odd = synthetic.SHAPES["deepseek-v2-lite"]
+    weights = 6 * odd.p * odd.d
+    assert odd.work(False, "q4_k").moved == (2 * 4.5 + 5.5) / 8 * weights
+    bases, own = 2 * 4 * odd.p * odd.d, 2 * 6 * odd.p**2
+    assert odd.work(True, "q4_k").moved == (4.5 * bases + 5.5 * (own + weights)) / 8
+
+
+def test_work_with_a_cache() -> None:
+    """As without it when all is missed, but for the rows that are rounded, written and multiplied as integers."""
+    import synthetic
+
+    shape = replace(synthetic.SHAPES["qwen3-30b"], terms=4)
+    each = shape.p * shape.d
+    without, missed, found = shape.work(True, "q4_k"), shape.cached("q4_k", 8), shape.cached("q4_k", 0)
+    assert (missed.mix, missed.evaluate) == (without.mix, without.evaluate)
+    assert missed.multiply == without.multiply + without.project and missed.project == 0
+    assert missed.encode == 2 * 8 * each and (found.mix, found.evaluate, found.encode) == (0, 0, 0)
+    rows = 2 * 8 * each * 8.5 / 8
+    assert missed.moved == pytest.approx(without.moved + rows)
+    assert missed.moved - found.moved == pytest.approx(2 * shape.bases_used(8) * each * 4.5 / 8)
+
+
+def test_bases_in_use_against_drawing() -> None:
+    import numpy as np
+    import synthetic
+
+    shape = replace(synthetic.SHAPES["qwen3-30b"], terms=4)
+    rng = np.random.default_rng(0)
+    drawn = [len({b for _ in range(8) for b in rng.choice(32, 4, replace=False)}) for _ in range(3000)]
+    assert shape.bases_used(8) == pytest.approx(np.mean(drawn), rel=0.01)
+    assert replace(shape, terms=None).bases_used(1) == 32 and shape.bases_used(0) == 0
 
 
 def test_experts_in_use_against_drawing() -> None:
@@ -50,6 +93,22 @@ def test_experts_in_use_against_drawing() -> None:
     assert shape.experts_used(3) == pytest.approx(np.mean(drawn), rel=0.01)
 
 
+def test_routing_is_by_dice_in_every_layer(tmp_path: Path) -> None:
+    """What Shape.experts_used expects of a run with random tokens."""
+    import numpy as np
+    import routing
+    import synthetic
+
+    shape = synthetic.SHAPES["small"]
+    model = routing.Model.read(synthetic.pair(tmp_path, "small", "q4_k", 4)[1])
+    tokens = np.random.default_rng(0).integers(300, synthetic.VOCABULARY, 400)
+    ids = routing.feed(model, tokens, threads=1, watch=True).ids
+    assert ids.shape == (4, 400, shape.k)
+    for layer in ids:
+        used = [len(np.unique(layer[i : i + 4])) for i in range(0, 400, 4)]
+        assert np.mean(used) == pytest.approx(shape.experts_used(4), rel=0.05)
+
+
 def test_decoding_bench_prints_every_form(tmp_path: Path) -> None:
     options = ["--shapes", "small", "--quants", "q4_k", "--rounds", "1", "--batches", "1,4", "--threads", "1"]
     done = subprocess.run(
@@ -61,3 +120,4 @@ def test_decoding_bench_prints_every_form(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for form in ("plain", "dense", "terms4", "none"):
         assert done.stdout.count(f"│ {form:>6} │") == 2, done.stdout
+    assert done.stdout.count("│   rest │") == 2 and done.stdout.startswith("Peaks of 1 threads"), done.stdout

@@ -1,0 +1,141 @@
+"""What this machine can do, measured by a loop of nothing else for each kind of work, and how long a given work takes at that.
+
+    peaks = measure(threads)        as many processes as threads, at the same time (bench/op.c, `peaks`)
+    peaks.limit(work, "q4_k")       seconds that the work takes at least
+
+The limit is the larger of two times: to move its bytes at the rate at which all threads together read memory, and to do
+its arithmetic.  Units of arithmetic share the core's ports, so their times add up, each at its own peak:
+
+    mix        multiply-adds of the combination of bases: products of bytes; with bases in q8_0 coefficients are of two bytes,
+               twice the work; with bases of floats, multiply-adds of floats
+    evaluate   of f: tanh by the kernel's own approximation
+    encode     numbers that a cache of formed matrices rounds to q8_0, by ggml's own function
+    project    multiply-adds of formed rows with inputs: floats
+    halves     the same in a prompt: bf16 where the processor has it and bases are quantized
+    multiply   ggml's own products, also those of rows that a cache holds: of bytes for quantized matrices, bf16 for those,
+               else floats
+
+Taking quantized numbers apart, loads and stores, and waiting of threads are not in it: no kernel reaches it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import op
+from synthetic import Work
+
+from mobe_gguf.errors import MobeError
+from mobe_gguf.runtime import ggml
+
+#: Each peak is the best of so many runs.
+RUNS = 3
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """``rates``: units a second of ``threads`` cores together, by the names that op.c prints (``read``: bytes), and ``encode``."""
+
+    threads: int
+    rates: dict[str, float]
+
+    def first(self, *names: str) -> float:
+        """The rate of the first of ``names`` that this processor has."""
+        return next(self.rates[name] for name in names if name in self.rates)
+
+    def limits(self, work: Work, quant: str) -> tuple[float, float]:
+        """Seconds to move the bytes of ``work``, and of its arithmetic, for matrices of the type ``quant``."""
+        floats, halves = self.rates["fma"], self.first("bf16", "fma")
+        mix = products = floats
+        if ggml.type_info(quant).quantized:
+            mix = products = self.first("int8", "fma")
+            if quant.lower() == "q8_0" and "int8" in self.rates:
+                mix /= 2
+        else:
+            products = halves if quant.lower() == "bf16" else floats
+            halves = floats
+        arithmetic = work.mix / mix + work.project / floats + work.halves / halves + work.multiply / products
+        arithmetic += work.evaluate / self.rates["tanh"]
+        if work.encode:
+            arithmetic += work.encode / self.rates["encode"]
+        return work.moved / self.rates["read"], arithmetic
+
+    def limit(self, work: Work, quant: str) -> float:
+        """Seconds that ``work`` takes at least."""
+        return max(self.limits(work, quant))
+
+    def on(self, cores: int, read: float) -> Peaks:
+        """The same cores in another number, beside memory that gives ``read`` bytes a second."""
+        rates = {name: rate / self.threads * cores for name, rate in self.rates.items()}
+        return Peaks(cores, {**rates, "read": read})
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in self.rates.items())
+        return f"Peaks of {self.threads} threads, G/s (read: bytes): {rates}"
+
+
+def measure(threads: int, rounding: bool = False) -> Peaks:
+    """The best of RUNS runs of each loop, summed over ``threads`` processes that run at the same time.
+
+    ``rounding``: also that of ``encode``, which op.c may leave out.  MobeError without a compiler.
+    """
+    best: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        program = op.build(Path(folder))
+        for _ in range(RUNS):
+            for name, rate in together(program, threads).items():
+                best[name] = max(best.get(name, 0.0), rate)
+    if rounding and "encode" not in best:
+        best["encode"] = threads * encode()
+    return Peaks(threads, best)
+
+
+def together(program: Path, threads: int) -> dict[str, float]:
+    """One run of ``program peaks`` in each of ``threads`` processes, summed by name."""
+    running = [
+        subprocess.Popen([program, "peaks"], stdout=subprocess.PIPE, text=True) for _ in range(threads)
+    ]
+    printed = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise MobeError(f"{program} peaks failed")
+    return summed(text.splitlines() for text in printed)
+
+
+def summed(outputs: Iterable[Iterable[str]]) -> dict[str, float]:
+    """``name rate`` lines of several processes, rates of one name added up."""
+    rates: dict[str, float] = {}
+    for lines in outputs:
+        for line in lines:
+            name, rate = line.split()
+            rates[name] = rates.get(name, 0.0) + float(rate)
+    return rates
+
+
+def encode() -> float:
+    """Numbers a second that one core rounds to q8_0, in its first-level cache, by the CPU backend's function for that."""
+    import cffi
+
+    from mobe_gguf import runtime
+
+    path = runtime.lib_dir() / "libggml-cpu.so"
+    if not path.exists():
+        raise MobeError(f"{path} is not there; a portable build has many: run mobe-gguf build --no-portable")
+    ffi = cffi.FFI()
+    ffi.cdef("void quantize_row_q8_0(const float * x, void * y, int64_t n);")
+    lib = ffi.dlopen(str(path))
+    n, times = 4096, 2000
+    x, y = np.ones(n, np.float32), np.empty(2 * n, np.uint8)
+    source, target = ffi.from_buffer("float[]", x), ffi.from_buffer(y)
+    best = float("inf")
+    for _ in range(9):
+        start = time.thread_time()
+        for _ in range(times):
+            lib.quantize_row_q8_0(source, target, n)
+        best = min(best, time.thread_time() - start)
+    return n * times / best

@@ -1,0 +1,168 @@
+"""Limits by hand-made peaks, and that every benchmark of decoding runs and agrees with the kernel's own counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+#: Units a second, all different, that divide well.
+RATES = {"fma": 10.0, "bf16": 40.0, "int8": 80.0, "tanh": 5.0, "encode": 4.0, "read": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def machine(**without):
+    import peaks
+
+    return peaks.Peaks(2, {name: rate for name, rate in RATES.items() if name not in without})
+
+
+def run(script: str, *options: object) -> str:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / script), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "140"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("quant", "seconds"),
+    [
+        # mix, project, halves and multiply of 80 each; 10 evaluations of f
+        ("q4_k", 80 / 80 + 80 / 10 + 80 / 40 + 80 / 80 + 10 / 5),
+        ("q8_0", 80 / 40 + 80 / 10 + 80 / 40 + 80 / 80 + 10 / 5),
+        ("f16", 80 / 10 + 80 / 10 + 80 / 10 + 80 / 10 + 10 / 5),
+        ("bf16", 80 / 10 + 80 / 10 + 80 / 10 + 80 / 40 + 10 / 5),
+    ],
+)
+def test_arithmetic_by_type(quant: str, seconds: float) -> None:
+    from synthetic import Work
+
+    work = Work(moved=8, mix=80, project=80, halves=80, multiply=80, evaluate=10)
+    assert machine().limits(work, quant) == (4, pytest.approx(seconds))
+    assert machine().limit(work, quant) == pytest.approx(max(4, seconds))
+
+
+def test_a_processor_with_less() -> None:
+    from synthetic import Work
+
+    work = Work(moved=1000, mix=80, halves=80, multiply=80)
+    assert machine(bf16=0).limits(work, "q4_k")[1] == pytest.approx(80 / 80 + 80 / 10 + 80 / 80)
+    assert machine(int8=0, bf16=0).limits(work, "q8_0")[1] == pytest.approx(3 * 80 / 10)
+    assert machine().limit(work, "q4_k") == 500  # the bytes
+
+
+def test_rounding_is_counted_where_there_is_any() -> None:
+    from synthetic import Work
+
+    assert machine().limits(Work(0, encode=8), "q4_k")[1] == 2
+    assert machine(encode=0).limits(Work(0, mix=80), "q4_k")[1] == 1
+
+
+def test_on_more_cores() -> None:
+    more = machine().on(8, 3.0)
+    assert more.threads == 8 and more.rates["read"] == 3.0
+    assert more.rates["int8"] == 80 / 2 * 8
+
+
+def test_rates_of_processes_add_up() -> None:
+    import peaks
+
+    assert peaks.summed([["fma 1.5", "read 2"], ["fma 2.5", "read 3"]]) == {"fma": 4.0, "read": 5.0}
+
+
+def test_replacement() -> None:
+    """By hand: what is used by a token is not thrown out for it, and of the others the one unused longest."""
+    import cache
+
+    tokens = np.array([[0, 1], [0, 2], [1, 2], [2, 0]])
+    assert [list(each) for each in cache.missed(tokens, 2)] == [[0, 1], [2], [1], [0]]
+    assert [list(each) for each in cache.missed(tokens, 1)] == [[0, 1], [2], [1, 2], [2, 0]]
+    assert cache.misses(tokens, 0).tolist() == [2, 2, 2, 2]
+    assert cache.misses(tokens, 3).tolist() == [2, 1, 0, 0]
+
+
+def test_trace_has_the_published_figures() -> None:
+    import cache
+
+    tokens = cache.trace(128, 8, 3000)
+    assert all(len(set(row)) == 8 for row in tokens)
+    for share, found in cache.LOCALITY[:2]:
+        lacking = cache.misses(tokens, round(share * 128))[200:]
+        # (a token's own experts are ordered by whether they were found: that moves the last places of the list)
+        assert 1 - lacking.mean() / 8 == pytest.approx(found, abs=0.015)
+
+
+def test_ratio_of_each_round() -> None:
+    import stock_speed
+    from llama_bench import Speeds
+
+    assert stock_speed.ratios(Speeds([2.0, 3.0]), Speeds([4.0, 3.0])) == [0.5, 1.0]
+
+
+def test_batches_that_share_a_run() -> None:
+    from llama_bench import grouped
+
+    tokens = {1: 64, 2: 64, 4: 64, 16: 128}
+    assert grouped([1, 2, 4, 16, 512], tokens) == [([1], 64), ([2, 4], 64), ([16], 128), ([512], 512)]
+
+
+def test_a_run_loads_the_file_once(tmp_path: Path) -> None:
+    """Speeds come in the order of the batches; all tokens of a prompt are computed to the end."""
+    import llama_bench
+
+    program = tmp_path / "llama-bench"
+    program.write_text(
+        f"""#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho '[{{"avg_ts": 5}}, {{"avg_ts": 7}}]'\n"""
+    )
+    program.chmod(0o755)
+    contender = llama_bench.Contender("x", tmp_path / "x.gguf", ("-fa", "0"), program)
+    found = llama_bench.compare_each([contender], (16, 64), 128, rounds=2, options=("-t", "1"))
+    assert {batch: speeds["x"].values for batch, speeds in found.items()} == {16: [5.0, 5.0], 64: [7.0, 7.0]}
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (
+        len(calls) == 2
+        and "-n 0 -p 128 -b 16,64 -ub 64 -embd 1 " in calls[0]
+        and calls[0].endswith("-t 1 -fa 0")
+    )
+
+
+def test_cache_bench_agrees_with_the_kernel() -> None:
+    """It ends with an error if the cache counted other hits than the rule of replacement gives."""
+    options = ("--shape", "small", "--terms", "0,2", "--budgets", "0,0.125,0.5,1", "--rounds", 1)
+    printed = run("cache.py", *options, "--tokens", 40, "--warm", 10, "--threads", 1)
+    rows = [line.split("│")[1:4] for line in printed.splitlines() if line.startswith("│")]
+    cells = [tuple(cell.strip() for cell in row) for row in rows]
+    assert [cell[:2] for cell in cells] == [
+        ("plain", "-"), *((terms, kept) for terms in ("4", "2") for kept in ("0", "2", "8", "16"))
+    ]  # fmt: skip
+    assert cells[1][2] == "-" and cells[4][2].endswith("%")
+
+
+def test_routing_agrees_with_the_log(tmp_path: Path) -> None:
+    """It ends with an error if the log counts other hits than the recorded experts give."""
+    pytest.importorskip("matplotlib")
+    options = ("--terms", "2", "--slots", "0,3,8", "--tokens", 96, "--rounds", 1, "--steps", 4)
+    printed = run("routing.py", *options, "--dir", tmp_path / "models", "--plot", tmp_path / "plot.svg")
+    rows = [line.split("│") for line in printed.splitlines() if line.startswith("│")]
+    assert [row[1].strip() for row in rows] == ["plain", *["2"] * 3]
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_server_bench(tmp_path: Path) -> None:
+    options = ("--shape", "small", "--layers", 1, "--slots", "1,3", "--rounds", 1, "--tokens", 8)
+    printed = run("server.py", *options, "--threads", 1, "--dir", tmp_path)
+    assert printed.count("±0%") == 4 * 3, printed
