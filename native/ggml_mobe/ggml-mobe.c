@@ -1,6 +1,7 @@
 // The operator's constructor, its checks, and the plain reference. Compiled into ggml-base.
 
 #include "ggml-mobe.h"
+#include "mobe-cache.h"
 #include "ggml-impl.h"
 
 #include <math.h>
@@ -107,13 +108,9 @@ enum ggml_type ggml_mobe_cache_type(int64_t d) {
     return d % ggml_blck_size(GGML_TYPE_Q8_0) == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
 }
 
-static size_t mobe_align(size_t n) { return (n + 63) & ~(size_t) 63; }
-
-// the parts as mobe-cache.h lists them
 size_t ggml_mobe_cache_size(const struct ggml_mobe_shape * s, int64_t n_slot) {
-    const size_t slot = mobe_align(s->r*ggml_row_size(ggml_mobe_cache_type(s->d), s->d));
-    return 64 + mobe_align(s->n*sizeof(int32_t)) + mobe_align(n_slot*sizeof(int32_t)) + mobe_align(n_slot*sizeof(uint64_t)) +
-        n_slot*slot;
+    struct mobe_cache cache;
+    return mobe_cache_layout(&cache, s, n_slot, NULL);
 }
 
 int64_t ggml_mobe_cache_slots(const struct ggml_mobe_shape * s, size_t size) {

@@ -1,6 +1,7 @@
 #include "mobe-cache.h"
 #include "mobe-form.h"
 #include "mobe-kept.h"
+#include "mobe-layout.h"
 #include "mobe-vec.h"
 
 #include "ggml-cpu.h"
@@ -11,15 +12,16 @@
 
 enum { MOBE_TOGETHER = 8 }; // experts that are formed in one call
 
-static size_t mobe_align(size_t n) { return (n + 63) & ~(size_t) 63; }
-
 // What all threads share, and what each has of its own. All arrays lie in params->wdata.
 struct mobe_cache_work {
     int32_t * experts; // [k*T]  those in use, each once
     int32_t * index;   // [n]    place of an expert in `experts`
     int64_t * at;      // [k*T]  its slot, or -1: it is not kept
-    int32_t * missed;  // [k*T]  places in `experts` of those to be formed
-    int64_t * n;       // [2]    lengths of `experts` and of `missed`
+    int32_t * found;   // [k*T]  places in `experts` of those whose slots have them
+    int32_t * missed;  // [k*T]  of those to be formed
+    int64_t * n;       // [2]    lengths of `found` and of `missed`
+    int32_t * first;   // [k*T + 1] where the uses of an expert begin in `uses`, by its place
+    int32_t * uses;    // [k*T]  token*k + slot of the token
     char    * x;       // [T*x_experts] inputs as the product takes them
 
     struct mobe_row row;  // of missed experts
@@ -29,18 +31,8 @@ struct mobe_cache_work {
 static int64_t mobe_most(const struct ggml_mobe_shape * s) { return s->k*s->T < s->n ? s->k*s->T : s->n; }
 
 static struct mobe_cache mobe_cache_of(const struct ggml_tensor * dst, const struct ggml_mobe_shape * s) {
-    struct mobe_cache cache = { 0 };
-    cache.type       = ggml_mobe_cache_type(s->d);
-    cache.n_slot     = ggml_mobe_cache_slots(s, ggml_nbytes(dst->src[4]));
-    cache.row_bytes  = ggml_row_size(cache.type, s->d);
-    cache.slot_bytes = mobe_align(s->r*cache.row_bytes);
-
-    char * data  = dst->src[4]->data;
-    cache.head   = (struct mobe_cache_head *) data;
-    cache.slot   = (int32_t *) (data + 64);
-    cache.expert = (int32_t *) ((char *) cache.slot + mobe_align(s->n*sizeof(int32_t)));
-    cache.used   = (uint64_t *) ((char *) cache.expert + mobe_align(cache.n_slot*sizeof(int32_t)));
-    cache.slots  = (char *) cache.used + mobe_align(cache.n_slot*sizeof(uint64_t));
+    struct mobe_cache cache;
+    mobe_cache_layout(&cache, s, ggml_mobe_cache_slots(s, ggml_nbytes(dst->src[4])), dst->src[4]->data);
     return cache;
 }
 
@@ -73,27 +65,26 @@ static size_t mobe_input_bytes(const struct ggml_mobe_shape * s) {
 }
 
 // Each lays its arrays out from base on, or only counts when base is NULL. Returns the bytes used.
-#define MOBE_TAKE(field, count) \
-    do { if (base) { w->field = (void *) (base + used); } used += mobe_align((count)*sizeof(*w->field)); } while (0)
-
 static size_t mobe_cache_shared(struct mobe_cache_work * w, char * base, const struct ggml_mobe_shape * s) {
     size_t used = 0;
-    MOBE_TAKE(experts, mobe_most(s));
-    MOBE_TAKE(index,   s->n);
-    MOBE_TAKE(at,      mobe_most(s));
-    MOBE_TAKE(missed,  mobe_most(s));
-    MOBE_TAKE(n,       2);
-    MOBE_TAKE(x,       s->T*s->x_experts*mobe_input_bytes(s));
+    MOBE_TAKE(base, used, w->experts, mobe_most(s));
+    MOBE_TAKE(base, used, w->index,   s->n);
+    MOBE_TAKE(base, used, w->at,      mobe_most(s));
+    MOBE_TAKE(base, used, w->found,   mobe_most(s));
+    MOBE_TAKE(base, used, w->missed,  mobe_most(s));
+    MOBE_TAKE(base, used, w->n,       2);
+    MOBE_TAKE(base, used, w->first,   mobe_most(s) + 2);
+    MOBE_TAKE(base, used, w->uses,    s->k*s->T);
+    MOBE_TAKE(base, used, w->x,       s->T*s->x_experts*mobe_input_bytes(s));
     return used;
 }
 
 static size_t mobe_cache_own(struct mobe_cache_work * w, char * base, const struct mobe_former * former) {
     const struct ggml_mobe_shape * s = &former->shape;
     size_t used = 0;
-    MOBE_TAKE(rows, mobe_most(s)*mobe_align(ggml_row_size(ggml_mobe_cache_type(s->d), s->d)));
+    MOBE_TAKE(base, used, w->rows, mobe_most(s)*mobe_align(ggml_row_size(ggml_mobe_cache_type(s->d), s->d)));
     return used + mobe_row_place(former, base ? &w->row : NULL, mobe_most(s), base ? base + used : NULL);
 }
-#undef MOBE_TAKE
 
 bool mobe_cache_takes(const struct ggml_tensor * dst) {
     return dst->src[4] != NULL && dst->ne[2] <= GGML_MOBE_CACHE_TOKENS;
@@ -111,8 +102,9 @@ static void mobe_cache_look_up(
     uint64_t * clock = &cache->head->clock;
     const uint64_t before = *clock; // a slot with a later time is in use by this call
     int64_t n = 0;
-    int64_t n_missed = 0;
+    int64_t n_found = 0, n_missed = 0;
 
+    memset(w->first, 0, (mobe_most(s) + 2)*sizeof(int32_t));
     memset(w->index, 0xff, s->n*sizeof(int32_t));
     for (int64_t t = 0; t < s->T; t++) {
         const int32_t * row = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
@@ -120,17 +112,30 @@ static void mobe_cache_look_up(
             const int32_t e = row[i];
             GGML_ASSERT(e >= 0 && e < s->n);
             if (w->index[e] >= 0) {
+                w->first[w->index[e] + 2]++;
                 continue;
             }
+            w->first[n + 2] = 1;
             w->index[e]   = (int32_t) n;
             w->experts[n] = e;
             w->at[n]      = (int64_t) cache->slot[e] - 1;
             if (w->at[n] >= 0) {
                 cache->used[w->at[n]] = ++*clock;
+                w->found[n_found++]   = (int32_t) n;
             } else {
                 w->missed[n_missed++] = (int32_t) n;
             }
             n++;
+        }
+    }
+    // uses by place, a counting sort: first[place + 1] is where the next one goes and ends as where the place's end
+    for (int64_t i = 1; i < n; i++) {
+        w->first[i + 1] += w->first[i];
+    }
+    for (int64_t t = 0; t < s->T; t++) {
+        const int32_t * row = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
+        for (int64_t i = 0; i < s->k; i++) {
+            w->uses[w->first[w->index[row[i]] + 1]++] = (int32_t) (t*s->k + i);
         }
     }
     for (int64_t i = 0; i < n_missed; i++) {
@@ -154,7 +159,7 @@ static void mobe_cache_look_up(
     }
     cache->head->lookups += n;
     cache->head->hits    += n - n_missed;
-    w->n[0] = n;
+    w->n[0] = n_found;
     w->n[1] = n_missed;
 }
 
@@ -200,6 +205,18 @@ static float mobe_cache_dot(const char * row, char * input, int64_t d) {
     return z;
 }
 
+// row rho of the expert at a place, for all its uses
+static void mobe_cache_multiply(
+        const struct mobe_cache * cache, const struct mobe_cache_work * w, const struct ggml_mobe_shape * s, int32_t place, int64_t rho,
+        float * z) {
+    const size_t input_bytes = mobe_input_bytes(s);
+    const char * row = mobe_cache_row(cache, w, place, rho);
+    for (int32_t i = w->first[place]; i < w->first[place + 1]; i++) {
+        const int64_t use = w->uses[i];
+        z[use*s->r + rho] = mobe_cache_dot(row, w->x + (s->x_experts == 1 ? use/s->k : use)*input_bytes, s->d);
+    }
+}
+
 void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     const struct ggml_tensor * x   = dst->src[2];
     const struct ggml_tensor * ids = dst->src[3];
@@ -228,16 +245,24 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
     }
     ggml_barrier(params->threadpool);
 
+    const int64_t n_found    = w.n[0];
     const int64_t n_missed   = w.n[1];
     const int64_t per_thread = (s.r + params->nth - 1)/params->nth;
     const int64_t row_begin  = params->ith*per_thread;
     const int64_t row_end    = row_begin + per_thread < s.r ? row_begin + per_thread : s.r;
 
-    for (int64_t rho = row_begin; rho < row_end; rho++) {
-        if (n_missed > 0 && (s.row_mix || rho == row_begin)) {
+    // what is found: one expert after the other, as its rows lie in memory
+    for (int64_t i = 0; i < n_found; i++) {
+        for (int64_t rho = row_begin; rho < row_end; rho++) {
+            mobe_cache_multiply(&cache, &w, &s, w.found[i], rho, (float *) dst->data);
+        }
+    }
+
+    for (int64_t rho = row_begin; n_missed > 0 && rho < row_end; rho++) {
+        if (s.row_mix || rho == row_begin) {
             mobe_row_gather(&former, &w.row, w.experts, w.missed, n_missed, rho);
         }
-        for (int64_t c0 = 0; n_missed > 0 && c0 < s.d; c0 += MOBE_COLS) {
+        for (int64_t c0 = 0; c0 < s.d; c0 += MOBE_COLS) {
             const int64_t n_cols = s.d - c0 < MOBE_COLS ? s.d - c0 : MOBE_COLS;
             mobe_tile_decode(&former, &w.row.tile, &w.row.list, rho, c0, n_cols);
             for (int64_t i0 = 0; i0 < n_missed; i0 += MOBE_TOGETHER) {
@@ -245,20 +270,13 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
                 float values[MOBE_TOGETHER*MOBE_COLS] __attribute__((aligned(64)));
                 mobe_tile_combine(&former, w.row.terms + i0, n, &w.row.tile, n_cols, values, MOBE_COLS);
                 for (int i = 0; i < n; i++) {
-                    const int32_t place = w.missed[i0 + i];
-                    char * row = mobe_cache_row(&cache, &w, place, rho);
+                    char * row = mobe_cache_row(&cache, &w, w.missed[i0 + i], rho);
                     mobe_cache_encode(values + i*MOBE_COLS, c0, n_cols, row, s.d);
                 }
             }
         }
-        for (int64_t t = 0; t < s.T; t++) {
-            const int32_t * used = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
-            for (int64_t i = 0; i < s.k; i++) {
-                const char * row = mobe_cache_row(&cache, &w, w.index[used[i]], rho);
-                mobe_prefetch(row + cache.row_bytes, cache.row_bytes); // the next one
-                char * input     = w.x + (t*s.x_experts + (s.x_experts == 1 ? 0 : i))*input_bytes;
-                ((float *) dst->data)[(t*s.k + i)*s.r + rho] = mobe_cache_dot(row, input, s.d);
-            }
+        for (int64_t i = 0; i < n_missed; i++) {
+            mobe_cache_multiply(&cache, &w, &s, w.missed[i], rho, (float *) dst->data);
         }
     }
 }

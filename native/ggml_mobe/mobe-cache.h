@@ -15,6 +15,7 @@
 #pragma once
 
 #include "ggml-mobe.h"
+#include "mobe-layout.h"
 
 struct mobe_cache_head {
     uint64_t clock; // grows with every use
@@ -31,6 +32,25 @@ struct mobe_cache {
     uint64_t               * used;
     char                   * slots;
 };
+
+#if !defined(__cplusplus) // which would have each pointer cast
+
+// Where the parts of a cache with n_slot slots lie from data on; NULL only counts. Returns its bytes.
+static inline size_t mobe_cache_layout(struct mobe_cache * cache, const struct ggml_mobe_shape * s, int64_t n_slot, void * data) {
+    size_t used = 0;
+    cache->type       = ggml_mobe_cache_type(s->d);
+    cache->n_slot     = n_slot;
+    cache->row_bytes  = ggml_row_size(cache->type, s->d);
+    cache->slot_bytes = mobe_align(s->r*cache->row_bytes);
+    MOBE_TAKE(data, used, cache->head,   1);
+    MOBE_TAKE(data, used, cache->slot,   s->n);
+    MOBE_TAKE(data, used, cache->expert, n_slot);
+    MOBE_TAKE(data, used, cache->used,   n_slot);
+    MOBE_TAKE(data, used, cache->slots,  n_slot*cache->slot_bytes);
+    return used;
+}
+
+#endif
 
 #ifdef __cplusplus
 extern "C" {

@@ -11,6 +11,7 @@
 #include "mobe-cpu.h"
 #include "mobe-cache.h"
 #include "mobe-form.h"
+#include "mobe-layout.h"
 #include "mobe-mul.h"
 
 #include "ggml-cpu-impl.h"
@@ -53,8 +54,6 @@ struct mobe_work {
 // Rows and tiles of columns of a block: what is taken apart before it is combined.
 struct mobe_block { int64_t rows, tiles; };
 
-static size_t mobe_align(size_t n) { return (n + 63) & ~(size_t) 63; }
-
 static struct mobe_block mobe_block_of(const struct mobe_former * former, bool prompt) {
     struct mobe_block block = { 1, 1 };
     if (prompt) {
@@ -74,15 +73,13 @@ static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct m
     const int64_t n_terms      = (s->row_mix ? block.rows : 1)*n_expert_max;
 
     size_t used = 0;
-#define MOBE_TAKE(field, count) \
-    do { if (base) { w->field = (void *) (base + used); } used += mobe_align((count)*sizeof(*w->field)); } while (0)
-    MOBE_TAKE(first,   s->n + 1);
-    MOBE_TAKE(uses,    s->k*s->T);
-    MOBE_TAKE(experts, s->n);
-    MOBE_TAKE(formed,  MOBE_EXPERTS*block.rows*block.tiles*MOBE_COLS*sizeof(float));
+    MOBE_TAKE(base, used, w->first,   s->n + 1);
+    MOBE_TAKE(base, used, w->uses,    s->k*s->T);
+    MOBE_TAKE(base, used, w->experts, s->n);
+    MOBE_TAKE(base, used, w->formed,  MOBE_EXPERTS*block.rows*block.tiles*MOBE_COLS*sizeof(float));
     if (prompt) {
-        MOBE_TAKE(terms, n_terms);
-        MOBE_TAKE(tiles, block.rows*block.tiles);
+        MOBE_TAKE(base, used, w->terms, n_terms);
+        MOBE_TAKE(base, used, w->tiles, block.rows*block.tiles);
         used += mobe_list_place(former, base ? &w->list : NULL, base ? base + used : NULL);
         for (int64_t i = 0; i < n_terms; i++) {
             used += mobe_terms_place(former, base ? &w->terms[i] : NULL, base ? base + used : NULL);
@@ -91,8 +88,7 @@ static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct m
             used += mobe_tile_place(former, base ? &w->tiles[i] : NULL, base ? base + used : NULL);
         }
     }
-    MOBE_TAKE(sums, s->k*s->T*MOBE_VEC);
-#undef MOBE_TAKE
+    MOBE_TAKE(base, used, w->sums, s->k*s->T*MOBE_VEC);
     return used + mobe_row_place(former, base ? &w->row : NULL, n_expert_max, base ? base + used : NULL);
 }
 

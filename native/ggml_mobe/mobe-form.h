@@ -16,6 +16,13 @@
 #include "ggml-mobe.h"
 #include "mobe-dequant.h"
 
+// experts that share loads, at most
+#if defined(__AVX512F__)
+enum { MOBE_MANY = 8 };
+#else
+enum { MOBE_MANY = 2 };
+#endif
+
 // what to form from; the same for all threads of a call
 struct mobe_former {
     const struct ggml_tensor * basis;
