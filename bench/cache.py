@@ -33,7 +33,7 @@ from mobe_gguf.runtime import ggml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "native"))
 import ggml_graph
-from ggml_graph import CPU, F32, I8, I32
+from ggml_graph import F32, I8, I32
 
 ffi = ggml_graph.ffi
 
@@ -85,10 +85,7 @@ class Layer:
         self.out = lib.ggml_mul_mat_id(self.ctx, down, h, ids)
         self.graph = lib.ggml_new_graph(self.ctx)
         lib.ggml_build_forward_expand(self.graph, self.out)
-        self.backend = lib.ggml_backend_init_by_type(CPU, ffi.NULL)
-        reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_type(CPU))
-        setter = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
-        ffi.cast("void (*)(void *, int)", setter)(self.backend, threads)
+        self.backend = ggml_graph.cpu_backend(threads)
         self.buffer = lib.ggml_backend_alloc_ctx_tensors(self.ctx, self.backend)
         lib.ggml_backend_buffer_clear(self.buffer, 0)
         for tensor, data, copies in self.fill:

@@ -12,31 +12,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-from mobe_gguf import resources, runtime
+from peaks import Peaks, build, together
+from synthetic import Work
+
+from mobe_gguf import runtime
 from mobe_gguf.errors import MobeError
 from mobe_gguf.runtime import ggml
 
 QWEN3_30B = "2048,768,32,128,8"
-
-
-def build(out: Path) -> Path:
-    """Compile op.c against the installed libraries, with this machine's instructions."""
-    lib, kernels = runtime.lib_dir(), resources.path("native") / "ggml_mobe"
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        raise MobeError("no C compiler found: apt install gcc")
-    command = [compiler, "-std=gnu11", "-O3", "-march=native", "-w", str(Path(__file__).with_name("op.c"))]
-    command += [f"-I{runtime.source_tree() / 'ggml/include'}", f"-I{kernels}", "-o", str(out / "op")]
-    command += [f"-L{lib}", "-l:libggml.so", "-l:libggml-base.so", f"-Wl,-rpath,{lib}", "-lm"]
-    subprocess.run(command, check=True)
-    return out / "op"
 
 
 def run(program: Path, *arguments: object) -> list[str]:
@@ -49,15 +38,7 @@ def run(program: Path, *arguments: object) -> list[str]:
     return done.stdout.split("\n")[:-1]
 
 
-def limit(peak: dict[str, float], kind: str, bytes_read: int, mix: int, evaluations: int, inputs: int):
-    """Seconds of arithmetic and of reading, each at this core's peak; a decode multiplies by inputs in float."""
-    products = peak["fma"]
-    if ggml.type_info(kind).quantized and "int8" in peak:
-        products = peak["int8"] / (2 if kind.lower() == "q8_0" else 1)  # whose coefficients are of two bytes
-    return mix / products + evaluations / peak["tanh"] + inputs / peak["fma"], bytes_read / peak["read"]
-
-
-def measure(program: Path, peak: dict[str, float], kind: str, shape: list[int], tokens: int, options):
+def measure(program: Path, peak: Peaks, kind: str, shape: list[int], tokens: int, options):
     """One row of the table."""
     d, r, m, n, k = shape
     found = run(program, kind, *shape, tokens, options.terms, options.repetitions)
@@ -65,10 +46,15 @@ def measure(program: Path, peak: dict[str, float], kind: str, shape: list[int], 
     info = ggml.type_info(kind)
     in_use = len({(i * (n // k) + t * 5 + t * t % 7) % n for t in range(tokens) for i in range(k)})
     mix, inputs = in_use * (options.terms or m) * r * d, tokens * k * r * d
-    peaks = peak
-    if tokens >= 4 and k * tokens >= 2 * in_use and info.quantized and "bf16" in peak:
-        peaks = peak | {"fma": peak["bf16"]}  # a prompt is multiplied in bf16
-    compute, read = limit(peaks, kind, m * r * info.row_bytes(d), mix, in_use * r * d, inputs)
+    prompt = tokens >= 4 and k * tokens >= 2 * in_use
+    work = Work(
+        m * r * info.row_bytes(d),
+        mix=mix,
+        evaluate=in_use * r * d,
+        project=0 if prompt else inputs,
+        halves=inputs if prompt else 0,
+    )
+    read, compute = peak.limits(work, kind)
     took, bound = median(seconds), max(compute, read)
     what = "memory" if read > compute else "arithmetic"
     return [
@@ -90,9 +76,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
-        peak = {name: float(value) for name, value in (line.split() for line in run(program, "peaks"))}
+        peak = Peaks(1, together(program, 1))
         print(
-            "One core: " + ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in peak.items()) + "\n"
+            "One core: "
+            + ", ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in peak.rates.items())
+            + "\n"
         )
         print("| type | T | CPU ms, median | fastest to slowest | GMAC/s | GB/s | limit, ms | of | reached |")
         print("|---|---|---|---|---|---|---|---|---|")

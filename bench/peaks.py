@@ -20,6 +20,7 @@ Taking quantized numbers apart, loads and stores, and waiting of threads are not
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tempfile
 import time
@@ -28,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import op
 from synthetic import Work
 
+from mobe_gguf import resources, runtime
 from mobe_gguf.errors import MobeError
 from mobe_gguf.runtime import ggml
 
@@ -80,6 +81,19 @@ class Peaks:
         return f"Peaks of {self.threads} threads, G/s (read: bytes): {rates}"
 
 
+def build(out: Path) -> Path:
+    """Compile op.c against the installed libraries, with this machine's instructions."""
+    lib, kernels = runtime.lib_dir(), resources.path("native") / "ggml_mobe"
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise MobeError("no C compiler found: apt install gcc")
+    command = [compiler, "-std=gnu11", "-O3", "-march=native", "-w", str(Path(__file__).with_name("op.c"))]
+    command += [f"-I{runtime.source_tree() / 'ggml/include'}", f"-I{kernels}", "-o", str(out / "op")]
+    command += [f"-L{lib}", "-l:libggml.so", "-l:libggml-base.so", f"-Wl,-rpath,{lib}", "-lm"]
+    subprocess.run(command, check=True)
+    return out / "op"
+
+
 def measure(threads: int, rounding: bool = False) -> Peaks:
     """The best of RUNS runs of each loop, summed over ``threads`` processes that run at the same time.
 
@@ -87,7 +101,7 @@ def measure(threads: int, rounding: bool = False) -> Peaks:
     """
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        program = op.build(Path(folder))
+        program = build(Path(folder))
         for _ in range(RUNS):
             for name, rate in together(program, threads).items():
                 best[name] = max(best.get(name, 0.0), rate)
@@ -120,8 +134,6 @@ def summed(outputs: Iterable[Iterable[str]]) -> dict[str, float]:
 def encode() -> float:
     """Numbers a second that one core rounds to q8_0, in its first-level cache, by the CPU backend's function for that."""
     import cffi
-
-    from mobe_gguf import runtime
 
     path = runtime.lib_dir() / "libggml-cpu.so"
     if not path.exists():

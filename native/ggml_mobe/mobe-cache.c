@@ -260,7 +260,7 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
 
     for (int64_t rho = row_begin; n_missed > 0 && rho < row_end; rho++) {
         if (s.row_mix || rho == row_begin) {
-            mobe_row_gather(&former, &w.row, w.experts, w.missed, n_missed, rho);
+            mobe_mix_gather(&former, &w.row.list, w.row.terms, w.experts, w.missed, n_missed, rho, 1);
         }
         for (int64_t c0 = 0; c0 < s.d; c0 += MOBE_COLS) {
             const int64_t n_cols = s.d - c0 < MOBE_COLS ? s.d - c0 : MOBE_COLS;

@@ -196,7 +196,7 @@ static void mobe_decode_rows(
 
     for (int64_t rho = row_begin; rho < row_end; rho++) {
         if (s->row_mix || rho == row_begin) {
-            mobe_row_gather(former, &w->row, w->experts, NULL, w->n_expert, rho);
+            mobe_mix_gather(former, &w->row.list, w->row.terms, w->experts, NULL, w->n_expert, rho, 1);
         }
         memset(w->sums, 0, s->k*s->T*MOBE_VEC*sizeof(float));
         for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
@@ -232,15 +232,7 @@ static void mobe_prompt_rows(
         const int64_t n_rows = row_end - rho < block.rows ? row_end - rho : block.rows;
 
         if (s->row_mix || rho == row_begin) {
-            const int64_t n = (s->row_mix ? n_rows : 1)*w->n_expert;
-            mobe_list_clear(former, &w->list);
-            for (int64_t i = 0; i < n; i++) {
-                mobe_list_add(former, &w->list, w->experts[i%w->n_expert], rho + i/w->n_expert);
-            }
-            mobe_list_close(former, &w->list);
-            for (int64_t i = 0; i < n; i++) {
-                mobe_terms_gather(former, &w->terms[i], &w->list, w->experts[i%w->n_expert], rho + i/w->n_expert);
-            }
+            mobe_mix_gather(former, &w->list, w->terms, w->experts, NULL, w->n_expert, rho, s->row_mix ? n_rows : 1);
         }
         for (int64_t i = 0; i < s->k*s->T; i++) {
             memset((float *) dst->data + i*s->r + rho, 0, n_rows*sizeof(float));

@@ -89,11 +89,11 @@ static const float * mobe_coefs_of(const struct mobe_former * former, int64_t ex
     return former->mix + expert*s->m_group**stride + (s->row_mix ? rho : 0);
 }
 
-void mobe_list_clear(const struct mobe_former * former, struct mobe_list * list) {
+static void mobe_list_clear(const struct mobe_former * former, struct mobe_list * list) {
     memset(list->place, 0xff, former->shape.m*sizeof(int32_t));
 }
 
-void mobe_list_add(const struct mobe_former * former, struct mobe_list * list, int64_t expert, int64_t rho) {
+static void mobe_list_add(const struct mobe_former * former, struct mobe_list * list, int64_t expert, int64_t rho) {
     int64_t stride;
     const float * mix = mobe_coefs_of(former, expert, rho, &stride);
     int32_t * place = list->place + mobe_group_of(former, expert)*former->shape.m_group;
@@ -104,7 +104,7 @@ void mobe_list_add(const struct mobe_former * former, struct mobe_list * list, i
     }
 }
 
-void mobe_list_close(const struct mobe_former * former, struct mobe_list * list) {
+static void mobe_list_close(const struct mobe_former * former, struct mobe_list * list) {
     const int64_t m = former->shape.m_group;
     for (int64_t g = 0; g < mobe_groups(former); g++) {
         int32_t n = 0;
@@ -118,7 +118,7 @@ void mobe_list_close(const struct mobe_former * former, struct mobe_list * list)
     }
 }
 
-void mobe_terms_gather(
+static void mobe_terms_gather(
         const struct mobe_former * former, struct mobe_terms * terms, const struct mobe_list * list, int64_t expert, int64_t rho) {
     int64_t stride;
     const float * mix = mobe_coefs_of(former, expert, rho, &stride);
@@ -137,6 +137,19 @@ void mobe_terms_gather(
         if (terms->n == 0 || terms->part[terms->n - 1] != i/each) {
             terms->part[terms->n++] = i/each;
         }
+    }
+}
+
+void mobe_mix_gather(
+        const struct mobe_former * former, struct mobe_list * list, struct mobe_terms * terms, const int32_t * experts, const int32_t * index,
+        int64_t n_expert, int64_t rho, int64_t n_rows) {
+    mobe_list_clear(former, list);
+    for (int64_t i = 0; i < n_rows*n_expert; i++) {
+        mobe_list_add(former, list, experts[index ? index[i%n_expert] : i%n_expert], rho + i/n_expert);
+    }
+    mobe_list_close(former, list);
+    for (int64_t i = 0; i < n_rows*n_expert; i++) {
+        mobe_terms_gather(former, &terms[i], list, experts[index ? index[i%n_expert] : i%n_expert], rho + i/n_expert);
     }
 }
 
@@ -184,20 +197,5 @@ void mobe_tile_decode(
             tile->most[g*former->n_pad + i] = 0.0f; // read with whole vectors
         }
 #endif
-    }
-}
-
-// ---- rows for a few tokens
-
-void mobe_row_gather(
-        const struct mobe_former * former, struct mobe_row * row, const int32_t * experts, const int32_t * index, int64_t n_expert,
-        int64_t rho) {
-    mobe_list_clear(former, &row->list);
-    for (int64_t i = 0; i < n_expert; i++) {
-        mobe_list_add(former, &row->list, experts[index ? index[i] : i], rho);
-    }
-    mobe_list_close(former, &row->list);
-    for (int64_t i = 0; i < n_expert; i++) {
-        mobe_terms_gather(former, &row->terms[i], &row->list, experts[index ? index[i] : i], rho);
     }
 }

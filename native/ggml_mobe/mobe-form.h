@@ -73,14 +73,11 @@ size_t mobe_list_place(const struct mobe_former * former, struct mobe_list * lis
 size_t mobe_terms_place(const struct mobe_former * former, struct mobe_terms * terms, char * memory);
 size_t mobe_tile_place(const struct mobe_former * former, struct mobe_tile * tile, char * memory);
 
-// A list is emptied, gets what experts mix in some rows (any row when the mix is not row-wise), and is closed.
-void mobe_list_clear(const struct mobe_former * former, struct mobe_list * list);
-void mobe_list_add(const struct mobe_former * former, struct mobe_list * list, int64_t expert, int64_t rho);
-void mobe_list_close(const struct mobe_former * former, struct mobe_list * list);
-
-// The coefficients of an expert for row rho; all that it mixes is on the list.
-void mobe_terms_gather(
-        const struct mobe_former * former, struct mobe_terms * terms, const struct mobe_list * list, int64_t expert, int64_t rho);
+// The list and the terms [n_rows][n_expert] of experts in rows rho .. rho + n_rows, of experts[index[i]] when there is an index. When the
+// mix is not row-wise, one row serves all.
+void mobe_mix_gather(
+        const struct mobe_former * former, struct mobe_list * list, struct mobe_terms * terms, const int32_t * experts, const int32_t * index,
+        int64_t n_expert, int64_t rho, int64_t n_rows);
 
 // Takes columns c0 .. c0 + n_cols <= c0 + MOBE_COLS of row rho of the bases on a list apart. c0 is a multiple of MOBE_COLS.
 void mobe_tile_decode(
@@ -100,8 +97,3 @@ struct mobe_row {
 };
 
 size_t mobe_row_place(const struct mobe_former * former, struct mobe_row * row, int64_t n_expert, char * memory);
-
-// For row rho, or for all rows when the mix is not row-wise; of experts[index[i]] when there is an index.
-void mobe_row_gather(
-        const struct mobe_former * former, struct mobe_row * row, const int32_t * experts, const int32_t * index, int64_t n_expert,
-        int64_t rho);

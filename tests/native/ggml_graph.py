@@ -96,6 +96,16 @@ def reference(basis, mix, x, ids, activation: str) -> np.ndarray:
     return z
 
 
+def cpu_backend(n_threads: int):
+    """A CPU backend with so many threads; ``ggml_backend_free`` it."""
+    lib = library()
+    backend = lib.ggml_backend_init_by_type(CPU, ffi.NULL)
+    reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_type(CPU))
+    set_n_threads = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
+    ffi.cast("void (*)(void *, int)", set_n_threads)(backend, n_threads)
+    return backend
+
+
 class Graph:
     """Builds and computes one node; the output buffer is poisoned with NaN before."""
 
@@ -138,12 +148,9 @@ class Graph:
         out = lib.ggml_mobe_proj(self._ctx, self.basis, self.mix, self.x, self.ids, self._activation)
         graph = lib.ggml_new_graph(self._ctx)
         lib.ggml_build_forward_expand(graph, out)
-        backend = lib.ggml_backend_init_by_type(CPU, ffi.NULL)
+        backend = cpu_backend(n_threads)
         buffer = lib.ggml_backend_alloc_ctx_tensors(self._ctx, backend)
         try:
-            reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_type(CPU))
-            set_n_threads = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
-            ffi.cast("void (*)(void *, int)", set_n_threads)(backend, n_threads)
             for tensor, data in self._data:
                 data = np.ascontiguousarray(data)
                 assert data.nbytes == lib.ggml_nbytes(tensor)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mobe_gguf import names
 from mobe_gguf.runtime import ggml
 
-from .ggml_graph import CPU, F32, I8, I32, ffi, library, reference
+from .ggml_graph import F32, I8, I32, cpu_backend, ffi, library, reference
 from .test_operator import nmse, operands
 
 
@@ -37,10 +37,7 @@ class Cached:
         assert lib.ggml_mobe_cache_slots(shape, size - 1) == slots - 1
         self.cache = lib.ggml_new_tensor_1d(self.ctx, I8, size)
         self.activation = names.ACTIVATIONS.index(activation)
-        self.backend = lib.ggml_backend_init_by_type(CPU, ffi.NULL)
-        reg = lib.ggml_backend_dev_backend_reg(lib.ggml_backend_dev_by_type(CPU))
-        setter = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_set_n_threads")
-        ffi.cast("void (*)(void *, int)", setter)(self.backend, threads)
+        self.backend = cpu_backend(threads)
         self.buffer = lib.ggml_backend_alloc_ctx_tensors(self.ctx, self.backend)
         lib.ggml_backend_buffer_clear(self.buffer, 0)
         self.put(self.basis, data)

@@ -144,7 +144,7 @@ static void form(const struct mobe_former * former, const int32_t * experts, int
     char * memory = aligned_alloc(64, mobe_row_place(former, NULL, n_expert, NULL));
     mobe_row_place(former, &row, n_expert, memory);
     for (int64_t rho = row0; rho < s->r; rho++) {
-        mobe_row_gather(former, &row, experts, NULL, n_expert, rho);
+        mobe_mix_gather(former, &row.list, row.terms, experts, NULL, n_expert, rho, 1);
         for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
             const int64_t n = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
             float values[8*MOBE_COLS] MOBE_ALIGNED;
