@@ -21,8 +21,12 @@
 
 enum {
     MOBE_EXPERTS    = 8,
-    MOBE_ROWS       = 16,
-    MOBE_TILES      = 2,           // of columns, in a prompt
+    MOBE_ROWS       = 32,
+#if defined(MOBE_BF16)
+    MOBE_TILES      = 1,           // of columns, in a prompt
+#else
+    MOBE_TILES      = 2,           // the more, the fewer sums across lanes (mobe-mul.h)
+#endif
     MOBE_TILE_BYTES = 512*1024,    // of a row block in a prompt: half of a second-level cache, for fewer rows with many bases
     MOBE_PROMPT     = 4,           // tokens from which on a call may be a prompt
 };
@@ -40,11 +44,11 @@ struct mobe_work {
     int32_t * experts; // [n]     those in use, ascending
     int64_t   n_expert;
 
-    char * formed; // [MOBE_EXPERTS][rows of a block][columns of a block], float or bf16
+    char  * formed; // [MOBE_EXPERTS][rows of a block][columns of a block], float or bf16
+    float * sums;   // [k*T][rows of a block, or MOBE_VEC lanes of a row] for each use
 
     // decoding
     struct mobe_row row;
-    float         * sums;  // [k*T][MOBE_VEC] of the row, for each use
     // a prompt
     struct mobe_list    list;
     struct mobe_terms * terms;  // [rows of a block, or 1 when the mix is not row-wise][experts in use]
@@ -88,7 +92,7 @@ static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct m
             used += mobe_tile_place(former, base ? &w->tiles[i] : NULL, base ? base + used : NULL);
         }
     }
-    MOBE_TAKE(base, used, w->sums, s->k*s->T*MOBE_VEC);
+    MOBE_TAKE(base, used, w->sums, s->k*s->T*(block.rows > MOBE_VEC ? block.rows : MOBE_VEC));
     return used + mobe_row_place(former, base ? &w->row : NULL, n_expert_max, base ? base + used : NULL);
 }
 
@@ -104,7 +108,7 @@ static struct mobe_former mobe_node_former(const struct ggml_tensor * dst) {
 static size_t mobe_shared_bytes(const struct mobe_former * former) {
     const struct ggml_mobe_shape * s = &former->shape;
 #if defined(MOBE_BF16)
-    return former->bytes && s->T >= MOBE_PROMPT ? s->T*s->x_experts*mobe_align(s->d*sizeof(uint16_t)) : 0;
+    return former->bytes && s->T >= MOBE_PROMPT ? s->T*s->x_experts*((s->d + MOBE_COLS - 1)/MOBE_COLS*MOBE_COLS)*sizeof(uint16_t) : 0;
 #else
     GGML_UNUSED(s);
     return 0;
@@ -132,6 +136,7 @@ struct mobe_inputs {
     const char * data;
     size_t       token, slot; // bytes from one to the next
     size_t       each;        // bytes of a number
+    size_t       tile;        // bytes from MOBE_COLS columns to the next
 };
 
 // Counts the uses of each expert: the first half of a counting sort, O(n + k*T).
@@ -168,23 +173,38 @@ static void mobe_place_uses(
     w->first[0] = 0;
 }
 
-// z[rho .. rho + n_rows] += rows . x[c0 .. c0 + n_cols] for the uses of one expert
+// sums[u*stride + row] += rows[row] . x[u] over n_cols columns, which begin `at` bytes into the inputs, for the uses of one expert
 static void mobe_multiply(
-        const struct mobe_use * uses, int64_t n_use, size_t x_each, const char * rows, size_t row_bytes, int64_t rho, int64_t n_rows,
-        int64_t c0, int64_t n_cols) {
-    for (int64_t u0 = 0; u0 < n_use; u0 += MOBE_MUL) {
-        const int n_x = n_use - u0 < MOBE_MUL ? (int) (n_use - u0) : MOBE_MUL;
-        const char * xs[MOBE_MUL];
-        float      * zs[MOBE_MUL];
+        const struct mobe_use * uses, int64_t n_use, size_t x_each, size_t at, const char * rows, size_t row_bytes, int64_t n_rows, int64_t n_cols,
+        float * sums, int64_t stride) {
+    enum { MOST = 8 };
+    int64_t most = MOBE_INPUTS;
+#if defined(MOBE_BF16)
+    _Static_assert((int) MOBE_SHARED <= (int) MOST && (int) MOBE_ROWS <= (int) MOBE_TURNED && MOBE_TILES == 1, "room");
+    char turned[MOBE_TURNED*MOBE_COLS*sizeof(uint16_t)] MOBE_ALIGNED;
+    if (x_each == sizeof(uint16_t)) {
+        mobe_turn(rows, row_bytes, (int) n_rows, n_cols, turned);
+        most = MOBE_SHARED;
+    }
+#endif
+    for (int64_t u0 = 0; u0 < n_use; u0 += most) {
+        const int n_x = n_use - u0 < most ? (int) (n_use - u0) : (int) most;
+        const char * xs[MOST];
+        float      * zs[MOST];
         for (int u = 0; u < n_x; u++) {
-            xs[u] = uses[u0 + u].x + c0*x_each;
-            zs[u] = uses[u0 + u].z + rho;
+            xs[u] = uses[u0 + u].x + at;
+            zs[u] = sums + (u0 + u)*stride;
         }
-        for (int64_t u = u0 + MOBE_MUL; u < u0 + 2*MOBE_MUL && u < n_use; u++) {
-            mobe_prefetch(uses[u].x + c0*x_each, n_cols*x_each); // they lie anywhere
-            mobe_prefetch(uses[u].z + rho, n_rows*sizeof(float));
+        for (int64_t u = u0 + most; u < u0 + 2*most && u < n_use; u++) {
+            mobe_prefetch(uses[u].x + at, n_cols*x_each); // they lie anywhere
         }
-        mobe_mul(rows, row_bytes, (int) n_rows, xs, n_x, x_each, n_cols, zs);
+#if defined(MOBE_BF16)
+        if (x_each == sizeof(uint16_t)) {
+            mobe_mul_turned(turned, (int) n_rows, xs, n_x, n_cols, zs);
+            continue;
+        }
+#endif
+        mobe_mul(rows, row_bytes, (int) n_rows, xs, n_x, n_cols, zs);
     }
 }
 
@@ -221,8 +241,7 @@ static void mobe_decode_rows(
 
 // Many tokens: blocks of rows, each formed for all experts in use.
 static void mobe_prompt_rows(
-        const struct mobe_former * former, struct mobe_work * w, const struct mobe_inputs * inputs, struct ggml_tensor * dst,
-        int64_t row_begin, int64_t row_end) {
+        const struct mobe_former * former, struct mobe_work * w, const struct mobe_inputs * inputs, int64_t row_begin, int64_t row_end) {
     const struct ggml_mobe_shape * s = &former->shape;
     const struct mobe_block block = mobe_block_of(former, true);
     const size_t row_bytes    = block.tiles*MOBE_COLS*inputs->each; // of a formed row
@@ -234,9 +253,7 @@ static void mobe_prompt_rows(
         if (s->row_mix || rho == row_begin) {
             mobe_mix_gather(former, &w->list, w->terms, w->experts, NULL, w->n_expert, rho, s->row_mix ? n_rows : 1);
         }
-        for (int64_t i = 0; i < s->k*s->T; i++) {
-            memset((float *) dst->data + i*s->r + rho, 0, n_rows*sizeof(float));
-        }
+        memset(w->sums, 0, s->k*s->T*block.rows*sizeof(float));
         for (int64_t c0 = 0; c0 < s->d; c0 += block.tiles*MOBE_COLS) {
             const int64_t n_cols = s->d - c0 < block.tiles*MOBE_COLS ? s->d - c0 : block.tiles*MOBE_COLS;
 
@@ -270,10 +287,13 @@ static void mobe_prompt_rows(
                 }
                 for (int64_t e = 0; e < n_expert; e++) {
                     const int32_t expert = w->experts[e0 + e];
-                    mobe_multiply(w->uses + w->first[expert], w->first[expert + 1] - w->first[expert], inputs->each,
-                        w->formed + e*expert_bytes, row_bytes, rho, n_rows, c0, n_cols);
+                    mobe_multiply(w->uses + w->first[expert], w->first[expert + 1] - w->first[expert], inputs->each, c0/MOBE_COLS*inputs->tile,
+                        w->formed + e*expert_bytes, row_bytes, n_rows, n_cols, w->sums + w->first[expert]*block.rows, block.rows);
                 }
             }
+        }
+        for (int64_t u = 0; u < s->k*s->T; u++) {
+            memcpy(w->uses[u].z + rho, w->sums + u*block.rows, n_rows*sizeof(float));
         }
     }
 }
@@ -347,18 +367,21 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
     mobe_count_uses(&w, &s, ids);
 
     prompt = prompt && s.k*s.T >= 2*w.n_expert;
-    struct mobe_inputs inputs = { (const char *) x->data, x->nb[2], s.x_experts == 1 ? 0 : x->nb[1], sizeof(float) };
+    struct mobe_inputs inputs = { (const char *) x->data, x->nb[2], s.x_experts == 1 ? 0 : x->nb[1], sizeof(float), MOBE_COLS*sizeof(float) };
 #if defined(MOBE_BF16)
     const bool bf16 = prompt && former.bytes;
     if (bf16) {
-        const size_t  each = mobe_align(s.d*sizeof(uint16_t));
+        const size_t  each = MOBE_COLS*sizeof(uint16_t);
         const int64_t n    = s.T*s.x_experts;
         for (int64_t i = params->ith; i < n; i += params->nth) {
             const char * src = (const char *) x->data + i/s.x_experts*x->nb[2] + i%s.x_experts*x->nb[1];
-            mobe_bf16_from_float((const float *) src, (uint16_t *) (shared + i*each), s.d); // d is a multiple of 32: bytes
+            for (int64_t c = 0; c < s.d; c += MOBE_COLS) {
+                const int64_t n_cols = s.d - c < MOBE_COLS ? s.d - c : MOBE_COLS; // a multiple of 32: bytes
+                mobe_bf16_from_float((const float *) src + c, (uint16_t *) (shared + (c/MOBE_COLS*n + i)*each), n_cols);
+            }
         }
         ggml_barrier(params->threadpool);
-        inputs = (struct mobe_inputs) { shared, s.x_experts*each, s.x_experts == 1 ? 0 : each, sizeof(uint16_t) };
+        inputs = (struct mobe_inputs) { shared, s.x_experts*each, s.x_experts == 1 ? 0 : each, sizeof(uint16_t), n*each };
     }
 #endif
 
@@ -370,7 +393,7 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
     const int64_t row_end    = row_begin + per_thread < s.r ? row_begin + per_thread : s.r;
 
     if (prompt) {
-        mobe_prompt_rows(&former, &w, &inputs, dst, row_begin, row_end);
+        mobe_prompt_rows(&former, &w, &inputs, row_begin, row_end);
     } else {
         mobe_decode_rows(&former, &w, row_begin, row_end);
     }

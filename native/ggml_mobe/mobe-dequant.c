@@ -258,20 +258,20 @@ static const uint8_t mobe_table_fp4[16] = { 128, 129, 130, 131, 132, 134, 136, 1
 const struct mobe_format * mobe_format_of(enum ggml_type type) {
 #define MOBE_QS(block_type) offsetof(block_type, qs)
     static const struct mobe_format formats[GGML_TYPE_COUNT] = {
-        //                     run zero wide   twice  scales              bytes            apart offset                 stride
-        [GGML_TYPE_Q4_0]   = { 32,  8, false, false, mobe_scales_q4_0,   NULL,            16, MOBE_QS(block_q4_0),   sizeof(block_q4_0),   NULL },
-        [GGML_TYPE_Q4_1]   = { 32,  8, false, false, mobe_scales_q4_1,   NULL,            16, MOBE_QS(block_q4_1),   sizeof(block_q4_1),   NULL },
-        [GGML_TYPE_Q4_K]   = { 32,  8, false, false, mobe_scales_q4_k,   NULL,            32, MOBE_QS(block_q4_K),   16,                   NULL },
-        [GGML_TYPE_IQ4_NL] = { 32,  0, true,  false, mobe_scales_iq4_nl, NULL,            16, MOBE_QS(block_iq4_nl), sizeof(block_iq4_nl), mobe_table_iq4 },
-        [GGML_TYPE_IQ4_XS] = { 32,  0, true,  false, mobe_scales_iq4_xs, NULL,            16, MOBE_QS(block_iq4_xs), 16,                   mobe_table_iq4 },
-        [GGML_TYPE_MXFP4]  = { 32,  0, true,  false, mobe_scales_mxfp4,  NULL,            16, MOBE_QS(block_mxfp4),  sizeof(block_mxfp4),  mobe_table_fp4 },
-        [GGML_TYPE_Q5_0]   = { 32, 16, false, false, mobe_scales_q5_0,   mobe_bytes_q5_0, 0, 0, 0, NULL },
-        [GGML_TYPE_Q5_1]   = { 32, 16, false, false, mobe_scales_q5_1,   mobe_bytes_q5_1, 0, 0, 0, NULL },
-        [GGML_TYPE_Q8_0]   = { 32,  0, true,  true,  mobe_scales_q8_0,   mobe_bytes_q8_0, 0, MOBE_QS(block_q8_0), 0, NULL },
-        [GGML_TYPE_Q2_K]   = { 16,  2, false, false, mobe_scales_q2_k,   mobe_bytes_q2_k, 0, 0, 0, NULL },
-        [GGML_TYPE_Q3_K]   = { 16,  4, false, false, mobe_scales_q3_k,   mobe_bytes_q3_k, 0, 0, 0, NULL },
-        [GGML_TYPE_Q5_K]   = { 32, 16, false, false, mobe_scales_q5_k,   mobe_bytes_q5_k, 0, 0, 0, NULL },
-        [GGML_TYPE_Q6_K]   = { 16, 32, false, false, mobe_scales_q6_k,   mobe_bytes_q6_k, 0, 0, 0, NULL },
+        //                     run zero wide   shifts twice  scales              bytes            apart offset                 stride
+        [GGML_TYPE_Q4_0]   = { 32,  8, false, false, false, mobe_scales_q4_0,   NULL,            16, MOBE_QS(block_q4_0),   sizeof(block_q4_0),   NULL },
+        [GGML_TYPE_Q4_1]   = { 32,  8, false, true,  false, mobe_scales_q4_1,   NULL,            16, MOBE_QS(block_q4_1),   sizeof(block_q4_1),   NULL },
+        [GGML_TYPE_Q4_K]   = { 32,  8, false, true,  false, mobe_scales_q4_k,   NULL,            32, MOBE_QS(block_q4_K),   16,                   NULL },
+        [GGML_TYPE_IQ4_NL] = { 32,  0, true,  false, false, mobe_scales_iq4_nl, NULL,            16, MOBE_QS(block_iq4_nl), sizeof(block_iq4_nl), mobe_table_iq4 },
+        [GGML_TYPE_IQ4_XS] = { 32,  0, true,  false, false, mobe_scales_iq4_xs, NULL,            16, MOBE_QS(block_iq4_xs), 16,                   mobe_table_iq4 },
+        [GGML_TYPE_MXFP4]  = { 32,  0, true,  false, false, mobe_scales_mxfp4,  NULL,            16, MOBE_QS(block_mxfp4),  sizeof(block_mxfp4),  mobe_table_fp4 },
+        [GGML_TYPE_Q5_0]   = { 32, 16, false, false, false, mobe_scales_q5_0,   mobe_bytes_q5_0, 0, 0, 0, NULL },
+        [GGML_TYPE_Q5_1]   = { 32, 16, false, true,  false, mobe_scales_q5_1,   mobe_bytes_q5_1, 0, 0, 0, NULL },
+        [GGML_TYPE_Q8_0]   = { 32,  0, true,  false, true,  mobe_scales_q8_0,   mobe_bytes_q8_0, 0, MOBE_QS(block_q8_0), 0, NULL },
+        [GGML_TYPE_Q2_K]   = { 16,  2, false, true,  false, mobe_scales_q2_k,   mobe_bytes_q2_k, 0, 0, 0, NULL },
+        [GGML_TYPE_Q3_K]   = { 16,  4, false, false, false, mobe_scales_q3_k,   mobe_bytes_q3_k, 0, 0, 0, NULL },
+        [GGML_TYPE_Q5_K]   = { 32, 16, false, true,  false, mobe_scales_q5_k,   mobe_bytes_q5_k, 0, 0, 0, NULL },
+        [GGML_TYPE_Q6_K]   = { 16, 32, false, false, false, mobe_scales_q6_k,   mobe_bytes_q6_k, 0, 0, 0, NULL },
     };
 #undef MOBE_QS
     return (int) type >= 0 && type < GGML_TYPE_COUNT && formats[type].scales ? &formats[type] : NULL;

@@ -19,6 +19,7 @@ struct mobe_format {
     int  run;
     int  zero;  // the middle of the numbers, unless they are wide
     bool wide;  // q is -128 .. 127, not 0 .. 127
+    bool shifts; // min is not zero*scale (0, when wide)
     bool twice; // so fine that a coefficient of eight bits would be coarse beside it
     // scale and min [n/run], in eights, the last filled up with zeros; returns a bound of |scale|, close to the largest
     float (*scales)(const void * src, int n, float * scale, float * min);

@@ -61,7 +61,7 @@ size_t mobe_tile_place(const struct mobe_former * former, struct mobe_tile * til
     MOBE_TAKE(memory, used, tile->data, n*former->n_part*MOBE_COLS*4);
     if (former->bytes) {
         MOBE_TAKE(memory, used, tile->scale, n*former->n_part*MOBE_RUNS*4);
-        MOBE_TAKE(memory, used, tile->shift, n*former->n_pad*MOBE_RUNS);
+        MOBE_TAKE(memory, used, tile->shift, n*former->n_part*MOBE_RUNS*4);
         MOBE_TAKE(memory, used, tile->most,  n*former->n_pad);
         MOBE_TAKE(memory, used, tile->shares, MOBE_MANY*former->n_pad);
         MOBE_TAKE(memory, used, tile->coefs, MOBE_MANY*former->n_part*MOBE_RUNS*4*(former->twice ? 2 : 1));
@@ -180,16 +180,18 @@ void mobe_tile_decode(
             continue;
         }
 #if defined(MOBE_QUAD)
+        const int32_t * bases = list->basis + g*m;
+        const char    * first = row + g*m*basis->nb[2];
         for (int64_t i = 0; i < n; i += 4) {
             const int64_t part = g*former->n_part + i/4;
-            const char * src[4];
-            for (int64_t p = 0; p < 4; p++) {
-                src[p] = i + p < n ? row + (g*m + list->basis[g*m + i + p])*basis->nb[2] : NULL;
-                mobe_prefetch(src[p] + all, src[p] ? all : 0);
+            const char * src[4] = { NULL, NULL, NULL, NULL };
+            for (int64_t p = 0; p < 4 && i + p < n; p++) {
+                src[p] = first + bases[i + p]*basis->nb[2];
+                mobe_prefetch(src[p] + all, all);
             }
             const struct mobe_four four = {
                 (uint8_t *) tile->data + part*MOBE_COLS*4, tile->scale + part*MOBE_RUNS*4,
-                tile->shift + (g*former->n_pad + i)*MOBE_RUNS, tile->most + g*former->n_pad + i,
+                tile->shift + part*MOBE_RUNS*4, tile->most + g*former->n_pad + i,
             };
             mobe_quad_decode(basis->type, former->format, src, (int) n_cols, &four);
         }

@@ -8,7 +8,7 @@
 // in the file, and the scales of each run of 32 (or 16) columns apart from them. An expert's coefficients, times the scales of
 // a run, are rounded to 8 bits, of which the largest uses nearly all: as exact as what ggml makes of a matrix in q8_0 or of the inputs of a
 // product. q8_0 bases, for which that would be coarse, get 16 bits in two rounds. What belongs to the middle of the numbers
-// is added in float, so that only the distance from there is rounded. Squared error relative to the values: 2e-5 to 6e-5, q8_0 1e-8.
+// is added in float, so that only the distance from there is rounded. Squared error relative to the values: 1e-5 to 6e-5, q8_0 1e-8.
 // Bases in f32, f16 and bf16 are summed as floats, all others too where there are no such instructions.
 
 #pragma once
@@ -62,9 +62,9 @@ struct mobe_tile {
     const struct mobe_list * list;
     char    * data;  // [groups][n_part] bytes [MOBE_COLS][4], or floats [MOBE_COLS]
     int16_t * scale; // [groups][n_part][MOBE_RUNS][4] bytes only: see mobe_four, as for the next two
-    float   * shift; // [groups][n_pad][MOBE_RUNS]
+    int16_t * shift; // [groups][n_part][MOBE_RUNS][4]
     float   * most;  // [groups][n_pad]
-    int16_t * shares; // room for the coefficients of a few experts: as fractions of the largest
+    int16_t * shares; // [n_pad/32][MOBE_MANY][32] room for the coefficients of a few experts: as fractions of the largest
     int8_t  * coefs;  // times scales
 };
 

@@ -94,10 +94,37 @@ static inline float mobe_kept_encode_32(const float * src, float bias, int8_t * 
     return most*(1.0f/127.0f);
 }
 
+#if MOBE_VEC == 16
+// the same for eight times 32 floats, with the scales as halves
+static inline void mobe_kept_encode_256(const float * src, int8_t * dst, ggml_fp16_t * scales) {
+    mobe_vec top[8];
+    MOBE_UNROLL
+    for (int b = 0; b < 8; b++) {
+        top[b] = mobe_vec_max(mobe_vec_abs(mobe_vec_load(src + 32*b)), mobe_vec_abs(mobe_vec_load(src + 32*b + 16)));
+    }
+    const mobe_eight most = mobe_vec_most_of(top, 8);
+    const __m128i half = _mm256_cvtps_ph((__m256) (most*(1.0f/127.0f)), _MM_FROUND_TO_NEAREST_INT);
+    float to[8] MOBE_ALIGNED;
+    const mobe_eight by = 127.0f/(most + 1e-30f); // not 0
+    memcpy(scales, &half, sizeof(half));
+    memcpy(to, &by, sizeof(to));
+    MOBE_UNROLL
+    for (int i = 0; i < 16; i++) {
+        mobe_kept_store(dst + 16*i, (mobe_veci) (mobe_vec_load(src + 16*i)*mobe_vec_set(to[i/2]) + (12582912.0f + MOBE_WIDE_BIAS)));
+    }
+}
+#endif
+
 // columns c0 .. c0 + n of a row of d, whole blocks of 32
 static inline void mobe_kept_encode(const float * src, int64_t c0, int64_t n, char * row, int64_t d) {
     ggml_fp16_t * scales = (ggml_fp16_t *) row + c0/32;
     int8_t      * bytes  = (int8_t *) row + d/32*sizeof(ggml_fp16_t) + c0;
+#if MOBE_VEC == 16
+    if (n == 256) {
+        mobe_kept_encode_256(src, bytes, scales);
+        return;
+    }
+#endif
     for (int64_t b = 0; b < n/32; b++) {
         scales[b] = mobe_kept_half(mobe_kept_encode_32(src + 32*b, MOBE_WIDE_BIAS, bytes + 32*b));
     }

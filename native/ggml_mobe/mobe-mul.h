@@ -12,7 +12,14 @@
 #define MOBE_BF16 1
 #endif
 
-enum { MOBE_MUL = 4 }; // rows, and inputs, of a product
+enum {
+    MOBE_MUL = 4,    // rows of a product
+#if defined(__AVX512F__) || defined(__aarch64__)
+    MOBE_INPUTS = 4, // and inputs: their sums fit into the registers
+#else
+    MOBE_INPUTS = 3,
+#endif
+};
 
 // sums[MOBE_VEC] += a*b over n columns, whichever lane a column falls into
 static inline void mobe_dot_add(const float * a, const float * b, int64_t n, float * sums) {
@@ -37,14 +44,14 @@ static inline void mobe_dot_add(const float * a, const float * b, int64_t n, flo
 MOBE_INLINE void mobe_mul_floats(
         const char * rows, size_t row_bytes, const char * const * x, int n_row, int n_x, int64_t n, float * const * dst) {
     const int64_t n_vec = n - n%MOBE_VEC;
-    mobe_vec sums[MOBE_MUL][MOBE_MUL];
+    mobe_vec sums[MOBE_MUL][MOBE_INPUTS];
     for (int i = 0; i < n_row; i++) {
         for (int u = 0; u < n_x; u++) {
             sums[i][u] = mobe_vec_set(0.0f);
         }
     }
     for (int64_t c = 0; c < n_vec; c += MOBE_VEC) {
-        mobe_vec v[MOBE_MUL];
+        mobe_vec v[MOBE_INPUTS];
         for (int u = 0; u < n_x; u++) {
             v[u] = mobe_vec_load((const float *) x[u] + c);
         }
@@ -76,90 +83,153 @@ static inline void mobe_bf16_from_float(const float * src, uint16_t * dst, int64
     }
 }
 
-static inline __m512bh mobe_bf16_load(const void * p) { return (__m512bh) _mm512_loadu_si512(p); }
-
-// sums of the 16 lanes of each of four vectors
-static inline __m128 mobe_sum_four(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); // a b a b in each 128 bits
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 s  = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee)); // a b c d
-    const __m256 t  = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+// The 16 lanes of each of 16 vectors, the other way round.
+MOBE_INLINE void mobe_turn_16(__m512i * v) {
+    __m512i t[16];
+    MOBE_UNROLL
+    for (int i = 0; i < 16; i += 2) { // pairs of rows
+        t[i]     = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    MOBE_UNROLL
+    for (int i = 0; i < 16; i += 4) { // fours: v[i + c] has columns c, c + 4, c + 8, c + 12
+        v[i]     = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    MOBE_UNROLL
+    for (int c = 0; c < 4; c++) {
+        const __m512i low  = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88);       // columns c, c + 8 of rows 0 .. 7
+        const __m512i high = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);       // c + 4, c + 12
+        const __m512i low_2  = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88); // rows 8 .. 15
+        const __m512i high_2 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
+        t[c]      = _mm512_shuffle_i32x4(low, low_2, 0x88);
+        t[c + 8]  = _mm512_shuffle_i32x4(low, low_2, 0xdd);
+        t[c + 4]  = _mm512_shuffle_i32x4(high, high_2, 0x88);
+        t[c + 12] = _mm512_shuffle_i32x4(high, high_2, 0xdd);
+    }
+    MOBE_UNROLL
+    for (int i = 0; i < 16; i++) {
+        v[i] = t[i];
+    }
 }
 
-// as mobe_mul_floats; n is a multiple of 32, n_row 1 or MOBE_MUL
-MOBE_INLINE void mobe_mul_bf16(
-        const char * rows, size_t row_bytes, const char * const * x, int n_row, int n_x, int64_t n, float * const * dst) {
-    __m512 sums[MOBE_MUL][MOBE_MUL];
-    for (int i = 0; i < n_row; i++) {
-        for (int u = 0; u < n_x; u++) {
-            sums[i][u] = _mm512_setzero_ps();
+enum {
+    MOBE_LANES  = 16,
+    MOBE_TURNED = 2*MOBE_LANES, // rows
+    MOBE_SHARED = 8,            // inputs
+};
+
+// Up to MOBE_TURNED rows of n bf16 numbers, a multiple of 32, to [n/2] pairs of columns of all rows, side by side: a product with a
+// pair of an input then gives numbers of different rows, and nothing is left to be added up across lanes.
+static inline void mobe_turn(const char * rows, size_t row_bytes, int n_row, int64_t n, char * dst) {
+    const int n_half = (n_row + MOBE_LANES - 1)/MOBE_LANES;
+    for (int half = 0; half < n_half; half++) {
+        for (int64_t c = 0; c < n; c += 32) {
+            __m512i v[MOBE_LANES];
+            MOBE_UNROLL
+            for (int i = 0; i < MOBE_LANES; i++) {
+                const int row = half*MOBE_LANES + i;
+                v[i] = _mm512_load_si512(rows + (row < n_row ? row : 0)*row_bytes + 2*c);
+            }
+            mobe_turn_16(v);
+            MOBE_UNROLL
+            for (int i = 0; i < MOBE_LANES; i++) {
+                _mm512_store_si512(dst + ((c/2 + i)*n_half + half)*64, v[i]);
+            }
         }
     }
-    for (int64_t c = 0; c < n; c += 32) {
-        __m512bh v[MOBE_MUL];
-        for (int u = 0; u < n_x; u++) {
-            v[u] = mobe_bf16_load(x[u] + 2*c);
-            MOBE_PIN(v[u]); // or it is loaded again for each row
+}
+
+// dst[u][row] += rows[row] . x[u] for turned rows; n_half and n_x are constants where this is called
+MOBE_INLINE void mobe_mul_turned_some(
+        const char * rows, const char * const * x, int n_half, int n_row, int n_x, int64_t n, float * const * dst) {
+    const int n_sum   = n_half*n_x;
+    const int n_chain = n_x >= 8 ? 1 : n_x >= 4 ? 2 : 4; // sums that do not wait for each other; as many for half of the rows
+    __m512 sums[4][2*MOBE_SHARED];
+    for (int k = 0; k < n_chain; k++) {
+        for (int i = 0; i < n_sum; i++) {
+            sums[k][i] = _mm512_setzero_ps();
         }
-        for (int i = 0; i < n_row; i++) {
-            const __m512bh w = mobe_bf16_load(rows + i*row_bytes + 2*c);
+    }
+    for (int64_t c = 0; c < n/2; c += n_chain) {
+        MOBE_UNROLL
+        for (int k = 0; k < n_chain; k++) {
+            __m512bh w[2];
+            for (int half = 0; half < n_half; half++) {
+                w[half] = (__m512bh) _mm512_load_si512(rows + ((c + k)*n_half + half)*64);
+            }
+            MOBE_UNROLL
             for (int u = 0; u < n_x; u++) {
-                sums[i][u] = _mm512_dpbf16_ps(sums[i][u], w, v[u]);
+                int32_t pair;
+                memcpy(&pair, x[u] + 4*(c + k), sizeof(pair));
+                const __m512bh v = (__m512bh) _mm512_set1_epi32(pair);
+                for (int half = 0; half < n_half; half++) {
+                    sums[k][u*n_half + half] = _mm512_dpbf16_ps(sums[k][u*n_half + half], w[half], v);
+                    MOBE_PIN(sums[k][u*n_half + half]);
+                }
             }
         }
     }
     for (int u = 0; u < n_x; u++) {
-        if (n_row == 1) {
-            dst[u][0] += _mm512_reduce_add_ps(sums[0][u]);
-            continue;
+        for (int half = 0; half < n_half; half++) {
+            __m512 sum = sums[0][u*n_half + half];
+            for (int k = 1; k < n_chain; k++) {
+                sum = _mm512_add_ps(sum, sums[k][u*n_half + half]);
+            }
+            const int left = n_row - half*MOBE_LANES;
+            const __mmask16 mask = left >= MOBE_LANES ? 0xffff : (__mmask16) ((1u << left) - 1);
+            float * to = dst[u] + half*MOBE_LANES;
+            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, to)));
         }
-        const __m128 sum = mobe_sum_four(sums[0][u], sums[1][u], sums[2][u], sums[3][u]);
-        _mm_storeu_ps(dst[u], _mm_add_ps(_mm_loadu_ps(dst[u]), sum));
+    }
+}
+
+static inline void mobe_mul_turned(const char * rows, int n_row, const char * const * x, int n_x, int64_t n, float * const * dst) {
+    for (int u = 0; u < n_x;) {
+        const int left = n_x - u;
+#define MOBE_SOME(count) \
+        if (left >= count) { \
+            if (n_row > MOBE_LANES) { \
+                mobe_mul_turned_some(rows, x + u, 2, n_row, count, n, dst + u); \
+            } else { \
+                mobe_mul_turned_some(rows, x + u, 1, n_row, count, n, dst + u); \
+            } \
+            u += count; \
+            continue; \
+        }
+        MOBE_SOME(MOBE_SHARED)
+        MOBE_SOME(4)
+        MOBE_SOME(2)
+        MOBE_SOME(1)
+#undef MOBE_SOME
     }
 }
 
 #endif
 
-// dst[u][row] += rows[row] . x[u] for n_row rows and up to MOBE_MUL inputs, of numbers of x_each bytes (2: bf16)
+// dst[u][row] += rows[row] . x[u] for n_row rows and up to MOBE_INPUTS inputs
 static inline void mobe_mul(
-        const char * rows, size_t row_bytes, int n_row, const char * const * x, int n_x, size_t x_each, int64_t n, float * const * dst) {
+        const char * rows, size_t row_bytes, int n_row, const char * const * x, int n_x, int64_t n, float * const * dst) {
     int i = 0;
     for (; i + MOBE_MUL <= n_row; i += MOBE_MUL) {
         const char * four = rows + i*row_bytes;
-        float      * to[MOBE_MUL];
+        float      * to[MOBE_INPUTS];
         for (int u = 0; u < n_x; u++) {
             to[u] = dst[u] + i;
         }
-#if defined(MOBE_BF16)
-        if (x_each == sizeof(uint16_t)) {
-            switch (n_x) {
-                case 1:  mobe_mul_bf16(four, row_bytes, x, MOBE_MUL, 1, n, to); break;
-                case 2:  mobe_mul_bf16(four, row_bytes, x, MOBE_MUL, 2, n, to); break;
-                case 3:  mobe_mul_bf16(four, row_bytes, x, MOBE_MUL, 3, n, to); break;
-                default: mobe_mul_bf16(four, row_bytes, x, MOBE_MUL, 4, n, to); break;
-            }
-            continue;
-        }
-#endif
         switch (n_x) {
             case 1:  mobe_mul_floats(four, row_bytes, x, MOBE_MUL, 1, n, to); break;
             case 2:  mobe_mul_floats(four, row_bytes, x, MOBE_MUL, 2, n, to); break;
             case 3:  mobe_mul_floats(four, row_bytes, x, MOBE_MUL, 3, n, to); break;
-            default: mobe_mul_floats(four, row_bytes, x, MOBE_MUL, 4, n, to); break;
+            default: mobe_mul_floats(four, row_bytes, x, MOBE_MUL, MOBE_INPUTS, n, to); break;
         }
     }
     for (; i < n_row; i++) {
         for (int u = 0; u < n_x; u++) {
             float * to = dst[u] + i;
-#if defined(MOBE_BF16)
-            if (x_each == sizeof(uint16_t)) {
-                mobe_mul_bf16(rows + i*row_bytes, row_bytes, x + u, 1, 1, n, &to);
-                continue;
-            }
-#endif
             mobe_mul_floats(rows + i*row_bytes, row_bytes, x + u, 1, 1, n, &to);
         }
     }
-    GGML_UNUSED(x_each);
 }

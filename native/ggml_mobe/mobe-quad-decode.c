@@ -10,7 +10,6 @@
 #include <stddef.h>
 #include <string.h>
 
-typedef float    mobe_eight  __attribute__((vector_size(32)));
 typedef uint32_t mobe_eightu __attribute__((vector_size(32)));
 typedef int16_t  mobe_eights __attribute__((vector_size(16)));
 
@@ -18,90 +17,132 @@ float mobe_zero(const struct mobe_format * format) {
     return mobe_wide(format) ? (float) MOBE_WIDE_BIAS : (float) format->zero;
 }
 
-// scales and shifts of one run in eights of four bases: fractions of the largest, those of a run side by side
+// numbers of four bases, [4][8] as 16 bits, those of a run side by side
+MOBE_INLINE void mobe_quad_by_run(const mobe_piece * s, int16_t * dst) {
+    const mobe_piece ab_low = mobe_zip_low_16(s[0], s[1]), ab_high = mobe_zip_high_16(s[0], s[1]);
+    const mobe_piece cd_low = mobe_zip_low_16(s[2], s[3]), cd_high = mobe_zip_high_16(s[2], s[3]);
+    mobe_piece_store(dst,      mobe_zip_low_32(ab_low, cd_low));
+    mobe_piece_store(dst + 8,  mobe_zip_high_32(ab_low, cd_low));
+    mobe_piece_store(dst + 16, mobe_zip_low_32(ab_high, cd_high));
+    mobe_piece_store(dst + 24, mobe_zip_high_32(ab_high, cd_high));
+}
+
+static inline mobe_piece mobe_rounded(mobe_eight v) {
+    const mobe_eightu rounded = (mobe_eightu) (v + 12582912.0f); // 1.5*2^23: adding it rounds to an integer, in the low bits
+    const mobe_eights half    = __builtin_convertvector(rounded, mobe_eights);
+    return mobe_piece_load(&half);
+}
+
+// From floats: scales and minima [4][MOBE_RUNS], most a bound of the scales, which may be raised for the shifts.
 MOBE_INLINE void mobe_quad_scales(
-        const float (*scale)[MOBE_RUNS], const float (*min)[MOBE_RUNS], float zero, int n_run, const struct mobe_four * dst) {
-    for (int i = 0; i < n_run; i += 8) {
-        mobe_piece s[4];
-        for (int p = 0; p < 4; p++) {
-            mobe_eight v, m;
-            memcpy(&v, scale[p] + i, sizeof(v));
-            memcpy(&m, min[p] + i, sizeof(m));
-            const float to = dst->most[p] > 0.0f ? 32767.0f/dst->most[p] : 0.0f;
-            const mobe_eightu rounded = (mobe_eightu) (v*to + 12582912.0f); // 1.5*2^23: adding it rounds to an integer, in the low bits
-            const mobe_eights half    = __builtin_convertvector(rounded, mobe_eights);
-            s[p] = mobe_piece_load(&half);
-            m = v*zero - m;
-            memcpy(dst->shift + MOBE_RUNS*p + i, &m, sizeof(m));
+        const float (*scale)[MOBE_RUNS], const float (*min)[MOBE_RUNS], float zero, int n_run, bool shifts, float one,
+        const struct mobe_four * dst) {
+    for (int p = 0; shifts && p < 4; p++) {
+        for (int i = 0; i < n_run; i++) {
+            const float reach = fabsf(scale[p][i]*zero - min[p][i])*(1.0f/15.9f);
+            dst->most[p] = reach > fabsf(dst->most[p]) ? reach : dst->most[p];
         }
-        const mobe_piece ab_low = mobe_zip_low_16(s[0], s[1]), ab_high = mobe_zip_high_16(s[0], s[1]);
-        const mobe_piece cd_low = mobe_zip_low_16(s[2], s[3]), cd_high = mobe_zip_high_16(s[2], s[3]);
-        mobe_piece_store(dst->scale + 4*i,      mobe_zip_low_32(ab_low, cd_low));
-        mobe_piece_store(dst->scale + 4*i + 8,  mobe_zip_high_32(ab_low, cd_low));
-        mobe_piece_store(dst->scale + 4*i + 16, mobe_zip_low_32(ab_high, cd_high));
-        mobe_piece_store(dst->scale + 4*i + 24, mobe_zip_high_32(ab_high, cd_high));
+    }
+    for (int i = 0; i < n_run; i += 8) {
+        mobe_piece s[4], m[4];
+        for (int p = 0; p < 4; p++) {
+            mobe_eight v, of;
+            memcpy(&v, scale[p] + i, sizeof(v));
+            memcpy(&of, min[p] + i, sizeof(of));
+            const float by = dst->most[p] != 0.0f ? 1.0f/dst->most[p] : 0.0f;
+            s[p] = mobe_rounded(v*(one*by));
+            m[p] = mobe_rounded((v*zero - of)*((float) MOBE_SHIFT*by));
+        }
+        mobe_quad_by_run(s, dst->scale + 4*i);
+        if (shifts) {
+            mobe_quad_by_run(m, dst->shift + 4*i);
+        }
     }
 }
 
-#define MOBE_OF_63 (32767.0f/520.0f) // of which 520 times a scale are a fraction
-
 // The same for q4_K and q5_K, in integers. A block begins with d and dmin in half precision, two bytes each, and 12 bytes of scales and
-// minima of six bits.
-static inline void mobe_quad_scales_k4(const char * const * src, float zero, const struct mobe_four * dst) {
+// minima of six bits. False: d is too small beside dmin for that.
+static inline bool mobe_quad_scales_k4(const char * const * src, int zero, const struct mobe_four * dst) {
+    // With most = d*MOBE_SCALE/32, scales are 32 times themselves, and shifts, zero*scale - min*dmin/d, come times 128*32/2047, nearly 2.
+    enum { SCALE = 32 };
+    const float two = (float) MOBE_SHIFT*SCALE/MOBE_SCALE;
+    static const uint16_t none[8] = { 0x3c00 }; // d = 1 and nothing else
     mobe_piece six[4]; // scales, then minima, of the eight runs
-    for (int p = 0; p < 4; p++) {
 #if defined(__aarch64__)
-        float two[2] = { 0.0f, 0.0f };
-        uint32_t in[4] = { 0 };
-        if (src[p]) {
-            memcpy(in, src[p], sizeof(in));
-        }
+    float32x4_t halves[4];
+#else
+    __m128 halves[4]; // d and dmin come first
+#endif
+    for (int p = 0; p < 4; p++) {
+        const char * from = src[p] ? src[p] : (const char *) none;
+#if defined(__aarch64__)
+        uint32_t in[4];
+        memcpy(in, from, sizeof(in));
         const uint32_t out[4] = {
             in[1] & 0x3f3f3f3f, (in[3] & 0x0f0f0f0f)        | ((in[1] >> 2) & 0x30303030),
             in[2] & 0x3f3f3f3f, ((in[3] >> 4) & 0x0f0f0f0f) | ((in[2] >> 2) & 0x30303030),
         };
-        six[p] = mobe_piece_load(out);
-        const float32x4_t halves = vcvt_f32_f16(vreinterpret_f16_u32(vdup_n_u32(in[0])));
-        two[0] = vgetq_lane_f32(halves, 0);
-        two[1] = vgetq_lane_f32(halves, 1);
-        float s[8], m[8];
-        for (int i = 0; i < 8; i++) {
-            s[i] = (float) ((const uint8_t *) out)[i];
-            m[i] = (float) ((const uint8_t *) out)[i + 8];
-        }
-        mobe_eight scale, min;
-        memcpy(&scale, s, sizeof(scale));
-        memcpy(&min, m, sizeof(min));
-        const mobe_eight shift = scale*(zero*two[0]) - min*two[1];
-        dst->most[p] = two[0]*MOBE_OF_63;
+        six[p]    = mobe_piece_load(out);
+        halves[p] = vcvt_f32_f16(vreinterpret_f16_u32(vdup_n_u32(in[0])));
 #else
-        const __m128i in   = src[p] ? mobe_piece_load(src[p]) : _mm_setzero_si128();
+        const __m128i in   = mobe_piece_load(from);
         const __m128i low  = _mm_srlv_epi32(_mm_shuffle_epi32(in, 0xed), _mm_set_epi32(4, 0, 0, 0)); // of words 1 3 2 3
         const __m128i high = _mm_srli_epi32(_mm_shuffle_epi32(in, 0xa5), 2);                         // of words 1 1 2 2
         six[p] = _mm_or_si128(_mm_and_si128(low, _mm_set_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f)),
             _mm_and_si128(high, _mm_set_epi32(0x30303030, 0, 0x30303030, 0)));
-        const __m128 two   = _mm_cvtph_ps(in);
-        const mobe_eight scale = (mobe_eight) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(six[p]));
-        const mobe_eight min   = (mobe_eight) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(six[p], six[p])));
-        const mobe_eight d     = (mobe_eight) _mm256_broadcastss_ps(two);
-        const mobe_eight dmin  = (mobe_eight) _mm256_broadcastss_ps(_mm_movehdup_ps(two));
-        const mobe_eight shift = scale*(d*zero) - min*dmin;
-        dst->most[p] = _mm_cvtss_f32(two)*MOBE_OF_63;
+        halves[p] = _mm_cvtph_ps(in);
 #endif
-        memcpy(dst->shift + MOBE_RUNS*p, &shift, sizeof(shift));
     }
-    // fractions: 63*520 is nearly one
-    const mobe_piece ab = mobe_zip_low_8(six[0], six[1]), cd = mobe_zip_low_8(six[2], six[3]);
-    const mobe_piece runs[2] = { mobe_zip_low_16(ab, cd), mobe_zip_high_16(ab, cd) };
+
+    // dmin/d of the four, in units that leave a fraction
+#if defined(__aarch64__)
+    const float32x4_t d_01 = vzip1q_f32(halves[0], halves[1]), d_23 = vzip1q_f32(halves[2], halves[3]);
+    const float32x4_t d    = vcombine_f32(vget_low_f32(d_01), vget_low_f32(d_23));
+    const float32x4_t by   = vmulq_n_f32(vdivq_f32(vcombine_f32(vget_high_f32(d_01), vget_high_f32(d_23)), d), two);
+    if (vminvq_u32(vcaleq_f32(by, vdupq_n_f32(30.0f))) == 0) {
+        return false;
+    }
+    const int16x4_t four = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(by, 1024.0f)));
+    const int16x8_t g    = vcombine_s16(four, four);
+    vst1q_f32(dst->most, vmulq_n_f32(d, (float) MOBE_SCALE/SCALE));
+#else
+    const __m128 d_01 = _mm_unpacklo_ps(halves[0], halves[1]), d_23 = _mm_unpacklo_ps(halves[2], halves[3]);
+    const __m128 d    = _mm_movelh_ps(d_01, d_23);
+    const __m128 by   = _mm_mul_ps(_mm_div_ps(_mm_movehl_ps(d_23, d_01), d), _mm_set1_ps(two));
+    const __m128 size = _mm_andnot_ps(_mm_set1_ps(-0.0f), by);
+    if (_mm_movemask_ps(_mm_cmple_ps(size, _mm_set1_ps(30.0f))) != 15) {
+        return false;
+    }
+    const __m128i four = _mm_cvtps_epi32(_mm_mul_ps(by, _mm_set1_ps(1024.0f)));
+    const __m256i g    = _mm256_broadcastq_epi64(_mm_packs_epi32(four, four));
+    _mm_storeu_ps(dst->most, _mm_mul_ps(d, _mm_set1_ps((float) MOBE_SCALE/SCALE)));
+#endif
+
+    const int16_t middle = (int16_t) ((float) zero*two*512.0f + 0.5f); // times 64*scale, of which the upper half
+    const mobe_piece ab = mobe_zip_low_8(six[0], six[1]),  cd = mobe_zip_low_8(six[2], six[3]);
+    const mobe_piece mn = mobe_zip_high_8(six[0], six[1]), op = mobe_zip_high_8(six[2], six[3]);
+    const mobe_piece scales[2] = { mobe_zip_low_16(ab, cd), mobe_zip_high_16(ab, cd) };
+    const mobe_piece mins[2]   = { mobe_zip_low_16(mn, op), mobe_zip_high_16(mn, op) };
     for (int i = 0; i < 2; i++) {
 #if defined(__aarch64__)
-        vst1q_s16(dst->scale + 16*i,     vmulq_n_s16(vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(runs[i]))), 520));
-        vst1q_s16(dst->scale + 16*i + 8, vmulq_n_s16(vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(runs[i]))), 520));
+        for (int half = 0; half < 2; half++) {
+            const int16x8_t s = vreinterpretq_s16_u16(vmovl_u8(half ? vget_high_u8(scales[i]) : vget_low_u8(scales[i])));
+            const int16x8_t m = vreinterpretq_s16_u16(vmovl_u8(half ? vget_high_u8(mins[i]) : vget_low_u8(mins[i])));
+            vst1q_s16(dst->scale + 16*i + 8*half, vshlq_n_s16(s, 5));
+            vst1q_s16(dst->shift + 16*i + 8*half, vsubq_s16(
+                vqrdmulhq_n_s16(vshlq_n_s16(s, 6), middle), vqrdmulhq_s16(vshlq_n_s16(m, 5), g)));
+        }
 #else
-        const __m256i s = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(runs[i]), _mm256_set1_epi16(520));
-        _mm256_store_si256((__m256i *) (dst->scale + 16*i), s);
+        const __m256i s = _mm256_cvtepu8_epi16(scales[i]);
+        const __m256i m = _mm256_cvtepu8_epi16(mins[i]);
+        const __m256i shift = _mm256_sub_epi16(
+            _mm256_mulhrs_epi16(_mm256_slli_epi16(s, 6), _mm256_set1_epi16(middle)),
+            _mm256_mulhrs_epi16(_mm256_slli_epi16(m, 5), g));
+        _mm256_store_si256((__m256i *) (dst->scale + 16*i), _mm256_slli_epi16(s, 5));
+        _mm256_store_si256((__m256i *) (dst->shift + 16*i), shift);
 #endif
     }
+    return true;
 }
 
 // types that are not taken apart: through floats, to bytes with a scale for each 16; returns the largest
@@ -268,9 +309,8 @@ void mobe_quad_decode(
     }
 
     // scales
-    if (type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K) {
-        mobe_quad_scales_k4(src, (float) format->zero, dst);
-    } else {
+    const bool k4 = type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
+    if (!k4 || !mobe_quad_scales_k4(src, format->zero, dst)) {
         float scale[4][MOBE_RUNS], min[4][MOBE_RUNS];
         for (int p = 0; p < 4; p++) {
             if (format && src[p]) {
@@ -282,7 +322,8 @@ void mobe_quad_decode(
             dst->most[p] = src[p] ? mobe_bytes_from_floats(type, src[p], n_cols, scale[p], q[p]) : 0.0f;
         }
         const float zero = mobe_wide(format) ? 0.0f : (float) format->zero; // what is added to wide ones does not change the numbers
-        mobe_quad_scales(scale, min, zero, mobe_run(format) == 16 ? 16 : 8, dst);
+        const float one  = format && format->twice ? MOBE_SCALE_TWICE : MOBE_SCALE;
+        mobe_quad_scales(scale, min, zero, mobe_run(format) == 16 ? 16 : 8, mobe_shifts(format), one, dst);
     }
 
     // numbers

@@ -11,15 +11,24 @@ static inline int mobe_run(const struct mobe_format * format) { return format ? 
 // eight bits and a sign, rather than 0 .. 127
 static inline bool mobe_wide(const struct mobe_format * format) { return !format || format->wide; }
 
-// What four bases are in a stretch. The number at column c of basis p is scale*(q - zero) + shift, with
+// Whether numbers of a stretch are shifted by something of their own: those of q4_0, say, lie around the middle.
+static inline bool mobe_shifts(const struct mobe_format * format) { return format && format->shifts; }
+
+enum {
+    MOBE_SCALE       = 2047,  // one, in units of scale: coefficients of a byte are no finer
+    MOBE_SCALE_TWICE = 32767, // for coefficients of two bytes
+    MOBE_SHIFT       = 128,   // one, in units of shift: as many as 16, in twelve bits
+};
+
+// What four bases are in a stretch. The number at column c of basis p is most[p]*(scale*(q - zero) + shift), with
 //   q     = data[4*c + p], as mobe-quad.h wants it
 //   zero  = the middle of the numbers, the same for all: mobe_zero
-//   scale = most[p]*scale[4*run + p]/32767
-//   shift = shift[MOBE_RUNS*p + run]
+//   scale = scale[4*run + p]/MOBE_SCALE
+//   shift = shift[4*run + p]/MOBE_SHIFT, if mobe_shifts
 struct mobe_four {
     uint8_t * data;  // [4*MOBE_COLS], 64-byte aligned
     int16_t * scale; // [4*MOBE_RUNS], too
-    float   * shift; // [4*MOBE_RUNS]
+    int16_t * shift; // [4*MOBE_RUNS], too
     float   * most;  // [4]
 };
 

@@ -181,56 +181,113 @@ static inline mobe_quad mobe_quad_look_up(const uint8_t * table, mobe_quad index
 
 // ---- coefficients
 
-// The products of two 15-bit fractions, rounded: their upper 8 bits, rounded again, and (low not NULL) the lower ones for that. A vector
-// holds MOBE_VEC runs of four bases. scale is [runs][4], share the 4 coefficients that repeat; of 16 runs the second eight have
-// their own.
-static inline mobe_quad mobe_quad_coefs(
-        const int16_t * scale, const int16_t * share, const int16_t * scale_2, const int16_t * share_2, mobe_quad * low) {
-    int64_t four, four_2;
-    memcpy(&four, share, sizeof(four));
-    memcpy(&four_2, share_2, sizeof(four_2));
+// the four of a basis each, repeated, times as many of each run
+static inline mobe_quad mobe_quad_repeat(const int16_t * four) {
+    int64_t v;
+    memcpy(&v, four, sizeof(v));
 #if defined(__AVX512F__)
-    const __m512i half = _mm512_set1_epi16(128);
-    const __m512i a = _mm512_mulhrs_epi16(_mm512_load_si512(scale), _mm512_set1_epi64(four));
-    const __m512i b = _mm512_mulhrs_epi16(_mm512_load_si512(scale_2), _mm512_set1_epi64(four_2));
-    if (low) {
-        const __m512i l = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
-        *low = MOBE_WIDE_BIAS ? l : _mm512_max_epi8(l, _mm512_set1_epi8(-127));
-    }
-#if defined(__AVX512VBMI__)
-    const __m512i upper = _mm512_set_epi8(127, 125, 123, 121, 119, 117, 115, 113, 111, 109, 107, 105, 103, 101, 99, 97, 95, 93, 91, 89, 87, 85,
-        83, 81, 79, 77, 75, 73, 71, 69, 67, 65, 63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17,
-        15, 13, 11, 9, 7, 5, 3, 1);
-    return _mm512_permutex2var_epi8(_mm512_add_epi16(a, half), upper, _mm512_add_epi16(b, half));
+    return _mm512_set1_epi64(v);
+#elif defined(__AVX2__)
+    return _mm256_set1_epi64x(v);
 #else
-    const __m512i ha = _mm512_srli_epi16(_mm512_add_epi16(a, half), 8);
-    const __m512i hb = _mm512_srli_epi16(_mm512_add_epi16(b, half), 8);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(ha)), _mm512_cvtepi16_epi8(hb), 1);
+    return vreinterpretq_s32_s64(vdupq_n_s64(v));
+#endif
+}
+
+// products of 16-bit numbers; a lane has the sum of two
+static inline mobe_quad mobe_quad_dot_16(mobe_quad sum, mobe_quad a, mobe_quad b) {
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, a, b);
+#elif defined(__AVX512F__)
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#elif defined(__AVX2__)
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#else
+    const int16x8_t va = vreinterpretq_s16_s32(a), vb = vreinterpretq_s16_s32(b);
+    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(va), vget_low_s16(vb)), vmull_high_s16(va, vb)));
+#endif
+}
+
+// of two neighbours each, those of b behind those of a
+static inline mobe_quad mobe_quad_add_pairs(mobe_quad a, mobe_quad b) {
+#if defined(__AVX512F__)
+    const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_add_epi32(_mm512_permutex2var_epi32(a, first, b),
+        _mm512_permutex2var_epi32(a, _mm512_or_si512(first, _mm512_set1_epi32(1)), b));
+#elif defined(__AVX2__)
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8);
+#else
+    return vpaddq_s32(a, b);
+#endif
+}
+
+// The products of two fractions, [runs][4] scales and the 4 coefficients that repeat, in bytes. A vector holds MOBE_VEC runs;
+// of 16 runs the second eight have their own.
+static inline mobe_quad mobe_quad_coefs(
+        const int16_t * scale, const int16_t * share, const int16_t * scale_2, const int16_t * share_2) {
+#if defined(__AVX512F__)
+    const __m512i a = _mm512_mulhrs_epi16(_mm512_load_si512(scale), mobe_quad_repeat(share));
+    const __m512i b = _mm512_mulhrs_epi16(_mm512_load_si512(scale_2), mobe_quad_repeat(share_2));
+#if defined(__AVX512VBMI__)
+    const __m512i lower = _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88, 86, 84,
+        82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16,
+        14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutex2var_epi8(a, lower, b);
+#else
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
 #endif
 #elif defined(__AVX2__)
     (void) scale_2;
+    (void) share_2;
+    const __m256i four = mobe_quad_repeat(share);
+    const __m256i a = _mm256_mulhrs_epi16(_mm256_load_si256((const __m256i *) scale), four);
+    const __m256i b = _mm256_mulhrs_epi16(_mm256_load_si256((const __m256i *) (scale + 16)), four);
+    return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
+#else
+    (void) scale_2;
+    (void) share_2;
+    const int16x8_t four = vreinterpretq_s16_s32(mobe_quad_repeat(share));
+    return vreinterpretq_s32_s8(vcombine_s8(
+        vmovn_s16(vqrdmulhq_s16(vld1q_s16(scale), four)), vmovn_s16(vqrdmulhq_s16(vld1q_s16(scale + 8), four))));
+#endif
+}
+
+// The same of finer fractions in two bytes: their upper ones, rounded, and the lower ones for that.
+static inline mobe_quad mobe_quad_coefs_twice(
+        const int16_t * scale, const int16_t * share, const int16_t * scale_2, const int16_t * share_2, mobe_quad * low) {
+#if defined(__AVX512F__)
+    const __m512i half = _mm512_set1_epi16(128);
+    const __m512i a = _mm512_mulhrs_epi16(_mm512_load_si512(scale), mobe_quad_repeat(share));
+    const __m512i b = _mm512_mulhrs_epi16(_mm512_load_si512(scale_2), mobe_quad_repeat(share_2));
+    const __m512i l = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+    *low = MOBE_WIDE_BIAS ? l : _mm512_max_epi8(l, _mm512_set1_epi8(-127));
+    const __m512i ha = _mm512_srli_epi16(_mm512_add_epi16(a, half), 8);
+    const __m512i hb = _mm512_srli_epi16(_mm512_add_epi16(b, half), 8);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(ha)), _mm512_cvtepi16_epi8(hb), 1);
+#elif defined(__AVX2__)
+    (void) scale_2;
+    (void) share_2;
+    const __m256i four = mobe_quad_repeat(share);
     __m256i c[2], h[2];
     for (int k = 0; k < 2; k++) {
-        c[k] = _mm256_mulhrs_epi16(_mm256_load_si256((const __m256i *) (scale + 16*k)), _mm256_set1_epi64x(four));
+        c[k] = _mm256_mulhrs_epi16(_mm256_load_si256((const __m256i *) (scale + 16*k)), four);
         h[k] = _mm256_srai_epi16(_mm256_add_epi16(c[k], _mm256_set1_epi16(128)), 8);
         c[k] = _mm256_srai_epi16(_mm256_slli_epi16(c[k], 8), 8);
     }
-    if (low) {
-        const __m256i l = _mm256_permute4x64_epi64(_mm256_packs_epi16(c[0], c[1]), 0xd8);
-        *low = MOBE_WIDE_BIAS ? l : _mm256_max_epi8(l, _mm256_set1_epi8(-127));
-    }
+    const __m256i l = _mm256_permute4x64_epi64(_mm256_packs_epi16(c[0], c[1]), 0xd8);
+    *low = MOBE_WIDE_BIAS ? l : _mm256_max_epi8(l, _mm256_set1_epi8(-127));
     return _mm256_permute4x64_epi64(_mm256_packs_epi16(h[0], h[1]), 0xd8);
 #else
     (void) scale_2;
+    (void) share_2;
+    const int16x8_t four = vreinterpretq_s16_s32(mobe_quad_repeat(share));
     int8x8_t h[2], l[2];
     for (int k = 0; k < 2; k++) {
-        const int16x8_t c = vqrdmulhq_s16(vld1q_s16(scale + 8*k), vreinterpretq_s16_s64(vdupq_n_s64(four)));
+        const int16x8_t c = vqrdmulhq_s16(vld1q_s16(scale + 8*k), four);
         h[k] = vrshrn_n_s16(c, 8);
         l[k] = vmax_s8(vmovn_s16(c), vdup_n_s8(-127));
     }
-    if (low) {
-        *low = vreinterpretq_s32_s8(vcombine_s8(l[0], l[1]));
-    }
+    *low = vreinterpretq_s32_s8(vcombine_s8(l[0], l[1]));
     return vreinterpretq_s32_s8(vcombine_s8(h[0], h[1]));
 #endif
 }

@@ -9,7 +9,8 @@
 #include <string.h>
 
 enum {
-    MOBE_SHARE = 32512, // the largest coefficient in units; its upper byte is at most 127, rounded too
+    MOBE_SHARE = 2032, // the largest coefficient in units: times MOBE_SCALE, and shifted by 15 bits, at most 127
+    MOBE_SHARE_TWICE = 32512, // its upper byte is at most 127, rounded too
 #if defined(__AVX512F__) || (defined(__ARM_NEON) && defined(__aarch64__))
     MOBE_SUMS  = 16,    // vectors summed at a time: half of the registers
 #else
@@ -119,26 +120,10 @@ static void mobe_float_combine(
 
 #if defined(MOBE_QUAD)
 
-typedef float   mobe_eight __attribute__((vector_size(32)));
 typedef int16_t mobe_short __attribute__((vector_size(2*MOBE_VEC))); // MOBE_VEC of them
 
-// as mobe_vec_fma
-static inline mobe_eight mobe_eight_fma(mobe_eight a, float b, mobe_eight c) {
-#if defined(__aarch64__)
-    float32x4_t v[2], sum[2];
-    memcpy(v, &a, sizeof(v));
-    memcpy(sum, &c, sizeof(sum));
-    for (int i = 0; i < 2; i++) {
-        sum[i] = vfmaq_n_f32(sum[i], v[i], b);
-    }
-    memcpy(&c, sum, sizeof(c));
-    return c;
-#else
-    return (mobe_eight) _mm256_fmadd_ps((__m256) a, _mm256_set1_ps(b), (__m256) c);
-#endif
-}
-
-// What is the same for experts that are formed together. n_expert, n_run, twice and wide are constants where functions take this.
+// What is the same for experts that are formed together. n_expert, n_run (8 or 16), wide, shifts and twice are constants
+// where functions take this.
 struct mobe_together {
     const struct mobe_former * former;
     const struct mobe_terms  * terms;
@@ -146,19 +131,30 @@ struct mobe_together {
     const int32_t            * list; // of parts, NULL for all
     int64_t                    n;    // parts
     float shift[MOBE_MANY*MOBE_RUNS] MOBE_ALIGNED; // [expert][run] sums of bytes, times unit, plus shift, are the values
-    float unit[MOBE_MANY];
+    float unit[8] MOBE_ALIGNED;
 };
 
 // bytes of a part's coefficients: [expert][run][4], at least a vector
 MOBE_INLINE int mobe_coef_bytes(int n_expert, int n_run) { return n_expert*n_run*4 < 64 ? 64 : n_expert*n_run*4; }
 
+// by[e] for a vector of runs; when it has the runs of two experts, by[e + 1] for its second half
+MOBE_INLINE mobe_vec mobe_two_of(const float * by, int e, int n_run, float times) {
+#if MOBE_VEC == 16
+    if (n_run == 8) {
+        return (mobe_vec) _mm512_insertf32x8(_mm512_set1_ps(by[e]*times), _mm256_set1_ps(by[e + 1 < 8 ? e + 1 : e]*times), 1);
+    }
+#endif
+    (void) n_run;
+    return mobe_vec_set(by[e]*times);
+}
+
 // The coefficients: each times the scales of its basis, as bytes [part][expert][run][4], the lower ones (twice) behind all upper ones;
 // and what does not depend on the numbers.
-MOBE_INLINE void mobe_bytes_share(struct mobe_together * t, int n_expert, int n_run, bool twice) {
+MOBE_INLINE void mobe_bytes_share(struct mobe_together * t, int n_expert, int n_run, bool shifts, bool twice) {
     const struct mobe_former * former = t->former;
     const int64_t   group  = t->terms[0].group;
     const float   * most   = t->tile->most  + group*former->n_pad;
-    const float   * shift  = t->tile->shift + group*former->n_pad*MOBE_RUNS;
+    const int16_t * shift  = t->tile->shift + group*former->n_part*MOBE_RUNS*4;
     const int16_t * scale  = t->tile->scale + group*former->n_part*MOBE_RUNS*4;
     int16_t * const shares = t->tile->shares;
     int8_t  * const high   = t->tile->coefs;
@@ -166,80 +162,98 @@ MOBE_INLINE void mobe_bytes_share(struct mobe_together * t, int n_expert, int n_
     const int64_t   bases  = (t->tile->list->n[group] + MOBE_VEC - 1)/MOBE_VEC*MOBE_VEC;
     const int       each   = mobe_coef_bytes(n_expert, n_run);
 
+    // as fractions of the largest
+    const float one = twice ? MOBE_SHARE_TWICE : MOBE_SHARE;
+    mobe_vec top[MOBE_MANY];
+    MOBE_UNROLL
     for (int e = 0; e < n_expert; e++) {
-        const float * coef = t->terms[e].coef;
-        mobe_vec top = mobe_vec_set(0.0f);
-        for (int64_t i = 0; i < bases; i += MOBE_VEC) {
-            top = mobe_vec_max(top, mobe_vec_abs(mobe_vec_load(coef + i)*mobe_vec_load(most + i)));
+        top[e] = mobe_vec_set(0.0f);
+    }
+    for (int64_t i = 0; i < bases; i += MOBE_VEC) {
+        const mobe_vec m = mobe_vec_load(most + i);
+        MOBE_UNROLL
+        for (int e = 0; e < n_expert; e++) {
+            top[e] = mobe_vec_max(top[e], mobe_vec_abs(mobe_vec_load(t->terms[e].coef + i)*m));
         }
-        const float largest = mobe_vec_most(top);
-        const float to      = largest > 0.0f ? MOBE_SHARE/largest : 0.0f;
-        t->unit[e] = largest*((twice ? 1.0f : 256.0f)*32768.0f/32767.0f/MOBE_SHARE);
-        for (int64_t i = 0; i < bases; i += MOBE_VEC) {
-            const mobe_vec   scaled = mobe_vec_load(coef + i)*mobe_vec_load(most + i);
-            const mobe_veci  units  = (mobe_veci) mobe_vec_horner(scaled, mobe_vec_set(to), 12582912.0f); // 1.5*2^23: rounds, in the low bits
-            const mobe_short s     = __builtin_convertvector(units, mobe_short);
-            memcpy(shares + e*former->n_pad + i, &s, sizeof(s));
+    }
+    const mobe_eight largest = mobe_vec_most_of(top, n_expert) + 1e-30f; // not 0
+    const mobe_eight to       = one/largest;
+    const mobe_eight unit     = largest*(1.0f/one);
+    const mobe_eight unit_sum = unit*(twice ? 32768.0f/MOBE_SCALE_TWICE : 32768.0f/MOBE_SCALE);
+    float units[8] MOBE_ALIGNED;
+    memcpy(units, &unit, sizeof(units));
+    memcpy(t->unit, &unit_sum, sizeof(t->unit));
+    for (int64_t i = 0; i < bases; i += MOBE_VEC) {
+        const mobe_vec m = mobe_vec_load(most + i);
+        int16_t * dst = shares + i/32*MOBE_MANY*32 + i%32;
+        MOBE_UNROLL
+        for (int e = 0; e < n_expert; e++) {
+            const mobe_vec   scaled = mobe_vec_load(t->terms[e].coef + i)*m;
+            const mobe_veci  number = (mobe_veci) mobe_vec_horner(scaled, mobe_vec_set(to[e]), 12582912.0f); // 1.5*2^23: rounds, in the low bits
+            const mobe_short s      = __builtin_convertvector(number, mobe_short);
+            memcpy(dst + 32*e, &s, sizeof(s));
         }
     }
 
     const mobe_quad zero = mobe_quad_set(0x01010101u*(uint32_t) former->zero);
     mobe_quad sums[MOBE_MANY*MOBE_RUNS/MOBE_VEC], low_sums[MOBE_MANY*MOBE_RUNS/MOBE_VEC]; // [expert][run]
-    const int n_vec = each/4/MOBE_VEC;
+    mobe_quad shifted[MOBE_MANY*MOBE_RUNS*2/MOBE_VEC]; // [expert][run][2]
+    const int n_vec   = each/4/MOBE_VEC;
+    const int n_shift = n_run*2/MOBE_VEC; // vectors of an expert
     MOBE_UNROLL
     for (int v = 0; v < n_vec; v++) {
         sums[v] = low_sums[v] = mobe_quad_zero();
     }
+    MOBE_UNROLL
+    for (int v = 0; v < n_expert*n_shift; v++) {
+        shifted[v] = mobe_quad_zero();
+    }
     for (int64_t i = 0; i < t->n; i++) {
-        const int64_t part = n_expert == 1 && t->list ? t->list[i] : i;
+        const int64_t   part     = n_expert == 1 && t->list ? t->list[i] : i;
+        const int16_t * of_scale = scale + part*MOBE_RUNS*4;
+        const int16_t * of_shift = shift + part*MOBE_RUNS*4;
+        const int16_t * share    = shares + part/8*MOBE_MANY*32 + part%8*4;
+        int8_t        * dst      = high + part*each;
+        MOBE_KEEP(share);
         MOBE_UNROLL
         for (int v = 0; v < n_vec; v++) {
-            const int one = v*MOBE_VEC, two = one + 8 < n_expert*n_run ? one + 8 : one;
-            const int16_t * of_part = scale + part*MOBE_RUNS*4;
+            const int one_run = v*MOBE_VEC, two_run = one_run + 8 < n_expert*n_run ? one_run + 8 : one_run;
+            const int16_t * s[4] = { of_scale + one_run%n_run*4, share + one_run/n_run*32, of_scale + two_run%n_run*4, share + two_run/n_run*32 };
             mobe_quad l;
-            const mobe_quad h = mobe_quad_coefs(
-                of_part + one%n_run*4, shares + one/n_run*former->n_pad + 4*part, of_part + two%n_run*4,
-                shares + two/n_run*former->n_pad + 4*part, twice ? &l : NULL);
-            mobe_quad_store(high + part*each + v*4*MOBE_VEC, h);
+            const mobe_quad h = twice ? mobe_quad_coefs_twice(s[0], s[1], s[2], s[3], &l) : mobe_quad_coefs(s[0], s[1], s[2], s[3]);
+            mobe_quad_store(dst + v*4*MOBE_VEC, h);
             sums[v] = mobe_quad_dot(sums[v], zero, h, false);
             if (twice) {
                 mobe_quad_store(low + part*each + v*4*MOBE_VEC, l);
                 low_sums[v] = mobe_quad_dot(low_sums[v], zero, l, false);
             }
         }
+        if (shifts) {
+            MOBE_UNROLL
+            for (int e = 0; e < n_expert; e++) {
+                const mobe_quad four = mobe_quad_repeat(share + 32*e);
+                for (int v = 0; v < n_shift; v++) {
+                    shifted[e*n_shift + v] = mobe_quad_dot_16(shifted[e*n_shift + v], mobe_quad_load(of_shift + v*2*MOBE_VEC), four);
+                }
+            }
+        }
     }
+
+    // of the values: shifts, less what zero is in the sums
+    const int vectors = n_expert*n_shift;
     MOBE_UNROLL
     for (int v = 0; v < n_vec; v++) {
+        const int e = v*MOBE_VEC/n_run; // and, where a vector has the runs of two, the next
         mobe_vec s = mobe_quad_to_float(sums[v]);
         if (twice) {
             s = mobe_vec_fma(s, mobe_vec_set(256.0f), mobe_quad_to_float(low_sums[v]));
         }
+        s *= mobe_two_of(t->unit, e, n_run, -1.0f);
+        if (shifts) {
+            const mobe_quad of_runs = mobe_quad_add_pairs(shifted[2*v], shifted[2*v + 1 < vectors ? 2*v + 1 : 2*v]);
+            s = mobe_vec_fma(mobe_quad_to_float(of_runs), mobe_two_of(units, e, n_run, 1.0f/MOBE_SHIFT), s);
+        }
         mobe_vec_store(t->shift + v*MOBE_VEC, s);
-    }
-
-    // one sum over the bases, in their order: it must not depend on where on the list they are
-    for (int r = 0; r < n_run; r += 8) {
-        mobe_eight constant[MOBE_MANY];
-        MOBE_UNROLL
-        for (int e = 0; e < n_expert; e++) {
-            constant[e] = (mobe_eight) { 0 };
-        }
-        for (int64_t i = 0; i < 4*t->n; i++) {
-            const int64_t at = n_expert == 1 && t->list ? 4*t->list[i/4] + i%4 : i;
-            mobe_eight s;
-            memcpy(&s, shift + at*MOBE_RUNS + r, sizeof(s));
-            MOBE_UNROLL
-            for (int e = 0; e < n_expert; e++) {
-                constant[e] = mobe_eight_fma(s, t->terms[e].coef[at], constant[e]);
-            }
-        }
-        MOBE_UNROLL
-        for (int e = 0; e < n_expert; e++) {
-            mobe_eight s;
-            memcpy(&s, t->shift + e*n_run + r, sizeof(s));
-            s = mobe_eight_fma(s, -t->unit[e], constant[e]);
-            memcpy(t->shift + e*n_run + r, &s, sizeof(s));
-        }
     }
 }
 
@@ -272,14 +286,13 @@ MOBE_INLINE void mobe_bytes_add(
 }
 
 MOBE_INLINE void mobe_bytes_row(
-        struct mobe_together * t, int n_expert, int n_run, bool wide, bool twice, int64_t n_cols, float * dst, int64_t stride) {
+        const struct mobe_together * t, int n_expert, int n_run, bool wide, bool twice, int64_t n_cols, float * dst, int64_t stride) {
     const int run   = MOBE_COLS/n_run;
     const int n_sum = run/MOBE_VEC;
     const int8_t * coefs = t->tile->coefs;
     const int8_t * low   = coefs + MOBE_MANY*t->former->n_part*MOBE_RUNS*4;
     const enum ggml_mobe_activation activation = t->former->activation;
 
-    mobe_bytes_share(t, n_expert, n_run, twice);
     for (int64_t r = 0; r < n_cols/run; r++) {
         const char * data = t->tile->data + (t->terms[0].group*t->former->n_part*MOBE_COLS + r*run)*4;
         mobe_quad sums[MOBE_MANY*MOBE_COLS/8/MOBE_VEC];
@@ -308,44 +321,57 @@ MOBE_INLINE void mobe_bytes_row(
     }
 }
 
-// the constants of the functions above: as many experts as share registers, else one
-MOBE_INLINE void mobe_bytes_some(
-        struct mobe_together * t, int n_expert, int n_run, bool wide, bool twice, int64_t n_cols, float * dst, int64_t stride) {
-    switch (n_expert) {
+// The constants of the functions above: as many experts as share registers, else one. Two functions for each kind of bases: in a
+// single one, GCC would leave the sums in memory.
 #if MOBE_VEC == 16
-        case 8:  mobe_bytes_row(t, 8, n_run, wide, twice, n_cols, dst, stride); break;
-        case 4:  mobe_bytes_row(t, 4, n_run, wide, twice, n_cols, dst, stride); break;
+#define MOBE_EACH(call) switch (n_expert) { case 8: call(8) case 4: call(4) case 2: call(2) default: call(1) }
+#else
+#define MOBE_EACH(call) switch (n_expert) { case 2: call(2) default: call(1) }
 #endif
-        case 2:  mobe_bytes_row(t, 2, n_run, wide, twice, n_cols, dst, stride); break;
-        default: mobe_bytes_row(t, 1, n_run, wide, twice, n_cols, dst, stride); break;
+
+typedef void (*mobe_share_t)(struct mobe_together * t, int n_expert);
+typedef void (*mobe_row_t)(const struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride);
+
+struct mobe_kind {
+    mobe_share_t share;
+    mobe_row_t   row;
+};
+
+#define MOBE_SHARE_CALL(n) mobe_bytes_share(t, n, N_RUN, SHIFTS, TWICE); return;
+#define MOBE_ROW_CALL(n)   mobe_bytes_row(t, n, N_RUN, WIDE, TWICE, n_cols, dst, stride); return;
+#define MOBE_KIND(name, n_run, wide, shifts, twice) \
+    static __attribute__((noinline)) void mobe_share_##name(struct mobe_together * t, int n_expert) { \
+        enum { N_RUN = n_run, SHIFTS = shifts, TWICE = twice }; \
+        MOBE_EACH(MOBE_SHARE_CALL) \
+    } \
+    static __attribute__((noinline)) void mobe_row_##name( \
+            const struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) { \
+        enum { N_RUN = n_run, WIDE = wide, TWICE = twice }; \
+        MOBE_EACH(MOBE_ROW_CALL) \
     }
-}
+//                n_run wide shifts twice
+MOBE_KIND(16,        16,   0,     0,    0)
+MOBE_KIND(16_shifts, 16,   0,     1,    0)
+MOBE_KIND(16_wide,   16,   1,     0,    0)
+MOBE_KIND(32,         8,   0,     0,    0)
+MOBE_KIND(32_shifts,  8,   0,     1,    0)
+MOBE_KIND(32_wide,    8,   1,     0,    0)
+MOBE_KIND(32_twice,   8,   1,     0,    1)
 
-typedef void (*mobe_bytes_t)(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride);
-
-static void mobe_bytes_16(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
-    mobe_bytes_some(t, n_expert, 16, false, false, n_cols, dst, stride);
-}
-
-static void mobe_bytes_16_wide(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
-    mobe_bytes_some(t, n_expert, 16, true, false, n_cols, dst, stride);
-}
-
-static void mobe_bytes_32(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
-    mobe_bytes_some(t, n_expert, 8, false, false, n_cols, dst, stride);
-}
-
-static void mobe_bytes_32_wide(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
-    mobe_bytes_some(t, n_expert, 8, true, false, n_cols, dst, stride);
-}
-
-static void mobe_bytes_32_twice(struct mobe_together * t, int n_expert, int64_t n_cols, float * dst, int64_t stride) {
-    mobe_bytes_some(t, n_expert, 8, true, true, n_cols, dst, stride);
+static struct mobe_kind mobe_kind_of(const struct mobe_former * former) {
+#define MOBE_OF(name) (struct mobe_kind) { mobe_share_##name, mobe_row_##name }
+    const bool wide = mobe_wide(former->format), shifts = mobe_shifts(former->format);
+    if (mobe_run(former->format) == 16) {
+        return wide ? MOBE_OF(16_wide) : shifts ? MOBE_OF(16_shifts) : MOBE_OF(16);
+    }
+    return former->twice ? MOBE_OF(32_twice) : wide ? MOBE_OF(32_wide) : shifts ? MOBE_OF(32_shifts) : MOBE_OF(32);
+#undef MOBE_OF
 }
 
 static void mobe_bytes_combine(
         const struct mobe_former * former, const struct mobe_terms * terms, int n_expert, const struct mobe_tile * tile,
         int64_t n_cols, float * dst, int64_t stride) {
+    const struct mobe_kind kind = mobe_kind_of(former);
     for (int i = 0; i < n_expert;) {
         // those that mix nearly everything share the loads; the rest of it counts as zeros
         const int64_t all = (tile->list->n[terms[i].group] + 3)/4;
@@ -363,10 +389,8 @@ static void mobe_bytes_combine(
         t.tile   = tile;
         t.list   = n > 1 || terms[i].n == all ? NULL : terms[i].part;
         t.n      = n > 1 ? all : terms[i].n;
-        const bool wide = mobe_wide(former->format);
-        const mobe_bytes_t combine = former->twice ? mobe_bytes_32_twice :
-            mobe_run(former->format) == 16 ? (wide ? mobe_bytes_16_wide : mobe_bytes_16) : (wide ? mobe_bytes_32_wide : mobe_bytes_32);
-        combine(&t, n, n_cols, dst + i*stride, stride);
+        kind.share(&t, n);
+        kind.row(&t, n, n_cols, dst + i*stride, stride);
         i += n;
     }
 }
