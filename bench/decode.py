@@ -25,7 +25,7 @@ from llama_bench import Contender
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import run_program
 from mobe_gguf.progress import console
 
 #: A forward pass of the few layers takes so many tokens at least, per run.
@@ -145,7 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

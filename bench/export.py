@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mobe_gguf import resources, runtime
+from mobe_gguf.errors import run_program
 from mobe_gguf.progress import console
 
 N, D, P, M = 128, 4096, 1536, 32
@@ -155,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

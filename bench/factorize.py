@@ -39,6 +39,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mobe_gguf.errors import run_program
 from mobe_gguf.factorize.projected import fast_products
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.factorize.start import initial_basis
@@ -499,4 +500,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

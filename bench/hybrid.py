@@ -24,7 +24,7 @@ from llama_bench import Contender
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import run_program
 from mobe_gguf.progress import console
 from mobe_gguf.runtime import ggml
 
@@ -108,7 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

@@ -9,7 +9,6 @@ the bf16 original by `mobe-gguf eval`.  ``mobe, even`` has the same number of ba
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mobe_gguf import evaluate, resources
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, run_program
 from mobe_gguf.evaluate import tool
 from mobe_gguf.evaluate.report import with_error
 from mobe_gguf.export import Recipe, export, parse_quant
@@ -108,7 +107,4 @@ def table(names: list[str], results: list[jobs.Result], rows: list[evaluate.Row]
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

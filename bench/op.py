@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ from peaks import Peaks, build, together
 from synthetic import Work
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, run_program
 from mobe_gguf.runtime import ggml
 
 QWEN3_30B = "2048,768,32,128,8"
@@ -92,7 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

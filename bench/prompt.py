@@ -7,11 +7,9 @@ As decode.py, with batches of a prompt's size.  A prompt forms each expert's mat
 
 from __future__ import annotations
 
-import sys
-
 import decode
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import run_program
 
 
 def main() -> None:
@@ -21,7 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

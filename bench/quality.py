@@ -10,7 +10,6 @@ kept, and a second run goes on with what is there.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 
 from mobe_gguf import evaluate, resources
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import run_program
 from mobe_gguf.evaluate import plot, report, tool
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
@@ -223,7 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from mobe_gguf import demo, names, resources
 from mobe_gguf.atomic import atomic_path
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, run_program
 from mobe_gguf.evaluate import heldout, plot
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize.plan import Options
@@ -362,7 +362,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

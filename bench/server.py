@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, run_program
 from mobe_gguf.progress import console
 
 #: Seconds that the server may take to load, and a request to be answered.
@@ -157,7 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mobe_gguf import resources, runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, run_program
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.progress import console
 from mobe_gguf.runtime import source
@@ -106,7 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

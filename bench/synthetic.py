@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mobe_gguf import names, runtime
+from mobe_gguf.errors import run_program
 from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.recipe import fit
 from mobe_gguf.runtime import ggml
@@ -295,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

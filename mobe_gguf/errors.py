@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
 import click
 
 
@@ -19,3 +23,12 @@ class UsageError(MobeError):
     """Wrong usage: the options contradict each other or the input (exit code 2)."""
 
     exit_code = 2
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Run ``main`` as a program beside the command line, such as a benchmark; exits as ``mobe-gguf`` does."""
+    try:
+        sys.exit(main())
+    except MobeError as e:
+        e.show()
+        sys.exit(e.exit_code)

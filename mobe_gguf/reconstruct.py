@@ -37,7 +37,7 @@ from mobe_gguf.factorize.writer import (
 )
 from mobe_gguf.files import check_space
 from mobe_gguf.progress import bar
-from mobe_gguf.sources.checkpoint import DTYPES, INDEX_NAME
+from mobe_gguf.sources.checkpoint import DTYPES, INDEX_NAME, all_finite
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, Reconstruction
 
 #: Keys of config.json that only a MoBE checkpoint has.
@@ -182,7 +182,7 @@ def _computed(
 
     def data() -> Iterator[Any]:
         tensor = read().to(target)
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise MobeError(
                 f"tensor {name} holds values that {SPELLED[target].lower()} cannot; choose --dtype bf16 or f32"
             )

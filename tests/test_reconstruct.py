@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from export.handmade import make_mobe
+from export.handmade import cut, make_mobe
 from export.published import PUBLISHED, make_published, make_wab
 from parity.llama import nmse
 from parity.reference import multiply_out, transformers_logits
@@ -78,6 +78,20 @@ def test_transformers_runs_it(family: str, options: dict[str, Any], tmp_path: Pa
     truth = transformers_logits(tmp_path / "truth", TOKENS)
     assert nmse(truth, transformers_logits(tmp_path / "dense", TOKENS)) < 1e-10
     assert nmse(truth, transformers_logits(original, TOKENS)) > 1e-3
+
+
+def test_layers_that_differ(tmp_path: Path) -> None:
+    """``num_B`` is the largest m: shapes count."""
+    original = tiny.make_model("qwen3_moe", tmp_path / "original", seed=1)
+    mobe = make_mobe(original, tmp_path / "mobe", m=4)
+    cut(mobe, 0, "gate", m=2, r=40)
+    cut(mobe, 2, "up", m=3, r=20)
+    assert config_of(mobe)["num_B"] == 4
+    reconstruct_model(MobeCheckpoint(mobe), tmp_path / "dense", quiet=True)
+    want, got = tensors_of(multiply_out(mobe, tmp_path / "truth", original)), tensors_of(tmp_path / "dense")
+    assert config_of(tmp_path / "dense") == config_of(original)
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -55,7 +56,7 @@ class Asked:
     activations: tuple[str, ...] | None = None
     steps: int = 100
     seed: int = 0
-    imatrix: Path | None = None
+    imatrix: str | None = None
     text: Path | None = None
     ctx: int = 512
     chunks: int | None = 16
@@ -166,7 +167,7 @@ def settle(checkpoint: Checkpoint, asked: Asked) -> Study:
         middle=default_bases(n, 1),
         steps=asked.steps,
         seed=asked.seed,
-        imatrix=str(asked.imatrix.absolute()) if asked.imatrix else None,
+        imatrix=asked.imatrix and os.path.abspath(asked.imatrix),
         text=text,
         ctx=asked.ctx,
         chunks=asked.chunks if asked.divergence else None,

@@ -7,30 +7,23 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
 from mobe_gguf.errors import MobeError, UsageError
 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--layers", metavar="LIST", help="MoE layers to factorize, as 0-3,7.  [default: first, middle, last]"
-)
-@click.option("--projections", metavar="LIST", help="Of gate,up.  [default: both]")
+@options.layers("first, middle, last")
+@options.projections
 @click.option(
     "--bases",
     metavar="LIST",
     help="Numbers of bases to try, as 16,32.  [default: n/8, n/4, n/2 of n experts]",
 )
 @click.option("--activations", metavar="LIST", help="Of none,silu,tanh, each with n/4 bases.  [default: all]")
-@click.option("--steps", type=click.IntRange(min=1), default=100, show_default=True, metavar="N",
-              help="Optimizer steps for each unit.")  # fmt: skip
-@click.option(
-    "--imatrix",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="File of llama-imatrix for the original model: errors are those of the outputs then.",
-)
+@options.steps(100)
+@options.imatrix
 @click.option("--no-kl", is_flag=True, help="Leave out KL divergence: no GGUF files, no runtime.")
 @click.option(
     "--text",
@@ -39,15 +32,15 @@ from mobe_gguf.errors import MobeError, UsageError
     metavar="FILE",
     help="Plain text for KL divergence.  [default: the project's held-out text]",
 )
-@click.option("--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens of a chunk.")
-@click.option("--chunks", type=int, default=16, show_default=True, metavar="N", help="Chunks of the text.")
-@click.option("--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama-perplexity.")
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Same seed, same factors.")
+@options.ctx
+@options.chunks(16)
+@options.threads
+@options.device
+@options.seed()
 @click.option("--no-plot", is_flag=True, help="Draw nothing.")
-@click.option("--resume", is_flag=True, help="Continue the study that OUT.work holds, if there is one.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@options.resume
+@options.as_json
+@options.quiet
 def command(
     model: Path,
     out: Path,
@@ -56,7 +49,7 @@ def command(
     bases: str | None,
     activations: str | None,
     steps: int,
-    imatrix: Path | None,
+    imatrix: str | None,
     no_kl: bool,
     text: Path | None,
     ctx: int,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
 from mobe_gguf.errors import MobeError
 
 
@@ -21,12 +22,13 @@ from mobe_gguf.errors import MobeError
     metavar="FILE",
     help="Plain text to predict.  [default: the project's held-out text, which says something of its tiny model only]",
 )
-@click.option(
-    "--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens of a chunk of text."
-)
-@click.option("--chunks", type=int, metavar="N", help="Chunks of the text to use.  [default: all]")
+@options.ctx
+@options.chunks()
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw KL against file size."
+)
+@click.option(
+    "--card", is_flag=True, help="Note each FILE's results in the README.md that export wrote beside it."
 )
 @click.option(
     "--keep-logits",
@@ -34,14 +36,14 @@ from mobe_gguf.errors import MobeError
     metavar="FILE",
     help="Keep what llama-perplexity --kl-divergence-base wrote of REFERENCE.",
 )
-@click.option("--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama-perplexity.")
+@options.threads
 @click.option("--gpu-layers", "-ngl", metavar="N", help="Layers in GPU memory: a number, auto or all.")
 @click.option("--cpu-moe", is_flag=True, help="Keep the experts in system memory.")
 @click.option(
     "--n-cpu-moe", type=click.IntRange(min=0), metavar="N", help="Keep the first N layers' experts there."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+@options.as_json
+@options.quiet
 def command(
     reference: Path,
     files: tuple[Path, ...],
@@ -49,6 +51,7 @@ def command(
     ctx: int,
     chunks: int | None,
     plot: Path | None,
+    card: bool,
     keep_logits: Path | None,
     threads: int | None,
     gpu_layers: str | None,
@@ -71,6 +74,7 @@ def command(
     Examples:
       mobe-gguf eval model-bf16.gguf model-q4_k_m.gguf mobe-q4_k.gguf --text wiki.test.raw --chunks 100
       mobe-gguf eval model-q8_0.gguf *.gguf --text book.txt --plot kl.png --json > kl.json
+      mobe-gguf eval model-bf16.gguf mobe-q4_k.gguf --text wiki.test.raw --card
 
     Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage.
     """
@@ -81,6 +85,8 @@ def command(
         from mobe_gguf.evaluate.plot import check
 
         check(plot)
+    if card:
+        _check_cards(files)
     settings = Settings(ctx, chunks, threads, _placement(gpu_layers, cpu_moe, n_cpu_moe))
     if text is None:
         text = heldout()
@@ -96,11 +102,39 @@ def command(
     except MobeError as e:
         failure = e
     if rows:
-        _show(facts_of(reference), rows, text, settings, as_json)
+        facts = facts_of(reference)
+        _show(facts, rows, text, settings, as_json)
+        if card:
+            _note(facts, rows, text, quiet)
     if failure is not None:
         raise failure
     if plot is not None:
         _plot(rows, plot, quiet)
+
+
+def _check_cards(files: tuple[Path, ...]) -> None:
+    """Before anything is computed: MobeError if no file has a card."""
+    from mobe_gguf.export.card import card_of
+
+    if not any(map(card_of, files)):
+        raise MobeError(
+            f"--card: beside {files[0]} is no README.md that mobe-gguf export wrote, that nobody changed and that has a line on "
+            "it; leave --card out, or export it again"
+        )
+
+
+def _note(reference, rows, text: Path, quiet: bool) -> None:  # noqa: ANN001, imported late
+    from mobe_gguf.evaluate import report
+    from mobe_gguf.export.card import card_of, note
+    from mobe_gguf.progress import console
+
+    for row in rows:
+        path = card_of(row.facts.path)
+        if path is not None:
+            note(path, row.facts.path, report.sentence(reference, row, text))
+        if not quiet:
+            said = f"noted in {path}" if path else "has no card"
+            console.print(f"{row.facts.path}: {said}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> tuple[str, ...]:

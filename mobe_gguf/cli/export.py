@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
 from mobe_gguf.progress import console
 
@@ -97,10 +98,10 @@ from mobe_gguf.progress import console
 )
 @click.option("--no-card", is_flag=True, help="Write no README.md beside the file.")
 @click.option("--tokenizer-pre", metavar="NAME", help="llama.cpp's pre-tokenizer, if it is not recognized.")
-@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
+@options.dry_run
+@options.as_json
 @click.option("-v", "--verbose", is_flag=True, help="Show every tensor, and what llama.cpp's converter says.")
-@click.option("-q", "--quiet", is_flag=True, help="Show nothing but errors.")
+@options.quiet
 def command(
     model: Path,
     out: Path,

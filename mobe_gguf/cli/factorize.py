@@ -7,14 +7,12 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.names import ACTIVATIONS
 
-#: ``--form``: activation and mix.
-FORMS = {"compact": ("tanh", "scalar"), "linear": ("none", "row")}
 
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -45,18 +43,13 @@ FORMS = {"compact": ("tanh", "scalar"), "linear": ("none", "row")}
 @click.option(
     "--activation",
     type=click.Choice(sorted(ACTIVATIONS)),
-    help="Function on the mixed bases; 'none' is linear in the input and cheapest to run.  [default: tanh]",
+    help="Function on the mixed bases. 'none' is cheapest to run: a token's experts share the products of the bases with it, if "
+    "--mix is scalar and --groups 1.  [default: tanh]",
 )
 @click.option(
     "--mix",
     type=click.Choice(["scalar", "row"]),
     help="One coefficient for each expert and basis, or one for each row of the basis.  [default: scalar]",
-)
-@click.option(
-    "--form",
-    type=click.Choice(list(FORMS)),
-    help="Short for --activation and --mix. compact: tanh and scalar; linear: none and row, linear in the input, so "
-    "that all experts can share the products of the bases with it.  [default: compact]",
 )
 @click.option(
     "--mix-terms",
@@ -65,19 +58,14 @@ FORMS = {"compact": ("tanh", "scalar"), "linear": ("none", "row")}
     help="Bases that an expert mixes at most: fewer run faster where not all experts are in use, on CPUs above all. Fitted "
     "with --moments and --for, 2 terms of 6 cost the shipped model 3 % of its layer error.  [default: all]",
 )
-@click.option("--steps", type=int, metavar="N", help="Optimizer steps for each unit.  [default: 500]")
+@options.steps(500, unset=True)
 @click.option(
     "--objective",
     type=click.Choice(["mse", "activation"]),
     help="Error of the matrices, or of their outputs on the inputs that --moments or --imatrix saw.  "
     "[default: activation with one of these, else mse]",
 )
-@click.option(
-    "--imatrix",
-    type=click.Path(dir_okay=False),
-    metavar="FILE",
-    help="File of llama-imatrix for the original model.",
-)
+@options.imatrix
 @click.option(
     "--moments",
     type=click.Path(dir_okay=False),
@@ -93,12 +81,8 @@ FORMS = {"compact": ("tanh", "scalar"), "linear": ("none", "row")}
 )
 @click.option("--for-basis", metavar="TYPE", help="The same for the bases alone.  [default: that of --for]")
 @click.option("--for-transform", metavar="TYPE", help="The same for the A's alone.  [default: that of --for]")
-@click.option("--layers", metavar="LIST", help="MoE layers to factorize, as 0-3,7.  [default: all]")
-@click.option(
-    "--projections",
-    metavar="LIST",
-    help="Of gate,up,down; down has its bases on the output side, as many and of the same rank.  [default: gate,up]",
-)
+@options.layers("all")
+@options.projections
 @click.option(
     "--dtype",
     type=click.Choice(["f32", "f16", "bf16"]),
@@ -118,20 +102,17 @@ FORMS = {"compact": ("tanh", "scalar"), "linear": ("none", "row")}
     help="Fit the units on a Ray cluster: HOST:PORT, auto (the one that runs here) or local (one of this machine alone); "
     "--device is cpu or cuda then. All machines must have mobe-gguf[ray] and see MODEL and OUT under the same paths.",
 )
-@click.option("--seed", type=int, help="Same seed, same factors.  [default: 0]")
-@click.option("--resume", is_flag=True, help="Continue the job that OUT.work holds, if there is one.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@options.seed(unset=True)
+@options.resume
+@options.dry_run
 @click.option("-v", "--verbose", is_flag=True, help="Print the plan before the work.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no tables.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result (or plan) as JSON on stdout.")
+@options.quiet
+@options.as_json
 def command(
     model: Path,
     out: Path,
     layers: str | None,
     projections: str | None,
-    form: str | None,
-    activation: str | None,
-    mix: str | None,
     target: str | None,
     quant: str | None,
     for_both: str | None,
@@ -185,10 +166,7 @@ def command(
     from mobe_gguf.progress import console
     from mobe_gguf.sources.hub import resolve
 
-    activation, mix = _form(form, activation, mix)
-    options = plan.Options(
-        activation=activation,
-        mix=mix,
+    asked = plan.Options(
         layers=None if layers is None else plan.parse_layers(layers),
         projections=None if projections is None else plan.parse_projections(projections),
         target=None if target is None else parse_target(target),
@@ -201,7 +179,7 @@ def command(
     if ray is None:
         for name in place.devices:
             check_device(name)
-    job = jobs.prepare(resolve(model, quiet), out, options, resume=resume)
+    job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume)
     if job.plan.shed <= 0 and not quiet:
         kept = job.plan.projected_after / job.plan.projected_before
         console.print(
@@ -230,18 +208,6 @@ def command(
         click.echo(json.dumps(report.result_json(result), indent=2))
     elif not quiet:
         report.print_result(result, console)
-
-
-def _form(form: str | None, activation: str | None, mix: str | None) -> tuple[str | None, str | None]:
-    """Activation and mix that ``--form`` stands for, None without it; UsageError if the other options contradict it."""
-    if form is None:
-        return activation, mix
-    for name, said, meant in zip(("activation", "mix"), (activation, mix), FORMS[form], strict=True):
-        if said not in (None, meant):
-            raise UsageError(
-                f"--form {form} means --{name} {meant}, but --{name} {said} is given; leave one out"
-            )
-    return FORMS[form]
 
 
 def _type(option: str, text: str | None) -> str | None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
+
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE_OR_DIR")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.as_json
 def command(path: Path, as_json: bool) -> None:
     """Show what a GGUF file, a MoBE checkpoint or a Hugging Face MoE model holds.
 

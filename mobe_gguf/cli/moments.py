@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.safetensors")
 @click.option(
@@ -19,10 +21,8 @@ import click
     required=True,
     help="Plain text of the kind that the model will be used on: some hundred thousand tokens.",
 )
-@click.option(
-    "--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens of a chunk of text."
-)
-@click.option("--chunks", type=int, metavar="N", help="Chunks of the text to use.  [default: all]")
+@options.ctx
+@options.chunks()
 @click.option(
     "--rank",
     type=int,
@@ -31,10 +31,10 @@ import click
     metavar="K",
     help="Directions kept of each expert's moments, the rest as a diagonal: OUT takes 2 n d K bytes a layer.",
 )
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was gathered as JSON on stdout.")
-def command(model: Path, out: Path, text: Path, device: str, as_json: bool, **options: object) -> None:
+@options.device
+@options.quiet
+@options.as_json
+def command(model: Path, out: Path, text: Path, device: str, as_json: bool, **settings: object) -> None:
     """Gather what each expert is fed on a text, for `mobe-gguf factorize --moments`.
 
     MODEL is a Hugging Face model directory; transformers (version 5) runs it over the text, whole, so it must fit into the
@@ -52,6 +52,6 @@ def command(model: Path, out: Path, text: Path, device: str, as_json: bool, **op
     from mobe_gguf.factorize.moments import collect
 
     check_device(device)
-    about = collect(model, text, out, device=device, **options)  # type: ignore[arg-type]
+    about = collect(model, text, out, device=device, **settings)  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps(about | {"file": str(out), "bytes": out.stat().st_size}, indent=2))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
 from mobe_gguf.progress import console
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -28,9 +29,9 @@ from mobe_gguf.progress import console
     help="Bytes of a safetensors file at most, as 5G or 500M.",
 )
 @wab_options
-@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Show nothing but errors.")
+@options.dry_run
+@options.as_json
+@options.quiet
 def command(
     model: Path,
     out: Path,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
+
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
@@ -16,8 +18,8 @@ import click
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Compare with these checksums: a file as `sha256sum *.gguf` prints it.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@options.as_json
+@options.quiet
 def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
     """Check that a GGUF file is whole: structure, shapes, finite values.
 

@@ -59,6 +59,15 @@ def legend(rows: Sequence[Row], text: Path, settings: Settings) -> str:
     )
 
 
+def sentence(reference: Facts, row: Row, text: Path) -> str:
+    """What was measured of one file, for its card."""
+    d = row.divergence
+    return (
+        f"KL divergence {with_error(d.kl)} from {reference.path.name}, same likeliest token {d.top1.value:.1%}, "
+        f"perplexity {d.perplexity.value:.3f} ({d.ratio.value:.4f} of the original's), on {row.scored} tokens of {text.name}."
+    )
+
+
 def decimal(value: float, digits: int) -> str:
     """``0.00`` and not ``-0.00``, which rounding makes of the smallest negative numbers."""
     return f"{round(value, digits) + 0.0:.{digits}f}"

@@ -1,7 +1,8 @@
 """The README.md beside exported files, as users of the hub expect it: what the model is made of, sizes, errors, how to run it.
 
 One page for all files of a model in a directory: the next export adds its line and keeps those of files that are
-still there.  A page that someone wrote, or changed, is never touched: the card is called after the file then.
+still there; ``mobe-gguf eval --card`` adds what it measured.  A page that someone wrote, or changed, is never touched: the
+card is called after the file then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mobe_gguf.atomic import atomic_path
+from mobe_gguf.errors import MobeError
 from mobe_gguf.export.origin import HUB, Origin
 from mobe_gguf.export.recipe import Recipe
 from mobe_gguf.export.report import Report, amount, rows
@@ -25,7 +27,7 @@ from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
 
 #: Says that a page is ours, and by a checksum over the rest that nobody changed it.
-MARK = re.compile(r"<!-- made by mobe-gguf export: ([0-9a-f]{16}) -->\n")
+MARK = re.compile(r"<!-- made by mobe-gguf export: [0-9a-f]{16} -->\n")
 
 #: A line about one file: of the table, of the commands, of the remarks.
 FILE_ROW = re.compile(r"\| \[([^\]]+)\]\(")
@@ -68,9 +70,9 @@ class Subject:
 def write_card(subject: Subject) -> str:
     """Write the card beside the first file; returns its path, or why there is none, as a line for the report."""
     first = Path(subject.report.path)
-    for path in (first.with_name("README.md"), first.with_name(f"{_stem(first)}.README.md")):
-        old = _ours(path, subject)
-        if old is None:
+    for path in _places(first):
+        old = _ours(path)
+        if old is None or old and f"\n# {subject.name}\n" not in old:
             continue
         try:
             with atomic_path(path) as part:
@@ -81,8 +83,37 @@ def write_card(subject: Subject) -> str:
     return f"no card: {path} is there and was not made here, or was changed"
 
 
-def _ours(path: Path, subject: Subject) -> str | None:
-    """The page at ``path``, empty if there is none; None if it is not to be touched: another's, or of another model."""
+def card_of(file: Path) -> Path | None:
+    """The card that has a line on the GGUF ``file``, if it is as ``mobe-gguf export`` or :func:`note` left it."""
+    for path in _places(file):
+        rows = map(FILE_ROW.match, (_ours(path) or "").splitlines())
+        if any(row and _stem(Path(row[1])) == _stem(file) for row in rows):
+            return path
+    return None
+
+
+def note(card: Path, file: Path, measured: str) -> None:
+    """Put ``measured``, beginning with ``KL divergence``, into ``card`` as a remark on ``file``, instead of an earlier one.
+
+    MobeError if it cannot be written.
+    """
+    earlier = f"- `{file.name}`: KL divergence "
+    text, commands = card.read_text(encoding="utf-8").rsplit("\n\n```\n", 1)
+    lines = [line for line in text.split("\n") if not line.startswith(earlier)]
+    text = "\n".join([*lines, f"- `{file.name}`: {measured}", "", "```", commands])
+    try:
+        with atomic_path(card) as part:
+            part.write_text(MARK.sub(_mark(text), text), encoding="utf-8")
+    except OSError as e:
+        raise MobeError(f"{card} cannot be written: {e.strerror or e}") from e
+
+
+def _places(file: Path) -> tuple[Path, Path]:
+    return file.with_name("README.md"), file.with_name(f"{_stem(file)}.README.md")
+
+
+def _ours(path: Path) -> str | None:
+    """The page at ``path``, empty if there is none; None if it is another's, or was changed."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -90,13 +121,12 @@ def _ours(path: Path, subject: Subject) -> str | None:
     except (OSError, ValueError):
         return None
     found = MARK.search(text)
-    if found is None or found[1] != _checksum(text) or f"\n# {subject.name}\n" not in text:
-        return None
-    return text
+    return text if found is not None and found[0] == _mark(text) else None
 
 
-def _checksum(text: str) -> str:
-    return hashlib.sha256(MARK.sub("", text).encode()).hexdigest()[:16]
+def _mark(text: str) -> str:
+    checksum = hashlib.sha256(MARK.sub("", text).encode()).hexdigest()[:16]
+    return f"<!-- made by mobe-gguf export: {checksum} -->\n"
 
 
 def page(subject: Subject, old: str = "") -> str:
@@ -127,7 +157,7 @@ def page(subject: Subject, old: str = "") -> str:
         "",
     ]
     body = "\n".join(lines)
-    return f"{front}<!-- made by mobe-gguf export: {_checksum(front + body)} -->\n{body}"
+    return f"{front}{_mark(front + body)}{body}"
 
 
 def _kept(old: str, pattern: re.Pattern[str], folder: Path, subject: Subject) -> list[str]:
@@ -215,15 +245,21 @@ def _about(subject: Subject) -> list[str]:
 def _form(checkpoint: MobeCheckpoint) -> str:
     layers = [checkpoint.layer(index) for index in checkpoint.moe_layers]
     layers = [layer for layer in layers if layer.projections]
-    first = layers[0]
     found = [p for p in ALL_PROJECTIONS if any(p in layer.projections for layer in layers)]
-    projection = first.projections[0]
-    g = first.group_count(projection)
+    units = [(layer, p) for layer in layers for p in layer.projections]  # of --target each has its own sizes
+    bases = _span([layer.n_basis(p) for layer, p in units])
+    rank = _span([layer.rank(p) for layer, p in units])
+    g = units[0][0].group_count(units[0][1])
     groups = f", in {g} groups" if g > 1 else ""
     return (
         f"in {len(layers)} layers the {_and(found)} matrices of {checkpoint.n_expert} experts share "
-        f"{first.n_basis(projection)} bases of rank {first.rank(projection)}{groups}, activation {checkpoint.activation}"
+        f"{bases} bases of rank {rank}{groups}, activation {checkpoint.activation}"
     )
+
+
+def _span(sizes: list[int]) -> str:
+    """``6``, or ``3 to 9``."""
+    return f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
 
 
 def _and(words: list[str]) -> str:

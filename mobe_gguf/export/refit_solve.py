@@ -125,12 +125,17 @@ def step(
     ``D_j = A (f'(U) * B_j)`` is the change of ``A Z`` with alpha_j, P (with the anchor's ridge) the projection on the rows of Z,
     which A takes care of: ``sum_k <D_j (1-P), D_k (1-P)> delta_k = <D_j, W - A Z>``.  The matrix is estimated from some of A's rows.
     Measured, layer error at q4_k: one step 0.1278, two 0.1277, a long search 0.1277, none 0.1340; KL divergence 5 % lower.
+
+    A single coefficient without an activation is but a scale of A: it stays, so that the mix of an SVD remains an identity.
     """
     u = combine(alpha, basis)
     slope = derivative_(torch.ones_like(u), u, z, activation)
     out = alpha.clone()
     rows = torch.linspace(0, a.shape[1] - 1, min(SAMPLED_ROWS, a.shape[1])).long()
     for i in range(len(alpha)):
+        used = alpha[i] != 0
+        if activation == "none" and used.sum() == 1:
+            continue
         one = metric.slice(slice(i, i + 1), z)
         pull = a[i].T @ (w[i] - a[i] @ zm[i])  # [r, d]
         pull = one.adjoint(pull[None])[0] * slope[i]
@@ -147,7 +152,6 @@ def step(
         change = change.flatten(1).double()
         matrix = (change @ change.T - along @ along.T) / share
         gradient = basis.flatten(1).double() @ pull.flatten().double()
-        used = alpha[i] != 0
         matrix, gradient = matrix[used][:, used], gradient[used]
         matrix.diagonal().add_(DAMPING * matrix.diagonal().mean().abs())
         delta, failed = torch.linalg.solve_ex(matrix, gradient)

@@ -1,6 +1,6 @@
 """Where a tensor's values come from, read in pieces: memory holds a few million values, not a tensor.
 
-A source has a ``shape`` (torch's order); :func:`chunks` yields its rows as float32, in order.
+A source has a ``shape`` (torch's order); :func:`chunks` yields its rows in order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 #: Values converted and encoded at a time (4 MiB of float32): small, for every core holds two such pieces.
@@ -73,7 +72,7 @@ class Lazy:
 
 
 def _pieces(node: Any) -> Iterator[torch.Tensor]:
-    if is_cast(node):  # chunks() converts, a chunk at a time
+    if is_cast(node):  # whoever takes the chunks converts, one at a time
         yield from _pieces(node._args[0])
     elif (
         node._data is None
@@ -116,9 +115,11 @@ def evaluate(node: Any) -> Any:
     return node._func(*evaluate(node._args), **node._kwargs)
 
 
-def chunks(source: Source, limit: int = CHUNK, within: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of ``source`` in order, float32 ``[rows, row length]``, about ``limit`` values at a time, each with the
-    number of its first row.  ``within``: no chunk holds rows of two runs of so many rows (of two matrices)."""
+def chunks(
+    source: Source, limit: int = CHUNK, within: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows of ``source`` in order, ``[rows, row length]`` of any float type, about ``limit`` values at a time, each with
+    the number of its first row.  ``within``: no chunk holds rows of two runs of so many rows (of two matrices)."""
     row = source.shape[-1]
     step = max(1, limit // row)
     total = 0
@@ -129,7 +130,7 @@ def chunks(source: Source, limit: int = CHUNK, within: int | None = None) -> Ite
             stop = min(start + step, n)
             if within is not None:
                 stop = min(stop, start + within - (total + start) % within)
-            yield total + start, rows[start:stop].to(torch.float32).contiguous().numpy()
+            yield total + start, rows[start:stop]
             start = stop
         total += n
     expected = math.prod(source.shape[:-1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 
 from mobe_gguf.atomic import atomic_path
 from mobe_gguf.errors import MobeError, UsageError
@@ -20,6 +21,7 @@ from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import chunks
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.checkpoint import all_finite
 from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
 
 
@@ -80,13 +82,26 @@ def encode(tensor: Tensor, type_name: str, importance: Importance | None = None)
             for first, chunk in chunks(tensor.source, within=within):
                 name = f"tensor {tensor.name}, counted from its row {first}"
                 row = weights[first // within] if weights is not None and within is not None else None
-                pending.append(pool.submit(ggml.quantize, chunk, type_name, row, name=name, threads=1))
+                pending.append(pool.submit(_encoded, chunk, type_name, row, name))
                 if len(pending) > workers:
                     yield memoryview(pending.popleft().result()).cast("B")
             while pending:
                 yield memoryview(pending.popleft().result()).cast("B")
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+#: Types that GGUF stores as torch has them.
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _encoded(rows: torch.Tensor, type_name: str, weights: np.ndarray | None, name: str) -> np.ndarray:
+    """Rows of any float type in ``type_name``: as they are, if they have it already."""
+    if rows.dtype is PLAIN.get(type_name) and all_finite(rows):
+        return rows.contiguous().view(torch.uint8).numpy()
+    return ggml.quantize(
+        rows.to(torch.float32).contiguous().numpy(), type_name, weights, name=name, threads=1
+    )
 
 
 def write_gguf(

@@ -23,6 +23,7 @@ import torch
 from mobe_gguf import names, runtime
 from mobe_gguf.errors import MobeError
 from mobe_gguf.runtime import ggml
+from mobe_gguf.sources.checkpoint import all_finite
 from mobe_gguf.sources.families import Family
 from mobe_gguf.sources.gguf_file import GgufFile, TensorInfo, read_model
 
@@ -317,7 +318,7 @@ class GgufModel:
         """One routed expert's matrix, float32 ``[p, d]`` (``[d, p]`` for down), checked to be finite."""
         found = self.stored(layer, projection)
         w = found.matrix(index)
-        if not torch.isfinite(w).all():
+        if not all_finite(w):
             bad = int((~torch.isfinite(w)).sum())
             raise MobeError(
                 f"{self.path}: tensor {found.name}, expert {index}, holds {bad} values that are NaN or Inf. The file is "

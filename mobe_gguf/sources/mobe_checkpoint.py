@@ -22,7 +22,7 @@ import torch
 from mobe_gguf.errors import MobeError
 from mobe_gguf.formula import activate, combine
 from mobe_gguf.names import ACTIVATIONS, ALL_PROJECTIONS
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.checkpoint import Checkpoint, all_finite
 
 
 def recorded(config: Mapping[str, Any], *path: str) -> Any:
@@ -130,7 +130,7 @@ class MobeLayer:
         return torch.cat([self._read(basis) for basis, _ in self._names(projection)])
 
     def basis_matrix(self, projection: str, index: int) -> torch.Tensor:
-        """B_j ``[r, d]`` (of down ``[d, r]``), read without the others; ``index`` counts through the groups."""
+        """B_j ``[r, d]`` (of down ``[d, r]``) in its stored type, read without the others; ``index`` counts through the groups."""
         g, m, _ = self._checked[projection]
         name = self._names(projection)[index // (m // g)][0]
         return self._finite(name, self.checkpoint.get_row(name, index % (m // g)))
@@ -154,11 +154,10 @@ class MobeLayer:
         return self._read(self.checkpoint.family.expert_weight(self.index, expert, projection))
 
     def _read(self, name: str) -> torch.Tensor:
-        return self._finite(name, self.checkpoint.get(name))
+        return self._finite(name, self.checkpoint.get(name)).float()
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise MobeError(
                 f"{self.checkpoint.path}: tensor {name} holds NaN or Inf; factorize the model again"
             )

@@ -26,7 +26,7 @@ import torch
 from mobe_gguf.errors import MobeError
 from mobe_gguf.formula import activate, combine
 from mobe_gguf.names import PROJECTIONS, WAB_ACTIVATIONS
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.checkpoint import Checkpoint, all_finite
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, MobeLayer
 
 FILE = re.compile(r"model_layers_(\d+)_mlp_(\w+?)_proj(?:_group(\d+))?_WAB\.pth")
@@ -122,7 +122,7 @@ class WabLayer(MobeLayer):
         self._checked[projection]
         tensor = self._parts(projection)[group][key]
         tensor = (tensor if index is None else tensor[index]).float()
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             path = self.checkpoint.files[self.index, projection][group]
             raise MobeError(f"{path}: {key} holds NaN or Inf; its training diverged. Train this unit again.")
         return tensor

@@ -11,6 +11,9 @@ from click.testing import CliRunner, Result
 
 from mobe_gguf.cli import main
 from mobe_gguf.evaluate import tool
+from mobe_gguf.export import Recipe, export
+
+from .conftest import MODEL
 
 QUICK = ("--ctx", "64", "--chunks", "4", "-t", "1")
 
@@ -38,6 +41,24 @@ def test_json(files: dict[str, Path], text: Path):
     assert found["text"] == str(text) and found["chunks"] == 4 and found["ctx"] == 64
     (q8_0,) = found["files"]
     assert 0 < q8_0["kl_divergence"]["value"] < 0.01 and q8_0["bytes"] == files["q8_0"].stat().st_size
+
+
+def test_card(files: dict[str, Path], text: Path, tmp_path: Path):
+    file = tmp_path / "mobe.gguf"
+    export(MODEL, file, Recipe("q8_0"), allow_dense=True, card=True, quiet=True)
+    command = (files["f16"], files["q2_k"], file, *QUICK, "--text", text, "--card")
+    result = run(*command, "--json")
+    assert result.exit_code == 0, result.output
+    assert (
+        f"{files['q2_k']}: has no card" in result.stderr and f"{file}: noted in {tmp_path}" in result.stderr
+    )
+    (line,) = [x for x in (tmp_path / "README.md").read_text().splitlines() if "KL divergence" in x]
+    kl = json.loads(result.stdout)["files"][1]["kl_divergence"]["value"]
+    assert line.startswith(f"- `mobe.gguf`: KL divergence {kl:.5f}"[:-2])
+    assert "from f16.gguf, same likeliest token 9" in line and line.endswith("on 124 tokens of text.txt.")
+    (tmp_path / "README.md").write_text("mine")
+    result = run(*command)
+    assert result.exit_code == 1 and "[" not in result.stderr and "--card: beside " in result.stderr
 
 
 def test_a_late_failure_shows_what_was_done(files: dict[str, Path], text: Path, tmp_path: Path):

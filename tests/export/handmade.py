@@ -12,6 +12,20 @@ from safetensors.torch import load_file, save_file
 from mobe_gguf.sources.families import family_of
 
 
+def cut(path: Path, layer: int, projection: str, *, m: int, r: int) -> None:
+    """Leave ``m`` bases of rank ``r`` to one projection (not down, no groups) of what :func:`make_mobe` made: layers differ,
+    and ``num_B`` is the largest, as ``factorize --target`` writes it."""
+    family = family_of(json.loads((path / "config.json").read_text()))
+    tensors = load_file(path / "model.safetensors")
+    basis, mix = family.basis(layer, projection), family.mix(layer, projection)
+    tensors[basis] = tensors[basis][:m, :r].clone()
+    for expert in range(len(tensors[mix])):
+        name = family.expert_weight(layer, expert, projection)
+        tensors[name] = tensors[name][:, :r].clone()
+    tensors[mix] = tensors[mix][:, :m].clone()
+    save_file(tensors, path / "model.safetensors")
+
+
 def make_mobe(
     source: Path,
     target: Path,

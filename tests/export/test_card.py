@@ -13,10 +13,11 @@ import tiny
 import yaml
 from click.testing import CliRunner
 
-from export.handmade import make_mobe
+from export.handmade import cut, make_mobe
 from export.published import make_wab
 from mobe_gguf.cli import main
 from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.export.card import card_of, note
 from mobe_gguf.inspect import describe
 from mobe_gguf.sources.gguf_file import read_gguf
 
@@ -94,6 +95,13 @@ def test_card(source: Path, out: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in (out / "README.md").read_text() and "/machine/" not in body
 
 
+def test_layers_that_differ(model: Maker, tmp_path: Path, out: Path) -> None:
+    path = make_mobe(model("qwen3_moe"), tmp_path / "factors")
+    cut(path, 2, "up", m=3, r=40)
+    run(path, out / "x.gguf", "--quant", "q8_0")
+    assert "share 3 to 4 bases of rank 40 to 48, activation" in parts(out / "README.md")[1]
+
+
 def test_without_what_is_not_known(model: Maker, mobe: Maker, out: Path) -> None:
     """No README.md in the source, no ``mobe`` key."""
     run(mobe("olmoe"), out / "x.gguf", "--quant", "q8_0")
@@ -164,6 +172,34 @@ def test_pages_of_others_are_not_touched(change: str, source: Path, model: Maker
     (out / "x.README.md").write_text("mine, too")
     err = run(source, out / "x.gguf", "--quant", "q8_0")
     assert "no card: " in err and (out / "x.README.md").read_text() == "mine, too"
+
+
+def test_what_was_measured(source: Path, out: Path) -> None:
+    """It stays as long as its file does, and only the last of it."""
+    for quant in ("q8_0", "f16"):
+        run(source, out / f"x-{quant}.gguf", "--quant", quant)
+    page = out / "README.md"
+    for kl in ("0.3", "0.2"):
+        assert card_of(out / "x-q8_0.gguf") == page
+        note(page, out / "x-q8_0.gguf", f"KL divergence {kl} from y.")
+    note(page, out / "x-f16.gguf", "KL divergence 0.1 from y.")
+    text = page.read_text()
+    section = text.split("## How it was made\n\n")[1].split("\n\n```\nmobe-gguf export")[0].splitlines()
+    assert len(section) == 6 and all(line.startswith("- ") for line in section)
+    assert section[-2:] == [
+        "- `x-q8_0.gguf`: KL divergence 0.2 from y.",
+        "- `x-f16.gguf`: KL divergence 0.1 from y.",
+    ]
+    run(source, out / "x-f16.gguf", "--quant", "f16")
+    text = page.read_text()
+    assert (
+        "KL divergence 0.2" in text and text.count("KL divergence") == 1 and text.count("solved again") == 1
+    )
+    page.write_text(text + "Mine.\n")
+    assert card_of(out / "x-q8_0.gguf") is None and card_of(out / "y.gguf") is None
+    export(source, out / "z.gguf", Recipe("q8_0"), split_max_size=200_000, card=True, quiet=True)
+    (first, *_) = sorted(out.glob("z-*.gguf"))
+    assert card_of(first) == out / "z.README.md"
 
 
 def test_no_card(source: Path, out: Path) -> None:

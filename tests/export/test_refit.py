@@ -106,6 +106,15 @@ def test_the_step_finds_alpha_again_and_zeros_stay() -> None:
     assert stepped[1, 2] == 0 and (stepped[1] != alpha[1]).sum() == M - 1
 
 
+@pytest.mark.parametrize("activation", ["none", "tanh"])
+def test_an_identity_stays_where_it_is_a_scale(activation: str) -> None:
+    p = problem(activation)
+    p["alpha"] = torch.eye(N, M)
+    p["z"] = activate(combine(p["alpha"], p["basis"]), activation)
+    p["zm"] = p["metric"].apply(p["z"])
+    assert torch.equal(solve(**p)[1], p["alpha"]) == (activation == "none")
+
+
 def test_second_moments_are_those_of_random_inputs() -> None:
     p = problem()
     g = torch.Generator().manual_seed(5)

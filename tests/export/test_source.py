@@ -16,8 +16,7 @@ def gathered(source: Source, limit: int) -> tuple[np.ndarray, list[int]]:
     """All rows, and the sizes of the chunks that they came in."""
     found = list(chunks(source, limit))
     assert [first for first, _ in found] == list(np.cumsum([0, *(len(c) for _, c in found)])[:-1])
-    assert all(c.dtype == np.float32 and c.flags.c_contiguous for _, c in found)
-    return np.concatenate([c for _, c in found]), [len(c) for _, c in found]
+    return np.concatenate([c.float().numpy() for _, c in found]), [len(c) for _, c in found]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from parity.gguf_files import GgufFile, factorize, qwen3moe
 from parity.loader import Loader, Outcome
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, run_program
 from mobe_gguf.progress import bar, console
 from mobe_gguf.runtime import build, source
 from mobe_gguf.runtime import compile as compiling
@@ -199,7 +199,4 @@ def reader_fault(path: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except MobeError as e:
-        sys.exit(f"Error: {e.message}")
+    run_program(main)

@@ -1,0 +1,81 @@
+"""Options of several commands: the same words where they mean the same.
+
+Each is a decorator; one whose default depends on the command is a function that makes it.  With ``unset`` the default is
+only said: the command gets None, for what was not asked for is not what was asked to be the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+# what to work on
+
+
+def layers(default: str) -> Decorator:
+    text = f"MoE layers to factorize, as 0-3,7.  [default: {default}]"
+    return click.option("--layers", metavar="LIST", help=text)
+
+
+projections = click.option(
+    "--projections",
+    metavar="LIST",
+    help="Of gate,up,down; down has its bases on the output side, as many and of the same rank.  [default: gate,up]",
+)
+
+
+def steps(default: int, *, unset: bool = False) -> Decorator:
+    return _number("--steps", "Optimizer steps for each unit.", default, unset, click.IntRange(min=1))
+
+
+def seed(*, unset: bool = False) -> Decorator:
+    return _number("--seed", "Same seed, same factors.", 0, unset)
+
+
+imatrix = click.option(
+    "--imatrix",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="File of llama-imatrix for the original model: errors are those of the outputs then.",
+)
+
+# text
+
+ctx = click.option(
+    "--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens of a chunk of text."
+)
+
+
+def chunks(default: int | None = None) -> Decorator:
+    text = f"Chunks of the text to use.  [default: {'all' if default is None else default}]"
+    return click.option("--chunks", type=int, default=default, metavar="N", help=text)
+
+
+# where and how
+
+device = click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N."
+)
+threads = click.option(
+    "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama-perplexity."
+)
+resume = click.option("--resume", is_flag=True, help="Go on with what OUT.work holds, if it is there.")
+dry_run = click.option(
+    "--dry-run", is_flag=True, help="Check everything, show what would be written, and write nothing."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+quiet = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
+
+
+def _number(name: str, text: str, default: int, unset: bool, kind: click.ParamType | type = int) -> Decorator:
+    return click.option(
+        name,
+        type=kind,
+        default=None if unset else default,
+        metavar="N",
+        help=f"{text}  [default: {default}]",
+    )

@@ -1,0 +1,77 @@
+"""Encoding tensors: values that have the type already are copied, to the same bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mobe_gguf.errors import MobeError
+from mobe_gguf.export import Recipe, export, write
+from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.source import Stacked, Whole
+from mobe_gguf.runtime import ggml
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def encoded(values: torch.Tensor, type_name: str, source: type = Whole) -> bytes:
+    given = Whole(values) if source is Whole else Stacked(tuple(values.shape), lambda i: values[i])
+    return b"".join(bytes(block) for block in write.encode(Tensor("t", given), type_name))
+
+
+def every_finite(dtype: torch.dtype) -> torch.Tensor:
+    """All numbers of 16 bits, subnormal ones and zeros of both signs among them; of 32 bits as many at random."""
+    if dtype is torch.float32:
+        bits = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32).view(np.int32)
+    else:
+        bits = np.arange(2**16, dtype=np.uint16).view(np.int16)
+    values = torch.from_numpy(bits).view(dtype)
+    return torch.where(values.isfinite(), values, 0).reshape(4, 64, 256)
+
+
+@pytest.mark.parametrize("type_name", DTYPES)
+@pytest.mark.parametrize("source", [Whole, Stacked])
+def test_same_type_same_bytes(type_name, source, monkeypatch):
+    values = every_finite(DTYPES[type_name])
+    expected = ggml.quantize(values.float().numpy(), type_name).tobytes()
+    asked = []
+    monkeypatch.setattr(ggml, "quantize", lambda *_, **__: asked.append(1))
+    assert encoded(values, type_name, source) == expected and not asked
+    strided = values.transpose(0, 1).contiguous().transpose(0, 1)
+    assert encoded(strided, type_name, source) == expected
+
+
+def test_a_model_is_copied(mobe, tmp_path, monkeypatch):
+    """A, B and all that the converter leaves alone: only vectors, router and mix, which are f32, are converted."""
+    converted = []
+    real = ggml.quantize
+    monkeypatch.setattr(
+        ggml, "quantize", lambda *a, **k: converted.append((a[1], k["name"])) or real(*a, **k)
+    )
+    source = mobe("olmoe", dtype=torch.bfloat16)
+    export(source, tmp_path / "copied.gguf", Recipe("bf16"), quiet=True)
+    names = "".join(name for _, name in converted)
+    assert (
+        {kind for kind, _ in converted} == {"f32"} and "_basis.weight" not in names and "_exps" not in names
+    )
+    monkeypatch.setattr(write, "PLAIN", {})
+    export(source, tmp_path / "converted.gguf", Recipe("bf16"), quiet=True)
+    assert (tmp_path / "copied.gguf").read_bytes() == (tmp_path / "converted.gguf").read_bytes()
+    assert "ffn_gate_basis.weight" in "".join(name for _, name in converted)
+
+
+@pytest.mark.parametrize("type_name", DTYPES)
+def test_other_types_pass_through_float32(type_name):
+    for dtype in DTYPES.values():
+        values = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+        assert encoded(values, type_name) == ggml.quantize(values.float().numpy(), type_name).tobytes()
+
+
+@pytest.mark.parametrize("type_name", DTYPES)
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), -float("nan")])
+def test_what_is_not_finite_is_refused(type_name, value):
+    values = torch.zeros(4, 32, dtype=DTYPES[type_name])
+    values[2, 7] = value
+    with pytest.raises(MobeError, match=r"tensor t, .* row 2, column 7 is not finite"):
+        encoded(values, type_name)
