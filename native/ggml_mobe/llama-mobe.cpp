@@ -52,6 +52,26 @@ void llama_mobe::read_keys(const llama_model_loader & ml, const std::string & ba
     file_version = version;
 }
 
+// whether each expert has a basis of its own, which an SVD of each gives. Read from the file itself: tensors get their data later, in memory
+// of any device, or (--fit) never.
+static bool is_identity(const llama_model_loader & ml, const ggml_tensor * mix) {
+    const int64_t n = mix->ne[1];
+    if (mix->ne[0] != n || n == 1 || ml.files.empty()) { // a single basis may be repacked; without files data comes from the caller
+        return false;
+    }
+    const auto & weight = ml.require_weight(mix->name);
+    const auto & file   = ml.files.at(weight.idx);
+    std::vector<float> values(n*n);
+    file->seek(weight.offs, SEEK_SET);
+    file->read_raw(values.data(), values.size()*sizeof(float));
+    for (int64_t i = 0; i < n*n; i++) {
+        if (values[i] != (i % (n + 1) == 0 ? 1.0f : 0.0f)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 ggml_tensor * llama_mobe::create_tensor(
         llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne,
         int flags, bool & handled) {
@@ -154,6 +174,7 @@ ggml_tensor * llama_mobe::create_tensor(
             model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {m/g, n},       flags),
         /*.after =*/ is_down,
         /*.linear =*/ linear,
+        /*.own    =*/ linear && !is_down && is_identity(ml, mix),
     };
     if (a != nullptr) { // a skipped layer has no tensors
         by_transform.emplace(a, f);
@@ -197,6 +218,17 @@ static ggml_tensor * project_linear(ggml_context * ctx, ggml_tensor * basis, ggm
     ggml_tensor * u   = ggml_mul_mat(ctx, all, ggml_reshape_2d(ctx, x, d, T));                           // [r*m, T]
     u = transposed(ctx, ggml_reshape_3d(ctx, u, r, m, T));                                              // [m, r, T]
     return ggml_mul_mat(ctx, u, mix_of(ctx, mix, ids));                                                 // [r, k, T]
+}
+
+// z[:,s,t] = B_e x[:,t], e = ids[s,t]: of experts with a basis each. The loader has asked for a place where bases can be
+// multiplied by mul_mat: nullptr where they cannot be by mul_mat_id.
+static ggml_tensor * project_own(ggml_context * ctx, ggml_tensor * basis, ggml_tensor * x, ggml_tensor * ids) {
+    ggml_tensor * z = ggml_mul_mat_id(ctx, basis, x, ids); // [r, k, T]
+    if (basis->buffer == nullptr || ggml_backend_buffer_is_host(basis->buffer)) {
+        return z;
+    }
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(basis->buffer));
+    return dev != nullptr && ggml_backend_dev_supports_op(dev, z) ? z : nullptr;
 }
 
 // some of what lies behind each other along the last axis
@@ -289,7 +321,8 @@ ggml_tensor * llama_mobe::project_input(
             return ggml_view_3d(ctx, x, f->basis->ne[1], ids->ne[0], 0, x->nb[1], x->nb[2], 0);
         }
         if (!watched || is_repacked(f->basis)) {
-            return project_linear(ctx, f->basis, f->mix, x, ids);
+            ggml_tensor * own = f->own ? project_own(ctx, f->basis, x, ids) : nullptr;
+            return own ? own : project_linear(ctx, f->basis, f->mix, x, ids);
         }
     }
     return project(ctx, *f, w, x, ids, cache);

@@ -22,6 +22,7 @@ struct llama_mobe {
         ggml_tensor * mix;   // [m/g, n] or [r, m/g, n]; down: [d, m/g, n]
         bool          after; // down: A's product is projected; the others: A's input is
         bool          linear; // without activation a token's experts share the products with B_j: ggml's own operators do it, on any backend
+        bool          own;    // gate and up, linear, with an identity for a mix: an expert needs its own basis alone
     };
 
     // the key is A, blk.L.ffn_{gate,up,down}_exps.weight

@@ -73,6 +73,14 @@ def by_rows(file: GgufFile) -> GgufFile:
     return file
 
 
+def a_basis_each(file: GgufFile, entry: float = 0.0) -> GgufFile:
+    """Mixes by the identity, as the SVD of each expert is; ``entry``: what stands beside a one.  Changes ``file`` and returns it."""
+    for name in [name for name in file.tensors if name.endswith(".mix")]:
+        file.tensors[name] = np.eye(EXPERTS, dtype=np.float32)
+        file.tensors[name][2, 3] = entry
+    return file
+
+
 def operators(path: Path, tmp_path: Path) -> dict[str, set[str]]:
     """Names of the ggml operators that read each factor, of all graphs that a text takes, by the scheduler's own list."""
     text = tmp_path / "text.txt"
@@ -115,6 +123,27 @@ def test_operators_in_use(factors, linear, tmp_path):
         assert found[f"ffn_{projection}_exps"] == {"MUL_MAT_ID"}
         # the mix goes by the basis's name here
         assert found[f"ffn_{projection}_basis"] == ({"MUL_MAT", "GET_ROWS"} if linear else {"MOBE_PROJ"})
+
+
+@pytest.mark.parametrize("entry", [0.0, 1e-30])
+def test_operators_of_a_basis_each(entry, tmp_path):
+    """Of gate and up only the bases of the experts in use are read; one other number in the mix, and all are."""
+    file = factorize(qwen3moe(), projections=ALL_PROJECTIONS, activation="none", n_basis=EXPERTS)
+    found = operators(a_basis_each(file, entry).write(tmp_path / "model.gguf"), tmp_path)
+    for projection in ALL_PROJECTIONS:
+        own = entry == 0.0 and projection != "down"
+        assert found[f"ffn_{projection}_basis"] == ({"MUL_MAT_ID"} if own else {"MUL_MAT", "GET_ROWS"})
+
+
+@pytest.mark.parametrize("make", [qwen3moe, llama4, gpt_oss], ids=lambda make: make.__name__)
+def test_the_operator_gives_the_same_of_a_basis_each(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_files, "LAYERS", 4)
+    file = a_basis_each(
+        factorize(make(), activation="none", n_basis=EXPERTS, projections=ALL_PROJECTIONS),
+    )
+    got = logits(file.write(tmp_path / "scalar.gguf"), TOKENS, STEPS)
+    want = logits(by_rows(file).write(tmp_path / "rows.gguf"), TOKENS, STEPS)
+    assert max(nmse(want[step], got[step]) for step in STEPS) < LIMIT
 
 
 @pytest.mark.parametrize("make", [qwen3moe, llama4, gpt_oss], ids=lambda make: make.__name__)
