@@ -1,7 +1,7 @@
 // Times GGML_OP_MOBE_PROJ on one device and prints a table: microseconds an operation, bases' bytes a second and as a share of
 // what the device's own copy reaches, multiply-adds a second; beside it ggml's mul_mat_id on the uncompressed experts.
 //
-//   gpu_ops [DEVICE] [RUNS] [NAME]     (CUDA0, 20, cases whose name contains NAME)
+//   gpu_ops [DEVICE] [RUNS] [NAME] [COUNT]     (CUDA0, 20, shapes whose name contains NAME, the first COUNT cases of each)
 //
 // A graph holds several layers with bases of their own, more than any cache, so that each run reads them from memory; the
 // backend's graph capture applies as it does in a model. Median of RUNS. bench/gpu.sh compiles this against the built libraries.
@@ -155,6 +155,7 @@ int main(int argc, char ** argv) {
     const char * device = argc > 1 ? argv[1] : "CUDA0";
     const int    runs   = argc > 2 ? std::max(1, atoi(argv[2])) : 20;
     const char * only   = argc > 3 ? argv[3] : "";
+    const int    count  = argc > 4 ? atoi(argv[4]) : 1 << 20;
 
     ggml_backend_load_all();
     ggml_backend_t backend = ggml_backend_init_by_name(device, nullptr);
@@ -175,9 +176,10 @@ int main(int argc, char ** argv) {
         if (strstr(c.name, only) == nullptr) {
             continue;
         }
+        int left = count;
         for (ggml_type type : { GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_XS, GGML_TYPE_F16 }) {
             for (int64_t T : { 1, 2, 4, 8, 32, 512 }) {
-                if ((type != GGML_TYPE_Q4_K && T != 1) || (small && T > 1)) {
+                if ((type != GGML_TYPE_Q4_K && T != 1) || (small && T > 1) || left-- <= 0) {
                     continue;
                 }
                 bench(backend, c, type, T, false, runs, copy, small);

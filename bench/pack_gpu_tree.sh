@@ -1,19 +1,23 @@
 #!/bin/bash
-# Pack what a machine with a GPU and no network needs to build, check and time the CUDA operator: the pinned llama.cpp, patched,
-# without other backends and large data, and this checkout's native/ggml_mobe and bench.
+# Pack what a machine with a GPU and no network needs to build, check and time the CUDA operator, hybrid placement and the solver:
+# the pinned llama.cpp, patched, without other backends and large data; this checkout's native/ggml_mobe, mobe_gguf and bench;
+# Python packages that a machine with PyTorch need not have, as wheels.
 #
-#   bench/pack_gpu_tree.sh OUT.tar.xz           then, there:  tar xf OUT.tar.xz && gpu-tree/bench/gpu.sh all
+#   bench/pack_gpu_tree.sh OUT.tar.xz     then, there:  tar xf OUT.tar.xz && gpu-tree/bench/gpu.sh (prints what to do)
 #
-# Needs the package's environment (python with mobe_gguf); the source distribution is fetched unless the cache has it.
+# Needs the package's environment (python with mobe_gguf); the source distribution is fetched unless the cache has it, the wheels
+# from PyPI. Environment: PYTHON (python3), PYTHON_VERSION of the other machine (3.12; x86-64, glibc 2.28 or newer).
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 OUT.tar.xz" >&2; exit 2; }
 out=$(realpath -m "$1")
 repo=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
 work=$(mktemp -d "${TMPDIR:-/tmp}/gpu-tree.XXXXXX")
 trap 'rm -rf "$work"' EXIT
+tree=$work/gpu-tree
 
 cd "$repo"
-"${PYTHON:-python3}" - "$work/sdist" <<'PYTHON'
+"$python" - "$work/sdist" <<'PYTHON'
 import sys
 from pathlib import Path
 
@@ -26,8 +30,12 @@ source.unpack(source.fetch(source.LLAMA_CPP, cache, env), source.LLAMA_CPP, tree
 patch.apply(tree, sorted(resources.path("patches").glob("*.patch")), env)
 PYTHON
 
+mkdir -p "$tree/bench" "$tree/native" "$tree/wheels" "$tree/llama.cpp"
+"$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "${PYTHON_VERSION:-3.12}" --implementation cp \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+    --dest "$tree/wheels" cffi pycparser
+
 cd "$work/sdist/vendor/llama.cpp"
-mkdir -p "$work/gpu-tree/bench" "$work/gpu-tree/native"
 # ggml's other backends; what tools carry for a browser or for tests; documents, models, other languages
 for backend in ggml/src/ggml-*/; do
     case $backend in
@@ -37,11 +45,13 @@ for backend in ggml/src/ggml-*/; do
 done
 find . -type f \( -name '*.gguf' -o -name '*.png' -o -name '*.jpg' -o -name '*.jpeg' -o -name '*.mp3' -o -name '*.wav' \
     -o -name '*.gif' -o -name '*.svg' -o -name '*.pdf' -o -name '*.gz' -o -name '*.zip' \) -delete
-mkdir "$work/gpu-tree/llama.cpp"
-cp -r CMakeLists.txt cmake ggml src include common vendor tests tools LICENSE "$work/gpu-tree/llama.cpp/"
-[ ! -d licenses ] || cp -r licenses "$work/gpu-tree/llama.cpp/"
-cp -r "$repo/native/ggml_mobe" "$work/gpu-tree/native/"
-cp "$repo"/bench/gpu.sh "$repo"/bench/gpu_ops.cpp "$work/gpu-tree/bench/"
+cp -r CMakeLists.txt cmake ggml src include common vendor tests tools gguf-py conversion LICENSE "$tree/llama.cpp/"
+[ ! -d licenses ] || cp -r licenses "$tree/llama.cpp/"
+cd "$repo"
+cp -r native/ggml_mobe "$tree/native/"
+cp -r mobe_gguf LICENSE "$tree/"
+cp bench/*.sh bench/*.py bench/*.cpp "$tree/bench/"
+find "$tree" -name __pycache__ -prune -exec rm -rf {} +
 
 tar -C "$work" -cJf "$out" gpu-tree
 echo "$out: $(du -k "$out" | cut -f1) KiB" >&2

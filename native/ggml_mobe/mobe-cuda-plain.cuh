@@ -13,7 +13,7 @@ template <ggml_type type> static __global__ void mobe_proj_plain(const mobe_args
     const int rho = blockIdx.x;
     const int u   = blockIdx.y;
     const int t   = u/a.k;
-    const int e   = a.ids[t*a.ids_token + u%a.k];
+    const mobe_mix_row mix = mobe_mix_of(a, a.ids[t*a.ids_token + u%a.k]);
     const float * x = a.x + t*a.x_token + (u%a.k)*a.x_slot;
 
     float sum = 0.0f;
@@ -27,7 +27,7 @@ template <ggml_type type> static __global__ void mobe_proj_plain(const mobe_args
         }
         float acc[source::VALUES] = {};
         for (int j = 0; j < a.m; j++) {
-            const float coef = mobe_coefficient(a, e, j, rho);
+            const float coef = mobe_coefficient(a, mix, j, rho);
             if (coef == 0.0f) {
                 continue;
             }

@@ -4,4 +4,4 @@
 
 #include "mobe-cuda-combine.cuh"
 
-void mobe_launch_prompt(ggml_backend_cuda_context & ctx, ggml_type type, const mobe_args & a, int n_sm);
+void mobe_launch_prompt(ggml_backend_cuda_context & ctx, ggml_type type, const mobe_args & a, mobe_device device);

@@ -1,7 +1,7 @@
 // ggml_mobe_proj on CUDA (contract and formula: ggml-mobe.h): which kernel, and decoding.
 //
 //   plain    mobe-cuda-plain.cuh: f32, one use at a time. The comparison for the others, and what devices before Ampere run.
-//   decode   mobe_combine: 8 or 32 uses a pass, each quantized block read once for all of them
+//   decode   mobe_combine: 8 or 32 uses a pass, each quantized block read from memory once for all of them
 //   prompt   mobe-cuda-prompt.cu: experts with several tokens each are formed once, then multiplied by tensor cores
 //
 // Cost rule between the last two: decode forms k*T matrices and stores none, prompt forms at most n, stores and reloads them and
@@ -31,7 +31,7 @@ static mobe_path mobe_choose(int device, const ggml_tensor * dst) {
         return MOBE_PATH_PLAIN;
     }
     static const char * const asked = getenv("GGML_CUDA_MOBE");
-    const bool can_form = mobe_combine_shared<4>(s.m) <= 48*1024;
+    const bool can_form = mobe_combine_shared<4>(s.m) <= MOBE_SHARED_PLAIN;
     if (asked != nullptr && strcmp(asked, "plain") == 0) {
         return MOBE_PATH_PLAIN;
     }
@@ -78,20 +78,24 @@ bool ggml_cuda_mobe_proj_supports(int device, const ggml_tensor * dst) {
     return s.d % 32 == 0 && s.d <= 1 << 20 && // whole units of every type; sizes that an int holds
         s.m <= MOBE_MAX_BASES && s.r <= 65535 && s.n <= 65535 &&
         s.k*s.T <= 65535*8 && // the grid
+        ggml_nbytes(basis) < 16ull << 32 && // offsets of bases, in 32 bits, count 16 bytes
         // x is read 16 bytes at a time
         x->nb[0] == sizeof(float) && x->nb[1] % 16 == 0 && x->nb[2] % 16 == 0 && x->view_offs % 16 == 0 &&
         ids->nb[0] == sizeof(int32_t) && ggml_is_contiguous(dst);
 }
 
-static void mobe_launch_decode(ggml_type type, const mobe_args & a, int n_sm, cudaStream_t stream) {
-    const bool many = a.n_use > 8 && mobe_combine_shared<4>(a.m) <= 48*1024;
+static void mobe_launch_decode(ggml_type type, const mobe_args & a, mobe_device device, cudaStream_t stream) {
+    // A tile of 8 uses for each of a few tokens reads q4_k's blocks again, out of L2, and by instructions still costs less than one of
+    // 32 that is not full; other types have no ring and take longer to dequantize.
+    const int  few  = type == GGML_TYPE_Q4_K ? 24 : 8;
+    const bool many = a.n_use > few && mobe_combine_shared<4>(a.m) <= MOBE_SHARED_PLAIN;
     switch (type) {
 #define MOBE_TYPE_DECODE(TYPE)                                        \
         case TYPE:                                                    \
             if (many) {                                               \
-                mobe_combine_launch<TYPE, 4, false>(a, n_sm, stream); \
+                mobe_combine_launch<TYPE, 4, false>(a, device, stream); \
             } else {                                                  \
-                mobe_combine_launch<TYPE, 1, false>(a, n_sm, stream); \
+                mobe_combine_launch<TYPE, 1, false>(a, device, stream); \
             }                                                         \
             break;
         MOBE_FOR_TYPES(MOBE_TYPE_DECODE)
@@ -129,13 +133,15 @@ void ggml_cuda_op_mobe_proj(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     a.k          = s.k;
     a.n_use      = s.k*s.T;
     a.row_mix    = s.row_mix;
+    a.constant   = basis->op == GGML_OP_NONE && basis->view_src == nullptr;
     a.activation = (ggml_mobe_activation) ggml_get_op_params_i32(dst, 0);
 
-    const int n_sm = ggml_cuda_info().devices[ctx.device].nsm;
+    const ggml_cuda_device_info::cuda_device_info & info = ggml_cuda_info().devices[ctx.device];
+    const mobe_device device = { info.nsm, info.smpbo };
     switch (mobe_choose(ctx.device, dst)) {
         case MOBE_PATH_PLAIN:  mobe_launch_plain (basis->type, a, ctx.stream());       break;
-        case MOBE_PATH_DECODE: mobe_launch_decode(basis->type, a, n_sm, ctx.stream()); break;
-        case MOBE_PATH_PROMPT: mobe_launch_prompt(ctx, basis->type, a, n_sm);          break;
+        case MOBE_PATH_DECODE: mobe_launch_decode(basis->type, a, device, ctx.stream()); break;
+        case MOBE_PATH_PROMPT: mobe_launch_prompt(ctx, basis->type, a, device);          break;
     }
     CUDA_CHECK(cudaGetLastError());
 }

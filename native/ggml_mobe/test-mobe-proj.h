@@ -67,7 +67,7 @@ struct test_mobe_proj : public test_case {
     void initialize_tensors(ggml_context * ctx) override {
         init_mul_mat_id_tensors(ctx, n_expert);
 
-        // zeros where a sparse mixing has them: a basis that nobody mixes, and experts with few terms
+        // zeros where a sparse mixing has them: a basis that nobody mixes, and experts with few terms; a dense one has none
         ggml_tensor * mix = ggml_get_tensor(ctx, "mix");
         std::vector<float> data(ggml_nelements(mix));
         ggml_backend_tensor_get(mix, data.data(), 0, ggml_nbytes(mix));
@@ -76,7 +76,7 @@ struct test_mobe_proj : public test_case {
         for (size_t i = 0; i < data.size(); i++) {
             const int64_t j = (i/per_basis)%m_group;
             const int64_t e = i/per_basis/m_group;
-            if (m_group > 2 && (j == 1 || (e % 2 == 0 && j > 2))) {
+            if (m_group > 2 && n_expert % 5 != 0 && (j == 1 || (e % 2 == 0 && j > 2))) {
                 data[i] = 0.0f;
             }
         }
@@ -111,6 +111,11 @@ static void add_mobe_proj_cases(std::vector<std::unique_ptr<test_case>> & cases)
                 cases.emplace_back(new test_mobe_proj(type, 256, 320, 4, 16, 4, n_tokens, 2, row_mix, false, GGML_MOBE_ACTIVATION_TANH));
             }
         }
+    }
+    // more bases than a tensor core takes at once, dense and sparse; rows longer than a block's warps take, more than it keeps sums of
+    for (int64_t n_tokens : { 1, 4 }) {
+        cases.emplace_back(new test_mobe_proj(GGML_TYPE_Q4_K, 2304,  300, 40, 25, 8, n_tokens, 1, false, true, GGML_MOBE_ACTIVATION_TANH));
+        cases.emplace_back(new test_mobe_proj(GGML_TYPE_Q4_K,  256, 2400, 40, 16, 8, n_tokens, 1, false, true, GGML_MOBE_ACTIVATION_TANH));
     }
     cases.emplace_back(new test_mobe_proj(GGML_TYPE_Q5_0, 96, 256, 6, 24, 4, 40, 1, false, false, GGML_MOBE_ACTIVATION_SILU));
     cases.emplace_back(new test_mobe_proj(GGML_TYPE_F32,  77, 130, 3, 7, 2, 17, 1, true, false, GGML_MOBE_ACTIVATION_NONE));

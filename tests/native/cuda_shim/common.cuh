@@ -9,11 +9,13 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <vector>
 
 #include <cuda_runtime_api.h>
 #include <vector_functions.h>
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
+#include <cublas_v2.h>
 
 #include "ggml.h"
 
@@ -32,18 +34,50 @@
 #undef  __forceinline__
 #define __forceinline__ inline
 
-struct ggml_backend_cuda_context;
-
 // the fiber that runs, and its block
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
-extern char shim_shared[];
+extern char shim_shared[227*1024];
 
 void     shim_launch(dim3 grid, int threads, const std::function<void()> & kernel);
 void     __syncthreads();
 void     __syncwarp();
 float    __shfl_xor_sync(uint32_t mask, float v, int offset);
 uint32_t __ballot_sync(uint32_t mask, bool predicate);
+uint32_t atomicOr(uint32_t * to, uint32_t v);
 void     shim_mma(float * d, const half2 * a, uint2 b); // mma.m16n8k16, fragments as in the PTX manual
+
+static inline void ggml_cuda_pdl_sync() {}
+static inline void ggml_cuda_pdl_lc()   {}
+
+// what the host's side calls, done at once
+#define CUDA_CHECK(call)   (void) (call)
+#define CUBLAS_CHECK(call) (void) (call)
+#define CUDA_SET_SHARED_MEMORY_LIMIT(...)
+#define cudaFuncSetAttribute(...)     0
+#define cudaGetLastError()            0
+#define cudaStreamSynchronize(stream) 0
+#define cudaMemcpyAsync(to, from, size, kind, stream) memcpy(to, from, size)
+#define cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, height, kind, stream) \
+    shim_memcpy_2d((char *) (to), to_pitch, (const char *) (from), from_pitch, width, height)
+
+static inline int shim_memcpy_2d(char * to, size_t to_pitch, const char * from, size_t from_pitch, size_t width, size_t height) {
+    for (size_t i = 0; i < height; i++) {
+        memcpy(to + i*to_pitch, from + i*from_pitch, width);
+    }
+    return 0;
+}
+
+struct ggml_backend_cuda_context {
+    int          pool()          { return 0; }
+    cudaStream_t stream()        { return nullptr; }
+    cublasHandle_t cublas_handle() { return nullptr; }
+};
+
+template <typename T> struct ggml_cuda_pool_alloc {
+    std::vector<char> data;
+    ggml_cuda_pool_alloc(int, size_t n) : data(n*sizeof(T), (char) 0xff) {} // NaNs
+    T * get() { return (T *) data.data(); }
+};
 
 // the kernels' way out on devices without tensor cores is the way in here
 #define GGML_UNUSED_VARS(...)
@@ -84,4 +118,9 @@ static inline float ggml_cuda_e8m0_to_fp32(uint8_t x) {
     float v;
     memcpy(&v, &bits, sizeof(v));
     return v;
+}
+
+static inline float ggml_cuda_ue4m3_to_fp32(uint8_t x) { // half of what the type stands for, as kvalues_mxfp4 are twice
+    const int exponent = x >> 3 & 15;
+    return x == 0x7f ? 0.0f : exponent == 0 ? ldexpf(x & 7, -10) : ldexpf(8 + (x & 7), exponent - 11);
 }

@@ -1,12 +1,14 @@
 // Fibers and warp instructions of common.cuh, and the door for the test.
 
 #include "mobe-cuda-plain.cuh"
+#include "mobe-cuda-prompt.cu"
 
 #include <ucontext.h>
+#include <deque>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
-alignas(16) char shim_shared[48*1024];
+alignas(16) char shim_shared[227*1024];
 
 static const size_t STACK = 256*1024;
 
@@ -21,11 +23,21 @@ struct warp_memory {
     uint2    b[32];
 };
 
+struct copy {
+    char       * to;
+    const char * from;
+};
+struct thread_copies {
+    std::vector<copy> open;               // not yet a group
+    std::deque<std::vector<copy>> groups; // oldest first
+};
+
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
 static std::vector<char> running;
 static meeting block;
 static std::vector<warp_memory> warps;
+static std::vector<thread_copies> copies;
 static const std::function<void()> * work;
 static int current;
 
@@ -42,6 +54,7 @@ static void meet(meeting & m) {
 
 static void enter() {
     (*work)();
+    mobe_copy_wait(0);
     running[current] = false;
     swapcontext(&fibers[current], &scheduler);
 }
@@ -59,6 +72,7 @@ void shim_launch(dim3 grid, int threads, const std::function<void()> & kernel) {
             fibers.assign(threads, ucontext_t());
             running.assign(threads, true);
             warps.assign(threads/32, warp_memory());
+            copies.assign(threads, thread_copies());
             block = meeting{ threads };
             for (warp_memory & w : warps) {
                 w.all.expected = 32;
@@ -69,9 +83,15 @@ void shim_launch(dim3 grid, int threads, const std::function<void()> & kernel) {
                 fibers[i].uc_stack.ss_size = STACK;
                 makecontext(&fibers[i], enter, 0);
             }
+            unsigned order = 1;
             for (int left = threads; left > 0;) {
                 left = 0;
-                for (current = 0; current < threads; current++) {
+                // another order each time: results must not depend on who comes first
+                order = order*1664525 + 1013904223;
+                const unsigned first = order >> 8, step = order >> 16 | 1;
+                GGML_ASSERT((threads & (threads - 1)) == 0);
+                for (int i = 0; i < threads; i++) {
+                    current = (first + i*step) % threads;
                     if (running[current]) {
                         threadIdx = dim3(current, 0, 0);
                         swapcontext(&scheduler, &fibers[current]);
@@ -85,6 +105,32 @@ void shim_launch(dim3 grid, int threads, const std::function<void()> & kernel) {
 
 void __syncthreads() { meet(block); }
 void __syncwarp()    { meet(warps[current/32].all); }
+
+uint32_t atomicOr(uint32_t * to, uint32_t v) {
+    const uint32_t old = *to;
+    *to |= v;
+    return old;
+}
+
+void mobe_copy_async(char * to, const char * from) {
+    GGML_ASSERT((uintptr_t) to % 16 == 0 && (uintptr_t) from % 16 == 0);
+    GGML_ASSERT(to >= shim_shared && to + 16 <= shim_shared + sizeof(shim_shared));
+    memset(to, 0xff, 16);
+    copies[current].open.push_back({ to, from });
+}
+
+void mobe_copy_commit() {
+    copies[current].groups.push_back(std::move(copies[current].open));
+    copies[current].open.clear();
+}
+
+void mobe_copy_wait(int newest) {
+    for (auto & groups = copies[current].groups; (int) groups.size() > newest; groups.pop_front()) {
+        for (const copy & c : groups.front()) {
+            memcpy(c.to, c.from, 16);
+        }
+    }
+}
 
 float __shfl_xor_sync(uint32_t, float v, int offset) {
     warp_memory & w = warps[current/32];
@@ -128,25 +174,58 @@ void shim_mma(float * d, const half2 * a, uint2 b) {
     __syncwarp();
 }
 
-// kernel: 0 plain, 1 and 4 decode with NT tiles of 8 uses, 5 form (out: f16). Returns whether the type is known.
+// c[m x n] = a[k x m]^T . b[k x n], columns one after the other, f16 in and f32 out
+cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n, int k, const void *, const void * a, cudaDataType,
+        int lda, const void * b, cudaDataType, int ldb, const void *, void * c, cudaDataType, int ldc, cublasComputeType_t, cublasGemmAlgo_t) {
+    for (int j = 0; j < n; j++) {
+        for (int i = 0; i < m; i++) {
+            float sum = 0.0f;
+            for (int l = 0; l < k; l++) {
+                sum += __half2float(((const half *) a)[(int64_t) i*lda + l])*__half2float(((const half *) b)[(int64_t) j*ldb + l]);
+            }
+            ((float *) c)[(int64_t) j*ldc + i] = sum;
+        }
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k, const void * alpha,
+        const void * a, cudaDataType at, int lda, long long sa, const void * b, cudaDataType bt, int ldb, long long sb, const void * beta,
+        void * c, cudaDataType ct, int ldc, long long sc, int count, cublasComputeType_t compute, cublasGemmAlgo_t algo) {
+    for (int i = 0; i < count; i++) {
+        cublasGemmEx(h, ta, tb, m, n, k, alpha, (const half *) a + i*sa, at, lda, (const half *) b + i*sb, bt, ldb, beta, (float *) c + i*sc, ct, ldc,
+            compute, algo);
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// kernel: 0 plain, 1 and 4 decode with NT tiles of 8 uses, 5 form (out: f16), 6 prompt. Returns whether the type is known.
 extern "C" int mobe_shim(int kernel, int type, const char * basis, int64_t row_bytes, const float * mix, const float * x,
         int64_t x_slot, int64_t x_token, const int32_t * ids, int64_t ids_token, void * out,
-        int d, int r, int m, int m_group, int n, int k, int n_use, int row_mix, int activation, int n_sm) {
+        int d, int r, int m, int m_group, int n, int k, int n_use, int row_mix, int activation, int n_sm, int64_t shared) {
     mobe_args a = {};
     a.basis = basis; a.row_bytes = row_bytes; a.mix = mix; a.x = x; a.x_slot = x_slot; a.x_token = x_token;
     a.ids = ids; a.ids_token = ids_token; a.z = (float *) out; a.formed = (half *) out;
     a.d = d; a.r = r; a.m = m; a.m_group = m_group; a.n = n; a.per_group = n/(m/m_group); a.k = k; a.n_use = n_use;
     a.row_mix = row_mix; a.activation = (ggml_mobe_activation) activation;
+    a.constant = true;
+    const mobe_device device = { n_sm, (size_t) shared };
     if (kernel == 0) {
         mobe_launch_plain((ggml_type) type, a, nullptr);
+        return 1;
+    }
+    if (kernel == 6) {
+        ggml_backend_cuda_context ctx;
+        mobe_launch_prompt(ctx, (ggml_type) type, a, device);
         return 1;
     }
     switch (type) {
 #define SHIM_TYPE(TYPE) case TYPE:                                                             \
         switch (kernel) {                                                                      \
-            case 1: mobe_combine_launch<TYPE, 1, false>(a, n_sm, nullptr); return 1;           \
-            case 4: mobe_combine_launch<TYPE, 4, false>(a, n_sm, nullptr); return 1;           \
-            case 5: mobe_combine_launch<TYPE, 4, true> (a, n_sm, nullptr); return 1;           \
+            case 1: mobe_combine_launch<TYPE, 1, false>(a, device, nullptr); return 1;           \
+            case 4: mobe_combine_launch<TYPE, 4, false>(a, device, nullptr); return 1;           \
+            case 5: mobe_combine_launch<TYPE, 4, true> (a, device, nullptr); return 1;           \
         }                                                                                      \
         return 0;
         MOBE_FOR_TYPES(SHIM_TYPE)
