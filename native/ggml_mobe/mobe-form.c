@@ -193,7 +193,7 @@ void mobe_tile_decode(
                 (uint8_t *) tile->data + part*MOBE_COLS*4, tile->scale + part*MOBE_RUNS*4,
                 tile->shift + part*MOBE_RUNS*4, tile->most + g*former->n_pad + i,
             };
-            mobe_quad_decode(basis->type, former->format, src, (int) n_cols, &four);
+            mobe_quad_decode(basis->type, former->format, former->twice, src, (int) n_cols, &four);
         }
         for (int64_t i = (n + 3)/4*4; i % 16 != 0; i++) {
             tile->most[g*former->n_pad + i] = 0.0f; // read with whole vectors

@@ -295,7 +295,7 @@ static void mobe_quad_q6_k(const uint8_t * const * src, uint8_t * dst) {
 #undef MOBE_PUT
 
 void mobe_quad_decode(
-        enum ggml_type type, const struct mobe_format * format, const char * const * src, int n_cols, const struct mobe_four * dst) {
+        enum ggml_type type, const struct mobe_format * format, bool twice, const char * const * src, int n_cols, const struct mobe_four * dst) {
     const bool flip = mobe_wide(format) && MOBE_WIDE_BIAS != 0;
     const uint8_t * at[4];
     int8_t q[4][MOBE_COLS];
@@ -322,7 +322,7 @@ void mobe_quad_decode(
             dst->most[p] = src[p] ? mobe_bytes_from_floats(type, src[p], n_cols, scale[p], q[p]) : 0.0f;
         }
         const float zero = mobe_wide(format) ? 0.0f : (float) format->zero; // what is added to wide ones does not change the numbers
-        const float one  = format && format->twice ? MOBE_SCALE_TWICE : MOBE_SCALE;
+        const float one  = twice ? MOBE_SCALE_TWICE : MOBE_SCALE;
         mobe_quad_scales(scale, min, zero, mobe_run(format) == 16 ? 16 : 8, mobe_shifts(format), one, dst);
     }
 

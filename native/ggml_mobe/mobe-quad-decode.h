@@ -23,7 +23,7 @@ enum {
 // What four bases are in a stretch. The number at column c of basis p is most[p]*(scale*(q - zero) + shift), with
 //   q     = data[4*c + p], as mobe-quad.h wants it
 //   zero  = the middle of the numbers, the same for all: mobe_zero
-//   scale = scale[4*run + p]/MOBE_SCALE
+//   scale = scale[4*run + p]/MOBE_SCALE, or MOBE_SCALE_TWICE
 //   shift = shift[4*run + p]/MOBE_SHIFT, if mobe_shifts
 struct mobe_four {
     uint8_t * data;  // [4*MOBE_COLS], 64-byte aligned
@@ -35,6 +35,6 @@ struct mobe_four {
 float mobe_zero(const struct mobe_format * format);
 
 // n_cols <= MOBE_COLS columns, whole blocks. A basis that is not read (NULL) has scales and shifts of 0, whatever bytes stand in
-// for it; one of them is not NULL. format is mobe_format_of(type).
+// for it; one of them is not NULL. format is mobe_format_of(type). twice: scales for coefficients of two bytes.
 void mobe_quad_decode(
-        enum ggml_type type, const struct mobe_format * format, const char * const * src, int n_cols, const struct mobe_four * dst);
+        enum ggml_type type, const struct mobe_format * format, bool twice, const char * const * src, int n_cols, const struct mobe_four * dst);

@@ -378,6 +378,11 @@ int main(int argc, char ** argv) {
             worst[t.type] = error > worst[t.type] ? error : worst[t.type];
         }
     }
+    // more bases than sums of two-byte coefficients have room for
+    const struct test many = { GGML_TYPE_Q8_0, 512, 33, 260, 16, 4, 3, 1, false, false, 0, GGML_MOBE_ACTIVATION_NONE };
+    const double error = check(&many);
+    worst[many.type] = error > worst[many.type] ? error : worst[many.type];
+
     printf("largest normalized squared error:");
     for (int type = 0; type < GGML_TYPE_COUNT; type++) {
         if (worst[type] > 0.0) {
