@@ -76,7 +76,7 @@ def test_a_killed_worker_s_unit_goes_to_another(ray_address, model, tmp_path, mo
     with monkeypatch.context() as m:
         m.setattr(unit, "fit", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(prepare(source, out, OPTIONS), quiet=True)
+            run(prepare(source, out, OPTIONS), quiet=True, workers=1)
 
     def kill():
         while not (tmp_path / "seen" / "victim").exists():
