@@ -11,7 +11,8 @@
 #   build-ops    ggml-cuda, test-backend-ops, gpu_ops
 #   test         test-backend-ops -o MOBE_PROJ, CUDA against CPU: as the operator chooses (also one kernel strictly after the
 #                other), then each kernel by force
-#   perf         gpu_ops: time and share of memory bandwidth at Qwen3-30B, Qwen3-235B and DeepSeek-V3 shapes
+#   perf         gpu_ops: time and share of memory bandwidth at Qwen3-30B, Qwen3-235B and DeepSeek-V3 shapes; fails where results
+#                are not the formula's
 #   profile      ncu: memory throughput and stalls of the decode kernel, where counters can be read
 #   sanitize     compute-sanitizer (memcheck, racecheck, synccheck) on a few small cases of each kernel
 #   factorize    bench/factorize.py on the GPU, Qwen3-30B and DeepSeek-V3 layers; needs configure and python, no build
@@ -43,9 +44,10 @@ cuda=${CUDA_HOME:-/usr/local/cuda}
 export PATH=$cuda/bin:$PATH PYTHONUNBUFFERED=1 GGML_CUDA_MOBE=${GGML_CUDA_MOBE:-auto}
 mkdir -p "$logs"
 
-# where cuBLAS is: the toolkit's, or the one that PyTorch's wheels bring (headers and libcublas.so.N, no libcublas.so)
+# where cuBLAS is: the toolkit's, or the one that PyTorch's wheels bring (headers and libcublas.so.N, no libcublas.so). A toolkit put
+# together from wheels may have the header and no libcublas.so either, which CMake looks for.
 cublas=
-if [ ! -f "$cuda/include/cublas_v2.h" ]; then
+if [ ! -f "$cuda/include/cublas_v2.h" ] || [ ! -e "$cuda/lib64/libcublas.so" ]; then
     header=$("$python" - <<'PYTHON'
 import glob, site, sys
 roots = {*site.getsitepackages(), site.getusersitepackages(), *sys.path}

@@ -5,6 +5,9 @@
 //
 // A graph holds several layers with bases of their own, more than any cache, so that each run reads them from memory; the
 // backend's graph capture applies as it does in a model. Median of RUNS. bench/gpu.sh compiles this against the built libraries.
+//
+// What a graph has computed after all runs is compared with the formula at some places: test-backend-ops has no shapes of this size,
+// and computes each graph once, so never a captured one.
 
 #include "ggml.h"
 #include "ggml-alloc.h"
@@ -45,9 +48,9 @@ static std::vector<float> normal(size_t n, float scale) {
     return v;
 }
 
-// t = random numbers of its type: 64 rows quantized once and repeated over all rows
+// t = random numbers of its type: 61 rows quantized once and repeated over all rows (so that bases differ: none has a multiple of 61)
 static void fill(ggml_tensor * t) {
-    const int64_t rows = std::min<int64_t>(64, ggml_nrows(t));
+    const int64_t rows = std::min<int64_t>(61, ggml_nrows(t));
     const auto values = normal(rows*t->ne[0], 1.0f);
     std::vector<char> data(rows*t->nb[1]);
     const std::vector<float> importance(t->ne[0], 1.0f);
@@ -83,6 +86,51 @@ static double seconds(ggml_backend_t backend, ggml_cgraph * graph, int runs) {
     std::nth_element(times.begin() + 3, times.begin() + 3 + runs/2, times.end());
     return times[3 + runs/2];
 }
+
+static std::vector<float> row_of(const ggml_tensor * t, int64_t row) {
+    std::vector<char>  data(t->nb[1]);
+    std::vector<float> values(t->ne[0]);
+    ggml_backend_tensor_get(t, data.data(), row*t->nb[1], t->nb[1]);
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(values.data(), data.data(), data.size());
+    } else {
+        ggml_get_type_traits(t->type)->to_float(data.data(), values.data(), t->ne[0]);
+    }
+    return values;
+}
+
+// normalized squared error of some results of a MOBE_PROJ node (tanh, one x a token, one group), among them the first and the last
+static double error_of(const ggml_tensor * z) {
+    const ggml_tensor * basis = z->src[0], * mix = z->src[1], * x = z->src[2], * ids = z->src[3];
+    const int64_t d = basis->ne[0], r = basis->ne[1], m = basis->ne[2], k = ids->ne[0], T = ids->ne[1];
+    double error = 0, norm = 0;
+    for (int i = 0; i < 32; i++) {
+        const int64_t row = i == 0 ? 0 : i == 1 ? r - 1 : rng()%r;
+        const int64_t use = i == 0 ? 0 : i == 1 ? k*T - 1 : rng()%(k*T);
+        int32_t expert = 0;
+        float   got    = 0;
+        ggml_backend_tensor_get(ids, &expert, use*sizeof(expert), sizeof(expert));
+        ggml_backend_tensor_get(z, &got, (use*r + row)*sizeof(got), sizeof(got));
+        const auto alpha = row_of(mix, expert);
+        const auto input = row_of(x, use/k);
+        std::vector<double> sum(d);
+        for (int64_t j = 0; j < m; j++) {
+            const auto values = row_of(basis, j*r + row);
+            for (int64_t c = 0; c < d; c++) {
+                sum[c] += (double) alpha[j]*values[c];
+            }
+        }
+        double truth = 0;
+        for (int64_t c = 0; c < d; c++) {
+            truth += tanh(sum[c])*input[c];
+        }
+        error += (got - truth)*(got - truth);
+        norm  += truth*truth;
+    }
+    return error/norm;
+}
+
+static bool wrong = false;
 
 struct scratch {
     ggml_context * ctx;
@@ -143,11 +191,21 @@ static void bench(ggml_backend_t backend, const shape & c, ggml_type type, int64
     ggml_backend_tensor_set(x, input.data(), 0, ggml_nbytes(x));
 
     const double each = seconds(backend, graph, runs)/layers;
+    double error = 0;
+    if (!dense) {
+        ggml_tensor * first = ggml_graph_node(graph, 0), * last = ggml_graph_node(graph, -1);
+        ggml_backend_tensor_memset(first, 0xff, 0, ggml_nbytes(first)); // NaNs
+        ggml_backend_tensor_memset(last,  0xff, 0, ggml_nbytes(last));
+        ggml_backend_graph_compute(backend, graph);
+        error = (error_of(first) + error_of(last))/2;
+        wrong = wrong || !(error < 1e-3);
+    }
     // bytes that have to be read once: all bases, or the experts in use
     const double needed = dense ? (double) matrix*std::min<double>(c.n, c.k*T) : (double) bytes;
     const double macs   = (double) c.k*T*c.r*c.d*(dense ? 1 : c.m + 1);
-    printf("%-12s %-6s %5d  %-10s %9.1f us %8.0f GB/s %5.1f %%  %8.2f TMAC/s\n", c.name, ggml_type_name(type), (int) T,
+    printf("%-12s %-6s %5d  %-10s %9.1f us %8.0f GB/s %5.1f %%  %8.2f TMAC/s", c.name, ggml_type_name(type), (int) T,
         dense ? "mul_mat_id" : "mobe_proj", each*1e6, needed/each*1e-9, 100*needed/each/copy, macs/each*1e-12);
+    printf(dense ? "\n" : "   error %.0e%s\n", error, error < 1e-3 ? "" : " WRONG");
     fflush(stdout);
 }
 
@@ -190,5 +248,8 @@ int main(int argc, char ** argv) {
         }
     }
     ggml_backend_free(backend);
-    return 0;
+    if (wrong) {
+        fprintf(stderr, "gpu_ops: some results are wrong\n");
+    }
+    return wrong ? 1 : 0;
 }

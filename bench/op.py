@@ -51,7 +51,7 @@ def measure(program: Path, peak: Peaks, kind: str, shape: list[int], tokens: int
         mix=mix,
         evaluate=in_use * r * d,
         project=0 if prompt else inputs,
-        halves=inputs if prompt else 0,
+        prompt=inputs if prompt else 0,
     )
     read, compute = peak.limits(work, kind)
     took, bound = median(seconds), max(compute, read)

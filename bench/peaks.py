@@ -11,7 +11,7 @@ its arithmetic.  Units of arithmetic share the core's ports, so their times add 
     evaluate   of f: tanh by the kernel's own approximation
     encode     numbers that a cache of formed matrices rounds to q8_0, by ggml's own function
     project    multiply-adds of formed rows with inputs: floats
-    halves     the same in a prompt: bf16 where the processor has it and bases are quantized
+    prompt     the same in a prompt: of bytes when bases are quantized
     multiply   ggml's own products, also those of rows that a cache holds: of bytes for quantized matrices, bf16 for those,
                else floats
 
@@ -52,16 +52,15 @@ class Peaks:
 
     def limits(self, work: Work, quant: str) -> tuple[float, float]:
         """Seconds to move the bytes of ``work``, and of its arithmetic, for matrices of the type ``quant``."""
-        floats, halves = self.rates["fma"], self.first("bf16", "fma")
-        mix = products = floats
+        floats = self.rates["fma"]
+        mix = prompt = products = floats
         if ggml.type_info(quant).quantized:
-            mix = products = self.first("int8", "fma")
+            mix = prompt = products = self.first("int8", "fma")
             if quant.lower() == "q8_0" and "int8" in self.rates:
                 mix /= 2
-        else:
-            products = halves if quant.lower() == "bf16" else floats
-            halves = floats
-        arithmetic = work.mix / mix + work.project / floats + work.halves / halves + work.multiply / products
+        elif quant.lower() == "bf16":
+            products = self.first("bf16", "fma")
+        arithmetic = work.mix / mix + work.project / floats + work.prompt / prompt + work.multiply / products
         arithmetic += work.evaluate / self.rates["tanh"]
         if work.encode:
             arithmetic += work.encode / self.rates["encode"]

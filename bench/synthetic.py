@@ -42,12 +42,12 @@ class Work:
     evaluate: float = 0.0
     encode: float = 0.0
     project: float = 0.0
-    halves: float = 0.0
+    prompt: float = 0.0
     multiply: float = 0.0
 
     @property
     def multiply_adds(self) -> float:
-        return self.mix + self.project + self.halves + self.multiply
+        return self.mix + self.project + self.prompt + self.multiply
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Shape:
             mix=count * used / tokens * (self.terms or m) * each,
             evaluate=count * used / tokens * each,
             project=0 if prompt else count * k * each,
-            halves=count * k * each if prompt else 0,
+            prompt=count * k * each if prompt else 0,
             multiply=k * self.own,
         )
 

@@ -181,16 +181,19 @@ static void mobe_cache_encode_input(const float * src, char * dst, int64_t d) {
     ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float(src, dst, d);
 }
 
-// columns c0 .. c0 + n of a row
-static void mobe_cache_encode(const float * src, int64_t c0, int64_t n, char * row, int64_t d) {
+// columns c0[i] .. c0[i] + n of n_row <= MOBE_TOGETHER rows; the values, MOBE_COLS apart, are lost
+static void mobe_cache_encode(float * values, int n_row, int64_t n, char * const * rows, const int64_t * c0, int64_t d) {
 #if defined(MOBE_QUAD)
+    _Static_assert((int) MOBE_TOGETHER <= (int) MOBE_ENCODED, "room");
     if (mobe_cache_own_rows(d)) {
-        mobe_kept_encode(src, c0, n, row, d);
+        mobe_kept_encode(values, n_row, n, rows, c0, d);
         return;
     }
 #endif
     const enum ggml_type type = ggml_mobe_cache_type(d);
-    ggml_get_type_traits_cpu(type)->from_float(src, row + ggml_row_size(type, c0), n);
+    for (int i = 0; i < n_row; i++) {
+        ggml_get_type_traits_cpu(type)->from_float(values + i*MOBE_COLS, rows[i] + ggml_row_size(type, c0[i]), n);
+    }
 }
 
 static float mobe_cache_dot(const char * row, char * input, int64_t d) {
@@ -258,7 +261,12 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
         }
     }
 
+    // what is formed is rounded several stretches at a time, of few experts one behind the other
+    float     values[MOBE_TOGETHER*MOBE_COLS] __attribute__((aligned(64)));
+    char    * rows[MOBE_TOGETHER];
+    int64_t   begins[MOBE_TOGETHER];
     for (int64_t rho = row_begin; n_missed > 0 && rho < row_end; rho++) {
+        int n_formed = 0;
         if (s.row_mix || rho == row_begin) {
             mobe_mix_gather(&former, &w.row.list, w.row.terms, w.experts, w.missed, n_missed, rho, 1);
         }
@@ -267,11 +275,19 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
             mobe_tile_decode(&former, &w.row.tile, &w.row.list, rho, c0, n_cols);
             for (int64_t i0 = 0; i0 < n_missed; i0 += MOBE_TOGETHER) {
                 const int n = n_missed - i0 < MOBE_TOGETHER ? (int) (n_missed - i0) : MOBE_TOGETHER;
-                float values[MOBE_TOGETHER*MOBE_COLS] __attribute__((aligned(64)));
-                mobe_tile_combine(&former, w.row.terms + i0, n, &w.row.tile, n_cols, values, MOBE_COLS);
+                if (n_formed > 0 && (n_formed + n > MOBE_TOGETHER || n_cols < MOBE_COLS)) {
+                    mobe_cache_encode(values, n_formed, MOBE_COLS, rows, begins, s.d);
+                    n_formed = 0;
+                }
+                mobe_tile_combine(&former, w.row.terms + i0, n, &w.row.tile, n_cols, values + n_formed*MOBE_COLS, MOBE_COLS);
                 for (int i = 0; i < n; i++) {
-                    char * row = mobe_cache_row(&cache, &w, w.missed[i0 + i], rho);
-                    mobe_cache_encode(values + i*MOBE_COLS, c0, n_cols, row, s.d);
+                    rows[n_formed]   = mobe_cache_row(&cache, &w, w.missed[i0 + i], rho);
+                    begins[n_formed] = c0;
+                    n_formed++;
+                }
+                if (c0 + n_cols == s.d) {
+                    mobe_cache_encode(values, n_formed, n_cols, rows, begins, s.d);
+                    n_formed = 0;
                 }
             }
         }

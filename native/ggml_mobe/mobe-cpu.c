@@ -3,9 +3,9 @@
 // One idea a level, from the outside in:
 //   threads   each owns a run of the r rows: no two write the same number
 //   rows      ROWS at a time when experts have several tokens (a prompt), else one (decoding)
-//   columns   MOBE_COLS, in a prompt several times that: the bases in use are taken apart once for all experts (mobe-form.h)
+//   columns   MOBE_COLS: the bases in use are taken apart once for all experts (mobe-form.h)
 //   experts   EXPERTS at a time: a tile of bases stays in the first-level cache, the formed rows in the second
-//   tokens    formed rows are multiplied by the inputs of all tokens that use the expert (mobe-mul.h)
+//   tokens    formed rows are multiplied by the inputs of all tokens that use the expert (mobe-mul.h, mobe-mul-bytes.h)
 // The r x d matrix of an expert never exists: only a few of its rows do.
 
 #include "mobe-cpu.h"
@@ -13,6 +13,7 @@
 #include "mobe-form.h"
 #include "mobe-layout.h"
 #include "mobe-mul.h"
+#include "mobe-mul-bytes.h"
 
 #include "ggml-cpu-impl.h"
 
@@ -22,11 +23,6 @@
 enum {
     MOBE_EXPERTS    = 8,
     MOBE_ROWS       = 32,
-#if defined(MOBE_BF16)
-    MOBE_TILES      = 1,           // of columns, in a prompt
-#else
-    MOBE_TILES      = 2,           // the more, the fewer sums across lanes (mobe-mul.h)
-#endif
     MOBE_TILE_BYTES = 512*1024,    // of a row block in a prompt: half of a second-level cache, for fewer rows with many bases
     MOBE_PROMPT     = 4,           // tokens from which on a call may be a prompt
 };
@@ -44,55 +40,62 @@ struct mobe_work {
     int32_t * experts; // [n]     those in use, ascending
     int64_t   n_expert;
 
-    char  * formed; // [MOBE_EXPERTS][rows of a block][columns of a block], float or bf16
-    float * sums;   // [k*T][rows of a block, or MOBE_VEC lanes of a row] for each use
+    char  * formed; // [MOBE_EXPERTS][rows of a block][MOBE_COLS] floats, or bytes in a prompt of quantized bases:
+    float * scale;  // [MOBE_EXPERTS][MOBE_COLS/32][MOBE_ROWS] of those
+    float * sums;   // [k*T][MOBE_ROWS, or MOBE_VEC lanes of a row] for each use
 
     // decoding
     struct mobe_row row;
     // a prompt
     struct mobe_list    list;
     struct mobe_terms * terms;  // [rows of a block, or 1 when the mix is not row-wise][experts in use]
-    struct mobe_tile  * tiles;  // [rows of a block][column tiles of a block]
+    struct mobe_tile  * tiles;  // [rows of a block]
 };
 
-// Rows and tiles of columns of a block: what is taken apart before it is combined.
-struct mobe_block { int64_t rows, tiles; };
+// in a prompt
+static bool mobe_multiplies_bytes(const struct mobe_former * former) {
+#if defined(MOBE_MUL_BYTES)
+    return former->bytes;
+#else
+    GGML_UNUSED(former);
+    return false;
+#endif
+}
 
-static struct mobe_block mobe_block_of(const struct mobe_former * former, bool prompt) {
-    struct mobe_block block = { 1, 1 };
-    if (prompt) {
-        const int64_t fit = MOBE_TILE_BYTES/mobe_tile_place(former, NULL, NULL);
-        block.tiles = MOBE_TILES;
-        block.rows  = fit/MOBE_TILES/MOBE_MUL*MOBE_MUL;
-        block.rows  = block.rows > MOBE_ROWS ? MOBE_ROWS : block.rows < MOBE_MUL ? MOBE_MUL : block.rows;
+// rows that are taken apart before they are combined
+static int64_t mobe_block_rows(const struct mobe_former * former, bool prompt) {
+    if (!prompt) {
+        return 1;
     }
-    return block;
+    const int64_t fit = MOBE_TILE_BYTES/mobe_tile_place(former, NULL, NULL)/MOBE_MUL*MOBE_MUL;
+    return fit > MOBE_ROWS ? MOBE_ROWS : fit < MOBE_MUL ? MOBE_MUL : fit;
 }
 
 // Lays the arrays out from base on, or only counts when base is NULL. Returns the bytes used.
 static size_t mobe_work_layout(struct mobe_work * w, char * base, const struct mobe_former * former, bool prompt) {
     const struct ggml_mobe_shape * s = &former->shape;
-    const struct mobe_block block    = mobe_block_of(former, prompt);
+    const int64_t rows         = mobe_block_rows(former, prompt);
     const int64_t n_expert_max = s->n < s->k*s->T ? s->n : s->k*s->T;
-    const int64_t n_terms      = (s->row_mix ? block.rows : 1)*n_expert_max;
+    const int64_t n_terms      = (s->row_mix ? rows : 1)*n_expert_max;
 
     size_t used = 0;
     MOBE_TAKE(base, used, w->first,   s->n + 1);
     MOBE_TAKE(base, used, w->uses,    s->k*s->T);
     MOBE_TAKE(base, used, w->experts, s->n);
-    MOBE_TAKE(base, used, w->formed,  MOBE_EXPERTS*block.rows*block.tiles*MOBE_COLS*sizeof(float));
+    MOBE_TAKE(base, used, w->formed,  MOBE_EXPERTS*rows*MOBE_COLS*sizeof(float));
+    MOBE_TAKE(base, used, w->sums,    s->k*s->T*(prompt ? MOBE_ROWS : MOBE_VEC));
     if (prompt) {
+        MOBE_TAKE(base, used, w->scale, MOBE_EXPERTS*MOBE_COLS/32*MOBE_ROWS);
         MOBE_TAKE(base, used, w->terms, n_terms);
-        MOBE_TAKE(base, used, w->tiles, block.rows*block.tiles);
+        MOBE_TAKE(base, used, w->tiles, rows);
         used += mobe_list_place(former, base ? &w->list : NULL, base ? base + used : NULL);
         for (int64_t i = 0; i < n_terms; i++) {
             used += mobe_terms_place(former, base ? &w->terms[i] : NULL, base ? base + used : NULL);
         }
-        for (int64_t i = 0; i < block.rows*block.tiles; i++) {
+        for (int64_t i = 0; i < rows; i++) {
             used += mobe_tile_place(former, base ? &w->tiles[i] : NULL, base ? base + used : NULL);
         }
     }
-    MOBE_TAKE(base, used, w->sums, s->k*s->T*(block.rows > MOBE_VEC ? block.rows : MOBE_VEC));
     return used + mobe_row_place(former, base ? &w->row : NULL, n_expert_max, base ? base + used : NULL);
 }
 
@@ -104,11 +107,11 @@ static struct mobe_former mobe_node_former(const struct ggml_tensor * dst) {
     return former;
 }
 
-// inputs as bf16, for all threads
+// inputs as bytes, for all threads
 static size_t mobe_shared_bytes(const struct mobe_former * former) {
     const struct ggml_mobe_shape * s = &former->shape;
-#if defined(MOBE_BF16)
-    return former->bytes && s->T >= MOBE_PROMPT ? s->T*s->x_experts*((s->d + MOBE_COLS - 1)/MOBE_COLS*MOBE_COLS)*sizeof(uint16_t) : 0;
+#if defined(MOBE_MUL_BYTES)
+    return mobe_multiplies_bytes(former) && s->T >= MOBE_PROMPT ? s->T*s->x_experts*((s->d + MOBE_COLS - 1)/MOBE_COLS)*sizeof(struct mobe_packed) : 0;
 #else
     GGML_UNUSED(s);
     return 0;
@@ -131,11 +134,10 @@ bool ggml_mobe_proj_cpu_supports(const struct ggml_tensor * dst) {
         dst->src[2]->nb[0] == sizeof(float) && dst->src[3]->nb[0] == sizeof(int32_t);
 }
 
-// Where inputs lie: float, or bf16 in the shared part of the work memory.
+// Where inputs lie: float, or bytes in the shared part of the work memory (struct mobe_packed).
 struct mobe_inputs {
     const char * data;
     size_t       token, slot; // bytes from one to the next
-    size_t       each;        // bytes of a number
     size_t       tile;        // bytes from MOBE_COLS columns to the next
 };
 
@@ -173,40 +175,49 @@ static void mobe_place_uses(
     w->first[0] = 0;
 }
 
-// sums[u*stride + row] += rows[row] . x[u] over n_cols columns, which begin `at` bytes into the inputs, for the uses of one expert
+// sums[u*MOBE_ROWS + row] += rows[row] . x[u] over n_cols columns, which begin `at` bytes into the inputs, for the uses of one expert
 static void mobe_multiply(
-        const struct mobe_use * uses, int64_t n_use, size_t x_each, size_t at, const char * rows, size_t row_bytes, int64_t n_rows, int64_t n_cols,
-        float * sums, int64_t stride) {
-    enum { MOST = 8 };
-    int64_t most = MOBE_INPUTS;
-#if defined(MOBE_BF16)
-    _Static_assert((int) MOBE_SHARED <= (int) MOST && (int) MOBE_ROWS <= (int) MOBE_TURNED && MOBE_TILES == 1, "room");
-    char turned[MOBE_TURNED*MOBE_COLS*sizeof(uint16_t)] MOBE_ALIGNED;
-    if (x_each == sizeof(uint16_t)) {
-        mobe_turn(rows, row_bytes, (int) n_rows, n_cols, turned);
-        most = MOBE_SHARED;
-    }
-#endif
-    for (int64_t u0 = 0; u0 < n_use; u0 += most) {
-        const int n_x = n_use - u0 < most ? (int) (n_use - u0) : (int) most;
-        const char * xs[MOST];
-        float      * zs[MOST];
+        const struct mobe_use * uses, int64_t n_use, size_t at, const float * rows, int64_t n_rows, int64_t n_cols, float * sums) {
+    for (int64_t u0 = 0; u0 < n_use; u0 += MOBE_INPUTS) {
+        const int n_x = n_use - u0 < MOBE_INPUTS ? (int) (n_use - u0) : (int) MOBE_INPUTS;
+        const float * xs[MOBE_INPUTS];
+        float       * zs[MOBE_INPUTS];
         for (int u = 0; u < n_x; u++) {
-            xs[u] = uses[u0 + u].x + at;
-            zs[u] = sums + (u0 + u)*stride;
+            xs[u] = (const float *) (uses[u0 + u].x + at);
+            zs[u] = sums + (u0 + u)*MOBE_ROWS;
         }
-        for (int64_t u = u0 + most; u < u0 + 2*most && u < n_use; u++) {
-            mobe_prefetch(uses[u].x + at, n_cols*x_each); // they lie anywhere
+        for (int64_t u = u0 + MOBE_INPUTS; u < u0 + 2*MOBE_INPUTS && u < n_use; u++) {
+            mobe_prefetch(uses[u].x + at, n_cols*sizeof(float)); // they lie anywhere
         }
-#if defined(MOBE_BF16)
-        if (x_each == sizeof(uint16_t)) {
-            mobe_mul_turned(turned, (int) n_rows, xs, n_x, n_cols, zs);
-            continue;
-        }
-#endif
-        mobe_mul(rows, row_bytes, (int) n_rows, xs, n_x, n_cols, zs);
+        mobe_mul(rows, (int) n_rows, xs, n_x, n_cols, zs);
     }
 }
+
+#if defined(MOBE_MUL_BYTES)
+// The same for bytes. What is written behind the last row's sums, up to the next multiple of MOBE_PANEL, means nothing.
+static void mobe_multiply_bytes(
+        const struct mobe_use * uses, int64_t n_use, size_t at, const int8_t * rows, const float * scale, int64_t n_rows, int64_t n_cols,
+        float * sums) {
+    _Static_assert((int) MOBE_ROWS % (int) MOBE_PANEL == 0, "room");
+    char turned[MOBE_PANEL*MOBE_COLS] MOBE_ALIGNED;
+    for (int64_t row = 0; row < n_rows; row += MOBE_PANEL) {
+        mobe_turn(rows + row*MOBE_COLS, (int) (n_rows - row), n_cols, turned);
+        for (int64_t u0 = 0; u0 < n_use; u0 += MOBE_SHARED) {
+            const int n_x = n_use - u0 < MOBE_SHARED ? (int) (n_use - u0) : (int) MOBE_SHARED;
+            const struct mobe_packed * xs[MOBE_SHARED];
+            float * zs[MOBE_SHARED];
+            for (int u = 0; u < n_x; u++) {
+                xs[u] = (const struct mobe_packed *) (uses[u0 + u].x + at);
+                zs[u] = sums + (u0 + u)*MOBE_ROWS + row;
+            }
+            for (int64_t u = u0 + MOBE_SHARED; u < u0 + 2*MOBE_SHARED && u < n_use; u++) {
+                mobe_prefetch(uses[u].x + at, sizeof(struct mobe_packed)); // they lie anywhere
+            }
+            mobe_mul_bytes(turned, scale + row, MOBE_ROWS, xs, n_x, n_cols, zs);
+        }
+    }
+}
+#endif
 
 // Few tokens: one row at a time, each formed for the tokens that use it.
 static void mobe_decode_rows(
@@ -239,61 +250,76 @@ static void mobe_decode_rows(
     }
 }
 
+#if defined(MOBE_MUL_BYTES)
+// rounds a row of a few experts for the product: values [n_expert][MOBE_COLS], of which n_cols count
+static void mobe_prompt_encode(
+        const struct mobe_work * w, float * values, int64_t n_expert, int64_t n_cols, int64_t row, int64_t rows) {
+    int8_t   * bytes[MOBE_EXPERTS];
+    mobe_eight scale[MOBE_EXPERTS];
+    for (int64_t e = 0; e < n_expert; e++) {
+        bytes[e] = (int8_t *) w->formed + (e*rows + row)*MOBE_COLS;
+    }
+    mobe_bytes_encode(values, (int) n_expert, n_cols, MOBE_WIDE_BIAS, bytes, scale);
+    for (int64_t e = 0; e < n_expert; e++) {
+        for (int b = 0; b < MOBE_COLS/32; b++) {
+            w->scale[(e*(MOBE_COLS/32) + b)*MOBE_ROWS + row] = scale[e][b];
+        }
+    }
+}
+#endif
+
 // Many tokens: blocks of rows, each formed for all experts in use.
 static void mobe_prompt_rows(
         const struct mobe_former * former, struct mobe_work * w, const struct mobe_inputs * inputs, int64_t row_begin, int64_t row_end) {
     const struct ggml_mobe_shape * s = &former->shape;
-    const struct mobe_block block = mobe_block_of(former, true);
-    const size_t row_bytes    = block.tiles*MOBE_COLS*inputs->each; // of a formed row
-    const size_t expert_bytes = block.rows*row_bytes;
+    const int64_t rows  = mobe_block_rows(former, true);
+    const bool    bytes = mobe_multiplies_bytes(former);
 
-    for (int64_t rho = row_begin; rho < row_end; rho += block.rows) {
-        const int64_t n_rows = row_end - rho < block.rows ? row_end - rho : block.rows;
+    for (int64_t rho = row_begin; rho < row_end; rho += rows) {
+        const int64_t n_rows = row_end - rho < rows ? row_end - rho : rows;
 
         if (s->row_mix || rho == row_begin) {
             mobe_mix_gather(former, &w->list, w->terms, w->experts, NULL, w->n_expert, rho, s->row_mix ? n_rows : 1);
         }
-        memset(w->sums, 0, s->k*s->T*block.rows*sizeof(float));
-        for (int64_t c0 = 0; c0 < s->d; c0 += block.tiles*MOBE_COLS) {
-            const int64_t n_cols = s->d - c0 < block.tiles*MOBE_COLS ? s->d - c0 : block.tiles*MOBE_COLS;
+        memset(w->sums, 0, s->k*s->T*MOBE_ROWS*sizeof(float));
+        for (int64_t c0 = 0; c0 < s->d; c0 += MOBE_COLS) {
+            const int64_t n_cols = s->d - c0 < MOBE_COLS ? s->d - c0 : MOBE_COLS;
 
             for (int64_t row = 0; row < n_rows; row++) {
-                for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
-                    mobe_tile_decode(former, &w->tiles[row*block.tiles + c/MOBE_COLS], &w->list, rho + row, c0 + c,
-                        n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS);
-                }
+                mobe_tile_decode(former, &w->tiles[row], &w->list, rho + row, c0, n_cols);
             }
             for (int64_t e0 = 0; e0 < w->n_expert; e0 += MOBE_EXPERTS) {
                 const int64_t n_expert = w->n_expert - e0 < MOBE_EXPERTS ? w->n_expert - e0 : MOBE_EXPERTS;
 
                 for (int64_t row = 0; row < n_rows; row++) {
                     const struct mobe_terms * terms = w->terms + (s->row_mix ? row*w->n_expert : 0) + e0;
-                    for (int64_t c = 0; c < n_cols; c += MOBE_COLS) {
-                        const int64_t n = n_cols - c < MOBE_COLS ? n_cols - c : MOBE_COLS;
-                        const struct mobe_tile * tile = &w->tiles[row*block.tiles + c/MOBE_COLS];
-                        char * to = w->formed + row*row_bytes + c*inputs->each;
-#if defined(MOBE_BF16)
-                        if (inputs->each == sizeof(uint16_t)) {
-                            float values[MOBE_EXPERTS*MOBE_COLS] MOBE_ALIGNED;
-                            mobe_tile_combine(former, terms, (int) n_expert, tile, n, values, MOBE_COLS);
-                            for (int64_t e = 0; e < n_expert; e++) {
-                                mobe_bf16_from_float(values + e*MOBE_COLS, (uint16_t *) (to + e*expert_bytes), n);
-                            }
-                            continue;
-                        }
-#endif
-                        mobe_tile_combine(former, terms, (int) n_expert, tile, n, (float *) to, expert_bytes/sizeof(float));
+#if defined(MOBE_MUL_BYTES)
+                    if (bytes) {
+                        float values[MOBE_EXPERTS*MOBE_COLS] MOBE_ALIGNED;
+                        mobe_tile_combine(former, terms, (int) n_expert, &w->tiles[row], n_cols, values, MOBE_COLS);
+                        mobe_prompt_encode(w, values, n_expert, n_cols, row, rows);
+                        continue;
                     }
+#endif
+                    mobe_tile_combine(former, terms, (int) n_expert, &w->tiles[row], n_cols, (float *) w->formed + row*MOBE_COLS, rows*MOBE_COLS);
                 }
                 for (int64_t e = 0; e < n_expert; e++) {
-                    const int32_t expert = w->experts[e0 + e];
-                    mobe_multiply(w->uses + w->first[expert], w->first[expert + 1] - w->first[expert], inputs->each, c0/MOBE_COLS*inputs->tile,
-                        w->formed + e*expert_bytes, row_bytes, n_rows, n_cols, w->sums + w->first[expert]*block.rows, block.rows);
+                    const int64_t first = w->first[w->experts[e0 + e]];
+                    const int64_t n_use = w->first[w->experts[e0 + e] + 1] - first;
+                    const size_t  at    = c0/MOBE_COLS*inputs->tile;
+#if defined(MOBE_MUL_BYTES)
+                    if (bytes) {
+                        mobe_multiply_bytes(w->uses + first, n_use, at, (const int8_t *) w->formed + e*rows*MOBE_COLS,
+                            w->scale + e*(MOBE_COLS/32)*MOBE_ROWS, n_rows, n_cols, w->sums + first*MOBE_ROWS);
+                        continue;
+                    }
+#endif
+                    mobe_multiply(w->uses + first, n_use, at, (const float *) w->formed + e*rows*MOBE_COLS, n_rows, n_cols, w->sums + first*MOBE_ROWS);
                 }
             }
         }
         for (int64_t u = 0; u < s->k*s->T; u++) {
-            memcpy(w->uses[u].z + rho, w->sums + u*block.rows, n_rows*sizeof(float));
+            memcpy(w->uses[u].z + rho, w->sums + u*MOBE_ROWS, n_rows*sizeof(float));
         }
     }
 }
@@ -367,21 +393,20 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
     mobe_count_uses(&w, &s, ids);
 
     prompt = prompt && s.k*s.T >= 2*w.n_expert;
-    struct mobe_inputs inputs = { (const char *) x->data, x->nb[2], s.x_experts == 1 ? 0 : x->nb[1], sizeof(float), MOBE_COLS*sizeof(float) };
-#if defined(MOBE_BF16)
-    const bool bf16 = prompt && former.bytes;
-    if (bf16) {
-        const size_t  each = MOBE_COLS*sizeof(uint16_t);
+    struct mobe_inputs inputs = { (const char *) x->data, x->nb[2], s.x_experts == 1 ? 0 : x->nb[1], MOBE_COLS*sizeof(float) };
+#if defined(MOBE_MUL_BYTES)
+    if (prompt && mobe_multiplies_bytes(&former)) {
+        const size_t  each = sizeof(struct mobe_packed);
         const int64_t n    = s.T*s.x_experts;
         for (int64_t i = params->ith; i < n; i += params->nth) {
             const char * src = (const char *) x->data + i/s.x_experts*x->nb[2] + i%s.x_experts*x->nb[1];
             for (int64_t c = 0; c < s.d; c += MOBE_COLS) {
                 const int64_t n_cols = s.d - c < MOBE_COLS ? s.d - c : MOBE_COLS; // a multiple of 32: bytes
-                mobe_bf16_from_float((const float *) src + c, (uint16_t *) (shared + (c/MOBE_COLS*n + i)*each), n_cols);
+                mobe_packed_encode((const float *) src + c, n_cols, (struct mobe_packed *) shared + c/MOBE_COLS*n + i);
             }
         }
         ggml_barrier(params->threadpool);
-        inputs = (struct mobe_inputs) { shared, s.x_experts*each, s.x_experts == 1 ? 0 : each, sizeof(uint16_t), n*each };
+        inputs = (struct mobe_inputs) { shared, s.x_experts*each, s.x_experts == 1 ? 0 : each, n*each };
     }
 #endif
 

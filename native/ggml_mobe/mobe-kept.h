@@ -4,7 +4,7 @@
 
 #pragma once
 
-#include "mobe-quad.h"
+#include "mobe-bytes.h"
 
 #if defined(MOBE_QUAD)
 
@@ -14,7 +14,7 @@
 #include <math.h>
 
 // whole vectors of bytes
-static inline bool mobe_kept_takes(int64_t d) { return d % 32 == 0 && d % (4*MOBE_VEC) == 0; }
+static inline bool mobe_kept_takes(int64_t d) { return d % 64 == 0; }
 
 static inline mobe_quad mobe_kept_load(const void * p) { mobe_quad v; memcpy(&v, p, sizeof(v)); return v; }
 
@@ -25,29 +25,6 @@ static inline mobe_vec mobe_kept_spread(const float * p) {
     return (mobe_vec) _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *) p))));
 #else
     return mobe_vec_set(*p);
-#endif
-}
-
-// the low bytes of MOBE_VEC integers
-static inline void mobe_kept_store(int8_t * dst, mobe_veci v) {
-#if MOBE_VEC == 16
-    _mm_storeu_si128((__m128i *) dst, _mm512_cvtepi32_epi8((__m512i) v));
-#elif MOBE_VEC == 8
-    const __m256i order = _mm256_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 12, 8, 4, 0,
-        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 12, 8, 4, 0);
-    const __m256i four = _mm256_shuffle_epi8((__m256i) v, order);
-    _mm_storel_epi64((__m128i *) dst, _mm_unpacklo_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
-#else
-    const uint8x8_t four = vmovn_u16(vcombine_u16(vmovn_u32((uint32x4_t) v), vdup_n_u16(0)));
-    memcpy(dst, &four, 4);
-#endif
-}
-
-static inline ggml_fp16_t mobe_kept_half(float v) {
-#if defined(__F16C__)
-    return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
-#else
-    return GGML_CPU_FP32_TO_FP16(v);
 #endif
 }
 
@@ -78,66 +55,45 @@ static inline struct mobe_kept_input mobe_kept_input_at(char * memory, int64_t d
     return (struct mobe_kept_input) { (int8_t *) memory, scale, scale + n };
 }
 
-// 32 floats as bytes, with bias added; returns their scale
-static inline float mobe_kept_encode_32(const float * src, float bias, int8_t * dst) {
-    mobe_vec v[32/MOBE_VEC];
-    mobe_vec top = mobe_vec_set(0.0f);
-    for (int i = 0; i < 32/MOBE_VEC; i++) {
-        v[i] = mobe_vec_load(src + i*MOBE_VEC);
-        top  = mobe_vec_max(top, mobe_vec_abs(v[i]));
-    }
-    const float most = mobe_vec_most(top);
-    const float to   = most > 0.0f ? 127.0f/most : 0.0f;
-    for (int i = 0; i < 32/MOBE_VEC; i++) {
-        mobe_kept_store(dst + i*MOBE_VEC, (mobe_veci) (v[i]*to + (12582912.0f + bias))); // 1.5*2^23: rounds to an integer, in the low bits
-    }
-    return most*(1.0f/127.0f);
-}
-
-#if MOBE_VEC == 16
-// the same for eight times 32 floats, with the scales as halves
-static inline void mobe_kept_encode_256(const float * src, int8_t * dst, ggml_fp16_t * scales) {
-    mobe_vec top[8];
-    MOBE_UNROLL
-    for (int b = 0; b < 8; b++) {
-        top[b] = mobe_vec_max(mobe_vec_abs(mobe_vec_load(src + 32*b)), mobe_vec_abs(mobe_vec_load(src + 32*b + 16)));
-    }
-    const mobe_eight most = mobe_vec_most_of(top, 8);
-    const __m128i half = _mm256_cvtps_ph((__m256) (most*(1.0f/127.0f)), _MM_FROUND_TO_NEAREST_INT);
-    float to[8] MOBE_ALIGNED;
-    const mobe_eight by = 127.0f/(most + 1e-30f); // not 0
-    memcpy(scales, &half, sizeof(half));
-    memcpy(to, &by, sizeof(to));
-    MOBE_UNROLL
-    for (int i = 0; i < 16; i++) {
-        mobe_kept_store(dst + 16*i, (mobe_veci) (mobe_vec_load(src + 16*i)*mobe_vec_set(to[i/2]) + (12582912.0f + MOBE_WIDE_BIAS)));
-    }
-}
-#endif
-
-// columns c0 .. c0 + n of a row of d, whole blocks of 32
-static inline void mobe_kept_encode(const float * src, int64_t c0, int64_t n, char * row, int64_t d) {
-    ggml_fp16_t * scales = (ggml_fp16_t *) row + c0/32;
-    int8_t      * bytes  = (int8_t *) row + d/32*sizeof(ggml_fp16_t) + c0;
-#if MOBE_VEC == 16
-    if (n == 256) {
-        mobe_kept_encode_256(src, bytes, scales);
-        return;
+// eight scales of a row
+static inline void mobe_kept_scales(mobe_eight scale, int n, ggml_fp16_t * dst) {
+    ggml_fp16_t half[8];
+#if defined(__F16C__)
+    const __m128i v = _mm256_cvtps_ph((__m256) scale, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(half, &v, sizeof(half));
+#else
+    for (int i = 0; i < 8; i++) {
+        half[i] = GGML_CPU_FP32_TO_FP16(scale[i]);
     }
 #endif
-    for (int64_t b = 0; b < n/32; b++) {
-        scales[b] = mobe_kept_half(mobe_kept_encode_32(src + 32*b, MOBE_WIDE_BIAS, bytes + 32*b));
+    memcpy(dst, half, n*sizeof(ggml_fp16_t));
+}
+
+// Columns c0[i] .. c0[i] + n[i] of rows of d, for n_row <= MOBE_ENCODED of them, or of their stretches; values lie MOBE_COLS apart
+static inline void mobe_kept_encode(float * values, int n_row, int64_t n, char * const * rows, const int64_t * c0, int64_t d) {
+    int8_t   * bytes[MOBE_ENCODED];
+    mobe_eight scale[MOBE_ENCODED];
+    for (int i = 0; i < n_row; i++) {
+        bytes[i] = (int8_t *) rows[i] + d/32*sizeof(ggml_fp16_t) + c0[i];
+    }
+    mobe_bytes_encode(values, n_row, n, MOBE_WIDE_BIAS, bytes, scale);
+    for (int i = 0; i < n_row; i++) {
+        mobe_kept_scales(scale[i], (int) (n/32), (ggml_fp16_t *) rows[i] + c0[i]/32);
     }
 }
 
 static inline void mobe_kept_encode_input(const float * src, int64_t d, const struct mobe_kept_input * dst) {
-    for (int64_t b = 0; b < d/32; b++) {
-        int sum = 0;
-        dst->scale[b] = mobe_kept_encode_32(src + 32*b, 0.0f, dst->bytes + 32*b);
-        for (int i = 0; i < 32; i++) {
-            sum += dst->bytes[32*b + i];
+    for (int64_t c = 0; c < d; c += MOBE_COLS) {
+        const int64_t n = d - c < MOBE_COLS ? d - c : MOBE_COLS;
+        float values[MOBE_COLS] MOBE_ALIGNED;
+        int8_t * bytes = dst->bytes + c;
+        mobe_eight scale;
+        memcpy(values, src + c, n*sizeof(float));
+        mobe_bytes_encode(values, 1, n, 0, &bytes, &scale);
+        for (int64_t b = 0; b < n/32; b++) {
+            dst->scale[c/32 + b] = scale[b];
+            dst->bias[c/32 + b]  = -(float) MOBE_WIDE_BIAS*mobe_bytes_sum(bytes + 32*b)*scale[b];
         }
-        dst->bias[b] = -(float) MOBE_WIDE_BIAS*sum*dst->scale[b];
     }
     for (int64_t b = d/32; b % 16 != 0; b++) {
         dst->scale[b] = dst->bias[b] = 0.0f;

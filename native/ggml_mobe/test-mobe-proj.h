@@ -20,11 +20,11 @@ struct test_mobe_proj : public test_case {
     }
 
     // float32 sums in another order; the basis itself is dequantized to the same numbers on both sides. The CPU kernel rounds what
-    // multiplies quantized bases to 8 bit and multiplies a prompt in bf16: up to 1e-4, about what rounding x to 8 bit costs
-    // ggml's own products. A few dozen results may by chance be small beside what they are sums of.
+    // multiplies quantized bases to 8 bit, in a prompt also the formed rows and x, as ggml's own products do with x: up to
+    // 1.4e-4. A few dozen results may by chance be small beside what they are sums of.
     double max_nmse_err() override {
         const bool few = r*n_used*n_tokens < 1000;
-        return !ggml_is_quantized(type_basis) ? 1e-9 : few ? 5e-4 : 2e-4;
+        return !ggml_is_quantized(type_basis) ? 1e-9 : few ? 5e-4 : 3e-4;
     }
 
     // a backend may round the combination or x to 16 bit, or to 8 bit with a scale a block
@@ -86,6 +86,41 @@ struct test_mobe_proj : public test_case {
     void reinit_perf_iter(ggml_context * ctx) override { init_mul_mat_id_ids(ctx, n_expert); }
 };
 
+// Three in a row as one graph, each with the one in front, or what another operator makes of it, for x: where kernels may start before
+// the one in front is done, they must not read it too early.
+struct test_mobe_proj_chain : public test_case {
+    const ggml_type type_basis;
+    const int64_t n_tokens;
+
+    static constexpr int64_t size     = 512; // of d and r
+    static constexpr int64_t n_basis  = 16;
+    static constexpr int     n_expert = 16;
+    static constexpr int     n_used   = 4;
+
+    test_mobe_proj_chain(ggml_type type_basis, int64_t n_tokens) : type_basis(type_basis), n_tokens(n_tokens) {}
+
+    std::string vars() override { return VARS_TO_STR2(type_basis, n_tokens) + ",chain=3"; }
+    bool   run_whole_graph() override { return true; }
+    double max_nmse_err()    override { return 3e-3; } // what is read too early gives about 1
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_expert, n_tokens);
+        ids = ggml_view_2d(ctx, ids, n_used, n_tokens, ids->nb[1], 0);
+        ggml_tensor * x = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, size, n_used, n_tokens);
+        for (int i = 0; i < 3; i++) {
+            ggml_tensor * basis = ggml_new_tensor_3d(ctx, type_basis, size, size, n_basis);
+            ggml_tensor * mix   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_basis, n_expert);
+            if (i != 1) {
+                x = ggml_scale(ctx, x, 0.1f);
+            }
+            x = ggml_mobe_proj(ctx, basis, mix, x, ids, GGML_MOBE_ACTIVATION_TANH);
+        }
+        return x;
+    }
+
+    void initialize_tensors(ggml_context * ctx) override { init_mul_mat_id_tensors(ctx, n_expert); }
+};
+
 static void add_mobe_proj_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     for (ggml_type type : all_types) {
         for (int64_t n_tokens : { 1, 3, 33 }) {
@@ -123,6 +158,12 @@ static void add_mobe_proj_cases(std::vector<std::unique_ptr<test_case>> & cases)
     cases.emplace_back(new test_mobe_proj(GGML_TYPE_F32,  77,  5,  3,  7, 2, 17, 1, false, true, GGML_MOBE_ACTIVATION_SILU));
     cases.emplace_back(new test_mobe_proj(GGML_TYPE_Q5_0, 288, 1,  1,  9, 9,  5, 1, false, true, GGML_MOBE_ACTIVATION_SILU));
     cases.emplace_back(new test_mobe_proj(GGML_TYPE_Q4_0, 416, 11, 6, 20, 8, 40, 2, false, true, GGML_MOBE_ACTIVATION_TANH));
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K }) {
+        for (int64_t n_tokens : { 1, 3 }) {
+            cases.emplace_back(new test_mobe_proj_chain(type, n_tokens));
+        }
+    }
+    cases.emplace_back(new test_mobe_proj_chain(GGML_TYPE_Q4_K, 16)); // as many as a prompt
 }
 
 static void add_mobe_proj_perf_cases(std::vector<std::unique_ptr<test_case>> & cases) {

@@ -41,9 +41,9 @@ def run(script: str, *options: object) -> str:
 @pytest.mark.parametrize(
     ("quant", "seconds"),
     [
-        # mix, project, halves and multiply of 80 each; 10 evaluations of f
-        ("q4_k", 80 / 80 + 80 / 10 + 80 / 40 + 80 / 80 + 10 / 5),
-        ("q8_0", 80 / 40 + 80 / 10 + 80 / 40 + 80 / 80 + 10 / 5),
+        # mix, project, prompt and multiply of 80 each; 10 evaluations of f
+        ("q4_k", 80 / 80 + 80 / 10 + 80 / 80 + 80 / 80 + 10 / 5),
+        ("q8_0", 80 / 40 + 80 / 10 + 80 / 80 + 80 / 80 + 10 / 5),
         ("f16", 80 / 10 + 80 / 10 + 80 / 10 + 80 / 10 + 10 / 5),
         ("bf16", 80 / 10 + 80 / 10 + 80 / 10 + 80 / 40 + 10 / 5),
     ],
@@ -51,7 +51,7 @@ def run(script: str, *options: object) -> str:
 def test_arithmetic_by_type(quant: str, seconds: float) -> None:
     from synthetic import Work
 
-    work = Work(moved=8, mix=80, project=80, halves=80, multiply=80, evaluate=10)
+    work = Work(moved=8, mix=80, project=80, prompt=80, multiply=80, evaluate=10)
     assert machine().limits(work, quant) == (4, pytest.approx(seconds))
     assert machine().limit(work, quant) == pytest.approx(max(4, seconds))
 
@@ -59,8 +59,9 @@ def test_arithmetic_by_type(quant: str, seconds: float) -> None:
 def test_a_processor_with_less() -> None:
     from synthetic import Work
 
-    work = Work(moved=1000, mix=80, halves=80, multiply=80)
-    assert machine(bf16=0).limits(work, "q4_k")[1] == pytest.approx(80 / 80 + 80 / 10 + 80 / 80)
+    work = Work(moved=1000, mix=80, prompt=80, multiply=80)
+    assert machine(bf16=0).limits(work, "q4_k")[1] == pytest.approx(3 * 80 / 80)
+    assert machine(bf16=0).limits(work, "bf16")[1] == pytest.approx(3 * 80 / 10)
     assert machine(int8=0, bf16=0).limits(work, "q8_0")[1] == pytest.approx(3 * 80 / 10)
     assert machine().limit(work, "q4_k") == 500  # the bytes
 

@@ -36,7 +36,7 @@ def test_work_of_the_published_shapes() -> None:
     assert shape.experts_used(many) == pytest.approx(128)
     assert work.mix == pytest.approx(2 * 128 * 32 * each / many)
     assert work.multiply_adds - work.mix == 8 * each * 3 + 2 * own
-    assert work.halves == 2 * 8 * each and work.project == 0
+    assert work.prompt == 2 * 8 * each and work.project == 0
     # B x once for all experts, and sums of numbers
     work = replace(shape, activation="none").work(True, "f32")
     assert work.multiply == 2 * (32 * each + 8 * 32 * shape.p + own) + 8 * each and work.evaluate == 0

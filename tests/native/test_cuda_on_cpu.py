@@ -27,12 +27,13 @@ from .test_operator import nmse, operands
 SHIM, STUB = Path(__file__).with_name("cuda_shim"), Path(__file__).with_name("cuda_stub")
 
 #: The shim's numbers of the kernels, and the normalized squared error allowed.
-PLAIN, DECODE, DECODE_MANY, FORM, PROMPT = 0, 1, 4, 5, 6
+PLAIN, DECODE, DECODE_WRITTEN, DECODE_MANY, FORM, PROMPT = 0, 1, 2, 4, 5, 6
 LIMIT = {
     PLAIN: 1e-11,  # float32 sums
     # bases rounded to f16, and for q4_k scale and minimum as well: 2^-12 each. Found up to 2e-6; few results may by chance be
     # small beside what they are sums of
     DECODE: 5e-6,
+    DECODE_WRITTEN: 5e-6,
     DECODE_MANY: 5e-6,
     FORM: 5e-6,
     PROMPT: 5e-6,
@@ -147,15 +148,18 @@ def run(
     t, k = ids.shape
     padded = np.full((t, k + 3), -1, np.int32)  # a router's choice is a view into longer rows
     padded[:, :k] = ids
+    t, each, _ = x.shape  # and the input one into other rows
+    rows = np.full((t, each + 1, d + 8), np.nan, np.float32)
+    rows[:, :each, :d] = x
     out = (
         np.full((t, k, r, d), np.nan, np.float16)
         if kernel == FORM
         else np.full((t, k, r), np.nan, np.float32)
     )
-    data, x, mix = (np.ascontiguousarray(a) for a in (data, x, mix))
+    data, mix = (np.ascontiguousarray(a) for a in (data, mix))
     known = shim.mobe_shim(
         kernel, ggml.type_info(basis_type).id, pointer(data, "char *"), data.nbytes // (m * r),
-        pointer(mix, "float *"), pointer(x, "float *"), 0 if x.shape[1] == 1 else d, x.shape[1] * d,
+        pointer(mix, "float *"), pointer(rows, "float *"), 0 if each == 1 else d + 8, (each + 1) * (d + 8),
         pointer(padded, "int32_t *"), k + 3, pointer(out, "void *"),
         d, r, m, mix.shape[1], mix.shape[0], k, t * k, mix.ndim == 3, names.ACTIVATIONS.index(activation), 1, shared,
     )  # fmt: skip
@@ -226,6 +230,7 @@ def test_ring(shim, shared, row_mix):
     check(shim, DECODE, "q4_k", "tanh", 1, operands(rng, d=768, m=16, **shape), shared)
     basis, mix, x, ids = operands(rng, d=2304, m=40, **shape)
     check(shim, DECODE, "q4_k", "silu", 1, (basis, mix, x, ids), shared)
+    check(shim, DECODE_WRITTEN, "q4_k", "silu", 1, (basis, mix, x, ids), shared)
     mix[:, 3] = 0
     check(shim, DECODE, "q4_k", "tanh", 1, (basis, mix, x, ids), shared, spoil=3)
     mix[:] = 0

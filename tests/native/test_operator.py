@@ -18,8 +18,8 @@ from .ggml_graph import Graph, reference
 LIMIT = {
     "formula -> reference": 1e-13,  # the reference sums in double and rounds once to float32 (2^-24 squared: 4e-15)
     "reference -> kernel": 1e-11,  # float32 sums of d terms; tanh to 5e-7
-    # coefficients of 8 bits, a prompt in bf16, tanh to 1.1e-4: 1.2e-4 found (iq2_s), most 2e-5 to 5e-5
-    "reference -> kernel, quantized": 2e-4,
+    # coefficients of 8 bits, in a prompt formed rows and inputs too, tanh to 1.1e-4: 4e-5 to 1.4e-4 found
+    "reference -> kernel, quantized": 4e-4,
 }
 
 

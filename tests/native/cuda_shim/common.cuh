@@ -46,8 +46,8 @@ uint32_t __ballot_sync(uint32_t mask, bool predicate);
 uint32_t atomicOr(uint32_t * to, uint32_t v);
 void     shim_mma(float * d, const half2 * a, uint2 b); // mma.m16n8k16, fragments as in the PTX manual
 
-static inline void ggml_cuda_pdl_sync() {}
-static inline void ggml_cuda_pdl_lc()   {}
+void     ggml_cuda_pdl_sync(); // what the kernel in front writes (shim_in_front) is there when the first thread of a block is here
+static inline void ggml_cuda_pdl_lc() {}
 
 // what the host's side calls, done at once
 #define CUDA_CHECK(call)   (void) (call)

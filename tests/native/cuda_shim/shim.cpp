@@ -26,11 +26,35 @@ struct warp_memory {
 struct copy {
     char       * to;
     const char * from;
+    char         read[16]; // what is there when it is asked for
 };
 struct thread_copies {
     std::vector<copy> open;               // not yet a group
     std::deque<std::vector<copy>> groups; // oldest first
 };
+
+// what a kernel in front writes: a block that reads it before ggml_cuda_pdl_sync() finds NaNs and experts that do not exist
+struct in_front {
+    char            * at;
+    std::vector<char> data;
+};
+static std::vector<in_front> written;
+
+static void shim_in_front(const void * at, size_t size) {
+    written.push_back({ (char *) at, std::vector<char>((const char *) at, (const char *) at + size) });
+}
+
+static void spoil_what_is_written() {
+    for (in_front & w : written) {
+        memset(w.at, 0xff, w.data.size());
+    }
+}
+
+void ggml_cuda_pdl_sync() {
+    for (in_front & w : written) {
+        memcpy(w.at, w.data.data(), w.data.size());
+    }
+}
 
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
@@ -68,6 +92,7 @@ void shim_launch(dim3 grid, int threads, const std::function<void()> & kernel) {
     for (unsigned y = 0; y < grid.y; y++) {
         for (unsigned x = 0; x < grid.x; x++) {
             memset(shim_shared, 0xff, sizeof(shim_shared)); // NaNs: nothing may rely on what lies there
+            spoil_what_is_written();
             blockIdx = dim3(x, y);
             fibers.assign(threads, ucontext_t());
             running.assign(threads, true);
@@ -116,7 +141,9 @@ void mobe_copy_async(char * to, const char * from) {
     GGML_ASSERT((uintptr_t) to % 16 == 0 && (uintptr_t) from % 16 == 0);
     GGML_ASSERT(to >= shim_shared && to + 16 <= shim_shared + sizeof(shim_shared));
     memset(to, 0xff, 16);
-    copies[current].open.push_back({ to, from });
+    copy c = { to, from, {} };
+    memcpy(c.read, from, 16);
+    copies[current].open.push_back(c);
 }
 
 void mobe_copy_commit() {
@@ -127,7 +154,9 @@ void mobe_copy_commit() {
 void mobe_copy_wait(int newest) {
     for (auto & groups = copies[current].groups; (int) groups.size() > newest; groups.pop_front()) {
         for (const copy & c : groups.front()) {
-            memcpy(c.to, c.from, 16);
+            if (memcmp(c.read, c.from, 16) == 0) { // else it depends on when it is read
+                memcpy(c.to, c.from, 16);
+            }
         }
     }
 }
@@ -200,7 +229,23 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// kernel: 0 plain, 1 and 4 decode with NT tiles of 8 uses, 5 form (out: f16), 6 prompt. Returns whether the type is known.
+static int shim_combine(int kernel, int type, const mobe_args & a, mobe_device device) {
+    switch (type) {
+#define SHIM_TYPE(TYPE) case TYPE:                                                             \
+        switch (kernel) {                                                                      \
+            case 1:                                                                            \
+            case 2: mobe_combine_launch<TYPE, 1, false>(a, device, nullptr); return 1;           \
+            case 4: mobe_combine_launch<TYPE, 4, false>(a, device, nullptr); return 1;           \
+            case 5: mobe_combine_launch<TYPE, 4, true> (a, device, nullptr); return 1;           \
+        }                                                                                      \
+        return 0;
+        MOBE_FOR_TYPES(SHIM_TYPE)
+    }
+    return 0;
+}
+
+// kernel: 0 plain, 1 and 4 decode with NT tiles of 8 uses, 2 as 1 where the kernel in front writes the bases, 5 form (out: f16),
+// 6 prompt. Returns whether the type is known.
 extern "C" int mobe_shim(int kernel, int type, const char * basis, int64_t row_bytes, const float * mix, const float * x,
         int64_t x_slot, int64_t x_token, const int32_t * ids, int64_t ids_token, void * out,
         int d, int r, int m, int m_group, int n, int k, int n_use, int row_mix, int activation, int n_sm, int64_t shared) {
@@ -209,7 +254,7 @@ extern "C" int mobe_shim(int kernel, int type, const char * basis, int64_t row_b
     a.ids = ids; a.ids_token = ids_token; a.z = (float *) out; a.formed = (half *) out;
     a.d = d; a.r = r; a.m = m; a.m_group = m_group; a.n = n; a.per_group = n/(m/m_group); a.k = k; a.n_use = n_use;
     a.row_mix = row_mix; a.activation = (ggml_mobe_activation) activation;
-    a.constant = true;
+    a.constant = kernel != 2;
     const mobe_device device = { n_sm, (size_t) shared };
     if (kernel == 0) {
         mobe_launch_plain((ggml_type) type, a, nullptr);
@@ -220,15 +265,13 @@ extern "C" int mobe_shim(int kernel, int type, const char * basis, int64_t row_b
         mobe_launch_prompt(ctx, (ggml_type) type, a, device);
         return 1;
     }
-    switch (type) {
-#define SHIM_TYPE(TYPE) case TYPE:                                                             \
-        switch (kernel) {                                                                      \
-            case 1: mobe_combine_launch<TYPE, 1, false>(a, device, nullptr); return 1;           \
-            case 4: mobe_combine_launch<TYPE, 4, false>(a, device, nullptr); return 1;           \
-            case 5: mobe_combine_launch<TYPE, 4, true> (a, device, nullptr); return 1;           \
-        }                                                                                      \
-        return 0;
-        MOBE_FOR_TYPES(SHIM_TYPE)
+    shim_in_front(x, ((n_use/k - 1)*x_token + (k - 1)*x_slot + d)*sizeof(float));
+    shim_in_front(ids, ((n_use/k - 1)*ids_token + k)*sizeof(int32_t));
+    if (!a.constant) {
+        shim_in_front(basis, m*r*row_bytes);
     }
-    return 0;
+    const int known = shim_combine(kernel, type, a, device);
+    ggml_cuda_pdl_sync(); // spoiled as well where a kernel does not read it
+    written.clear();
+    return known;
 }

@@ -28,7 +28,6 @@ VARIANTS = {
     "alderlake": (f"{_AVX2} -mavxvnni", "avx2 fma f16c bmi2 avx_vnni"),
     "skylakex": (_AVX512, "avx512f avx512bw avx512dq avx512vl"),
     "icelake": (f"{_AVX512} -mavx512vbmi -mavx512vnni", "avx512_vnni avx512vbmi"),
-    "zen4": (f"{_AVX512} -mavx512vbmi -mavx512vnni -mavx512bf16", "avx512_vnni avx512_bf16 avx512vbmi"),
 }
 
 
