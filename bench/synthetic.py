@@ -99,7 +99,7 @@ class Shape:
         if self.activation == "none":  # each basis once for all experts
             project = count * (m * each + k * m * p)
             return Work(m * basis / tokens + own, multiply=k * self.own + project)
-        prompt = tokens >= 4 and k * tokens >= 2 * used  # mobe-cpu.c's rule
+        prompt = tokens >= 4 and 2 * k * tokens >= 3 * used  # mobe-cpu.c's rule
         return Work(
             moved=self.bases_used(used) * basis / tokens + own,
             mix=count * used / tokens * (self.terms or m) * each,
