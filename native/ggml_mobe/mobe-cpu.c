@@ -23,7 +23,7 @@
 enum {
     MOBE_EXPERTS    = 8,
     MOBE_ROWS       = 32,
-    MOBE_TILE_BYTES = 512*1024,    // of a row block in a prompt: half of a second-level cache, for fewer rows with many bases
+    MOBE_TILE_BYTES = 768*1024,    // of a row block in a prompt: most of a second-level cache, for fewer rows with many bases
     MOBE_PROMPT     = 4,           // tokens from which on a call may be a prompt
 };
 
@@ -67,8 +67,8 @@ static int64_t mobe_block_rows(const struct mobe_former * former, bool prompt) {
     if (!prompt) {
         return 1;
     }
-    const int64_t fit = MOBE_TILE_BYTES/mobe_tile_place(former, NULL, NULL)/MOBE_MUL*MOBE_MUL;
-    return fit > MOBE_ROWS ? MOBE_ROWS : fit < MOBE_MUL ? MOBE_MUL : fit;
+    const int64_t fit = MOBE_TILE_BYTES/mobe_tile_place(former, NULL, NULL);
+    return fit >= MOBE_ROWS ? MOBE_ROWS : fit >= MOBE_ROWS/2 ? MOBE_ROWS/2 : fit > MOBE_MUL ? fit/MOBE_MUL*MOBE_MUL : MOBE_MUL;
 }
 
 // Lays the arrays out from base on, or only counts when base is NULL. Returns the bytes used.
@@ -213,7 +213,7 @@ static void mobe_multiply_bytes(
             for (int64_t u = u0 + MOBE_SHARED; u < u0 + 2*MOBE_SHARED && u < n_use; u++) {
                 mobe_prefetch(uses[u].x + at, sizeof(struct mobe_packed)); // they lie anywhere
             }
-            mobe_mul_bytes(turned, scale + row, MOBE_ROWS, xs, n_x, n_cols, zs);
+            mobe_mul_bytes(turned, (int) (n_rows - row), scale + row, MOBE_ROWS, xs, n_x, n_cols, zs);
         }
     }
 }

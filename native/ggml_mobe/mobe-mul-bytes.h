@@ -5,6 +5,8 @@
 
 #include "mobe-bytes.h"
 
+#include <stdbool.h>
+
 #if defined(MOBE_QUAD)
 #define MOBE_MUL_BYTES 1
 
@@ -101,9 +103,9 @@ MOBE_INLINE void mobe_quad_turn(mobe_quad * v) {
 }
 
 // MOBE_PANEL rows of n columns to [n/4] quads of all rows, side by side: a product with four numbers of an input then gives numbers of
-// different rows, and nothing is left to be added up across lanes. Of rows from n_row on, some other.
+// different rows, and nothing is left to be added up across lanes. Behind the last row stands anything.
 static inline void mobe_turn(const int8_t * rows, int n_row, int64_t n, char * dst) {
-    for (int part = 0; part < MOBE_PANEL_VECS; part++) {
+    for (int part = 0; part < MOBE_PANEL_VECS && part*MOBE_VEC < n_row; part++) {
         for (int64_t c = 0; c < n; c += 4*MOBE_VEC) {
             mobe_quad v[MOBE_VEC];
             MOBE_UNROLL
@@ -120,59 +122,71 @@ static inline void mobe_turn(const int8_t * rows, int n_row, int64_t n, char * d
     }
 }
 
-// dst[u][row] += rows[row] . x[u] over n columns for a panel; n_x is a constant where this is called
+// dst[u][row] += rows[row] . x[u] over n columns for the first n_vec vectors of rows of a panel; n_vec and n_x are constants where this is
+// called
 MOBE_INLINE void mobe_mul_panel(
-        const char * turned, const float * scale, int64_t scale_stride, const struct mobe_packed * const * x, int n_x, int64_t n, float * const * dst) {
-    enum { V = MOBE_PANEL_VECS };
-    mobe_vec sums[MOBE_SHARED*V];
+        const char * turned, int n_vec, const float * scale, int64_t scale_stride, const struct mobe_packed * const * x, int n_x, int64_t n,
+        float * const * dst) {
+    mobe_vec sums[MOBE_SHARED*MOBE_PANEL_VECS];
     MOBE_UNROLL
-    for (int i = 0; i < n_x*V; i++) {
-        sums[i] = mobe_vec_load(dst[i/V] + i%V*MOBE_VEC);
+    for (int i = 0; i < n_x*n_vec; i++) {
+        sums[i] = mobe_vec_load(dst[i/n_vec] + i%n_vec*MOBE_VEC);
     }
     for (int64_t b = 0; b < n/32; b++) {
-        mobe_quad dots[MOBE_SHARED*V];
+        mobe_quad dots[MOBE_SHARED*MOBE_PANEL_VECS];
         MOBE_UNROLL
-        for (int i = 0; i < n_x*V; i++) {
-            dots[i] = mobe_quad_set((uint32_t) x[i/V]->bias[b]);
+        for (int i = 0; i < n_x*n_vec; i++) {
+            dots[i] = mobe_quad_set((uint32_t) x[i/n_vec]->bias[b]);
         }
         MOBE_UNROLL
         for (int c = 0; c < 8; c++) {
-            mobe_quad w[V];
-            for (int i = 0; i < V; i++) {
-                w[i] = mobe_quad_load(turned + ((8*b + c)*V + i)*4*MOBE_VEC);
+            mobe_quad w[MOBE_PANEL_VECS];
+            for (int i = 0; i < n_vec; i++) {
+                w[i] = mobe_quad_load(turned + ((8*b + c)*MOBE_PANEL_VECS + i)*4*MOBE_VEC);
             }
             MOBE_UNROLL
             for (int u = 0; u < n_x; u++) {
                 uint32_t four;
                 memcpy(&four, x[u]->bytes + 32*b + 4*c, sizeof(four));
                 const mobe_quad v = mobe_quad_set(four);
-                for (int i = 0; i < V; i++) {
-                    dots[u*V + i] = mobe_quad_dot(dots[u*V + i], w[i], v, true);
-                    MOBE_PIN(dots[u*V + i]);
+                for (int i = 0; i < n_vec; i++) {
+                    dots[u*n_vec + i] = mobe_quad_dot(dots[u*n_vec + i], w[i], v, true);
+                    MOBE_PIN(dots[u*n_vec + i]);
                 }
             }
         }
         MOBE_UNROLL
-        for (int i = 0; i < n_x*V; i++) {
-            const mobe_vec s = mobe_vec_load(scale + b*scale_stride + i%V*MOBE_VEC)*mobe_vec_set(x[i/V]->scale[b]);
+        for (int i = 0; i < n_x*n_vec; i++) {
+            const mobe_vec s = mobe_vec_load(scale + b*scale_stride + i%n_vec*MOBE_VEC)*mobe_vec_set(x[i/n_vec]->scale[b]);
             sums[i] = mobe_vec_fma(mobe_quad_to_float(dots[i]), s, sums[i]);
             MOBE_PIN(sums[i]);
         }
     }
     MOBE_UNROLL
-    for (int i = 0; i < n_x*V; i++) {
-        mobe_vec_store(dst[i/V] + i%V*MOBE_VEC, sums[i]);
+    for (int i = 0; i < n_x*n_vec; i++) {
+        mobe_vec_store(dst[i/n_vec] + i%n_vec*MOBE_VEC, sums[i]);
     }
 }
 
+// The same for n_row rows of a panel, or all of it, and up to MOBE_SHARED inputs. What is added behind the last row means nothing.
 static inline void mobe_mul_bytes(
-        const char * turned, const float * scale, int64_t scale_stride, const struct mobe_packed * const * x, int n_x, int64_t n, float * const * dst) {
+        const char * turned, int n_row, const float * scale, int64_t scale_stride, const struct mobe_packed * const * x, int n_x, int64_t n,
+        float * const * dst) {
+    const bool half = n_row <= MOBE_PANEL/2;
+#define MOBE_SOME(n_x) \
+    if (half) { \
+        mobe_mul_panel(turned, MOBE_PANEL_VECS/2, scale, scale_stride, x, n_x, n, dst); \
+    } else { \
+        mobe_mul_panel(turned, MOBE_PANEL_VECS, scale, scale_stride, x, n_x, n, dst); \
+    } \
+    break;
     switch (n_x) {
-        case 1:  mobe_mul_panel(turned, scale, scale_stride, x, 1, n, dst); break;
-        case 2:  mobe_mul_panel(turned, scale, scale_stride, x, 2, n, dst); break;
-        case 3:  mobe_mul_panel(turned, scale, scale_stride, x, 3, n, dst); break;
-        default: mobe_mul_panel(turned, scale, scale_stride, x, MOBE_SHARED, n, dst); break;
+        case 1:  MOBE_SOME(1)
+        case 2:  MOBE_SOME(2)
+        case 3:  MOBE_SOME(3)
+        default: MOBE_SOME(MOBE_SHARED)
     }
+#undef MOBE_SOME
 }
 
 #endif
