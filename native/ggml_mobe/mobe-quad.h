@@ -141,6 +141,9 @@ static inline void mobe_quad_join(const uint8_t * a, const uint8_t * b, const ui
 #if defined(__AVX512F__)
     const __m512i low = _mm512_inserti32x4(_mm512_castsi128_si512(four[0]), four[1], 1);
     out[0] = _mm512_inserti32x4(_mm512_inserti32x4(low, four[2], 2), four[3], 3);
+#elif defined(__AVX2__)
+    out[0] = _mm256_set_m128i(four[1], four[0]); // not through memory: a load of two stores waits for both
+    out[1] = _mm256_set_m128i(four[3], four[2]);
 #else
     memcpy(out, four, sizeof(four));
 #endif
@@ -158,6 +161,17 @@ static inline void mobe_quad_join_32(const uint8_t * a, const uint8_t * b, const
     cd = _mm512_inserti64x4(cd, _mm256_loadu_si256((const __m256i *) d), 1);
     out[0] = _mm512_permutex2var_epi8(ab, order, cd);
     out[1] = _mm512_permutex2var_epi8(ab, _mm512_or_si512(order, _mm512_set1_epi8(0x10)), cd);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i va = _mm256_loadu_si256((const __m256i *) a), vb = _mm256_loadu_si256((const __m256i *) b);
+    const __m256i vc = _mm256_loadu_si256((const __m256i *) c), vd = _mm256_loadu_si256((const __m256i *) d);
+    const __m256i ab_low = _mm256_unpacklo_epi8(va, vb), ab_high = _mm256_unpackhi_epi8(va, vb); // 0 .. 7 and 16 .. 23, 8 .. 15 and 24 .. 31
+    const __m256i cd_low = _mm256_unpacklo_epi8(vc, vd), cd_high = _mm256_unpackhi_epi8(vc, vd);
+    const __m256i first  = _mm256_unpacklo_epi16(ab_low, cd_low),   second = _mm256_unpackhi_epi16(ab_low, cd_low);
+    const __m256i third  = _mm256_unpacklo_epi16(ab_high, cd_high), fourth = _mm256_unpackhi_epi16(ab_high, cd_high);
+    out[0] = _mm256_permute2x128_si256(first, second, 0x20);
+    out[1] = _mm256_permute2x128_si256(third, fourth, 0x20);
+    out[2] = _mm256_permute2x128_si256(first, second, 0x31);
+    out[3] = _mm256_permute2x128_si256(third, fourth, 0x31);
 #else
     mobe_quad_join(a, b, c, d, out);
     mobe_quad_join(a + 16, b + 16, c + 16, d + 16, out + MOBE_JOINED);
