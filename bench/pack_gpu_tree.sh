@@ -6,12 +6,15 @@
 #   bench/pack_gpu_tree.sh OUT.tar.xz     then, there:  tar xf OUT.tar.xz && gpu-tree/bench/gpu.sh (prints what to do)
 #
 # Needs the package's environment (python with mobe_gguf); the source distribution is fetched unless the cache has it, the wheels
-# from PyPI. Environment: PYTHON (python3), PYTHON_VERSION of the other machine (3.12; x86-64, glibc 2.28 or newer).
+# from PyPI. Environment: PYTHON (.venv/bin/python, else python3), PYTHON_VERSION of the other machine (3.12; x86-64, glibc 2.28 or newer).
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 OUT.tar.xz" >&2; exit 2; }
 out=$(realpath -m "$1")
 repo=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
+[ -n "${PYTHON:-}" ] || [ ! -x "$repo/.venv/bin/python" ] || python=$repo/.venv/bin/python
+"$python" -c 'import mobe_gguf.runtime.compile' 2>/dev/null ||
+    { echo "$0: $python lacks mobe_gguf or what it needs; run make, or name another: PYTHON=.../bin/python $0 $1" >&2; exit 1; }
 work=$(mktemp -d "${TMPDIR:-/tmp}/gpu-tree.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 tree=$work/gpu-tree
