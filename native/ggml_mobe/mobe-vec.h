@@ -322,10 +322,22 @@ static inline mobe_vec mobe_vec_tanh_quick(mobe_vec v) {
 
 #endif
 
+// n bytes for the first-level cache, or for the second: that many fetched into the first would wait for one another
 static inline void mobe_prefetch(const void * p, size_t n) {
 #if defined(__GNUC__)
     for (size_t i = 0; i < n; i += 64) {
         __builtin_prefetch((const char *) p + i);
+    }
+#else
+    (void) p;
+    (void) n;
+#endif
+}
+
+static inline void mobe_prefetch_far(const void * p, size_t n) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch((const char *) p + i, 0, 2);
     }
 #else
     (void) p;
