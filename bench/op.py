@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from peaks import Peaks, build, together
-from synthetic import Work
+from synthetic import Work, is_prompt
 
 from mobe_gguf import runtime
 from mobe_gguf.errors import MobeError, run_program
@@ -45,7 +45,7 @@ def measure(program: Path, peak: Peaks, kind: str, shape: list[int], tokens: int
     info = ggml.type_info(kind)
     in_use = len({(i * (n // k) + t * 5 + t * t % 7) % n for t in range(tokens) for i in range(k)})
     mix, inputs = in_use * (options.terms or m) * r * d, tokens * k * r * d
-    prompt = tokens >= 4 and 2 * k * tokens >= 3 * in_use
+    prompt = is_prompt(tokens, k, in_use)
     work = Work(
         m * r * info.row_bytes(d),
         mix=mix,

@@ -99,7 +99,7 @@ class Shape:
         if self.activation == "none":  # each basis once for all experts
             project = count * (m * each + k * m * p)
             return Work(m * basis / tokens + own, multiply=k * self.own + project)
-        prompt = tokens >= 4 and 2 * k * tokens >= 3 * used  # mobe-cpu.c's rule
+        prompt = is_prompt(tokens, k, used)
         return Work(
             moved=self.bases_used(used) * basis / tokens + own,
             mix=count * used / tokens * (self.terms or m) * each,
@@ -122,6 +122,11 @@ class Shape:
             encode=count * missed * each,
             multiply=k * (count * each + self.own),
         )
+
+
+def is_prompt(tokens: int, k: int, used: float) -> bool:
+    """Whether a call with ``used`` experts, ``k`` a token, is multiplied as a prompt (mobe-cpu.c's rule)."""
+    return tokens >= 4 and 2 * k * tokens >= 3 * used
 
 
 def size(quant: str, row: int) -> float:

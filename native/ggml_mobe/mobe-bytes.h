@@ -73,26 +73,25 @@ static inline void mobe_bytes_encode(float * src, int n_row, int64_t n, int32_t 
         memcpy(by[i], &to, sizeof(to));
     }
     for (int i = 0; i < n_row; i++) {
-        if (n == MOBE_COLS) {
-            MOBE_UNROLL
-            for (int c = 0; c < MOBE_COLS; c += 64) {
-                mobe_bytes_round(src + i*MOBE_COLS + c, by[i] + c/32, bias, dst[i] + c);
-            }
-        } else {
-            for (int64_t c = 0; c < n; c += 64) {
-                mobe_bytes_round(src + i*MOBE_COLS + c, by[i] + c/32, bias, dst[i] + c);
-            }
+        for (int64_t c = 0; c < n; c += 64) {
+            mobe_bytes_round(src + i*MOBE_COLS + c, by[i] + c/32, bias, dst[i] + c);
         }
     }
 }
 
-// of 32 bytes
-static inline int mobe_bytes_sum(const int8_t * bytes) {
-    int sum = 0;
-    for (int i = 0; i < 32; i++) {
-        sum += bytes[i];
+// n <= MOBE_COLS columns of an input, a multiple of 32, as above; sums: of the bytes of each 32, what a bias of the rows is multiplied by
+static inline mobe_eight mobe_bytes_encode_input(const float * src, int64_t n, int8_t * dst, int32_t * sums) {
+    float values[MOBE_COLS] MOBE_ALIGNED;
+    mobe_eight scale;
+    memcpy(values, src, n*sizeof(float));
+    mobe_bytes_encode(values, 1, n, 0, &dst, &scale);
+    for (int64_t b = 0; b < n/32; b++) {
+        sums[b] = 0;
+        for (int i = 0; i < 32; i++) {
+            sums[b] += dst[32*b + i];
+        }
     }
-    return sum;
+    return scale;
 }
 
 #endif

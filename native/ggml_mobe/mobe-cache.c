@@ -181,8 +181,8 @@ static void mobe_cache_encode_input(const float * src, char * dst, int64_t d) {
     ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float(src, dst, d);
 }
 
-// columns c0[i] .. c0[i] + n of n_row <= MOBE_TOGETHER rows; the values, MOBE_COLS apart, are lost
-static void mobe_cache_encode(float * values, int n_row, int64_t n, char * const * rows, const int64_t * c0, int64_t d) {
+// columns c0 .. c0 + n of n_row <= MOBE_TOGETHER rows; the values, MOBE_COLS apart, are lost
+static void mobe_cache_encode(float * values, int n_row, int64_t n, char * const * rows, int64_t c0, int64_t d) {
 #if defined(MOBE_QUAD)
     _Static_assert((int) MOBE_TOGETHER <= (int) MOBE_ENCODED, "room");
     if (mobe_cache_own_rows(d)) {
@@ -192,7 +192,7 @@ static void mobe_cache_encode(float * values, int n_row, int64_t n, char * const
 #endif
     const enum ggml_type type = ggml_mobe_cache_type(d);
     for (int i = 0; i < n_row; i++) {
-        ggml_get_type_traits_cpu(type)->from_float(values + i*MOBE_COLS, rows[i] + ggml_row_size(type, c0[i]), n);
+        ggml_get_type_traits_cpu(type)->from_float(values + i*MOBE_COLS, rows[i] + ggml_row_size(type, c0), n);
     }
 }
 
@@ -261,12 +261,7 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
         }
     }
 
-    // what is formed is rounded several stretches at a time, of few experts one behind the other
-    float     values[MOBE_TOGETHER*MOBE_COLS] __attribute__((aligned(64)));
-    char    * rows[MOBE_TOGETHER];
-    int64_t   begins[MOBE_TOGETHER];
     for (int64_t rho = row_begin; n_missed > 0 && rho < row_end; rho++) {
-        int n_formed = 0;
         if (s.row_mix || rho == row_begin) {
             mobe_mix_gather(&former, &w.row.list, w.row.terms, w.experts, w.missed, n_missed, rho, 1);
         }
@@ -275,20 +270,13 @@ void mobe_cache_forward(const struct ggml_compute_params * params, struct ggml_t
             mobe_tile_decode(&former, &w.row.tile, &w.row.list, rho, c0, n_cols);
             for (int64_t i0 = 0; i0 < n_missed; i0 += MOBE_TOGETHER) {
                 const int n = n_missed - i0 < MOBE_TOGETHER ? (int) (n_missed - i0) : MOBE_TOGETHER;
-                if (n_formed > 0 && (n_formed + n > MOBE_TOGETHER || n_cols < MOBE_COLS)) {
-                    mobe_cache_encode(values, n_formed, MOBE_COLS, rows, begins, s.d);
-                    n_formed = 0;
-                }
-                mobe_tile_combine(&former, w.row.terms + i0, n, &w.row.tile, n_cols, values + n_formed*MOBE_COLS, MOBE_COLS);
+                float values[MOBE_TOGETHER*MOBE_COLS] __attribute__((aligned(64)));
+                char * rows[MOBE_TOGETHER];
+                mobe_tile_combine(&former, w.row.terms + i0, n, &w.row.tile, n_cols, values, MOBE_COLS);
                 for (int i = 0; i < n; i++) {
-                    rows[n_formed]   = mobe_cache_row(&cache, &w, w.missed[i0 + i], rho);
-                    begins[n_formed] = c0;
-                    n_formed++;
+                    rows[i] = mobe_cache_row(&cache, &w, w.missed[i0 + i], rho);
                 }
-                if (c0 + n_cols == s.d) {
-                    mobe_cache_encode(values, n_formed, n_cols, rows, begins, s.d);
-                    n_formed = 0;
-                }
+                mobe_cache_encode(values, n, n_cols, rows, c0, s.d);
             }
         }
         for (int64_t i = 0; i < n_missed; i++) {

@@ -52,16 +52,6 @@ struct mobe_work {
     struct mobe_tile  * tiles;  // [rows of a block]
 };
 
-// in a prompt
-static bool mobe_multiplies_bytes(const struct mobe_former * former) {
-#if defined(MOBE_MUL_BYTES)
-    return former->bytes;
-#else
-    GGML_UNUSED(former);
-    return false;
-#endif
-}
-
 // rows that are taken apart before they are combined
 static int64_t mobe_block_rows(const struct mobe_former * former, bool prompt) {
     if (!prompt) {
@@ -110,8 +100,8 @@ static struct mobe_former mobe_node_former(const struct ggml_tensor * dst) {
 // inputs as bytes, for all threads
 static size_t mobe_shared_bytes(const struct mobe_former * former) {
     const struct ggml_mobe_shape * s = &former->shape;
-#if defined(MOBE_MUL_BYTES)
-    return mobe_multiplies_bytes(former) && s->T >= MOBE_PROMPT ? s->T*s->x_experts*((s->d + MOBE_COLS - 1)/MOBE_COLS)*sizeof(struct mobe_packed) : 0;
+#if defined(MOBE_QUAD)
+    return former->bytes && s->T >= MOBE_PROMPT ? s->T*s->x_experts*((s->d + MOBE_COLS - 1)/MOBE_COLS)*sizeof(struct mobe_packed) : 0;
 #else
     GGML_UNUSED(s);
     return 0;
@@ -187,13 +177,13 @@ static void mobe_multiply(
             zs[u] = sums + (u0 + u)*MOBE_ROWS;
         }
         for (int64_t u = u0 + MOBE_INPUTS; u < u0 + 2*MOBE_INPUTS && u < n_use; u++) {
-            mobe_prefetch(uses[u].x + at, n_cols*sizeof(float)); // they lie anywhere
+            mobe_prefetch(uses[u].x + at, n_cols*sizeof(float), false); // they lie anywhere
         }
         mobe_mul(rows, (int) n_rows, xs, n_x, n_cols, zs);
     }
 }
 
-#if defined(MOBE_MUL_BYTES)
+#if defined(MOBE_QUAD)
 // The same for bytes. What is written behind the last row's sums, up to the next multiple of MOBE_PANEL, means nothing.
 static void mobe_multiply_bytes(
         const struct mobe_use * uses, int64_t n_use, size_t at, const int8_t * rows, const float * scale, int64_t n_rows, int64_t n_cols,
@@ -211,7 +201,7 @@ static void mobe_multiply_bytes(
                 zs[u] = sums + (u0 + u)*MOBE_ROWS + row;
             }
             for (int64_t u = u0 + MOBE_SHARED; u < u0 + 2*MOBE_SHARED && u < n_use; u++) {
-                mobe_prefetch(uses[u].x + at, sizeof(struct mobe_packed)); // they lie anywhere
+                mobe_prefetch(uses[u].x + at, sizeof(struct mobe_packed), false); // they lie anywhere
             }
             mobe_mul_bytes(turned, (int) (n_rows - row), scale + row, MOBE_ROWS, xs, n_x, n_cols, zs);
         }
@@ -250,7 +240,7 @@ static void mobe_decode_rows(
     }
 }
 
-#if defined(MOBE_MUL_BYTES)
+#if defined(MOBE_QUAD)
 // rounds a row of a few experts for the product: values [n_expert][MOBE_COLS], of which n_cols count
 static void mobe_prompt_encode(
         const struct mobe_work * w, float * values, int64_t n_expert, int64_t n_cols, int64_t row, int64_t rows) {
@@ -272,8 +262,7 @@ static void mobe_prompt_encode(
 static void mobe_prompt_rows(
         const struct mobe_former * former, struct mobe_work * w, const struct mobe_inputs * inputs, int64_t row_begin, int64_t row_end) {
     const struct ggml_mobe_shape * s = &former->shape;
-    const int64_t rows  = mobe_block_rows(former, true);
-    const bool    bytes = mobe_multiplies_bytes(former);
+    const int64_t rows = mobe_block_rows(former, true);
 
     for (int64_t rho = row_begin; rho < row_end; rho += rows) {
         const int64_t n_rows = row_end - rho < rows ? row_end - rho : rows;
@@ -293,8 +282,8 @@ static void mobe_prompt_rows(
 
                 for (int64_t row = 0; row < n_rows; row++) {
                     const struct mobe_terms * terms = w->terms + (s->row_mix ? row*w->n_expert : 0) + e0;
-#if defined(MOBE_MUL_BYTES)
-                    if (bytes) {
+#if defined(MOBE_QUAD)
+                    if (former->bytes) {
                         float values[MOBE_EXPERTS*MOBE_COLS] MOBE_ALIGNED;
                         mobe_tile_combine(former, terms, (int) n_expert, &w->tiles[row], n_cols, values, MOBE_COLS);
                         mobe_prompt_encode(w, values, n_expert, n_cols, row, rows);
@@ -307,8 +296,8 @@ static void mobe_prompt_rows(
                     const int64_t first = w->first[w->experts[e0 + e]];
                     const int64_t n_use = w->first[w->experts[e0 + e] + 1] - first;
                     const size_t  at    = c0/MOBE_COLS*inputs->tile;
-#if defined(MOBE_MUL_BYTES)
-                    if (bytes) {
+#if defined(MOBE_QUAD)
+                    if (former->bytes) {
                         mobe_multiply_bytes(w->uses + first, n_use, at, (const int8_t *) w->formed + e*rows*MOBE_COLS,
                             w->scale + e*(MOBE_COLS/32)*MOBE_ROWS, n_rows, n_cols, w->sums + first*MOBE_ROWS);
                         continue;
@@ -394,8 +383,8 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
 
     prompt = prompt && 2*s.k*s.T >= 3*w.n_expert; // with fewer uses of each, rounding rows to bytes takes longer than it saves
     struct mobe_inputs inputs = { (const char *) x->data, x->nb[2], s.x_experts == 1 ? 0 : x->nb[1], MOBE_COLS*sizeof(float) };
-#if defined(MOBE_MUL_BYTES)
-    if (prompt && mobe_multiplies_bytes(&former)) {
+#if defined(MOBE_QUAD)
+    if (prompt && former.bytes) {
         const size_t  each = sizeof(struct mobe_packed);
         const int64_t n    = s.T*s.x_experts;
         for (int64_t i = params->ith; i < n; i += params->nth) {

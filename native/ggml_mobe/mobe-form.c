@@ -171,7 +171,7 @@ void mobe_tile_decode(
             for (int64_t i = 0; i < n; i++) {
                 const char * src = row + (g*m + list->basis[g*m + i])*basis->nb[2];
                 float      * dst = (float *) tile->data + (g*former->n_part + i)*MOBE_COLS;
-                mobe_prefetch_far(src + all, all);
+                mobe_prefetch(src + all, all, true);
                 mobe_decode(basis->type, src, dst, (int) n_cols);
                 for (int64_t c = n_cols; c % MOBE_VEC != 0; c++) {
                     dst[c] = 0.0f;
@@ -187,7 +187,7 @@ void mobe_tile_decode(
             const char * src[4] = { NULL, NULL, NULL, NULL };
             for (int64_t p = 0; p < 4 && i + p < n; p++) {
                 src[p] = first + bases[i + p]*basis->nb[2];
-                mobe_prefetch_far(src[p] + all, all);
+                mobe_prefetch(src[p] + all, all, true);
             }
             const struct mobe_four four = {
                 (uint8_t *) tile->data + part*MOBE_COLS*4, tile->scale + part*MOBE_RUNS*4,

@@ -69,30 +69,27 @@ static inline void mobe_kept_scales(mobe_eight scale, int n, ggml_fp16_t * dst) 
     memcpy(dst, half, n*sizeof(ggml_fp16_t));
 }
 
-// Columns c0[i] .. c0[i] + n[i] of rows of d, for n_row <= MOBE_ENCODED of them, or of their stretches; values lie MOBE_COLS apart
-static inline void mobe_kept_encode(float * values, int n_row, int64_t n, char * const * rows, const int64_t * c0, int64_t d) {
+// columns c0 .. c0 + n of n_row <= MOBE_ENCODED rows of d; values lie MOBE_COLS apart and are lost
+static inline void mobe_kept_encode(float * values, int n_row, int64_t n, char * const * rows, int64_t c0, int64_t d) {
     int8_t   * bytes[MOBE_ENCODED];
     mobe_eight scale[MOBE_ENCODED];
     for (int i = 0; i < n_row; i++) {
-        bytes[i] = (int8_t *) rows[i] + d/32*sizeof(ggml_fp16_t) + c0[i];
+        bytes[i] = (int8_t *) rows[i] + d/32*sizeof(ggml_fp16_t) + c0;
     }
     mobe_bytes_encode(values, n_row, n, MOBE_WIDE_BIAS, bytes, scale);
     for (int i = 0; i < n_row; i++) {
-        mobe_kept_scales(scale[i], (int) (n/32), (ggml_fp16_t *) rows[i] + c0[i]/32);
+        mobe_kept_scales(scale[i], (int) (n/32), (ggml_fp16_t *) rows[i] + c0/32);
     }
 }
 
 static inline void mobe_kept_encode_input(const float * src, int64_t d, const struct mobe_kept_input * dst) {
     for (int64_t c = 0; c < d; c += MOBE_COLS) {
         const int64_t n = d - c < MOBE_COLS ? d - c : MOBE_COLS;
-        float values[MOBE_COLS] MOBE_ALIGNED;
-        int8_t * bytes = dst->bytes + c;
-        mobe_eight scale;
-        memcpy(values, src + c, n*sizeof(float));
-        mobe_bytes_encode(values, 1, n, 0, &bytes, &scale);
+        int32_t sums[MOBE_COLS/32];
+        const mobe_eight scale = mobe_bytes_encode_input(src + c, n, dst->bytes + c, sums);
         for (int64_t b = 0; b < n/32; b++) {
             dst->scale[c/32 + b] = scale[b];
-            dst->bias[c/32 + b]  = -(float) MOBE_WIDE_BIAS*mobe_bytes_sum(bytes + 32*b)*scale[b];
+            dst->bias[c/32 + b]  = -(float) MOBE_WIDE_BIAS*sums[b]*scale[b];
         }
     }
     for (int64_t b = d/32; b % 16 != 0; b++) {

@@ -8,7 +8,6 @@
 #include <stdbool.h>
 
 #if defined(MOBE_QUAD)
-#define MOBE_MUL_BYTES 1
 
 enum {
     MOBE_RUN_32 = MOBE_COLS/32,
@@ -31,76 +30,66 @@ struct mobe_packed {
 
 // n columns, a multiple of 32
 static inline void mobe_packed_encode(const float * src, int64_t n, struct mobe_packed * dst) {
-    float values[MOBE_COLS] MOBE_ALIGNED;
-    int8_t * bytes = dst->bytes;
-    mobe_eight scale;
-    memcpy(values, src, n*sizeof(float));
-    mobe_bytes_encode(values, 1, n, 0, &bytes, &scale);
+    const mobe_eight scale = mobe_bytes_encode_input(src, n, dst->bytes, dst->bias);
     memcpy(dst->scale, &scale, sizeof(dst->scale));
     for (int64_t b = 0; b < n/32; b++) {
-        dst->bias[b] = -MOBE_WIDE_BIAS*mobe_bytes_sum(bytes + 32*b);
+        dst->bias[b] *= -MOBE_WIDE_BIAS;
     }
 }
 
+// The lower and the upper lanes of each 128 bits of two vectors, one of either in turns: of 32 bits, and of 64.
+#if MOBE_VEC == 16
+#define MOBE_LOW(bits, a, b)  _mm512_unpacklo_epi##bits(a, b)
+#define MOBE_HIGH(bits, a, b) _mm512_unpackhi_epi##bits(a, b)
+#elif MOBE_VEC == 8
+#define MOBE_LOW(bits, a, b)  _mm256_unpacklo_epi##bits(a, b)
+#define MOBE_HIGH(bits, a, b) _mm256_unpackhi_epi##bits(a, b)
+#else
+#define MOBE_LOW(bits, a, b)  vreinterpretq_s32_s##bits(vzip1q_s##bits(vreinterpretq_s##bits##_s32(a), vreinterpretq_s##bits##_s32(b)))
+#define MOBE_HIGH(bits, a, b) vreinterpretq_s32_s##bits(vzip2q_s##bits(vreinterpretq_s##bits##_s32(a), vreinterpretq_s##bits##_s32(b)))
+#define vreinterpretq_s32_s32(v) (v)
+#endif
+
 // The lanes of each of MOBE_VEC vectors, the other way round.
 MOBE_INLINE void mobe_quad_turn(mobe_quad * v) {
+    mobe_quad t[MOBE_VEC];
+    MOBE_UNROLL
+    for (int i = 0; i < MOBE_VEC; i += 2) { // pairs of rows
+        t[i]     = MOBE_LOW(32, v[i], v[i + 1]);
+        t[i + 1] = MOBE_HIGH(32, v[i], v[i + 1]);
+    }
+    MOBE_UNROLL
+    for (int i = 0; i < MOBE_VEC; i += 4) { // fours: v[i + c] has columns c, c + 4, c + 8, c + 12
+        v[i]     = MOBE_LOW(64, t[i], t[i + 2]);
+        v[i + 1] = MOBE_HIGH(64, t[i], t[i + 2]);
+        v[i + 2] = MOBE_LOW(64, t[i + 1], t[i + 3]);
+        v[i + 3] = MOBE_HIGH(64, t[i + 1], t[i + 3]);
+    }
 #if MOBE_VEC == 16
-    mobe_quad t[16];
-    MOBE_UNROLL
-    for (int i = 0; i < 16; i += 2) { // pairs of rows
-        t[i]     = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    MOBE_UNROLL
-    for (int i = 0; i < 16; i += 4) { // fours: v[i + c] has columns c, c + 4, c + 8, c + 12
-        v[i]     = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
     MOBE_UNROLL
     for (int c = 0; c < 4; c++) {
         const __m512i low  = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88);       // columns c, c + 8 of rows 0 .. 7
         const __m512i high = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);       // c + 4, c + 12
         const __m512i low_2  = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88); // rows 8 .. 15
         const __m512i high_2 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
-        t[c]      = _mm512_shuffle_i32x4(low, low_2, 0x88);
-        t[c + 8]  = _mm512_shuffle_i32x4(low, low_2, 0xdd);
-        t[c + 4]  = _mm512_shuffle_i32x4(high, high_2, 0x88);
-        t[c + 12] = _mm512_shuffle_i32x4(high, high_2, 0xdd);
-    }
-    MOBE_UNROLL
-    for (int i = 0; i < 16; i++) {
-        v[i] = t[i];
+        v[c]      = _mm512_shuffle_i32x4(low, low_2, 0x88);
+        v[c + 8]  = _mm512_shuffle_i32x4(low, low_2, 0xdd);
+        v[c + 4]  = _mm512_shuffle_i32x4(high, high_2, 0x88);
+        v[c + 12] = _mm512_shuffle_i32x4(high, high_2, 0xdd);
     }
 #elif MOBE_VEC == 8
-    mobe_quad t[8];
-    MOBE_UNROLL
-    for (int i = 0; i < 8; i += 2) {
-        t[i]     = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    MOBE_UNROLL
-    for (int i = 0; i < 8; i += 4) { // v[i + c] has columns c, c + 4
-        v[i]     = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
     MOBE_UNROLL
     for (int c = 0; c < 4; c++) {
         const mobe_quad low = _mm256_permute2x128_si256(v[c], v[4 + c], 0x20);
         v[4 + c] = _mm256_permute2x128_si256(v[c], v[4 + c], 0x31);
         v[c]     = low;
     }
-#else
-    const int32x4_t a = vtrn1q_s32(v[0], v[1]), b = vtrn2q_s32(v[0], v[1]), c = vtrn1q_s32(v[2], v[3]), d = vtrn2q_s32(v[2], v[3]);
-    v[0] = vreinterpretq_s32_s64(vtrn1q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(c)));
-    v[1] = vreinterpretq_s32_s64(vtrn1q_s64(vreinterpretq_s64_s32(b), vreinterpretq_s64_s32(d)));
-    v[2] = vreinterpretq_s32_s64(vtrn2q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(c)));
-    v[3] = vreinterpretq_s32_s64(vtrn2q_s64(vreinterpretq_s64_s32(b), vreinterpretq_s64_s32(d)));
 #endif
 }
+
+#undef MOBE_LOW
+#undef MOBE_HIGH
+#undef vreinterpretq_s32_s32
 
 // MOBE_PANEL rows of n columns to [n/4] quads of all rows, side by side: a product with four numbers of an input then gives numbers of
 // different rows, and nothing is left to be added up across lanes. Behind the last row stands anything.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -322,25 +323,19 @@ static inline mobe_vec mobe_vec_tanh_quick(mobe_vec v) {
 
 #endif
 
-// n bytes for the first-level cache, or for the second: that many fetched into the first would wait for one another
-static inline void mobe_prefetch(const void * p, size_t n) {
+// n bytes for the first-level cache, or (far) the second: that many fetched into the first would wait for one another
+static inline void mobe_prefetch(const void * p, size_t n, bool far) {
 #if defined(__GNUC__)
     for (size_t i = 0; i < n; i += 64) {
-        __builtin_prefetch((const char *) p + i);
+        if (far) {
+            __builtin_prefetch((const char *) p + i, 0, 2);
+        } else {
+            __builtin_prefetch((const char *) p + i);
+        }
     }
 #else
     (void) p;
     (void) n;
-#endif
-}
-
-static inline void mobe_prefetch_far(const void * p, size_t n) {
-#if defined(__GNUC__)
-    for (size_t i = 0; i < n; i += 64) {
-        __builtin_prefetch((const char *) p + i, 0, 2);
-    }
-#else
-    (void) p;
-    (void) n;
+    (void) far;
 #endif
 }
