@@ -33,7 +33,7 @@ from mobe_gguf.runtime.source import say
 @click.option(
     "--test-tools/--no-test-tools",
     default=None,
-    help="Also compile llama.cpp's test-backend-ops, for work on kernels.",
+    help="Also compile llama.cpp's test-backend-ops, which compares a GPU's results with the CPU's.",
 )
 @click.option(
     "--jobs", "-j", type=click.IntRange(min=1), help="Compile that many files at a time.  [default: cores]"

@@ -34,7 +34,7 @@ TOOLS = (
     "ggml-rpc-server",
 )
 
-#: llama.cpp's own operator tests: built on request (``Options.test_tools``), not put on the PATH.
+#: llama.cpp's own operator tests, on request (``Options.test_tools``).
 TEST_TOOLS = ("test-backend-ops",)
 
 #: What the Python package loads; the libraries behind them follow.
@@ -61,6 +61,23 @@ endforeach()
 file(STRINGS ${Vulkan_INCLUDE_DIR}/vulkan/vulkan_core.h found REGEX VK_EXT_layer_settings LIMIT_COUNT 1)
 if (NOT found)
     message(FATAL_ERROR "the headers in ${Vulkan_INCLUDE_DIR} are too old: ${Vulkan_VERSION} lacks VK_EXT_layer_settings")
+endif()
+"""
+
+#: Asks for what ggml-cuda's own CMakeLists.txt asks for, and that nvcc compiles for the architectures with this host compiler.
+CUDA_PROBE = """\
+cmake_minimum_required(VERSION 3.21)
+project(probe CXX CUDA)
+find_package(CUDAToolkit REQUIRED)
+foreach(library cudart cublas cuda_driver)
+    if (NOT TARGET CUDA::${library})
+        string(REPLACE cuda_driver cuda library ${library})
+        message(FATAL_ERROR "there is no lib${library}.so in ${CUDAToolkit_LIBRARY_DIR} nor where CMake looks besides")
+    endif()
+endforeach()
+find_file(header cublas_v2.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+if (NOT header)
+    message(FATAL_ERROR "there is no cublas_v2.h in ${CUDAToolkit_INCLUDE_DIRS}")
 endif()
 """
 
@@ -169,6 +186,7 @@ def check_toolchain(options: Options, env: Mapping[str, str]) -> None:
                 "--cuda compiles for this machine's GPUs and found none: name the target, "
                 "for instance mobe-gguf build --cuda --cuda-arch 90 (H100), 89 (RTX 40), 86 (RTX 30), 80 (A100)"
             )
+        _check_cuda(options, env)
     if options.vulkan:
         _check_vulkan(env)
 
@@ -179,23 +197,21 @@ def _nvcc(env: Mapping[str, str]) -> str | None:
     return shutil.which(env.get("CUDACXX") or "nvcc", path=path)
 
 
+def _check_cuda(options: Options, env: Mapping[str, str]) -> None:
+    """Raise ``MobeError`` if nvcc does not compile for the GPUs that were named, or has no cuBLAS beside it."""
+    arch = definitions(options)["CMAKE_CUDA_ARCHITECTURES"]
+    if why := _probe(
+        CUDA_PROBE, env, CMAKE_CUDA_COMPILER=_nvcc(env) or "nvcc", CMAKE_CUDA_ARCHITECTURES=arch
+    ):
+        raise MobeError(
+            f"--cuda needs a whole CUDA toolkit, with cuBLAS, that knows the GPUs ({arch}) and this C++ compiler: {why}; "
+            "install NVIDIA's package cuda-toolkit, name another compiler by CUDAHOSTCXX, or run mobe-gguf build --no-cuda"
+        )
+
+
 def _check_vulkan(env: Mapping[str, str]) -> None:
     """Raise ``MobeError`` if CMake, which looks in more places than the PATH, finds not all that Vulkan takes."""
-    with tempfile.TemporaryDirectory(prefix="vulkan-probe-") as scratch:
-        Path(scratch, "CMakeLists.txt").write_text(VULKAN_PROBE, encoding="utf-8")
-        done = subprocess.run(
-            [shutil.which("cmake", path=env["PATH"]) or "cmake", "-G", "Ninja", "-S", scratch, "-B", scratch],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=dict(env),
-        )
-    if done.returncode != 0:
-        # CMake's error is indented below a line that says where
-        said = re.search(r"^CMake Error[^\n]*:\n(.*?)\n\S", done.stdout, re.MULTILINE | re.DOTALL)
-        why = " ".join((said[1] if said else done.stdout).split())[:200].rstrip(".")
+    if why := _probe(VULKAN_PROBE, env):
         raise MobeError(
             f"--vulkan needs the Vulkan loader and its C++ headers, glslc and SPIRV-Headers: {why}; "
             "apt install libvulkan-dev glslc spirv-headers (Debian 12's are too old), or LunarG's Vulkan SDK with "
@@ -203,18 +219,47 @@ def _check_vulkan(env: Mapping[str, str]) -> None:
         )
 
 
+def _probe(project: str, env: Mapping[str, str], **values: str) -> str:
+    """Why CMake does not configure ``project``, on one line, or nothing."""
+    with tempfile.TemporaryDirectory(prefix="probe-") as scratch:
+        Path(scratch, "CMakeLists.txt").write_text(project, encoding="utf-8")
+        done = subprocess.run(
+            _cmake(Path(scratch), Path(scratch), values, env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=dict(env),
+        )
+    if done.returncode == 0:
+        return ""
+    # what nvcc says, whose lines CMake breaks, or else what CMake says, indented below a line that says where
+    patterns = (
+        r"^ *([^\n]*(?:nvcc fatal|\berror) *:.*?)\n *(?:\n|ninja: )",
+        r"^CMake Error[^\n]*:\n(.*?)\n\S",
+    )
+    said = (re.search(pattern, done.stdout, re.MULTILINE | re.DOTALL) for pattern in patterns)
+    text = next((match[1] for match in said if match), done.stdout)
+    return " ".join(text.split())[:300].rstrip(".") or f"cmake ended with {done.returncode}"
+
+
+def _cmake(tree: Path, build: Path, values: Mapping[str, str], env: Mapping[str, str]) -> list[str]:
+    """The command that configures ``tree`` into ``build`` for Ninja, with ``values`` in CMake's cache."""
+    values = {**values, "CMAKE_MAKE_PROGRAM": shutil.which("ninja", path=env["PATH"]) or "ninja"}
+    command = [shutil.which("cmake", path=env["PATH"]) or "cmake", "-G", "Ninja", "-S", str(tree)]
+    return [*command, "-B", str(build), *(f"-D{name}={value}" for name, value in values.items())]
+
+
 def configure(
     tree: Path, build: Path, values: Mapping[str, str], env: Mapping[str, str], log: Path, lock: int
 ) -> None:
     """Run CMake on ``tree`` into ``build``.  Raises ``MobeError`` with the end of its output."""
     values = dict(values)
-    values["CMAKE_MAKE_PROGRAM"] = shutil.which("ninja", path=env["PATH"]) or "ninja"
     if values.get("GGML_CUDA") == "ON":
         values["CMAKE_CUDA_COMPILER"] = _nvcc(env) or "nvcc"
-    command = [shutil.which("cmake", path=env["PATH"]) or "cmake", "-G", "Ninja", "-S", str(tree)]
-    command += ["-B", str(build), *(f"-D{name}={value}" for name, value in values.items())]
     lines = []
-    with _run(command, env, log, lock) as (process, output):
+    with _run(_cmake(tree, build, values, env), env, log, lock) as (process, output):
         lines += output
     if process.returncode != 0:
         raise _failure("configuring llama.cpp", process.returncode, lines, log)

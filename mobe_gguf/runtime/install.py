@@ -30,7 +30,7 @@ from typing import Any
 
 from mobe_gguf.atomic import write_json
 from mobe_gguf.errors import MobeError
-from mobe_gguf.runtime.compile import TEST_TOOLS, Options
+from mobe_gguf.runtime.compile import Options
 from mobe_gguf.runtime.source import Pin, remove
 
 #: Version of the stamp's format and of this layout.
@@ -156,7 +156,7 @@ def install(
     with _replacing(environment.tree) as parts:
         for name in TREE_PARTS:
             _copy(tree / "vendor" / "llama.cpp" / name, parts / name)
-    links = [environment.scripts / tool for tool in options.tools if tool not in TEST_TOOLS]
+    links = [environment.scripts / tool for tool in options.tools]
     for link in links:
         _link(link, environment.lib / link.name)
     info = _write_dist_info(environment, tree, pin, version, links)

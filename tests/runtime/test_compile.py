@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime.build import Recipe, describe
 from mobe_gguf.runtime.compile import Options
 from mobe_gguf.runtime.source import LLAMA_CPP
+from native import cuda_tree
 
 CORE_H = "#define VK_HEADER_VERSION 309\n#define VK_HEADER_VERSION_COMPLETE VK_MAKE_API_VERSION(0, 1, 4, VK_HEADER_VERSION)\n"
 
@@ -61,6 +64,62 @@ def test_what_vulkan_lacks_is_named(sdk: dict[str, str], name: str, text: str | 
     assert "apt install libvulkan-dev glslc spirv-headers" in caught.value.message
     assert "mobe-gguf build --no-vulkan" in caught.value.message and "\n" not in caught.value.message
     compiling.check_toolchain(Options(), sdk)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> dict[str, str]:
+    """The environment with a CUDA toolkit whose nvcc and CUDA runtime are this machine's and whose cuBLAS is only there."""
+    real, home = cuda_tree.toolkit(), tmp_path / "toolkit"
+    for folder in ("bin", "include", "lib64"):
+        (home / folder).mkdir(parents=True)
+        for path in (real / folder).iterdir():
+            if "cublas" not in path.name and path.name not in ("nvcc", "stubs"):
+                (home / folder / path.name).symlink_to(path)
+    # where nvcc lies is where it looks for the rest
+    shutil.copy2(real / "bin/nvcc", home / "bin/nvcc")
+    (home / "nvvm").symlink_to(real / "nvvm")
+    (home / "lib64/stubs").mkdir()
+    for name in ("include/cublas_v2.h", "lib64/libcublas.so", "lib64/stubs/libcuda.so"):
+        (home / name).write_text("")
+    env = {name: value for name, value in compiling.environment().items() if not name.startswith("CUDA")}
+    return {**env, "CUDACXX": str(home / "bin/nvcc")}
+
+
+def test_what_cuda_needs_is_found_in_its_toolkit(toolkit: dict[str, str]):
+    compiling.check_toolchain(Options(cuda=True, cuda_arch="90"), toolkit)
+
+
+@pytest.mark.parametrize("name", ["include/cublas_v2.h", "lib64/libcublas.so", "lib64/stubs/libcuda.so"])
+def test_what_cuda_lacks_is_named(toolkit: dict[str, str], name: str):
+    home = Path(toolkit["CUDACXX"]).parents[1]
+    (home / name).unlink()
+    with pytest.raises(MobeError, match=rf"there is no {Path(name).name} in {home}") as caught:
+        compiling.check_toolchain(Options(cuda=True, cuda_arch="90"), toolkit)
+    assert "mobe-gguf build --no-cuda" in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("arch", "host", "said"),
+    [
+        ("20", None, "nvcc fatal : Unsupported gpu architecture 'compute_20'"),
+        ("H100", None, "CMAKE_CUDA_ARCHITECTURES: H100 is not one of"),
+        ("90", "exit 1", "nvcc fatal : Failed to preprocess host compiler properties"),
+        (
+            "90",
+            'case "$*" in *-x?c++*) echo host_config.h:143: error: gcc 99 is not supported >&2; exit 1; esac\ng++ "$@"',
+            "gcc 99",
+        ),
+    ],
+)
+def test_what_nvcc_does_not_compile_is_told(
+    toolkit: dict[str, str], tmp_path: Path, arch: str, host: str | None, said: str
+):
+    if host is not None:
+        (tmp_path / "host").write_text(f"#!/bin/sh\n{host}\n")
+        (tmp_path / "host").chmod(0o755)
+        toolkit["CUDAHOSTCXX"] = str(tmp_path / "host")
+    with pytest.raises(MobeError, match=re.escape(said)):
+        compiling.check_toolchain(Options(cuda=True, cuda_arch=arch), toolkit)
 
 
 def test_vulkan_has_a_build_tree_of_its_own(monkeypatch: pytest.MonkeyPatch):

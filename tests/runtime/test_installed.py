@@ -11,7 +11,6 @@ import pytest
 from mobe_gguf import runtime
 from mobe_gguf.errors import MobeError
 from mobe_gguf.runtime.build import Recipe, current, inherited
-from mobe_gguf.runtime.compile import TOOLS
 from mobe_gguf.runtime.install import Environment
 
 
@@ -36,7 +35,7 @@ def test_an_unchanged_build_returns_at_once():
 
 @pytest.mark.usefixtures("built")
 def test_tools_run_from_the_path():
-    for name in TOOLS:
+    for name in inherited(Environment.active()).tools:
         assert runtime.tool(name).samefile(Environment.active().scripts / name)
     done = run(Environment.active().scripts / "llama-cli", "--version")
     assert done.returncode == 0 and "llama-cpp-python-" in done.stderr + done.stdout
