@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes  # only to load libraries whose symbols depend on each other globally
+from collections.abc import Callable
 from functools import cache
 
 import cffi
@@ -22,6 +23,7 @@ void * ggml_new_tensor_1d(void * ctx, int type, int64_t ne0);
 void * ggml_new_tensor_2d(void * ctx, int type, int64_t ne0, int64_t ne1);
 void * ggml_new_tensor_3d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2);
 void * ggml_view_2d(void * ctx, void * a, int64_t ne0, int64_t ne1, size_t nb1, size_t offset);
+void * ggml_view_3d(void * ctx, void * a, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2, size_t offset);
 size_t ggml_nbytes(const void * tensor);
 void * ggml_mul_mat_id(void * ctx, void * as, void * b, void * ids);
 void * ggml_mul(void * ctx, void * a, void * b);
@@ -107,29 +109,51 @@ def cpu_backend(n_threads: int):
 
 
 class Graph:
-    """Builds and computes one node; the output buffer is poisoned with NaN before."""
+    """Builds and computes one node; the output buffer is poisoned with NaN before, and so is what lies between the rows of x.
 
-    def __init__(self, basis_type: str, basis_bytes: np.ndarray, shape, mix, x, ids, activation: str):
+    ``basis_is_view``: as of a tensor that another node of the graph wrote.
+    """
+
+    def __init__(
+        self,
+        basis_type: str,
+        basis_bytes: np.ndarray,
+        shape,
+        mix,
+        x,
+        ids,
+        activation: str,
+        *,
+        basis_is_view: bool = False,
+    ):
         lib = library()
         m, r, d = shape
         t, k = ids.shape
         self._ctx = lib.ggml_init(
             [16 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead(), ffi.NULL, True]
         )
-        self.basis = lib.ggml_new_tensor_3d(self._ctx, ggml.types()[basis_type].id, d, r, m)
+        self.basis = stored = lib.ggml_new_tensor_3d(self._ctx, ggml.types()[basis_type].id, d, r, m)
+        if basis_is_view:
+            row = lib.ggml_nbytes(stored) // (m * r)
+            self.basis = lib.ggml_view_3d(self._ctx, stored, d, r, m, row, row * r, 0)
         if mix.ndim == 3:
             self.mix = lib.ggml_new_tensor_3d(self._ctx, F32, mix.shape[2], mix.shape[1], mix.shape[0])
         else:
             self.mix = lib.ggml_new_tensor_2d(self._ctx, F32, mix.shape[1], mix.shape[0])
-        self.x = lib.ggml_new_tensor_3d(self._ctx, F32, x.shape[2], x.shape[1], x.shape[0])
-        # a router's choice is a view into longer rows
+        # the input and a router's choice are views into longer rows
+        tokens, each, width = x.shape
+        all_x = np.full((tokens, each + 1, width + 8), np.nan, np.float32)
+        all_x[:, :each, :width] = x
+        strides = all_x.strides[1], all_x.strides[0]
+        self._all_x = lib.ggml_new_tensor_3d(self._ctx, F32, width + 8, each + 1, tokens)
+        self.x = lib.ggml_view_3d(self._ctx, self._all_x, width, each, tokens, *strides, 0)
         self._all_ids = lib.ggml_new_tensor_2d(self._ctx, I32, k + 3, t)
         self.ids = lib.ggml_view_2d(self._ctx, self._all_ids, k, t, (k + 3) * 4, 0)
         self._lib = lib
         self._activation = names.ACTIVATIONS.index(activation)
         padded = np.full((t, k + 3), -1, np.int32)
         padded[:, :k] = ids
-        self._data = [(self.basis, basis_bytes), (self.mix, mix), (self.x, x), (self._all_ids, padded)]
+        self._data = [(stored, basis_bytes), (self.mix, mix), (self._all_x, all_x), (self._all_ids, padded)]
         self._out_shape = (t, k, r)
 
     def fault(self) -> str | None:
@@ -142,8 +166,11 @@ class Graph:
         node = self._lib.ggml_mobe_proj(self._ctx, self.basis, self.mix, self.x, self.ids, self._activation)
         return self._lib.ggml_backend_dev_supports_op(self._lib.ggml_backend_dev_by_type(CPU), node)
 
-    def compute(self, n_threads: int = 2) -> np.ndarray:
-        """Returns [T, k, r]."""
+    def compute(self, n_threads: int = 2, run: Callable[..., bool] | None = None) -> np.ndarray:
+        """Returns [T, k, r].
+
+        ``run`` is called with the node, all of whose operands lie in memory, and computes it instead of the CPU backend.
+        """
         lib = self._lib
         out = lib.ggml_mobe_proj(self._ctx, self.basis, self.mix, self.x, self.ids, self._activation)
         graph = lib.ggml_new_graph(self._ctx)
@@ -157,7 +184,7 @@ class Graph:
                 lib.ggml_backend_tensor_set(tensor, ffi.from_buffer(data), 0, data.nbytes)
             z = np.full(self._out_shape, np.nan, np.float32)
             lib.ggml_backend_tensor_set(out, ffi.from_buffer(z), 0, z.nbytes)
-            assert lib.ggml_backend_graph_compute(backend, graph) == 0
+            assert run(out) if run else lib.ggml_backend_graph_compute(backend, graph) == 0
             lib.ggml_backend_tensor_get(out, ffi.from_buffer(z), 0, z.nbytes)
             return z
         finally:

@@ -14,33 +14,29 @@ from pathlib import Path
 import cffi
 import numpy as np
 import pytest
-import torch
 
 from mobe_gguf import names
-from mobe_gguf.formula import activate, combine_groups
 from mobe_gguf.runtime import ggml
 
 from . import cuda_tree
-from .ggml_graph import library, pointer, reference
+from .ggml_graph import Graph, library, reference
 from .test_operator import nmse, operands
 
 SHIM, STUB = Path(__file__).with_name("cuda_shim"), Path(__file__).with_name("cuda_stub")
 
-#: The shim's numbers of the kernels, and the normalized squared error allowed.
-PLAIN, DECODE, DECODE_WRITTEN, DECODE_MANY, FORM, PROMPT = 0, 1, 2, 4, 5, 6
+#: The ways through the operator, in the order of mobe_path (mobe-cuda.cu), and the normalized squared error allowed.
 LIMIT = {
-    PLAIN: 1e-11,  # float32 sums
+    "plain": 1e-11,  # float32 sums
     # bases rounded to f16, and for q4_k scale and minimum as well: 2^-12 each. Found up to 2e-6; few results may by chance be
     # small beside what they are sums of
-    DECODE: 5e-6,
-    DECODE_WRITTEN: 5e-6,
-    DECODE_MANY: 5e-6,
-    FORM: 5e-6,
-    PROMPT: 5e-6,
+    "decode": 5e-6,
+    "prompt": 5e-6,
 }
+WAYS = list(LIMIT)
 
-#: Shared memory that a block can have, by compute capability: room for 4, 3 and 2 slots of a warp's ring.
-H100, A100, RTX_3090 = 227 * 1024, 163 * 1024, 99 * 1024
+#: Compute capability, and shared memory that a block can have: for decoding, room for 4, 3 and 2 slots of a warp's ring.
+H100, A100, RTX_3090 = (900, 227 * 1024), (800, 163 * 1024), (860, 99 * 1024)
+RTX_2080 = (750, 64 * 1024)
 
 #: Compiled and run; with MOBE_CUDA_ALL_TYPES=1 in the environment (a minute or two) all that the kernels know.
 ALL_TYPES = bool(os.environ.get("MOBE_CUDA_ALL_TYPES"))
@@ -67,6 +63,10 @@ if ALL_TYPES:
 
 #: What the kernels' source says for the compiler of CUDA only, and what stands there for the shim.
 REPLACED = {
+    "mobe-cuda.cu": {
+        'static const char * const asked = getenv("GGML_CUDA_MOBE");': "const char * const asked = shim_way;",
+        'static const bool asked_for = getenv("GGML_CUDA_MOBE") != nullptr;': "const bool asked_for = shim_way != nullptr;",
+    },
     "mobe-cuda-combine.cuh": {
         "extern __shared__ __align__(16) char shared[];": "char * const shared = shim_shared;",
         "ggml_cuda_kernel_launch(mobe_combine<type, NT, FORM>, "
@@ -96,11 +96,7 @@ REPLACED = {
 }
 
 ffi = cffi.FFI()
-ffi.cdef("""
-int mobe_shim(int kernel, int type, const char * basis, int64_t row_bytes, const float * mix, const float * x,
-    int64_t x_slot, int64_t x_token, const int32_t * ids, int64_t ids_token, void * out,
-    int d, int r, int m, int m_group, int n, int k, int n_use, int row_mix, int activation, int n_sm, int64_t shared);
-""")
+ffi.cdef("int mobe_shim(void * dst, const char * way, int cc, int64_t shared);")
 
 
 @pytest.fixture(scope="module")
@@ -140,35 +136,20 @@ def shim(tmp_path_factory):
     return ffi.dlopen(str(work / "shim.so"))
 
 
-def run(
-    shim, kernel: int, basis_type: str, data: np.ndarray, shape, mix, x, ids, activation: str, shared: int
-) -> np.ndarray:
-    """z [T, k, r], or for FORM the combinations [T, k, r, d]; shapes as in test_operator, shared memory in bytes."""
-    m, r, d = shape
-    t, k = ids.shape
-    padded = np.full((t, k + 3), -1, np.int32)  # a router's choice is a view into longer rows
-    padded[:, :k] = ids
-    t, each, _ = x.shape  # and the input one into other rows
-    rows = np.full((t, each + 1, d + 8), np.nan, np.float32)
-    rows[:, :each, :d] = x
-    out = (
-        np.full((t, k, r, d), np.nan, np.float16)
-        if kernel == FORM
-        else np.full((t, k, r), np.nan, np.float32)
-    )
-    data, mix = (np.ascontiguousarray(a) for a in (data, mix))
-    known = shim.mobe_shim(
-        kernel, ggml.type_info(basis_type).id, pointer(data, "char *"), data.nbytes // (m * r),
-        pointer(mix, "float *"), pointer(rows, "float *"), 0 if each == 1 else d + 8, (each + 1) * (d + 8),
-        pointer(padded, "int32_t *"), k + 3, pointer(out, "void *"),
-        d, r, m, mix.shape[1], mix.shape[0], k, t * k, mix.ndim == 3, names.ACTIVATIONS.index(activation), 1, shared,
-    )  # fmt: skip
-    assert known, f"the shim was compiled without {basis_type}"
-    return out
-
-
-def check(shim, kernel, basis_type, activation, n_group, operands, shared=H100, spoil=None):
-    """``spoil``: a basis that is overwritten with NaNs in the kernel's copy."""
+def check(
+    shim,
+    way,
+    basis_type,
+    activation,
+    n_group,
+    operands,
+    device=H100,
+    *,
+    expect=None,
+    spoil=None,
+    basis_is_view=False,
+):
+    """``spoil``: a basis that is overwritten with NaNs in the kernel's copy; ``expect``: the way that "auto" takes."""
     basis, mix, x, ids = operands
     m, r, d = basis.shape
     importance = np.ones(d, np.float32) if ggml.type_info(basis_type).requires_imatrix else None
@@ -177,64 +158,57 @@ def check(shim, kernel, basis_type, activation, n_group, operands, shared=H100, 
     if spoil is not None:
         data = data.copy()
         data.reshape(m, -1)[spoil] = 0xFF
-    got = run(shim, kernel, basis_type, data, (m, r, d), mix, x, ids, activation, shared)
-    if kernel == FORM:
-        formed = activate(
-            combine_groups(torch.from_numpy(mix).double(), torch.from_numpy(basis).double(), n_group),
-            activation,
-        )
-        truth = formed[torch.from_numpy(ids).long()].numpy()
-    else:
-        truth = reference(basis, mix, x, ids, activation)
-    error = nmse(truth, got)
-    assert error < LIMIT[kernel], f"{error:.2e}"
+    graph = Graph(basis_type, data, (m, r, d), mix, x, ids, activation, basis_is_view=basis_is_view)
+    taken = []
+    z = graph.compute(
+        1, lambda node: taken.append(shim.mobe_shim(node, way.encode(), *device)) or taken[0] >= 0
+    )
+    assert WAYS[taken[0]] == (expect or way)
+    error = nmse(reference(basis, mix, x, ids, activation), z)
+    assert error < LIMIT[WAYS[taken[0]]], f"{error:.2e}"
 
 
-@pytest.mark.parametrize(
-    "kernel", [PLAIN, DECODE, DECODE_MANY, FORM], ids=["plain", "decode", "many", "form"]
-)
+@pytest.mark.parametrize("n_tokens", [2, 7], ids=["tiles of 8 uses", "of 32"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("basis_type", TYPES)
-def test_types(shim, kernel, basis_type):
+def test_types(shim, way, basis_type, n_tokens):
     rng = np.random.default_rng(1)
-    check(shim, kernel, basis_type, "tanh", 1, operands(rng, d=512, r=3, m=5, n=16, k=4, t=3))
+    check(shim, way, basis_type, "tanh", 1, operands(rng, d=512, r=3, m=5, n=16, k=4, t=n_tokens))
 
 
-@pytest.mark.parametrize(
-    "kernel", [PLAIN, DECODE, DECODE_MANY, FORM], ids=["plain", "decode", "many", "form"]
-)
+@pytest.mark.parametrize("n_tokens", [4, 9], ids=["tiles of 8 uses", "of 32"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("row_mix", [False, True], ids=["scalar", "rows"])
 @pytest.mark.parametrize("activation", names.ACTIVATIONS)
-def test_forms(shim, kernel, activation, row_mix):
+def test_forms(shim, way, activation, row_mix, n_tokens):
     """Groups, sparse coefficients, an input for each expert, more bases than a fragment, more rows than a block keeps."""
     rng = np.random.default_rng(2)
-    shape = dict(d=256, r=19, m=40, n=8, k=3, t=4, n_group=2, row_mix=row_mix, x_experts=3, terms=9)
-    check(shim, kernel, "q4_k", activation, 2, operands(rng, **shape))
+    shape = dict(d=256, r=19, m=40, n=8, k=3, t=n_tokens, n_group=2, row_mix=row_mix, x_experts=3, terms=9)
+    check(shim, way, "q4_k", activation, 2, operands(rng, **shape))
 
 
-@pytest.mark.parametrize(
-    "kernel", [PLAIN, DECODE, DECODE_MANY, FORM], ids=["plain", "decode", "many", "form"]
-)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("d", [32, 96, 288, 416])
-def test_rows_that_end_inside_a_stretch(shim, kernel, d):
+def test_rows_that_end_inside_a_stretch(shim, way, d):
     rng = np.random.default_rng(d)
-    check(shim, kernel, "q8_0", "silu", 1, operands(rng, d=d, r=2, m=3, n=7, k=7, t=1))
-    check(shim, kernel, "f16", "silu", 1, operands(rng, d=d, r=1, m=1, n=9, k=9, t=4))
+    check(shim, way, "q8_0", "silu", 1, operands(rng, d=d, r=2, m=3, n=7, k=7, t=1))
+    check(shim, way, "f16", "silu", 1, operands(rng, d=d, r=1, m=1, n=9, k=9, t=4))
 
 
-@pytest.mark.parametrize("shared", [H100, A100, RTX_3090], ids=["4 slots", "3 slots", "2 slots"])
+@pytest.mark.parametrize("device", [H100, A100, RTX_3090], ids=["4 slots", "3 slots", "2 slots"])
 @pytest.mark.parametrize("row_mix", [False, True], ids=["scalar", "rows"])
-def test_ring(shim, shared, row_mix):
+def test_ring(shim, device, row_mix):
     """More and fewer blocks than slots and warps, a basis that nobody mixes (copied before that is known), no basis at all."""
     rng = np.random.default_rng(0)
     shape = dict(r=9, n=6, k=2, t=1, row_mix=row_mix)
-    check(shim, DECODE, "q4_k", "tanh", 1, operands(rng, d=768, m=16, **shape), shared)
+    check(shim, "decode", "q4_k", "tanh", 1, operands(rng, d=768, m=16, **shape), device)
     basis, mix, x, ids = operands(rng, d=2304, m=40, **shape)
-    check(shim, DECODE, "q4_k", "silu", 1, (basis, mix, x, ids), shared)
-    check(shim, DECODE_WRITTEN, "q4_k", "silu", 1, (basis, mix, x, ids), shared)
+    check(shim, "decode", "q4_k", "silu", 1, (basis, mix, x, ids), device)
+    check(shim, "decode", "q4_k", "silu", 1, (basis, mix, x, ids), device, basis_is_view=True)
     mix[:, 3] = 0
-    check(shim, DECODE, "q4_k", "tanh", 1, (basis, mix, x, ids), shared, spoil=3)
+    check(shim, "decode", "q4_k", "tanh", 1, (basis, mix, x, ids), device, spoil=3)
     mix[:] = 0
-    check(shim, DECODE, "q4_k", "none", 1, (basis, mix, x, ids), shared)
+    check(shim, "decode", "q4_k", "none", 1, (basis, mix, x, ids), device)
 
 
 @pytest.mark.parametrize("row_mix", [False, True], ids=["scalar", "rows"])
@@ -248,11 +222,61 @@ def test_prompt(shim, row_mix, own_x, k, t, together):
     counts = np.bincount(given[3].flat)
     assert counts.astype(bool).sum() > 32, "more experts than are formed at a time"
     assert (counts.astype(bool).sum() * counts.max() <= 2 * k * t) == together
-    check(shim, PROMPT, "q8_0", "tanh", 2, given)
-    check(shim, PROMPT, "q4_k", "silu", 2, operands(rng, d=512, **shape))
+    check(shim, "prompt", "q8_0", "tanh", 2, given)
+    check(shim, "prompt", "q4_k", "silu", 2, operands(rng, d=512, **shape))
 
 
 def test_as_many_bases_as_supported(shim):
     """On the smallest device that has the kernel, they leave room for two slots."""
     rng = np.random.default_rng(3)
-    check(shim, DECODE, "q4_k", "tanh", 1, operands(rng, d=256, r=1, m=1024, n=3, k=2, t=1), RTX_3090)
+    given = operands(rng, d=256, r=1, m=1024, n=3, k=2, t=1)
+    check(shim, "decode", "q4_k", "tanh", 1, given, RTX_3090)
+    check(shim, "prompt", "q4_k", "tanh", 1, given, RTX_3090, expect="decode")
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "device", "way"),
+    [
+        (1, H100, "decode"),
+        (11, H100, "decode"),
+        (12, H100, "prompt"),
+        (12, A100, "prompt"),
+        (12, RTX_2080, "plain"),
+    ],
+)
+def test_way_that_is_chosen(shim, n_tokens, device, way):
+    """Experts are formed once where each has four uses."""
+    rng = np.random.default_rng(4)
+    check(
+        shim,
+        "auto",
+        "q8_0",
+        "tanh",
+        1,
+        operands(rng, d=64, r=2, m=3, n=6, k=2, t=n_tokens),
+        device,
+        expect=way,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "way"),
+    [
+        ({}, None),  # not asked for: it has not run on a GPU
+        ({"basis_type": "tq1_0"}, b"auto"),
+        ({"d": 48}, b"auto"),
+        ({"m": 1025}, b"auto"),
+    ],
+    ids=["not asked for", "type", "row of half a unit", "bases"],
+)
+def test_what_is_left_to_the_cpu(shim, change, way):
+    shape = dict(d=256, r=2, m=3, n=4, k=2, t=1) | {
+        name: n for name, n in change.items() if name != "basis_type"
+    }
+    basis, mix, x, ids = operands(np.random.default_rng(5), **shape)
+    basis_type = change.get("basis_type", "f16")
+    data = ggml.quantize(basis.reshape(-1, basis.shape[2]), basis_type)
+    graph = Graph(basis_type, data, basis.shape, mix, x, ids, "tanh")
+    seen = []
+    graph.compute(1, lambda node: seen.append(shim.mobe_shim(node, way or ffi.NULL, *H100)) or True)
+    assert seen == [-1]

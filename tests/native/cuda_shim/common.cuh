@@ -17,7 +17,7 @@
 #include <cuda_bf16.h>
 #include <cublas_v2.h>
 
-#include "ggml.h"
+#include "ggml-impl.h"
 
 #define GGML_COMMON_DECL_CUDA
 #define GGML_COMMON_IMPL_CUDA
@@ -67,7 +67,22 @@ static inline int shim_memcpy_2d(char * to, size_t to_pitch, const char * from, 
     return 0;
 }
 
+#define GGML_CUDA_CC_AMPERE 800
+#define GGML_CUDA_CC_IS_NVIDIA(cc) true
+#define ggml_cuda_highest_compiled_arch(cc) (cc)
+
+struct ggml_cuda_device_info {
+    struct cuda_device_info {
+        int    cc, nsm;
+        size_t smpbo;
+    };
+    cuda_device_info devices[1];
+};
+const ggml_cuda_device_info & ggml_cuda_info();
+extern const char * shim_way; // GGML_CUDA_MOBE
+
 struct ggml_backend_cuda_context {
+    int          device = 0;
     int          pool()          { return 0; }
     cudaStream_t stream()        { return nullptr; }
     cublasHandle_t cublas_handle() { return nullptr; }

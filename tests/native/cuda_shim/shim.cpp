@@ -1,6 +1,6 @@
 // Fibers and warp instructions of common.cuh, and the door for the test.
 
-#include "mobe-cuda-plain.cuh"
+#include "mobe-cuda.cu"
 #include "mobe-cuda-prompt.cu"
 
 #include <ucontext.h>
@@ -229,49 +229,31 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta
     return CUBLAS_STATUS_SUCCESS;
 }
 
-static int shim_combine(int kernel, int type, const mobe_args & a, mobe_device device) {
-    switch (type) {
-#define SHIM_TYPE(TYPE) case TYPE:                                                             \
-        switch (kernel) {                                                                      \
-            case 1:                                                                            \
-            case 2: mobe_combine_launch<TYPE, 1, false>(a, device, nullptr); return 1;           \
-            case 4: mobe_combine_launch<TYPE, 4, false>(a, device, nullptr); return 1;           \
-            case 5: mobe_combine_launch<TYPE, 4, true> (a, device, nullptr); return 1;           \
-        }                                                                                      \
-        return 0;
-        MOBE_FOR_TYPES(SHIM_TYPE)
-    }
-    return 0;
-}
+static ggml_cuda_device_info device_info;
+const ggml_cuda_device_info & ggml_cuda_info() { return device_info; }
+const char * shim_way;
 
-// kernel: 0 plain, 1 and 4 decode with NT tiles of 8 uses, 2 as 1 where the kernel in front writes the bases, 5 form (out: f16),
-// 6 prompt. Returns whether the type is known.
-extern "C" int mobe_shim(int kernel, int type, const char * basis, int64_t row_bytes, const float * mix, const float * x,
-        int64_t x_slot, int64_t x_token, const int32_t * ids, int64_t ids_token, void * out,
-        int d, int r, int m, int m_group, int n, int k, int n_use, int row_mix, int activation, int n_sm, int64_t shared) {
-    mobe_args a = {};
-    a.basis = basis; a.row_bytes = row_bytes; a.mix = mix; a.x = x; a.x_slot = x_slot; a.x_token = x_token;
-    a.ids = ids; a.ids_token = ids_token; a.z = (float *) out; a.formed = (half *) out;
-    a.d = d; a.r = r; a.m = m; a.m_group = m_group; a.n = n; a.per_group = n/(m/m_group); a.k = k; a.n_use = n_use;
-    a.row_mix = row_mix; a.activation = (ggml_mobe_activation) activation;
-    a.constant = kernel != 2;
-    const mobe_device device = { n_sm, (size_t) shared };
-    if (kernel == 0) {
-        mobe_launch_plain((ggml_type) type, a, nullptr);
-        return 1;
+// what GGML_CUDA_MOBE is, compute capability (900), shared memory of a block; dst: a node whose operands lie in memory. Returns what computed it: a
+// mobe_path, or -1, and nothing is computed, where the device does not take it.
+extern "C" int mobe_shim(ggml_tensor * dst, const char * way, int cc, int64_t shared) {
+    shim_way = way;
+    device_info.devices[0] = { cc, 1, (size_t) shared };
+    if (!ggml_cuda_mobe_proj_supports(0, dst)) {
+        return -1;
     }
-    if (kernel == 6) {
-        ggml_backend_cuda_context ctx;
-        mobe_launch_prompt(ctx, (ggml_type) type, a, device);
-        return 1;
+    const mobe_path path = mobe_choose(0, dst);
+    GGML_ASSERT(ggml_cuda_mobe_proj_needs_sync(0, dst) == (path == MOBE_PATH_PROMPT));
+    if (path == MOBE_PATH_DECODE) { // the other kernels start when the one in front has ended
+        for (int i = 0; i < 4; i++) {
+            const ggml_tensor * src = dst->src[i];
+            if (src->op != GGML_OP_NONE) {
+                shim_in_front(src->data, ggml_nbytes(src));
+            }
+        }
     }
-    shim_in_front(x, ((n_use/k - 1)*x_token + (k - 1)*x_slot + d)*sizeof(float));
-    shim_in_front(ids, ((n_use/k - 1)*ids_token + k)*sizeof(int32_t));
-    if (!a.constant) {
-        shim_in_front(basis, m*r*row_bytes);
-    }
-    const int known = shim_combine(kernel, type, a, device);
+    ggml_backend_cuda_context ctx;
+    ggml_cuda_op_mobe_proj(ctx, dst);
     ggml_cuda_pdl_sync(); // spoiled as well where a kernel does not read it
     written.clear();
-    return known;
+    return path;
 }
