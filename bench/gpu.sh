@@ -73,7 +73,8 @@ configure() {
             ln -sf "$(ls "$cublas"/lib/lib$name.so* | head -1)" "$build/cublas/lib$name.so"
             options+=("-DCUDA_${name}_LIBRARY=$build/cublas/lib$name.so")
         done
-        options+=("-DCMAKE_CUDA_FLAGS=-I$cublas/include")
+        # what links with ggml-cuda must find cuBLAS, too
+        options+=("-DCMAKE_CUDA_FLAGS=-I$cublas/include" "-DCMAKE_EXE_LINKER_FLAGS=-Wl,-rpath-link,$cublas/lib")
     fi
     cmake -G Ninja -S "$top/llama.cpp" -B "$build" -DCMAKE_BUILD_TYPE=Release -DGGML_MOBE_DIR="$top/native/ggml_mobe" \
         -DCMAKE_CUDA_COMPILER="$cuda/bin/nvcc" -DCMAKE_CUDA_ARCHITECTURES="$arch-real" -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON \
@@ -119,7 +120,7 @@ build_ops() { # our kernels in front: an error in them shows early
     # shellcheck disable=SC2086
     targets $objects test-backend-ops
     g++ -O2 -std=c++17 -I"$top/llama.cpp/ggml/include" -I"$top/native/ggml_mobe" "$top/bench/gpu_ops.cpp" -o "$build/bin/gpu_ops" \
-        -L"$build/bin" -lggml -lggml-base -Wl,-rpath,"$build/bin" -Wl,-rpath-link,"$build/bin"
+        -L"$build/bin" -lggml -lggml-base -Wl,-rpath,"$build/bin" -Wl,-rpath-link,"$build/bin${cublas:+:$cublas/lib}"
 }
 
 ops() { # seconds, then a program that was built here, with assignments in front
