@@ -20,7 +20,7 @@
 #   hybrid       bench/hybrid.py, Qwen3-30B and DeepSeek-V3 shapes (12 layers and 1; 25 GB of disk); needs python, build-tools
 #   save         what was built, in pieces of 15 MB beside the logs; on the next machine, at the same path:
 #                mkdir -p build && cat bin.tar.xz.* | tar xJ -C build
-# A machine that is lent for half an hour, 10 minutes a command: the GPU is free while the CPU compiles.
+# In half an hour of a rented machine, as the GPU is free while the CPU compiles:
 #   1  bench/gpu.sh configure python && { bench/gpu.sh factorize & bench/gpu.sh build-ops; wait; }
 #   2  bench/gpu.sh build-ops test perf profile     (build-ops: only what 1 did not finish)
 #   3  bench/gpu.sh sanitize build-tools save

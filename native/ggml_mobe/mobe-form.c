@@ -7,8 +7,8 @@
 
 #include <string.h>
 
-// bases of a group at most, for sums with coefficients of 16 bits not to overflow
-enum { MOBE_TWICE = 256 };
+// bases of a group at most, for sums not to overflow: of bytes' shifts, and with coefficients of 16 bits
+enum { MOBE_BYTES = 512, MOBE_TWICE = 256 };
 
 static int64_t mobe_groups(const struct mobe_former * former) { return former->shape.m/former->shape.m_group; }
 
@@ -23,7 +23,7 @@ void mobe_former_init(
     former->activation = activation;
     former->format     = mobe_format_of(basis->type);
 #if defined(MOBE_QUAD)
-    former->bytes = ggml_is_quantized(basis->type);
+    former->bytes = ggml_is_quantized(basis->type) && shape.m_group <= MOBE_BYTES;
 #else
     former->bytes = false;
 #endif

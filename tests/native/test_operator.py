@@ -102,6 +102,18 @@ def test_every_type(n_tokens):
         check(rng, name, "tanh", 1, operands(rng, d=512, r=5, m=3, n=8, k=2, t=n_tokens))
 
 
+@pytest.mark.parametrize("m", [256, 257, 512, 513, 640])
+@pytest.mark.parametrize("basis_type", ["q8_0", "q4_1", "q5_1", "q5_k", "iq4_xs"])
+@pytest.mark.parametrize("n_tokens", [1, 20])
+def test_sums_do_not_overflow(basis_type, m, n_tokens):
+    """All bases and coefficients the same, which makes the sums as large as they can be."""
+    x = np.random.default_rng(0).standard_normal((n_tokens, 1, 256), dtype=np.float32)
+    ids = np.zeros((n_tokens, 1), np.int32)
+    for value in (1.0, -1.0):
+        basis = np.full((m, 3, 256), value, np.float32)
+        check(None, basis_type, "none", 1, (basis, np.ones((2, m), np.float32), x, ids))
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 def test_threads_do_not_change_the_result(n_threads):
     ops = operands(np.random.default_rng(2), d=320, r=13, m=8, n=16, k=4, t=40)
