@@ -1,8 +1,8 @@
 """The README.md beside exported files, as users of the hub expect it: what the model is made of, sizes, errors, how to run it.
 
-One page for all files of a model in a directory: the next export adds its line and keeps those of files that are
-still there; ``mobe-gguf eval --card`` adds what it measured.  A page that someone wrote, or changed, is never touched: the
-card is called after the file then.
+One page for all files of a model, factorized in one way, in a directory: the next export adds its line and keeps those of
+files that are still there; ``mobe-gguf eval --card`` adds what it measured.  The card is called after the file where that page is of
+other factors, or someone's own: what someone wrote, or changed, is never touched.
 """
 
 from __future__ import annotations
@@ -70,17 +70,43 @@ class Subject:
 def write_card(subject: Subject) -> str:
     """Write the card beside the first file; returns its path, or why there is none, as a line for the report."""
     first = Path(subject.report.path)
-    for path in _places(first):
+    places = _places(first)
+    for path in places:
         old = _ours(path)
-        if old is None or old and f"\n# {subject.name}\n" not in old:
+        if old is None:
             continue
+        if not {f"# {subject.name}", *_about(subject), *_recipe(subject)} <= set(old.splitlines()):
+            if _kept(old, FILE_ROW, first.parent, subject):
+                continue  # those files came of other factors
+            old = ""
         try:
             with atomic_path(path) as part:
                 part.write_text(page(subject, old), encoding="utf-8")
+            _forget(first, next(other for other in places if other != path))
         except OSError as e:
             return f"no card: {path} cannot be written: {e.strerror or e}"
         return f"card: {path}"
     return f"no card: {path} is there and was not made here, or was changed"
+
+
+def _forget(file: Path, path: Path) -> None:
+    """Take ``file``, which another export has replaced, off the page at ``path`` if that is ours."""
+    old = _ours(path) or ""
+    found = (
+        next(filter(None, (p.match(line) for p in (FILE_ROW, COMMAND, REMARK))), None)
+        for line in old.splitlines()
+    )
+    lines = [
+        line
+        for line, m in zip(old.splitlines(), found, strict=True)
+        if not (m and _stem(Path(m[1])) == _stem(file))
+    ]
+    if any(map(FILE_ROW.match, lines)):
+        text = "\n".join([*lines, ""])
+        with atomic_path(path) as part:
+            part.write_text(MARK.sub(_mark(text), text), encoding="utf-8")
+    elif old:
+        path.unlink()
 
 
 def card_of(file: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,36 @@ def test_one_page_for_all_files(source: Path, out: Path) -> None:
     run(source, out / "x-f16.gguf", "--quant", "f16")
     text = (out / "README.md").read_text()
     assert "x-q8_0" not in text and text.count("| [x-f16.gguf") == 1 and text.count("| [x-q4_0.gguf") == 1
+
+
+def test_a_page_is_of_one_factorization(source: Path, model: Maker, out: Path) -> None:
+    """Other factors of the same model have a page of their own, and a file that came of both is on the newer alone."""
+    other = source.with_name("other")
+    make_mobe(model("qwen3_moe"), other)
+    shutil.copy(source / "README.md", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps(config | {"mobe": ABOUT | {"settings": {"bases": 3, "seed": 7}}})
+    )
+
+    def listed(name: str) -> list[str]:
+        return re.findall(r"^\| \[(.*?)\]", (out / name).read_text(), re.MULTILINE)
+
+    run(source, out / "a.gguf", "--quant", "q8_0")
+    run(source, out / "b.gguf", "--quant", "f16")
+    run(other, out / "c.gguf", "--quant", "q8_0")
+    assert listed("README.md") == ["a.gguf", "b.gguf"] and "seed 7" not in (out / "README.md").read_text()
+    assert listed("c.README.md") == ["c.gguf"] and "seed 7" in (out / "c.README.md").read_text()
+    run(other, out / "b.gguf", "--quant", "f16")
+    assert listed("README.md") == ["a.gguf"] and listed("b.README.md") == ["b.gguf"]
+    assert "b.gguf --quant" not in (out / "README.md").read_text()
+    assert card_of(out / "b.gguf") == out / "b.README.md" and card_of(out / "a.gguf") == out / "README.md"
+    run(source, out / "b.gguf", "--quant", "f16")
+    assert listed("README.md") == ["a.gguf", "b.gguf"] and not (out / "b.README.md").exists()
+    # all that the page was of is replaced: it is the new one's
+    (out / "b.gguf").unlink()
+    run(other, out / "a.gguf", "--quant", "f16")
+    assert listed("README.md") == ["a.gguf"] and "seed 7" in (out / "README.md").read_text()
 
 
 def _imatrix(folder: Path) -> Path:

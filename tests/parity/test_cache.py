@@ -75,9 +75,10 @@ def test_contexts_have_caches_of_their_own(gguf):
     assert all(np.array_equal(expected, found[i]) for i in range(2))
 
 
-def test_negative_size_in_a_script(gguf):
-    with pytest.raises(ValueError, match="mobe_cache"):
-        open_model(gguf, -1)
+@pytest.mark.parametrize("size", [-1, 1.5, "2M", None])
+def test_what_is_no_number_of_bytes_in_a_script(gguf, size):
+    with pytest.raises(ValueError, match=f"mobe_cache is a number of bytes, such as .*, got {size!r}"):
+        open_model(gguf, size)
 
 
 def complete(gguf: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
