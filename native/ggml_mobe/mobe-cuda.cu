@@ -24,13 +24,30 @@ static ggml_mobe_shape mobe_node_shape(const ggml_tensor * dst) {
     return ggml_mobe_proj_shape(dst->src[0], dst->src[1], dst->src[2], dst->src[3]);
 }
 
+// GGML_CUDA_MOBE, or NULL: then the operator stays on the CPU
+static const char * mobe_asked() {
+    static const char * const asked = []() -> const char * {
+        const char * value = getenv("GGML_CUDA_MOBE");
+        for (const char * known : { "auto", "plain", "decode", "prompt" }) {
+            if (value != nullptr && strcmp(value, known) == 0) {
+                return known;
+            }
+        }
+        if (value != nullptr && value[0] != 0 && strcmp(value, "0") != 0) {
+            GGML_LOG_WARN("GGML_CUDA_MOBE is '%s', expected auto, plain, decode or prompt: factorized experts are computed on the CPU\n", value);
+        }
+        return nullptr;
+    }();
+    return asked;
+}
+
 static mobe_path mobe_choose(int device, const ggml_tensor * dst) {
     const ggml_mobe_shape s = mobe_node_shape(dst);
     const int cc = ggml_cuda_info().devices[device].cc;
     if (!GGML_CUDA_CC_IS_NVIDIA(cc) || ggml_cuda_highest_compiled_arch(cc) < GGML_CUDA_CC_AMPERE) {
         return MOBE_PATH_PLAIN;
     }
-    static const char * const asked = getenv("GGML_CUDA_MOBE");
+    const char * asked = mobe_asked();
     const bool can_form = mobe_combine_shared<4>(s.m) <= MOBE_SHARED_PLAIN;
     if (asked != nullptr && strcmp(asked, "plain") == 0) {
         return MOBE_PATH_PLAIN;
@@ -64,8 +81,7 @@ bool ggml_cuda_mobe_proj_supports(int device, const ggml_tensor * dst) {
     }
     GGML_UNUSED(device);
     // off unless asked for, until bench/gpu.sh has passed on a GPU: so far only nvcc and an emulation have seen these kernels
-    static const bool asked_for = getenv("GGML_CUDA_MOBE") != nullptr;
-    if (!asked_for) {
+    if (mobe_asked() == nullptr) {
         return false;
     }
     const ggml_tensor * basis = dst->src[0];
@@ -76,7 +92,7 @@ bool ggml_cuda_mobe_proj_supports(int device, const ggml_tensor * dst) {
     }
     const ggml_mobe_shape s = mobe_node_shape(dst);
     return s.d % 32 == 0 && s.d <= 1 << 20 && // whole units of every type; sizes that an int holds
-        s.m <= MOBE_MAX_BASES && s.r <= 65535 && s.n <= 65535 &&
+        s.m <= MOBE_MAX_BASES && s.r <= 65535 && s.n <= 65535 && s.k <= 32768 &&
         s.k*s.T <= 65535*8 && // the grid
         ggml_nbytes(basis) < 16ull << 32 && // offsets of bases, in 32 bits, count 16 bytes
         // x is read 16 bytes at a time

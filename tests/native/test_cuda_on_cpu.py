@@ -64,8 +64,8 @@ if ALL_TYPES:
 #: What the kernels' source says for the compiler of CUDA only, and what stands there for the shim.
 REPLACED = {
     "mobe-cuda.cu": {
-        'static const char * const asked = getenv("GGML_CUDA_MOBE");': "const char * const asked = shim_way;",
-        'static const bool asked_for = getenv("GGML_CUDA_MOBE") != nullptr;': "const bool asked_for = shim_way != nullptr;",
+        "static const char * const asked = [": "const char * const asked = [",
+        'getenv("GGML_CUDA_MOBE")': "shim_way",
     },
     "mobe-cuda-combine.cuh": {
         "extern __shared__ __align__(16) char shared[];": "char * const shared = shim_shared;",
@@ -263,11 +263,12 @@ def test_way_that_is_chosen(shim, n_tokens, device, way):
     ("change", "way"),
     [
         ({}, None),  # not asked for: it has not run on a GPU
+        ({}, b"prompts"),
         ({"basis_type": "tq1_0"}, b"auto"),
         ({"d": 48}, b"auto"),
         ({"m": 1025}, b"auto"),
     ],
-    ids=["not asked for", "type", "row of half a unit", "bases"],
+    ids=["not asked for", "not a way", "type", "row of half a unit", "bases"],
 )
 def test_what_is_left_to_the_cpu(shim, change, way):
     shape = dict(d=256, r=2, m=3, n=4, k=2, t=1) | {

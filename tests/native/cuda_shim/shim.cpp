@@ -64,12 +64,14 @@ static std::vector<warp_memory> warps;
 static std::vector<thread_copies> copies;
 static const std::function<void()> * work;
 static int current;
+static bool progress; // a thread ended, or the last one reached a barrier
 
 static void meet(meeting & m) {
     const int round = m.round;
     if (++m.arrived == m.expected) {
         m.arrived = 0;
         m.round++;
+        progress = true;
     }
     while (m.round == round) {
         swapcontext(&fibers[current], &scheduler);
@@ -80,6 +82,7 @@ static void enter() {
     (*work)();
     mobe_copy_wait(0);
     running[current] = false;
+    progress = true;
     swapcontext(&fibers[current], &scheduler);
 }
 
@@ -108,22 +111,37 @@ void shim_launch(dim3 grid, int threads, const std::function<void()> & kernel) {
                 fibers[i].uc_stack.ss_size = STACK;
                 makecontext(&fibers[i], enter, 0);
             }
-            unsigned order = 1;
-            for (int left = threads; left > 0;) {
-                left = 0;
-                // another order each time: results must not depend on who comes first
-                order = order*1664525 + 1013904223;
-                const unsigned first = order >> 8, step = order >> 16 | 1;
-                GGML_ASSERT((threads & (threads - 1)) == 0);
-                for (int i = 0; i < threads; i++) {
-                    current = (first + i*step) % threads;
-                    if (running[current]) {
-                        threadIdx = dim3(current, 0, 0);
-                        swapcontext(&scheduler, &fibers[current]);
-                        left += running[current];
-                    }
+            // Results must not depend on who comes first: every other block, threads run to the next barrier in turn, in another
+            // order each time; in the others warps do, each as far as it comes, which shows more of missing barriers.
+            static bool by_warps;
+            by_warps = !by_warps;
+            const int together = by_warps ? 32 : threads, n_group = threads/together;
+            GGML_ASSERT((threads & (threads - 1)) == 0);
+            static unsigned order = 1;
+            const auto shuffled = [&](int i, int n) { return (int) (((order >> 8) + i*(order >> 16 | 1)) % n); };
+            const auto next     = [&] { order = order*1664525 + 1013904223; };
+            for (bool moved = true; moved;) {
+                moved = false;
+                next();
+                const unsigned of_groups = order;
+                for (int i = 0; i < n_group; i++) {
+                    order = of_groups;
+                    const int group = shuffled(i, n_group);
+                    do {
+                        progress = false;
+                        next();
+                        for (int j = 0; j < together; j++) {
+                            current = group*together + shuffled(j, together);
+                            if (running[current]) {
+                                threadIdx = dim3(current, 0, 0);
+                                swapcontext(&scheduler, &fibers[current]);
+                            }
+                        }
+                        moved |= progress;
+                    } while (progress && by_warps);
                 }
             }
+            GGML_ASSERT(std::count(running.begin(), running.end(), true) == 0 && "threads wait at a barrier that not all reach");
         }
     }
 }
