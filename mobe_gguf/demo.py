@@ -28,6 +28,7 @@ from mobe_gguf.export import Recipe, Report, export, parse_quant
 from mobe_gguf.export.report import amount, rows
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import Options, plan_checkpoint, settle
+from mobe_gguf.files import describe_size
 from mobe_gguf.progress import console
 from mobe_gguf.runtime.install import Environment
 from mobe_gguf.sources.checkpoint import Checkpoint
@@ -190,7 +191,7 @@ def measure(model: str, source: Path, quant: str, directory: Path, text: Path, e
         written, speed = complete(path, effort.tokens)
         measured = replace(measured, text=written, speed=speed)
     spent = time.monotonic() - started
-    _say(f"{path}: {report.n_bytes / 1e6:.2f} MB, perplexity {found.value:.2f}, {spent:.1f} s")
+    _say(f"{path}: {describe_size(report.n_bytes)}, perplexity {found.value:.2f}, {spent:.1f} s")
     return measured
 
 
@@ -247,7 +248,7 @@ def render(demo: Demo) -> RenderableType:
     for _ in shown:
         texts.add_column(ratio=1)
     texts.add_row(
-        *(Panel(Text(f.text), title=f.path.name, title_align="left", padding=(0, 1)) for f in shown)
+        *(Panel(Text(f.text), title=Text(f.path.name), title_align="left", padding=(0, 1)) for f in shown)
     )
     last = demo.files[-1].path
     try_it = (

@@ -25,6 +25,12 @@ class UsageError(MobeError):
     exit_code = 2
 
 
+class Interrupted(MobeError):
+    """Ctrl-C or SIGTERM ended the work; the message says what is kept, and how to go on."""
+
+    exit_code = 130
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` as a program beside the command line, such as a benchmark; exits as ``mobe-gguf`` does."""
     try:

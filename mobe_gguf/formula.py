@@ -22,9 +22,3 @@ def combine(mix: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     if mix.dim() == 4:
         return combine(mix[:, :, 0], basis.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(mix.permute(2, 0, 1), basis.transpose(0, 1)).transpose(0, 1)
-
-
-def combine_groups(mix: torch.Tensor, basis: torch.Tensor, n_group: int) -> torch.Tensor:
-    """The same over all groups: mix ``[n, m/g]`` or ``[n, m/g, r]``, basis ``[m, r, d]`` -> ``[n, r, d]``."""
-    pairs = zip(mix.chunk(n_group), basis.chunk(n_group), strict=True)
-    return torch.cat([combine(a, b) for a, b in pairs])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from rich.table import Table
 from mobe_gguf import names
 from mobe_gguf.errors import MobeError
 from mobe_gguf.export.report import Entry, amount, original_params, rows
+from mobe_gguf.files import describe_size
 from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.sources.gguf_file import GgufFile, read_model
+from mobe_gguf.sources.gguf_file import GgufFile, is_count, missing_tensors, read_model, shown
+from mobe_gguf.sources.gguf_source import merged_name
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
 
 
@@ -52,7 +55,7 @@ class Layer:
 
 @dataclass
 class Description:
-    """Sizes by the names of DESIGN: n_expert n, n_expert_used k, n_embd d, n_ff_exp p.
+    """Sizes by the names of docs/format.md: n_expert n, n_expert_used k, n_embd d, n_ff_exp p.
 
     ``kind``: ``gguf``, ``huggingface``, ``mobe`` (a checkpoint directory) or ``factors`` (of a GGUF file).  ``n_bytes``: of all files together.
     ``activation`` and ``group_count`` are None if nothing is factorized.  ``problems``: what contradicts itself.
@@ -118,30 +121,32 @@ def describe_gguf(file: GgufFile) -> Description:
     """:func:`describe` for a GGUF file whose head was read."""
     entries = [Entry(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     layers, problems = _gguf_layers(file)
+    problems += [f"tensor {name} is missing" for name in missing_tensors(file)]
     down = next((t.shape for t in file.tensors.values() if ".ffn_down_exps.weight" in t.name), None)
     factorized = {name for layer in layers for name in layer.factorized}
     version, key = file.keys.get(names.key_version(file.arch)), names.key_version(file.arch)
-    if factorized and version not in (names.MOBE_VERSION, names.MOBE_VERSION_DOWN):
+    groups = file.keys.get(names.key_group_count(file.arch))
+    if factorized and (not is_count(version) or version not in (names.MOBE_VERSION, names.MOBE_VERSION_DOWN)):
         known = f"{names.MOBE_VERSION} and {names.MOBE_VERSION_DOWN}"
-        problems.append(f"key {key} is {version}, this program knows {known}")
+        problems.append(f"key {key} is {shown(version)}, this program knows {known}")
     elif "down" in factorized and version < names.MOBE_VERSION_DOWN:
         problems.append(f"key {key} is {version}, bases of down need {names.MOBE_VERSION_DOWN}")
     return Description(
         path=str(file.path),
         kind="gguf",
         arch=file.arch,
-        name=file.keys.get("general.name"),
-        n_layer=file.arch_key("block_count") or 0,
-        n_expert=file.arch_key("expert_count") or 0,
-        n_expert_used=file.arch_key("expert_used_count") or 0,
-        n_embd=file.arch_key("embedding_length") or 0,
+        name=file.text("general.name"),
+        n_layer=file.arch_number("block_count"),
+        n_expert=file.arch_number("expert_count"),
+        n_expert_used=file.arch_number("expert_used_count"),
+        n_embd=file.arch_number("embedding_length"),
         n_ff_exp=down[-1] if down else None,
         entries=entries,
         original_params=original_params(entries),
         n_bytes=file.size,
-        activation=file.keys.get(names.key_activation(file.arch)),
-        group_count=file.keys.get(names.key_group_count(file.arch)),
-        version=version,
+        activation=file.text(names.key_activation(file.arch)),
+        group_count=groups if is_count(groups) else None,
+        version=version if is_count(version) else None,
         layers=layers,
         problems=problems,
     )
@@ -162,12 +167,14 @@ def _gguf_layers(file: GgufFile) -> tuple[list[Layer], list[str]]:
 
 
 def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list[str]) -> Projection:
-    """One projection, with what contradicts DESIGN "GGUF layout" added to ``problems``."""
+    """One projection, with what contradicts docs/format.md, "GGUF", added to ``problems``."""
     transform = file.tensors.get(names.transform_name(layer, projection))
     basis = file.tensors.get(names.basis_name(layer, projection))
     mix = file.tensors.get(names.mix_name(layer, projection))
     if transform is None:
-        fused = file.tensors.get(f"blk.{layer}.ffn_gate_up_exps.weight")
+        fused = file.tensors.get(merged_name(layer))
+        if projection == "gate" and not _has_gates(file):
+            return Projection("-")
         if fused is None or basis is not None:
             problems.append(f"tensor {names.transform_name(layer, projection)} is missing")
         return Projection(fused.type if fused else "?")
@@ -179,7 +186,7 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
     m, rows, columns = (1, 1, *basis.shape)[-3:]
     r = columns if is_down else rows
     groups = file.keys.get(names.key_group_count(file.arch))
-    n, d = file.arch_key("expert_count"), file.arch_key("embedding_length")
+    n, d = file.arch_number("expert_count"), _n_embd(file, layer)
     if len(basis.shape) != 3 or (rows if is_down else columns) != d:
         form = f"[m, {d}, r]" if is_down else f"[m, r, {d}]"
         problems.append(f"tensor {basis.name} has shape {list(basis.shape)}, expected {form}")
@@ -187,9 +194,9 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
     if found != r:
         what = f"{found} rows" if is_down else f"rows of {found}"
         problems.append(f"tensor {transform.name} has {what}, {basis.name} has rank {r}")
-    if not isinstance(groups, int) or groups < 1 or m % groups:
+    if not is_count(groups) or groups < 1 or m % groups:
         problems.append(
-            f"tensor {basis.name} has {m} bases, key {names.key_group_count(file.arch)} is {groups}"
+            f"tensor {basis.name} has {m} bases, key {names.key_group_count(file.arch)} is {shown(groups)}"
         )
     elif mix is None:
         problems.append(f"tensor {names.mix_name(layer, projection)} is missing")
@@ -200,6 +207,25 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
         )
     by_row = mix is not None and len(mix.shape) == 3
     return Projection(transform.type, m, r, basis.type, by_row)
+
+
+def _has_gates(file: GgufFile) -> bool:
+    """Whether experts have a gate: of some architectures (nemotron_h_moe) none has."""
+    return any(re.fullmatch(r"blk\.\d+\.ffn_gate(_up)?_(exps|basis)\.\w+", name) for name in file.tensors)
+
+
+def _n_embd(file: GgufFile, layer: int) -> int:
+    """d of a layer's experts, by what most of its tensors say, first those that are not factorized: experts may be fed less
+    than ``embedding_length``."""
+    plain, bases = Counter[int](), Counter[int]()
+    for projection in names.ALL_PROJECTIONS:
+        axis = -2 if projection == "down" else -1
+        basis = file.tensors.get(names.basis_name(layer, projection))
+        if basis is not None:
+            bases[(1, *basis.shape)[axis]] += 1
+        elif (info := file.tensors.get(names.transform_name(layer, projection))) is not None:
+            plain[(1, *info.shape)[axis]] += 1
+    return (plain or bases).most_common(1)[0][0]
 
 
 # directories
@@ -230,7 +256,13 @@ def _describe_directory(path: Path) -> Description:
         n_bytes=sum((path / shard).stat().st_size for shard in {info.shard for info in infos.values()}),
         version=recorded(checkpoint.config, "version"),
         layers=[_layer(checkpoint, index) for index in checkpoint.moe_layers],
+        problems=[f"tensor {name} is missing" for name in checkpoint.missing()],
     )
+    if not description.problems:
+        try:
+            checkpoint.check_whole()
+        except MobeError as e:
+            description.problems.append(e.message.removeprefix(f"{path}: ").removeprefix(f"{path}/"))
     in_factors = sum(e.n_params for e in entries if e.label in ("A", "B", "mix"))
     replaced = [name for layer in description.layers for name in layer.factorized]
     dense = math.prod((checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd))
@@ -327,7 +359,7 @@ def summary(d: Description) -> list[str]:
         ratio = f"; {d.n_params / d.original_params:.1%} of the original's {amount(d.original_params)}"
     lines.append(
         f"{amount(d.n_params)} parameters{ratio}; "
-        f"{d.n_bytes / 1e6:,.2f} MB, {d.bits_per_weight:.2f} bits per weight"
+        f"{describe_size(d.n_bytes)}, {d.bits_per_weight:.2f} bits per weight"
     )
     return lines
 

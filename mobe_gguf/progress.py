@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,8 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+#: Names of files and tensors are shown as they are: not as rich's markup (``[bold]``), nor its emoji (``:key:``).
+VERBATIM: dict[str, Any] = dict(markup=False, emoji=False)
+
 #: Logs, tables and bars meant for a person go here; data goes to stdout.
-console = Console(stderr=True)
+console = Console(stderr=True, **VERBATIM)
 
 
 class Bar:
@@ -64,7 +68,7 @@ def bar(label: str, total: float, quiet: bool = False) -> Iterator[Bar]:
         yield Bar(label, total, None, quiet)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -35,10 +35,11 @@ from mobe_gguf.factorize.writer import (
     shards,
     write_safetensors,
 )
-from mobe_gguf.files import check_space
+from mobe_gguf.files import check_space, describe_size
 from mobe_gguf.progress import bar
-from mobe_gguf.sources.checkpoint import DTYPES, INDEX_NAME, all_finite
+from mobe_gguf.sources.checkpoint import all_finite
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, Reconstruction
+from mobe_gguf.sources.safetensors_file import DTYPES, INDEX_NAME
 
 #: Keys of config.json that only a MoBE checkpoint has.
 MOBE_KEYS = ("num_B", "activation", "mobe")
@@ -80,9 +81,9 @@ def reconstruct_model(
     MobeError if the checkpoint contradicts itself, ``out`` exists, or it cannot be written.
     """
     started = time.monotonic()
-    if os.path.lexists(out):
-        raise MobeError(f"{out} exists already. Choose another OUT or remove it.")
+    _check_absent(out)
     check_factors(checkpoint)
+    checkpoint.check_whole()
     target = STORED[dtype] if dtype is not None else _model_dtype(checkpoint.config)
     config, notes = original_config(checkpoint, target)
     items = list(_entries(checkpoint, target, dtype is not None))
@@ -103,24 +104,33 @@ def reconstruct_model(
         return result
     try:
         check_space(out, result.n_bytes, parts.files(), "Make room or write elsewhere.")
-        result.files_kept = _write(checkpoint, parts, dict(zip(names, runs, strict=True)), quiet)
-        index = {entry.name: name for name, run in zip(names, runs, strict=True) for entry in run}
-        copy_small_files(checkpoint.path, parts.folder)
-        write_json(
-            parts.folder / INDEX_NAME, {"metadata": {"total_size": result.n_bytes}, "weight_map": index}
-        )
-        write_json(parts.folder / "config.json", config)
-        parts.state.unlink()
-        os.rename(parts.folder, out)
+        with parts.locked():
+            _check_absent(out)  # what held the folder may have finished it
+            try:
+                result.files_kept = _write(checkpoint, parts, dict(zip(names, runs, strict=True)), quiet)
+                index = {entry.name: name for name, run in zip(names, runs, strict=True) for entry in run}
+                copy_small_files(checkpoint.path, parts.folder)
+                write_json(
+                    parts.folder / INDEX_NAME,
+                    {"metadata": {"total_size": result.n_bytes}, "weight_map": index},
+                )
+                write_json(parts.folder / "config.json", config)
+                parts.state.unlink()
+                os.rename(parts.folder, out)
+            finally:
+                parts.remove_if_useless()
     except OSError as e:
         kept = f"; finished shards are kept in {parts.folder}, the same command goes on from there"
         kept = kept if parts.finished else "; nothing was written"
         why = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else f"{e.strerror or e}"
         raise MobeError(f"{out}: cannot be written: {why}{kept}") from e
-    finally:
-        parts.remove_if_useless()
     result.seconds = time.monotonic() - started
     return result
+
+
+def _check_absent(out: Path) -> None:
+    if os.path.lexists(out):
+        raise MobeError(f"{out} exists already. Choose another OUT or remove it.")
 
 
 def _write(checkpoint: MobeCheckpoint, parts: Parts, runs: dict[str, list[Entry]], quiet: bool) -> int:
@@ -130,7 +140,7 @@ def _write(checkpoint: MobeCheckpoint, parts: Parts, runs: dict[str, list[Entry]
     parts.begin()
     with bar(f"reconstruct {checkpoint.path.name}", len(runs), quiet) as progress, torch.inference_mode():
         for name, run in runs.items():
-            size = f"{name}: {sum(entry.n_bytes for entry in run) / 1e9:.2f} GB"
+            size = f"{name}: {describe_size(sum(entry.n_bytes for entry in run))}"
             if name in parts.finished:
                 progress.advance(1, f"{size}, finished earlier")
                 continue

@@ -44,6 +44,14 @@ def verify(
     A head that cannot be read is a problem, too, and then the only one.  MobeError if there is no such file.
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        mend = (
+            f"Name a file in it:\n  mobe-gguf verify {files[0]}"
+            if files
+            else f"To look at a model's directory:\n  mobe-gguf inspect {path}"
+        )
+        raise UsageError(f"{path} is a directory; expected a GGUF file. {mend}")
     if not path.is_file():
         raise MobeError(f"{path}: no such file")
     verdict = Verdict(path)
@@ -84,12 +92,12 @@ def _layout(file: GgufFile) -> Iterator[tuple[str, str]]:
 def _keys(model: GgufFile) -> Iterator[tuple[str, str]]:
     """Numbers without which llama.cpp cannot run the model, and the keys of the factors."""
     for name in ("block_count", "embedding_length"):
-        value = model.arch_key(name)
-        if not isinstance(value, int) or value < 1:
-            yield f"{model.arch}.{name}", f"it is {value}, expected a positive number"
-    n, k = model.arch_key("expert_count"), model.arch_key("expert_used_count")
-    if n and (not isinstance(k, int) or not 1 <= k <= n):
-        yield f"{model.arch}.expert_used_count", f"it is {k}, expected 1 to {n}"
+        if model.arch_number(name) < 1:
+            yield f"{model.arch}.{name}", f"it is {model.arch_key(name)}, expected a positive number"
+    n = model.arch_number("expert_count")
+    if n and not 1 <= model.arch_number("expert_used_count") <= n:
+        found = model.arch_key("expert_used_count")
+        yield f"{model.arch}.expert_used_count", f"it is {found}, expected 1 to {n}"
     if any(re.fullmatch(r"blk\.\d+\.ffn_\w+_basis\.weight", name) for name in model.tensors):
         activation = model.keys.get(names.key_activation(model.arch))
         if activation not in names.ACTIVATIONS:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections import defaultdict
 
 import click
+import pytest
+from click.testing import CliRunner
 
 from mobe_gguf.cli import COMMANDS, main
 
@@ -13,6 +18,13 @@ DIFFERENT = {"--activation", "--bases", "--dtype", "--quant", "--rank", "--text"
 
 #: Options that do more in one command.
 MORE = {("export", "--imatrix"), ("factorize", "--device")}
+
+
+def test_names_that_are_not_utf8():
+    """Refused before anything is done with them, by all commands."""
+    for name in COMMANDS:
+        result = CliRunner().invoke(main, [name, os.fsdecode(b"b\xff.gguf"), "out"])
+        assert result.exit_code == 2 and "b\ufffd.gguf: this name is not UTF-8" in result.stderr, name
 
 
 def test_options_of_several_commands_have_the_same_words():
@@ -26,3 +38,35 @@ def test_options_of_several_commands_have_the_same_words():
     several = {option for option, commands in said.items() if len(commands) > 1}
     assert {"--json", "--quiet", "--dry-run", "--resume", "--layers", "--steps"} <= several
     assert {option for option in several if len(set(said[option].values())) > 1} == DIFFERENT
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "at", "left"),
+    [
+        ("build", [], "mobe_gguf.cli.build.build", "stopped"),
+        (
+            "moments",
+            ["m", "o", "--text", "t"],
+            "mobe_gguf.factorize.moments.collect",
+            "stopped; nothing was written",
+        ),
+        ("export", ["m", "o", "--quant", "q4_k"], "mobe_gguf.export.export", "stopped; nothing was written"),
+        ("inspect", ["m"], "mobe_gguf.inspect.describe", "stopped"),
+        ("verify", ["m"], "mobe_gguf.verify.verify", "stopped"),
+        (
+            "demo",
+            ["d"],
+            "mobe_gguf.demo.run",
+            "stopped. What is finished is kept in d; the same command goes on",
+        ),
+    ],
+)
+def test_an_interrupt_says_what_is_left(name, arguments, at, left, monkeypatch):
+    def stop(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(at, stop)
+    result = CliRunner().invoke(main, [name, *arguments])
+    assert result.exit_code == 130 and result.stderr.startswith(f"Error: {left}")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

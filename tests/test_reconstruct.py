@@ -22,6 +22,7 @@ from parity.llama import nmse
 from parity.reference import multiply_out, transformers_logits
 from safetensors.torch import load_file, save_file
 
+from mobe_gguf import atomic, reconstruct
 from mobe_gguf.cli import main
 from mobe_gguf.factorize import writer
 from mobe_gguf.names import ALL_PROJECTIONS, PROJECTIONS
@@ -253,6 +254,49 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "dense").iterdir()} == same
     assert not (tmp_path / ".dense.parts").exists()
+
+
+SLOWLY = """
+import sys
+from mobe_gguf import reconstruct
+from mobe_gguf.cli import main
+write, calls = reconstruct.write_safetensors, []
+def slow(*args):
+    write(*args)
+    calls.append(args)
+    if len(calls) == 3:
+        print("at it", flush=True)
+        sys.stdin.readline()
+reconstruct.write_safetensors = slow
+main(sys.argv[1:])
+"""
+
+
+def test_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes is refused, also by a directory that is there when its turn comes."""
+    mobe = make_mobe(tiny.make_model("qwen3_moe", tmp_path / "original", num_experts=32), tmp_path / "mobe")
+    limit, out = ["--max-shard-size", "1M", "-q"], tmp_path / "dense"
+    first = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, "reconstruct", mobe, out, *limit],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None and first.stdout.readline() == "at it\n"
+    monkeypatch.setattr(atomic, "PATIENCE", 0.1)
+    code, _, err = run(mobe, out, *limit)
+    assert code == 1 and "dense: another run is writing it" in err
+    monkeypatch.setattr(atomic, "PATIENCE", 60)
+    space = reconstruct.check_space
+    ending = lambda *args: (space(*args), first.communicate("\n"))  # noqa: E731
+    monkeypatch.setattr(reconstruct, "check_space", ending)
+    code, _, err = run(mobe, out, *limit)
+    assert code == 1 and "exists already" in err and first.returncode == 0
+    monkeypatch.setattr(reconstruct, "check_space", space)
+    assert run(mobe, tmp_path / "alone", *limit)[0] == 0
+    same = {p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()}
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == same
+    assert {p.name for p in tmp_path.iterdir()} == {"original", "mobe", "dense", "alone"}
 
 
 def test_killed(tmp_path: Path) -> None:

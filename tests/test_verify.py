@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
 from pathlib import Path
@@ -13,8 +14,9 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity.gguf_files import GgufFile, factorize, qwen3moe
+from rich.console import Console
 
-from mobe_gguf import runtime
+from mobe_gguf import progress, runtime
 from mobe_gguf.cli import main
 from mobe_gguf.sources.gguf_file import read_gguf
 from mobe_gguf.verify import verify
@@ -39,6 +41,18 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def test_a_whole_file(whole: Path) -> None:
     code, out, err = run(whole)
     assert code == 0 and "whole: 35 tensors" in out and not err
+
+
+def test_names_that_look_like_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, where rich would take ``[/x]`` for the end of a style that never began."""
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, color_system=None, width=100, **progress.VERBATIM)
+    monkeypatch.setattr(progress, "console", terminal)
+    file = good()
+    file.tensors["a[/x]"] = np.ones((4, 32), np.float32)
+    result = CliRunner().invoke(main, ["verify", str(file.write(tmp_path / "mo[bold]e.gguf"))])
+    assert result.exit_code == 0 and "mo[bold]e.gguf: whole" in result.stdout, result.output
+    assert "a[/x]" in shown.getvalue()
 
 
 @pytest.mark.parametrize("type_name", ["q8_0", "q4_0", "iq4_nl", "bf16"])
@@ -187,3 +201,36 @@ def test_any_bytes_changed(whole: Path, tmp_path: Path, data: st.DataObject) -> 
     path = tmp_path / "changed.gguf"
     path.write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2, 700]))])
     assert all(where and why for where, why in verify(path, quiet=True).problems)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_embd.weight",
+        "output_norm.weight",
+        "blk.1.ffn_gate_inp.weight",
+        "blk.0.ffn_down_exps.weight",
+    ],
+)
+def test_tensors_that_no_model_with_experts_can_do_without(name: str, tmp_path: Path) -> None:
+    for number, file in enumerate((good(), qwen3moe())):
+        del file.tensors[name]
+        code, _, err = run(file.write(tmp_path / f"{number}.gguf"))
+        assert code == 1 and f"tensor {name} is missing" in err
+
+
+def test_a_model_without_experts_or_without_a_last_norm(tmp_path: Path) -> None:
+    file = qwen3moe()
+    del file.tensors["output_norm.weight"]
+    file.keys = {k.replace("qwen3moe.", "lfm2moe."): v for k, v in file.keys.items()}
+    file.keys["general.architecture"] = "lfm2moe"
+    assert run(file.write(tmp_path / "lfm2.gguf"))[0] == 0
+    file.tensors = {"blk.0.ffn_up.weight": np.ones((4, 32), np.float32)}
+    assert run(file.write(tmp_path / "dense.gguf"))[0] == 0
+
+
+def test_a_directory(whole: Path, tmp_path: Path) -> None:
+    code, _, err = run(whole.parent)
+    assert code == 2 and f"{whole.parent} is a directory; expected a GGUF file" in err
+    assert f"mobe-gguf verify {whole}" in err
+    assert f"mobe-gguf inspect {tmp_path}" in run(tmp_path)[2]

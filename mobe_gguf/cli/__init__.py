@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from mobe_gguf import __version__
+from mobe_gguf.errors import Interrupted
+from mobe_gguf.files import check_name
 
 #: Subcommand -> one line of help, in the order of use.  The module of the same name holds ``command``.
 COMMANDS = {
@@ -23,8 +30,39 @@ COMMANDS = {
 }
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is Ctrl-C inside: by itself it would end the program at once, and leave what is half written."""
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class LazyGroup(click.Group):
-    """Loads a command's module when it is called: ``--help`` must not wait for torch."""
+    """Loads a command's module when it is called: ``--help`` must not wait for torch.
+
+    A command that Ctrl-C or SIGTERM ended has exit code 130; one that can say what is kept raises Interrupted itself.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for arg in args:
+            check_name(arg)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _terminable():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as e:
+                raise Interrupted("stopped") from e
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -50,4 +88,6 @@ def main() -> None:
       mobe-gguf factorize Qwen3-30B-A3B/ mobe/         fit the factors
       mobe-gguf export mobe/ out.gguf --quant q4_k     write them as GGUF
       llama-cli -m out.gguf                            run
+
+    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped by Ctrl-C or SIGTERM.
     """

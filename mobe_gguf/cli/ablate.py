@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.errors import Interrupted, UsageError
 
 
 @click.command()
@@ -77,7 +77,7 @@ def command(
       mobe-gguf ablate model/ study/ --layers 0-47 --bases 16,32,48,64 --steps 500 --text wiki.test.raw
       mobe-gguf ablate model/ study/ --no-kl --activations tanh,none
 
-    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage.
+    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
     from mobe_gguf import ablate, runtime
     from mobe_gguf.ablate import report
@@ -117,7 +117,7 @@ def command(
         rows = ablate.run(model, out, study, device=device, threads=threads, resume=resume, quiet=quiet)
     except KeyboardInterrupt as e:
         work = work_directory(out)
-        raise MobeError(f"stopped. What was measured is kept in {work}; run again with --resume.") from e
+        raise Interrupted(f"stopped. What was measured is kept in {work}; run again with --resume.") from e
     found = summary(checkpoint, study, rows)
     if not no_plot:
         plot(study, rows, work_directory(out))
@@ -128,7 +128,9 @@ def command(
         return
     from rich.console import Console
 
-    Console(highlight=False, width=100).print(report.table(study, rows))
+    from mobe_gguf.progress import VERBATIM
+
+    Console(highlight=False, width=100, **VERBATIM).print(report.table(study, rows))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

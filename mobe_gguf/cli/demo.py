@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.errors import Interrupted
+
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="[DIR]", default="demo")
@@ -19,8 +21,14 @@ def command(directory: Path) -> None:
     from rich.console import Console
 
     from mobe_gguf.demo import render, run
+    from mobe_gguf.progress import VERBATIM
 
-    demo = run(directory)
-    out = Console(highlight=False)
+    try:
+        demo = run(directory)
+    except KeyboardInterrupt as e:
+        raise Interrupted(
+            f"stopped. What is finished is kept in {directory}; the same command goes on from there."
+        ) from e
+    out = Console(highlight=False, **VERBATIM)
     out.width = min(out.width, 100) if sys.stdout.isatty() else 100
     out.print(render(demo))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import Interrupted, MobeError, UsageError
 
 
 @click.command()
@@ -76,7 +77,7 @@ def command(
       mobe-gguf eval model-q8_0.gguf *.gguf --text book.txt --plot kl.png --json > kl.json
       mobe-gguf eval model-bf16.gguf mobe-q4_k.gguf --text wiki.test.raw --card
 
-    Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage.
+    Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage; 130: stopped.
     """
     from mobe_gguf.evaluate import Row, Settings, compare, facts_of, heldout
     from mobe_gguf.progress import console
@@ -98,7 +99,7 @@ def command(
     try:
         compare(reference, files, text, settings, keep_logits=keep_logits, quiet=quiet, on_row=rows.append)
     except KeyboardInterrupt:
-        failure = MobeError(f"stopped; {len(rows)} of {len(files)} files were done")
+        failure = Interrupted(f"stopped; {len(rows)} of {len(files)} files were done")
     except MobeError as e:
         failure = e
     if rows:
@@ -138,7 +139,9 @@ def _note(reference, rows, text: Path, quiet: bool) -> None:  # noqa: ANN001, im
 
 
 def _placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> tuple[str, ...]:
-    """llama.cpp's own spelling of the options that say where weights go."""
+    """llama.cpp's own spelling of the options that say where weights go.  UsageError if it would not take them."""
+    if gpu_layers is not None and gpu_layers not in ("auto", "all") and not re.fullmatch(r"\d+", gpu_layers):
+        raise UsageError(f"--gpu-layers {gpu_layers}: expected a number of layers, auto or all")
     return (
         *(("-ngl", gpu_layers) if gpu_layers is not None else ()),
         *(("--cpu-moe",) if cpu_moe else ()),
@@ -150,11 +153,12 @@ def _show(reference, rows, text: Path, settings, as_json: bool) -> None:  # noqa
     from rich.console import Console
 
     from mobe_gguf.evaluate import report
+    from mobe_gguf.progress import VERBATIM
 
     if as_json:
         click.echo(json.dumps(report.as_json(reference, rows, text, settings), indent=2, allow_nan=False))
         return
-    out = Console(highlight=False)
+    out = Console(highlight=False, **VERBATIM)
     out.width = min(out.width, 100) if sys.stdout.isatty() else 100
     out.print(report.table(reference, rows, text, settings))
 

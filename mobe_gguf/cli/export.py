@@ -9,6 +9,7 @@ import click
 
 from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
+from mobe_gguf.errors import Interrupted
 from mobe_gguf.progress import console
 
 
@@ -23,7 +24,7 @@ from mobe_gguf.progress import console
 @click.option(
     "--target-size",
     metavar="SIZE",
-    help="Size of the file (4.6M, 12G): the types of bases, transforms and experts that no option names are chosen, layer by "
+    help="Size of the file (4.6M, 12G; powers of ten): the types of bases, transforms and experts that no option names are chosen, layer by "
     "layer, by what they cost and what they take.",
 )
 @click.option(
@@ -72,8 +73,8 @@ from mobe_gguf.progress import console
 @click.option(
     "--split-max-size",
     metavar="SIZE",
-    help="Write several files of at most so many bytes of tensors each (500M, 50G), named OUT-00001-of-0000N.gguf. An "
-    "interrupted export goes on with the file that it was at.",
+    help="Write several files of at most so many bytes of tensors each (500M, 50G; powers of ten), named "
+    "OUT-00001-of-0000N.gguf. An interrupted export goes on with the file that it was at.",
 )
 @click.option(
     "--experts-used", type=int, metavar="K", help="Experts that a token uses, instead of what MODEL says."
@@ -137,8 +138,8 @@ def command(
 
     MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint, also by its id on the Hugging Face hub
     (ORG/NAME, which is downloaded). Each tensor gets the type that llama-quantize would give it for the same TYPE
-    (so q4_k means q4_k_m); router, norms and mixing weights stay f32. An existing OUT.gguf is replaced when the new
-    one is whole.
+    (so q4_k means q4_k_m); router, norms and mixing weights stay f32. An existing OUT.gguf (of a
+    symbolic link, what it points to) is replaced when the new one is whole.
 
     Where bases are quantized, the transforms and the mix are solved for again: for the original model's matrices, if it is
     where factorize found it or --original says, else for what the factors stand for.
@@ -169,6 +170,7 @@ def command(
         parse_target,
         parse_type,
     )
+    from mobe_gguf.export.shards import Parts
     from mobe_gguf.sources.hub import resolve
 
     def type_of(option: str, text: str | None) -> str | None:
@@ -192,24 +194,30 @@ def command(
         imatrix=imatrix,
         target=target,
     )
-    report = export(
-        model,
-        out,
-        recipe,
-        tokenizer_pre=tokenizer_pre,
-        split_max_size=None if split_max_size is None else parse_size(split_max_size),
-        experts_used=experts_used,
-        dense=dense,
-        wab=wab_files(wab, activation, wab_layers),
-        source=source,
-        refit=refit,
-        original=original,
-        base_model=base_model,
-        card=not no_card,
-        dry_run=dry_run,
-        verbose=verbose,
-        quiet=quiet,
-    )
+    try:
+        report = export(
+            model,
+            out,
+            recipe,
+            tokenizer_pre=tokenizer_pre,
+            split_max_size=None if split_max_size is None else parse_size(split_max_size, "--split-max-size"),
+            experts_used=experts_used,
+            dense=dense,
+            wab=wab_files(wab, activation, wab_layers),
+            source=source,
+            refit=refit,
+            original=original,
+            base_model=base_model,
+            card=not no_card,
+            dry_run=dry_run,
+            verbose=verbose,
+            quiet=quiet,
+        )
+    except KeyboardInterrupt as e:
+        folder = Parts(out, "").folder
+        kept = f"what is finished is kept in {folder}, the same command goes on from there"
+        is_kept = split_max_size is not None and folder.exists()
+        raise Interrupted(f"stopped; {kept if is_kept else 'nothing was written'}") from e
     if not quiet:
         _show(report, dry_run)
     if as_json:
@@ -218,6 +226,7 @@ def command(
 
 def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost an import of torch
     from mobe_gguf.export.report import amount, fallback_lines, importance_lines, size_table
+    from mobe_gguf.files import describe_size
 
     console.print(size_table(report.entries))
     lines = fallback_lines(report.fallbacks) + importance_lines(report.entries)
@@ -245,7 +254,7 @@ def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost a
     )
     lines = report.notes + lines
     kept = f", {report.files_kept} files kept from an interrupted run" if report.files_kept else ""
-    lines.append(f"{where}: {size / 1e6:,.2f} MB {done}{kept}")
+    lines.append(f"{where}: {describe_size(size)} {done}{kept}")
     if report.card:
         lines.append(report.card)
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

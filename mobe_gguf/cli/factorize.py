@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.errors import Interrupted, UsageError
 from mobe_gguf.names import ACTIVATIONS
 
 
@@ -16,11 +16,14 @@ from mobe_gguf.names import ACTIVATIONS
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--bases", type=int, metavar="M", help="Basis matrices of a layer.  [default: a quarter of the experts]"
+    "--bases",
+    type=click.IntRange(min=1),
+    metavar="M",
+    help="Basis matrices of a layer.  [default: a quarter of the experts]",
 )
 @click.option(
     "--rank",
-    type=int,
+    type=click.IntRange(min=1),
     metavar="R",
     help="Rows of a basis.  [default: rows of an expert's gate; d/2 if those are more than d]",
 )
@@ -28,7 +31,8 @@ from mobe_gguf.names import ACTIVATIONS
     "--target",
     metavar="SHARE|SIZE",
     help="Instead of --bases: the share of the parameters to keep, as 0.75, or with --quant the size of the GGUF file, as "
-    "12.5GB. Bases (and rank) of each layer and projection follow from short fits: more where they take off more error.",
+    "12.5GB (powers of ten). Bases (and rank) of each layer and projection follow from short fits: more where they take off "
+    "more error.",
 )
 @click.option("--quant", metavar="TYPE", help="With --target SIZE: what export will be given as --quant.")
 @click.option(
@@ -38,7 +42,10 @@ from mobe_gguf.names import ACTIVATIONS
     "(MoLAE), a shared base and low-rank differences (D2-MoE).  [default: mobe]",
 )
 @click.option(
-    "--groups", type=int, metavar="G", help="Groups of experts, each with its own M/G bases.  [default: 1]"
+    "--groups",
+    type=click.IntRange(min=1),
+    metavar="G",
+    help="Groups of experts, each with its own M/G bases.  [default: 1]",
 )
 @click.option(
     "--activation",
@@ -53,7 +60,7 @@ from mobe_gguf.names import ACTIVATIONS
 )
 @click.option(
     "--mix-terms",
-    type=int,
+    type=click.IntRange(min=1),
     metavar="S",
     help="Bases that an expert mixes at most: fewer run faster where not all experts are in use, on CPUs above all. Fitted "
     "with --moments and --for, 2 terms of 6 cost the shipped model 3 % of its layer error.  [default: all]",
@@ -155,7 +162,7 @@ def command(
       mobe-gguf factorize model-q8_0.gguf factors/
       mobe-gguf factorize hf:org/name@revision mobe/
 
-    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage.
+    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
     from mobe_gguf.export.recipe import parse_quant
     from mobe_gguf.factorize import job as jobs
@@ -187,6 +194,12 @@ def command(
             "fewer --bases",
             **report.PLAIN,
         )
+    if job.moments_of_another and not quiet:
+        console.print(
+            f"warning: {settings['moments']} was made from another model than {model}, or another copy of it: what its "
+            "experts are fed may differ; mobe-gguf moments makes such a file for this one",
+            **report.PLAIN,
+        )
     if not quiet:
         report.print_types(job, console)
     if dry_run:
@@ -203,7 +216,8 @@ def command(
     try:
         result = jobs.run(job, device=device, quiet=quiet, ray=ray)
     except KeyboardInterrupt as e:
-        raise MobeError(f"stopped. Finished units are kept in {job.work}; run again with --resume.") from e
+        kept = f"Finished units are kept in {job.work}; run again with --resume."
+        raise Interrupted(f"stopped. {kept if job.work.exists() else 'No unit was finished.'}") from e
     if as_json:
         click.echo(json.dumps(report.result_json(result), indent=2))
     elif not quiet:

@@ -24,12 +24,13 @@ def command(path: Path, as_json: bool) -> None:
 
     from mobe_gguf.export.report import size_table
     from mobe_gguf.inspect import describe, layer_table, summary
+    from mobe_gguf.progress import VERBATIM
 
     description = describe(path)
     if as_json:
         click.echo(json.dumps(description.as_json(), indent=2))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, **VERBATIM)
         console.print("\n".join(summary(description)), markup=False, soft_wrap=True)
         console.print()
         console.print(layer_table(description.layers))

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
+from mobe_gguf.errors import Interrupted
 
 
 @click.command()
@@ -39,19 +40,23 @@ def command(model: Path, out: Path, text: Path, device: str, as_json: bool, **se
 
     MODEL is a Hugging Face model directory; transformers (version 5) runs it over the text, whole, so it must fit into the
     memory of the device. For each expert the second moments of its inputs are summed, weighted by the router: 4 n (d d + p p)
-    bytes a layer (n experts, d hidden size, p expert size), as many layers at once as half of the memory left holds.
+    bytes a layer (n experts, d hidden size, p expert size), as many layers at once as half of the memory left holds. For FP8
+    weights transformers wants the package accelerate as well.
 
     \b
     Example:
       mobe-gguf moments Qwen3-30B-A3B/ moments.safetensors --text calibration.txt --device cuda
       mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --moments moments.safetensors --for q4_k
 
-    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage.
+    Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
     from mobe_gguf.cli.factorize import check_device
     from mobe_gguf.factorize.moments import collect
 
     check_device(device)
-    about = collect(model, text, out, device=device, **settings)  # type: ignore[arg-type]
+    try:
+        about = collect(model, text, out, device=device, **settings)  # type: ignore[arg-type]
+    except KeyboardInterrupt as e:
+        raise Interrupted("stopped; nothing was written") from e
     if as_json:
         click.echo(json.dumps(about | {"file": str(out), "bytes": out.stat().st_size}, indent=2))

@@ -6,10 +6,13 @@ only said: the command gets None, for what was not asked for is not what was ask
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
+
+from mobe_gguf.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -67,7 +70,24 @@ resume = click.option("--resume", is_flag=True, help="Go on with what OUT.work h
 dry_run = click.option(
     "--dry-run", is_flag=True, help="Check everything, show what would be written, and write nothing."
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+def _check_stdout(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
+    """UsageError if stdout is closed (``>&-``): the result would be lost, and nobody told."""
+    if value and sys.stdout is None:
+        raise UsageError(
+            "--json prints the result on stdout, which is closed; send it to a file: > result.json"
+        )
+    return value
+
+
+as_json = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=_check_stdout,
+    help="Print the result as JSON on stdout.",
+)
 quiet = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
 
 

@@ -26,7 +26,7 @@ from mobe_gguf.progress import console
     default="5G",
     show_default=True,
     metavar="SIZE",
-    help="Bytes of a safetensors file at most, as 5G or 500M.",
+    help="Bytes of a safetensors file at most, as 5G or 500M; powers of ten.",
 )
 @wab_options
 @options.dry_run
@@ -54,9 +54,10 @@ def command(
       mobe-gguf reconstruct mobe/ dense/
       mobe-gguf reconstruct original/ dense/ --wab trained/ --activation silu
     """
-    from mobe_gguf.errors import MobeError
+    from mobe_gguf.errors import Interrupted, MobeError
     from mobe_gguf.export.report import amount
-    from mobe_gguf.files import parse_size
+    from mobe_gguf.export.shards import Parts
+    from mobe_gguf.files import describe_size, parse_size
     from mobe_gguf.reconstruct import reconstruct_model
     from mobe_gguf.sources.gguf_factors import FACTORS_NAME
     from mobe_gguf.sources.hub import resolve
@@ -72,16 +73,21 @@ def command(
             f"  mobe-gguf export {model} dense.gguf --quant q8_0 --dense"
         )
     checkpoint = MobeCheckpoint(model) if said is None else WabCheckpoint(model, said)
-    result = reconstruct_model(
-        checkpoint, out, dtype=dtype, max_shard_size=size, dry_run=dry_run, quiet=quiet
-    )
+    try:
+        result = reconstruct_model(
+            checkpoint, out, dtype=dtype, max_shard_size=size, dry_run=dry_run, quiet=quiet
+        )
+    except KeyboardInterrupt as e:
+        folder = Parts(out, "").folder
+        kept = f"finished shards are kept in {folder}, the same command goes on from there"
+        raise Interrupted(f"stopped; {kept if folder.exists() else 'nothing was written'}") from e
     if not quiet:
         done = "would be written" if dry_run else f"written in {result.seconds:.1f} s"
         kept = f", {result.files_kept} files kept from an interrupted run" if result.files_kept else ""
         lines = [*(f"note: {note}" for note in result.notes)]
         lines.append(
             f"{out}: {result.architecture}, {result.n_experts} experts in {result.dtype}, {amount(result.n_params)} "
-            f"parameters, {result.n_bytes / 1e6:,.2f} MB in {len(result.files)} files {done}{kept}"
+            f"parameters, {describe_size(result.n_bytes)} in {len(result.files)} files {done}{kept}"
         )
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     if as_json:

@@ -26,6 +26,7 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
     FILE is any GGUF file, or the first one of a split model (all its files are checked then). Everything that is
     wrong is named, with the tensor and the reason; the exit code is 1 then.
     """
+    from mobe_gguf.files import describe_size
     from mobe_gguf.verify import read_sums, verify
 
     verdict = verify(file, sums=None if sums is None else read_sums(sums), quiet=quiet)
@@ -42,7 +43,7 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(found, indent=2))
     elif not verdict.problems:
         count = f"{len(verdict.files)} files, " if len(verdict.files) > 1 else ""
-        sizes = f"{count}{verdict.n_tensors} tensors, {verdict.n_bytes / 1e6:,.2f} MB"
+        sizes = f"{count}{verdict.n_tensors} tensors, {describe_size(verdict.n_bytes)}"
         click.echo(f"{file}: whole: {sizes}{', checksums as expected' if sums else ''}")
     if verdict.problems and not as_json:
         for where, problem in verdict.problems:

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobe_gguf.atomic import destination
 from mobe_gguf.errors import MobeError
+from mobe_gguf.files import describe_sizes
 
 MAGIC = b"_logits_"
 
@@ -61,11 +63,10 @@ def scored(ctx: int) -> int:
 def place(layout: Layout, keep: Path | None) -> Iterator[Path]:
     """Where to write it: ``keep``, or a temporary directory that is removed.  MobeError if there is no room."""
     if keep is not None:
-        if not keep.absolute().parent.is_dir():
-            raise MobeError(f"{keep}: there is no directory {keep.parent}; make it, or name another file")
-        if keep.is_dir():
-            raise MobeError(f"{keep}: it is a directory; --keep-logits takes the name of a file")
-        _check_room(keep.absolute().parent, layout.n_bytes)
+        parent = destination(keep).absolute().parent
+        if not parent.is_dir():
+            raise MobeError(f"{keep}: there is no directory {parent}; make it, or name another file")
+        _check_room(parent, layout.n_bytes)
         yield keep
         return
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-eval-") as directory:
@@ -76,7 +77,8 @@ def place(layout: Layout, keep: Path | None) -> Iterator[Path]:
 def _check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
+        wanted, there = describe_sizes(needed, free)
         raise MobeError(
-            f"{directory}: the reference's logits take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+            f"{directory}: the reference's logits take {wanted}, {there} are free. "
             "Ask for fewer --chunks, set TMPDIR to a larger disk, or name a file there with --keep-logits."
         )

@@ -15,6 +15,7 @@ from mobe_gguf.evaluate import logits, parse, tool
 from mobe_gguf.evaluate.facts import Facts, facts_of
 from mobe_gguf.evaluate.parse import Divergence, Estimate
 from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary
+from mobe_gguf.files import describe_size
 from mobe_gguf.progress import Bar, bar, console
 
 TOOL = "llama-perplexity"
@@ -187,12 +188,12 @@ def _write_logits(
     done = tool.run(
         TOOL, *arguments, *settings.arguments(), "--kl-divergence-base", str(base), on_stdout=count.feed
     )
-    if not base.is_file():
+    if not base.is_file() or not base.stat().st_size:
         raise done.failure(f"{TOOL} -m {reference} wrote no logits:")
     layout.check(base)
     progress.advance(layout.chunks - count.last)
     spent = time.monotonic() - started
-    progress.advance(0, f"{reference.name}: {layout.n_bytes / 1e6:.1f} MB of logits, {spent:.1f} s")
+    progress.advance(0, f"{reference.name}: {describe_size(layout.n_bytes)} of logits, {spent:.1f} s")
 
 
 def _divergence(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobe_gguf.atomic import atomic_path
+from mobe_gguf.atomic import atomic_path, destination
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.evaluate.report import short_names
 
@@ -32,8 +32,9 @@ def check(path: Path) -> None:
     """Before the work: MobeError if the plot could not be drawn or written after it."""
     if path.suffix.lstrip(".").lower() not in FORMATS:
         raise UsageError(f"--plot {path}: expected a name that ends in {', '.join('.' + f for f in FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise MobeError(f"--plot {path}: there is no directory {path.parent}; make it, or name another file")
+    parent = destination(path).absolute().parent
+    if not parent.is_dir():
+        raise MobeError(f"--plot {path}: there is no directory {parent}; make it, or name another file")
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mobe_gguf.atomic import check_output, destination
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export.allocate import parse_target
 from mobe_gguf.export.card import Subject, write_card
@@ -30,13 +31,14 @@ from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.recipe import Choice, Facts, Recipe, Spec, parse_override, parse_quant, parse_type, plan
 from mobe_gguf.export.refit import Refitting, find_original, units_of, weigh_transforms
 from mobe_gguf.export.report import Entry, Report, original_params
-from mobe_gguf.export.shards import Parts, cut, fingerprint, shard_paths, write_shards
-from mobe_gguf.export.write import Encoded, check_output, head_bytes, write_gguf
-from mobe_gguf.files import check_space, parse_size
+from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
+from mobe_gguf.export.write import Encoded, head_bytes, write_gguf
+from mobe_gguf.files import check_name, check_space, describe_size, format_size, parse_size
 from mobe_gguf.progress import bar
 from mobe_gguf.runtime import ggml
 from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.gguf_factors import FACTORS_NAME, GgufFactors
+from mobe_gguf.sources.gguf_file import number_of
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.sources.original import Original
 from mobe_gguf.sources.wab import WabCheckpoint, WabFiles
@@ -85,11 +87,14 @@ def export(
     ``refit``: solve for A and the mix again where the bases are quantized, see ``refit``; ``original``: the model that
     ``model`` was made of, if not where it was.
     ``base_model``: the original's id on the hub, for the metadata; ``card``: write a README.md beside the file, see ``card``.
-    ``dry_run`` plans everything and writes nothing.  An existing ``out`` is replaced when the new file is whole, not before.
+    ``dry_run`` plans everything and writes nothing.  An existing ``out`` is replaced when the new file is whole, not before;
+    of a symbolic link, what it points to (files of ``split_max_size`` are not written through links).
     Raises MobeError if the model is not what it should be, or the file cannot be written.
     """
     started = time.monotonic()
     model, out = Path(model), Path(out)
+    for path in (out, *recipe.imatrix):  # their names go into the file and its card
+        check_name(str(path))
     checkpoint = _open(model, allow_dense or dense, wab)
     check_output(out)
     imatrix = Imatrix(recipe.imatrix)
@@ -135,6 +140,7 @@ def export(
         encoded = refitting.put(encoded, collected)
     shards = cut(encoded, split_max_size, conversion.alignment)
     paths = shard_paths(out, len(shards))
+    check_places(paths)
     report = Report(str(paths[0]), conversion.arch, recipe.quant, entries, original_params(entries))
     report.files, report.needs_imatrix = [str(path) for path in paths], len(missing)
     report.divided = divided
@@ -152,7 +158,7 @@ def export(
     )
     parts = Parts(out, key)
     check_space(
-        out,
+        out if len(paths) > 1 else destination(out),
         report.data_bytes,
         parts.files() if len(paths) > 1 else (),
         "Make room, write elsewhere, or choose a smaller --quant.",
@@ -175,7 +181,7 @@ def _other_options(
 ) -> tuple[str, ...]:
     """What the card's command has beside the recipe; paths by their names alone."""
     words = [] if experts_used is None else [f"--experts-used {experts_used}"]
-    words += [] if split_max_size is None else [f"--split-max-size {split_max_size // 10**6}M"]
+    words += [] if split_max_size is None else [f"--split-max-size {format_size(split_max_size)}"]
     if wab is not None:
         words += [f"--wab {path.absolute().name}/" for path in wab.folders] + [
             f"--activation {wab.activation}"
@@ -202,6 +208,7 @@ def _convert(
     verbose: bool,
 ) -> Conversion | GgufConversion:
     """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
+    checkpoint.check_whole()
     if not isinstance(checkpoint, GgufFactors):
         if source is not None:
             raise UsageError(
@@ -227,11 +234,11 @@ def _choose(conversion: Conversion | GgufConversion, recipe: Recipe) -> dict[str
 def _use_experts(conversion: Conversion, k: int) -> None:
     """Set the number of experts a token uses; UsageError if the model cannot use so many."""
     arch, keys = conversion.arch, conversion.keys
-    n_expert = int(keys.get(f"{arch}.expert_count", 0))
-    groups = int(keys.get(f"{arch}.expert_group_count", 1) or 1)
+    n_expert = number_of(keys, f"{arch}.expert_count", 0)
+    groups = number_of(keys, f"{arch}.expert_group_count", 1)
     most, why = n_expert, f"the model has {n_expert}"
     if groups > 1:
-        used = int(keys.get(f"{arch}.expert_group_used_count", groups))
+        used = number_of(keys, f"{arch}.expert_group_used_count", groups)
         most = n_expert // groups * used
         why = f"a token uses {used} of {groups} groups of {n_expert // groups}"
     if not 1 <= k <= most:
@@ -300,12 +307,13 @@ def _write(
         def on_tensor(done: Encoded) -> None:
             nonlocal n_done
             n_done += 1
-            line = f"{done.tensor.name}: {done.type}, {done.nbytes / 1e6:.2f} MB"
+            line = f"{done.tensor.name}: {done.type}, {describe_size(done.nbytes)}"
             progress.advance(1, line if verbose or n_done % step == 0 else None)
 
         if len(shards) == 1:
             write_gguf(parts.out, _writer(conversion, shards, 0), shards[0], on_tensor)
         else:
-            parts.load()
-            report.files_kept = len(parts.finished)
-            write_shards(parts, shards, partial(_writer, conversion, shards), on_tensor)
+            with parts.locked():
+                parts.load()
+                report.files_kept = len(parts.finished)
+                write_shards(parts, shards, partial(_writer, conversion, shards), on_tensor)

@@ -7,14 +7,13 @@ Pure functions; ``sensitivity`` measures the errors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.files import UNITS
+from mobe_gguf.files import format_size, parse_size
 
 #: Types that are tried, where rows allow them and an importance matrix is there if they need one.
 LADDER = (
@@ -46,7 +45,9 @@ class Target:
 
     def option(self) -> str:
         """As on the command line."""
-        return f"--target-bpw {self.bits:g}" if self.bits else f"--target-size {(self.n_bytes or 0) / 1e6:g}M"
+        return (
+            f"--target-bpw {self.bits:g}" if self.bits else f"--target-size {format_size(self.n_bytes or 0)}"
+        )
 
     def budget(self, n_params: int, head: int) -> int:
         """Bytes of tensors, in a file of ``n_params`` parameters whose header takes ``head``."""
@@ -62,14 +63,7 @@ def parse_target(size: str | None, bits: float | None) -> Target | None:
         if not 0 < bits <= 32:
             raise UsageError(f"--target-bpw {bits:g}: expected bits per weight, for instance 3.4")
         return Target(bits=bits)
-    if size is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT])B?", size.strip().upper())
-    if match is None or not float(match[1]):
-        raise UsageError(
-            f"--target-size {size}: expected a number and K, M, G or T, for instance 4.6M or 12G"
-        )
-    return Target(n_bytes=round(float(match[1]) * UNITS[match[2]]))
+    return None if size is None else Target(n_bytes=parse_size(size, "--target-size"))
 
 
 @dataclass(frozen=True)

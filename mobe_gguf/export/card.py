@@ -22,6 +22,7 @@ from mobe_gguf.errors import MobeError
 from mobe_gguf.export.origin import HUB, Origin
 from mobe_gguf.export.recipe import Recipe
 from mobe_gguf.export.report import Report, amount, rows
+from mobe_gguf.files import readable
 from mobe_gguf.names import ALL_PROJECTIONS
 from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
@@ -338,7 +339,7 @@ def _run(subject: Subject) -> list[str]:
 
 def command(subject: Subject) -> str:
     """The command of this export, files by their names alone."""
-    recipe, model = subject.recipe, subject.checkpoint.path.absolute().name
+    recipe, model = subject.recipe, readable(subject.checkpoint.path.absolute().name)
     words = [
         "mobe-gguf export",
         f"{model}/",
@@ -374,7 +375,7 @@ def _recipe(subject: Subject) -> list[str]:
 
 
 def _is_telling(key: str, value: Any) -> bool:
-    return value is not None and key not in ("imatrix", "layers")
+    return value is not None and key not in ("imatrix", "moments", "layers")
 
 
 def _plain(value: Any) -> str:

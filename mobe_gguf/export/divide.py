@@ -15,6 +15,7 @@ from mobe_gguf.export.recipe import Choice, Recipe, is_fixed
 from mobe_gguf.export.refit import units_of, weigh_transforms
 from mobe_gguf.export.sensitivity import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
+from mobe_gguf.files import format_size
 from mobe_gguf.progress import bar
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.sources.original import Original
@@ -78,7 +79,7 @@ def divide(
         chosen = allocate(options, budget)
     except TooSmall as e:
         least = e.least + rest
-        smallest = f"{(least + head) / 1e6:.3f}M" if target.bits is None else f"{8 * least / n_params:.3f}"
+        smallest = format_size(least + head) if target.bits is None else f"{8 * least / n_params:.3f}"
         raise UsageError(
             f"{target.option()}: with the smallest types that can be had it is {smallest}. Give that or more, another --quant "
             "for the tensors that are not the experts', or --imatrix, which smaller types need."

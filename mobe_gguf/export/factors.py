@@ -1,4 +1,4 @@
-"""The factors of a MoBE checkpoint as GGUF tensors and keys (docs: DESIGN "GGUF layout"), or multiplied out.
+"""The factors of a MoBE checkpoint as GGUF tensors and keys (docs/format.md, "GGUF"), or multiplied out.
 
 A comes through the converter, under the name of the experts that it replaces; B and the mix are added here.  Where the
 checkpoint is an original model with factors beside it, the converter gives its experts, and A takes their place.

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mobe_gguf import names
-from mobe_gguf.errors import UsageError
+from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fit
-from mobe_gguf.sources.checkpoint import read_json
 from mobe_gguf.sources.gguf_factors import FACTORS_NAME
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.sources.safetensors_file import read_json
 
 
-def fitted_types(config: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Types of B and of A by config.json or factors.json, None where none was said."""
-    found = (recorded(config, "settings", "for_basis"), recorded(config, "settings", "for_transform"))
-    basis, transform = (name if name in BLOCK else None for name in found)
+def fitted_types(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Types of B and of A by config.json or factors.json, None where none was said, or one that is unknown.
+
+    MobeError, which names ``path``, if what is there is no name.
+    """
+    found = {key: recorded(config, "settings", key) for key in ("for_basis", "for_transform")}
+    for key, name in found.items():
+        if name is not None and not isinstance(name, str):
+            raise MobeError(
+                f'{path}: mobe.settings.{key} is {json.dumps(name)}, expected the name of a ggml type, as "q4_k", or null. '
+                "Mend it or factorize the model again"
+            )
+    basis, transform = (name if name in BLOCK else None for name in found.values())
     return basis, transform
 
 
@@ -27,7 +37,7 @@ def default_types(model: Path) -> tuple[str, str, str]:
     UsageError if the factors in ``model`` were not fitted for one type.
     """
     path = next((p for p in (model / FACTORS_NAME, model / "config.json") if p.is_file()), None)
-    basis, transform = fitted_types(read_json(path)) if path else (None, None)
+    basis, transform = fitted_types(path, read_json(path)) if path else (None, None)
     if basis is None and transform is None:
         raise UsageError(
             f"--quant is needed: {model} does not say which type its factors were fitted for (factorize --for TYPE). "
@@ -45,7 +55,7 @@ def default_types(model: Path) -> tuple[str, str, str]:
 
 def mismatch(checkpoint: MobeCheckpoint, choices: Mapping[str, Choice]) -> str | None:
     """What to tell a user whose factors get other quantized types than they were fitted for; None if they do not."""
-    fitted = dict(zip(("basis", "transform"), fitted_types(checkpoint.config), strict=True))
+    fitted = dict(zip(("basis", "transform"), fitted_types(checkpoint.path, checkpoint.config), strict=True))
     got: dict[str, set[str]] = {"basis": set(), "transform": set()}
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from mobe_gguf.sources.gguf_file import number_of
+
 #: Values of ``--quant`` around two bits, which share their rules.
 AROUND_TWO_BITS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 
@@ -71,11 +73,11 @@ class Facts:
 
     @classmethod
     def of(cls, arch: str, keys: Mapping[str, object]) -> Facts:
-        """From GGUF keys and values; what is missing counts as llama.cpp counts it."""
+        """From GGUF keys and values; what is missing counts as llama.cpp counts it, and of one value a layer the first layer's
+        (its ``n_gqa()``).  MobeError if a value is no number."""
 
         def number(name: str, default: int) -> int:
-            value = keys.get(f"{arch}.{name}", default)
-            return int(value[0] if isinstance(value, (list, tuple)) else value)  # type: ignore[call-overload]
+            return number_of(keys, f"{arch}.{name}", default)
 
         n_head = number("attention.head_count", 1)
         n_head_kv = number("attention.head_count_kv", n_head)

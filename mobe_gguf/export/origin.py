@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobe_gguf.errors import UsageError
+from mobe_gguf.files import readable
 from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.hub import model_id
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
@@ -46,7 +47,7 @@ class Origin:
         if isinstance(factorized, str) and Path(factorized).name:
             path = Path(factorized)
         base = base or model_id(path)
-        source = name = path.name.removesuffix(".gguf") if base is None else base.partition("/")[2]
+        source = name = readable(path.name).removesuffix(".gguf") if base is None else base.partition("/")[2]
         of_mobe = isinstance(checkpoint, MobeCheckpoint)
         if of_mobe and "mobe" not in name.lower():
             name += "-MoBE"

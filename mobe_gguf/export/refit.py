@@ -129,17 +129,23 @@ class Unit:
     def read_back(self, i: int, bases: torch.Tensor, type_name: str) -> torch.Tensor:
         """The bases of group i as they are read out of a file that has them in this type."""
         weights = None if self.basis_weights is None else self.basis_weights.read()
-        found = []
-        for j, basis in enumerate(bases, i * len(bases)):
+        found = torch.empty(bases.shape)
+        for k, basis in enumerate(bases):
+            j = i * len(bases) + k
             row = None if weights is None else weights[j]
-            found.append(self.turn(decoded(self.turn(basis), type_name, row, f"basis {j} of {self.name}")[1]))
-        return torch.stack(found)
+            found[k] = self.turn(decoded(self.turn(basis), type_name, row, f"basis {j} of {self.name}")[1])
+        return found
 
     def groups(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """All groups: experts, mix, the bases as they are in the checkpoint, and as they will be in the file."""
+        """All groups: experts, mix, the bases as they are in the checkpoint, and as they will be in the file.
+
+        Who takes them forgets the bases before the next group, or the memory of two groups is taken.
+        """
         for i in range(self.layer.group_count(self.projection)):
             experts, mix, bases = self.group(i)
-            yield experts, mix, bases, self.read_back(i, bases, self.basis_type)
+            kept = self.read_back(i, bases, self.basis_type)
+            yield experts, mix, bases, kept
+            del bases, kept
 
     def blocks(self, experts: slice) -> list[slice]:
         """``experts`` in runs that memory allows."""
@@ -151,11 +157,13 @@ class Unit:
     def moments(self) -> np.ndarray:
         """``[n, r]``: ``E[z^2]`` of each expert, z = f(sum of alpha B) x with the rounded bases, from the inputs' squares."""
         out = np.empty((self.n_expert, self.layer.rank(self.projection)), np.float32)
-        for experts, mix, _, basis in self.groups():
+        for experts, mix, bases, basis in self.groups():
+            del bases
             for i in range(experts.start, experts.stop):
                 s = slice(i, i + 1)
                 z = activate(combine(mix[i - experts.start :][:1], basis), self.activation)
                 out[i] = second_moments(self.metric.slice(s, z).apply(z))[0].numpy()
+            del basis
         return out
 
 
@@ -231,6 +239,7 @@ class Solved(Encoded):
                 outcome.matrices += len(alpha)
                 mixes.append(alpha[:, :, 0] if alpha.dim() == 4 else alpha)
                 yield from data
+            del basis, kept_basis
         self.mix, self.outcome = torch.cat(mixes), outcome
 
     def _weights(self, collected: np.ndarray | None, s: slice, zm: torch.Tensor) -> np.ndarray | None:

@@ -151,7 +151,8 @@ def step(
         along = torch.linalg.solve_triangular(factor, along.T, upper=False).T.reshape(len(basis), -1)
         change = change.flatten(1).double()
         matrix = (change @ change.T - along @ along.T) / share
-        gradient = basis.flatten(1).double() @ pull.flatten().double()
+        pull = pull.flatten().double()
+        gradient = torch.stack([b.flatten().double() @ pull for b in basis])
         matrix, gradient = matrix[used][:, used], gradient[used]
         matrix.diagonal().add_(DAMPING * matrix.diagonal().mean().abs())
         delta, failed = torch.linalg.solve_ex(matrix, gradient)

@@ -236,7 +236,7 @@ def original_params(entries: Iterable[Entry]) -> int:
         if "_basis." in entry.name:
             continue
         if basis and ".ffn_down_" in entry.name:  # A [n, r, p], B [m, d, r]
-            total += math.prod((entry.shape[0], basis[-2], entry.shape[-1]))
+            total += math.prod((entry.shape[0], (1, *basis)[-2], entry.shape[-1]))
         else:
             total += math.prod((*entry.shape[:-1], basis[-1])) if basis else entry.n_params
     return total

@@ -105,6 +105,7 @@ def _basis(unit: Unit, types: list[str], refit: bool) -> list[float]:
         if refit and not torch.equal(kept, bases):
             solved, _, zm = solve(w, a, zm, z, alpha, kept, metric, unit.activation)
         errors.append(_share(cost(w, solved, zm)[0], squares(w)))
+        del kept
     return errors
 
 

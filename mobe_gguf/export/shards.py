@@ -15,15 +15,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mobe_gguf import __version__
-from mobe_gguf.atomic import write_json
+from mobe_gguf.atomic import destination, held, write_json
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.export.write import Encoded, write_gguf
+from mobe_gguf.files import describe_sizes
 from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
 
 #: ``split.count`` is a u16.
@@ -42,9 +43,10 @@ def cut(tensors: Sequence[Encoded], limit: int | None, alignment: int = ALIGNMEN
     for tensor in tensors:
         n_bytes = padded(tensor.nbytes, alignment)
         if n_bytes > limit:
+            taken, allowed = describe_sizes(n_bytes, limit)
             raise UsageError(
-                f"--split-max-size: tensor {tensor.tensor.name} alone takes {n_bytes / 1e9:.3f} GB, more than the "
-                f"{limit / 1e9:.3f} GB allowed; use at least --split-max-size {-(-n_bytes // 10**6)}M"
+                f"--split-max-size: tensor {tensor.tensor.name} alone takes {taken}, more than the {allowed} allowed; use at "
+                f"least --split-max-size {-(-n_bytes // 10**6)}M"
             )
         if size + n_bytes > limit:
             shards.append([])
@@ -62,6 +64,17 @@ def shard_paths(out: Path, n: int) -> list[Path]:
         return [out]
     stem = out.name.removesuffix(".gguf")
     return [out.with_name(f"{stem}-{i + 1:05d}-of-{n:05d}.gguf") for i in range(n)]
+
+
+def check_places(paths: Sequence[Path]) -> None:
+    """MobeError if one of several files cannot get its name in the end: what is there is a link or no file at all."""
+    for path in paths if len(paths) > 1 else ():
+        destination(path)
+        if path.is_symlink():
+            raise MobeError(
+                f"{path}: it is a symbolic link, and several files are not written through links; remove it or choose "
+                "another OUT"
+            )
 
 
 def fingerprint(files: Iterable[Path], *settings: Any) -> str:
@@ -88,6 +101,21 @@ class Parts:
 
     def files(self) -> list[Path]:
         return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from the folder, by a lock beside it (not in it: the folder may become the output).
+
+        MobeError if one is at work there.  On a file system without locks nothing is kept from it.
+        """
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(held(lock, self.out))
+            except OSError as e:
+                raise MobeError(f"{lock}: cannot be written: {e.strerror or e}") from e
+            stack.callback(lock.unlink, missing_ok=True)
+            yield
 
     def load(self) -> None:
         """Take over what an interrupted run with the same key finished: files of the recorded size."""
@@ -118,7 +146,12 @@ class Parts:
         write_json(self.state, {"key": self.key, "finished": self.finished})
 
     def deliver(self, paths: Sequence[Path]) -> None:
-        """Give all files their names and remove the folder; the first file, which is the one to load, comes last."""
+        """Give all files their names and remove the folder.
+
+        The first file is the one to load.  That of an older set goes before anything else and the new one comes last: stopped
+        in between, there is none, and never one with files of another set beside it.
+        """
+        paths[0].unlink(missing_ok=True)
         for path in reversed(paths):
             os.replace(self.folder / path.name, path)
         shutil.rmtree(self.folder)

@@ -16,24 +16,13 @@ import numpy as np
 import torch
 
 from mobe_gguf.atomic import atomic_path
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.errors import MobeError
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import chunks
 from mobe_gguf.runtime import ggml
 from mobe_gguf.sources.checkpoint import all_finite
 from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
-
-
-def check_output(out: Path) -> None:
-    """MobeError or UsageError if ``out`` cannot become a file, before any work is done."""
-    if out.is_dir():
-        raise UsageError(f"{out} is a directory; name the file to write, for instance {out / 'model.gguf'}")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise MobeError(f"{parent}: no such directory. Make it first:\n  mkdir -p {parent}")
-    if not os.access(parent, os.W_OK):
-        raise MobeError(f"{parent}: no permission to write there; choose another place for {out.name}")
 
 
 def stored_bytes(shape: Sequence[int], type_name: str, alignment: int = ALIGNMENT) -> int:

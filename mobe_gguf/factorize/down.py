@@ -20,14 +20,27 @@ from mobe_gguf.factorize.solver import Factors, Settings, fit
 
 def fit_down(w: torch.Tensor, settings: Settings, *, overwrite_w: bool = False, **options: Any) -> Factors:
     """:func:`solver.fit` for experts w ``[n, d, p]``: basis ``[m, d, r]``, mix ``[n, m/g]`` or ``[n, m/g, d]``, transform
-    ``[n, r, p]``.  ``weight`` among the ``options``: second moments of the p inputs.  ``overwrite_w`` is not needed:
-    a transposed copy is made in any case.
+    ``[n, r, p]``.  ``weight`` among the ``options``: second moments of the p inputs.  ``overwrite_w`` saves a copy, as
+    there: w is transposed in its place meanwhile.
     """
-    turned = w.transpose(1, 2).contiguous()
-    factors = fit(turned, replace(settings, transposed=True), overwrite_w=True, **options)
+    turned = _turned(w if overwrite_w else w.clone())
+    try:
+        factors = fit(turned, replace(settings, transposed=True), overwrite_w=True, **options)
+    finally:
+        if overwrite_w:
+            _turned(turned)
     return replace(
         factors,
-        basis=factors.basis.transpose(1, 2).contiguous(),
+        basis=_turned(factors.basis),
         mix=factors.mix[:, :, 0].contiguous() if factors.mix.dim() == 4 else factors.mix,
-        transform=factors.transform.transpose(1, 2).contiguous(),
+        transform=_turned(factors.transform),
     )
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    """The matrices of x ``[n, a, b]`` transposed, ``[n, b, a]``, one at a time in the memory that x has (if it is contiguous)."""
+    n, a, b = x.shape
+    out = x.contiguous().view(n, b, a)
+    for i in range(n):
+        out[i] = x[i].clone().T
+    return out

@@ -43,10 +43,11 @@ from mobe_gguf.factorize.target import Goal, Size, Unit
 from mobe_gguf.factorize.unit import UnitResult, fit_unit, probe_unit
 from mobe_gguf.factorize.workers import Place, each
 from mobe_gguf.factorize.writer import write_output
+from mobe_gguf.files import describe_sizes
 from mobe_gguf.progress import Bar, bar, console
-from mobe_gguf.sources.checkpoint import read_header
 from mobe_gguf.sources.gguf_source import GgufModel
 from mobe_gguf.sources.original import Original, open_original
+from mobe_gguf.sources.safetensors_file import read_header
 
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1
@@ -94,6 +95,12 @@ class Job:
         return self.sizes[unit] if self.sizes else None
 
     @property
+    def moments_of_another(self) -> bool:
+        """Whether the moments say that another model, or copy of it, was run; of a GGUF file the model was one of course."""
+        about = self.moments and not isinstance(self.checkpoint, GgufModel) and self.moments.about
+        return bool(about) and about.get("source_checksum") != self.checkpoint.checksum
+
+    @property
     def work(self) -> Path:
         return work_directory(self.out)
 
@@ -111,6 +118,11 @@ class Job:
 
 
 def work_directory(out: Path) -> Path:
+    """Beside ``out``.  UsageError if that is no name for a directory to be made: ``.``, ``/``, ``..``, nothing."""
+    if out.name in ("", ".."):
+        raise UsageError(
+            f"OUT is {str(out)!r}, a directory that is there already; name a new one, as {out / 'mobe'}"
+        )
     return out.with_name(out.name + ".work")
 
 
@@ -149,35 +161,24 @@ def prepare(model: Path, out: Path, options: Options, *, resume: bool = False) -
             imatrix.weight(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
         if moments:
             moments.check(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
+    checkpoint.check_whole()
     goal = probing.goal_of(checkpoint, settings, imatrix)
     job = Job(
         checkpoint,
         out,
         settings,
-        plan_checkpoint(checkpoint, settings, goal and goal.nominal()),
+        plan_checkpoint(checkpoint, settings, goal and goal.nominal(), moments),
         imatrix,
         goal,
         moments=moments,
     )
     if goal is None:
-        return _with_moments(job)
+        return job
     sizes = probing.read_sizes(probing.sizes_path(job), settings.units())
     if sizes:
-        return _with_moments(replace(job, sizes=sizes, plan=plan_checkpoint(checkpoint, settings, sizes)))
-    largest = plan_checkpoint(checkpoint, settings, dict.fromkeys(settings.units(), goal.largest()))
-    return _with_moments(replace(job, plan=replace(job.plan, memory_bytes=largest.memory_bytes)))
-
-
-def _with_moments(job: Job) -> Job:
-    """The job with the memory that its moments take: roots, and the experts in the metric, which has more columns."""
-    if job.moments is None:
-        return job
-    more = max(
-        job.moments.nbytes(layer, projection)
-        * (1 + job.checkpoint.expert_shape(projection)[0] // job.checkpoint.n_embd)
-        for layer, projection in job.settings.units()
-    )
-    return replace(job, plan=replace(job.plan, memory_bytes=job.plan.memory_bytes + more))
+        return replace(job, sizes=sizes, plan=plan_checkpoint(checkpoint, settings, sizes, moments))
+    largest = plan_checkpoint(checkpoint, settings, dict.fromkeys(settings.units(), goal.largest()), moments)
+    return replace(job, plan=replace(job.plan, memory_bytes=largest.memory_bytes))
 
 
 def _settings(
@@ -295,7 +296,7 @@ def _choose_sizes(job: Job, place: Place, quiet: bool) -> Job:
         progress.advance(sum(1 for sizes in again.values() if sizes) - len(left))
         probe(left, progress)
     sizes = probing.choose(job, {unit: probes[unit] for unit in units}, weights)
-    return replace(job, sizes=sizes, plan=plan_checkpoint(job.checkpoint, job.settings, sizes))
+    return replace(job, sizes=sizes, plan=plan_checkpoint(job.checkpoint, job.settings, sizes, job.moments))
 
 
 def _finished(job: Job, layer: int, projection: str) -> UnitResult | None:
@@ -340,9 +341,10 @@ def _check_space(job: Job, done: dict[tuple[int, str], UnitResult | None]) -> No
     present = sum(job.unit_path(*unit).stat().st_size for unit, result in done.items() if result)
     needed, free = job.plan.output_bytes - present, shutil.disk_usage(job.work).free
     if needed > free:
+        left, there = describe_sizes(needed, free)
         raise MobeError(
-            f"{job.out.parent}: not enough space on the disk: {needed / 1e9:.2f} GB are still to be written, "
-            f"{free / 1e9:.2f} GB are free. Free some, or choose OUT on another disk."
+            f"{job.out.parent}: not enough space on the disk: {left} are still to be written, {there} are free. Free some, or "
+            "choose OUT on another disk."
         )
 
 

@@ -34,7 +34,7 @@ class Roots:
 
     def channels(self) -> torch.Tensor:
         """The diagonals alone, as ``[n, 1, d]``."""
-        squares = self.root.double().square().sum(-1)
+        squares = torch.stack([root.double().square().sum(-1) for root in self.root])
         return (squares if self.rest is None else squares + self.rest)[:, None]
 
 
@@ -85,7 +85,10 @@ class Metric:
         if not 0 < scale < float("inf"):
             raise MobeError("input moments must be finite and not all zero")
         rest = None if weight.rest is None else (weight.rest.double() / scale).clamp_min(FLOOR).sqrt().float()
-        return cls((weight.root.double() / scale**0.5).float(), True, rest)
+        root = torch.empty_like(weight.root)
+        for scaled, given in zip(root, weight.root, strict=True):  # in float64 there is one expert at a time
+            scaled.copy_(given.double() / scale**0.5)
+        return cls(root, True, rest)
 
     def slice(self, experts: slice, like: torch.Tensor) -> Metric:
         """The metric of a run of experts, with the device and type of ``like``."""

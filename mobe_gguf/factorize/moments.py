@@ -10,6 +10,8 @@ token by the slope of the expert's own output, too, gave 0.0072, weighing the ro
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -21,15 +23,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mobe_gguf.atomic import atomic_path
+from mobe_gguf.atomic import atomic_path, check_output, destination
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.imatrix import PRIOR
 from mobe_gguf.factorize.metric import FLOOR, Roots
 from mobe_gguf.factorize.writer import Entry, write_safetensors
-from mobe_gguf.files import sha256
+from mobe_gguf.files import check_space, sha256
 from mobe_gguf.memory import free_memory
 from mobe_gguf.progress import Bar, bar, console
-from mobe_gguf.sources.checkpoint import Checkpoint, read_header
+from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.sources.safetensors_file import read_header
 
 VERSION = 1
 KEY = "mobe_moments"
@@ -71,6 +74,10 @@ class Moments:
     def nbytes(self, layer: int, projection: str) -> int:
         """Bytes of a unit's moments as they are used, in float32."""
         return 2 * sum(self._tensors[n].n_bytes for n in _names(layer, projection) if n in self._tensors)
+
+    def directions(self, layer: int, projection: str) -> int:
+        """Columns of each expert's root."""
+        return self._tensors[_names(layer, projection)[0]].shape[2]
 
     def check(self, layer: int, projection: str, n: int, d: int) -> None:
         """MobeError if the file lacks the inputs, d in number, of a layer's projection, or is of another model."""
@@ -117,16 +124,20 @@ def collect(
 
     The model is loaded whole, by transformers, in its own type.  Sums of a layer take ``4 n (d^2 + p^2)`` bytes; as many layers
     as SHARE of the free memory holds are summed in one pass over the text, the others in further ones.
-    Raises MobeError or UsageError: model or text cannot be read, transformers does not know the model, too little text.
+    Raises MobeError or UsageError: model or text cannot be read, transformers does not know the model, too little text, no
+    place for ``out``.  Code that a model's directory may hold is never run.
     """
+    check_output(out)
     checkpoint = Checkpoint(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")
+    checkpoint.check_whole()
     layers, n, d, p = checkpoint.moe_layers, checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
     rank = min(rank, d)
     if rank < 1 or ctx < 2 or (chunks is not None and chunks < 1):
         raise UsageError(f"--rank {rank}, --ctx {ctx}, --chunks {chunks}: expected at least 1, 2 and 1")
-    tokens = _tokens(model, text, ctx, chunks)
+    with _silent(quiet):
+        tokens = _tokens(model, text, ctx, chunks)
     about = {
         "version": VERSION,
         "model": str(model),
@@ -153,10 +164,37 @@ def collect(
                 size = 2 * torch.Size(shape).numel()
                 data = partial(passes.data, layer, projection, i)
                 entries.append(Entry(_names(layer, projection)[i], "F16", shape, size, data))
-    with atomic_path(out) as part, bar("moments", len(layers), quiet) as progress:
-        passes.progress = progress
-        write_safetensors(part, entries, {"format": "pt", KEY: json.dumps(about)})
+    try:
+        check_space(
+            destination(out),
+            sum(e.n_bytes for e in entries),
+            (),
+            "Make room, write elsewhere, or choose a smaller --rank.",
+        )
+        with _silent(quiet), atomic_path(out) as part, bar("moments", len(layers), quiet) as progress:
+            passes.progress = progress
+            write_safetensors(part, entries, {"format": "pt", KEY: json.dumps(about)})
+    except OSError as e:
+        why = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or e
+        raise MobeError(f"{out}: cannot be written: {why}; nothing was written") from e
     return about
+
+
+@contextlib.contextmanager
+def _silent(quiet: bool) -> Iterator[None]:
+    """With ``quiet``, nothing on stderr of what transformers says while it loads, but errors."""
+    from transformers.utils import logging
+
+    level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if quiet:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if quiet and had_bar:
+            logging.enable_progress_bar()
 
 
 def _tokens(model: Path, text: Path, ctx: int, chunks: int | None) -> torch.Tensor:
@@ -168,9 +206,9 @@ def _tokens(model: Path, text: Path, ctx: int, chunks: int | None) -> torch.Tens
     except OSError as e:
         raise MobeError(f"{text}: cannot be read: {e.strerror or e}; name a text with --text") from e
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as e:  # transformers raises all sorts of errors here
-        raise MobeError(f"{model}: transformers cannot load its tokenizer: {_first_line(e)}") from e
+        raise _unloadable(model, "its tokenizer", e) from e
     tokenizer.model_max_length = int(1e12)  # it would warn of a text that is longer than the model's context
     ids = torch.tensor(tokenizer(content).input_ids)
     there = len(ids) // ctx
@@ -183,8 +221,16 @@ def _tokens(model: Path, text: Path, ctx: int, chunks: int | None) -> torch.Tens
     return ids[: count * ctx].view(count, ctx)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _unloadable(model: Path, what: str, error: Exception) -> MobeError:
+    if "trust_remote_code" in str(error):
+        code = ", ".join(sorted(p.name for p in model.glob("*.py"))) or "not in this directory"
+        why = (
+            f"transformers knows it only by Python code of its own ({code}), and code out of a model directory is never run "
+            "here. Use --imatrix (llama-imatrix) for such a model"
+        )
+        return MobeError(f"{model}: {what} cannot be loaded: {why}")
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return MobeError(f"{model}: transformers cannot load {what}: {said}")
 
 
 class _Enough(Exception):
@@ -265,9 +311,9 @@ class _Passes:
 
         path = self.checkpoint.path
         try:
-            model = AutoModel.from_pretrained(path, dtype="auto")
+            model = AutoModel.from_pretrained(path, dtype="auto", trust_remote_code=False)
         except Exception as e:  # transformers raises all sorts of errors here
-            raise MobeError(f"{path}: transformers cannot load the model: {_first_line(e)}") from e
+            raise _unloadable(path, "the model", e) from e
         return model.eval().to(self.device)
 
     def _add(

@@ -15,7 +15,8 @@ import torch
 
 from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.baselines import METHODS, Baseline
-from mobe_gguf.factorize.solver import BLOCK_BYTES, Settings
+from mobe_gguf.factorize.moments import Moments
+from mobe_gguf.factorize.solver import Settings, block_bytes, cpu_block
 from mobe_gguf.factorize.target import Size, Unit
 from mobe_gguf.names import ALL_PROJECTIONS, PROJECTIONS
 from mobe_gguf.sources.checkpoint import PLAIN_FLOATS
@@ -23,6 +24,9 @@ from mobe_gguf.sources.original import Original
 
 #: Names of the types that factors can be stored in.
 STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+#: What a unit takes is counted by its tensors; of small ones that are gone the allocator keeps some.
+SPARE = 1.05
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,11 @@ def settle(options: Options, checkpoint: Original) -> JobSettings:
 
 
 def check_method(options: Options) -> None:
-    """UsageError if ``method``, ``target`` and the other options contradict each other."""
+    """UsageError if a number is less than 1, or ``method``, ``target`` and the other options contradict each other."""
+    for name in ("bases", "rank", "groups", "steps", "mix_terms"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     method, target = options.method or "mobe", options.target
     if method not in METHODS:
         raise UsageError(f"--method {method}: unknown; expected one of {', '.join(METHODS)}")
@@ -227,14 +235,17 @@ def source_dtype(checkpoint: Original) -> str:
 
 
 def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
-    """``"0-3,7"`` -> (0, 1, 2, 3, 7), sorted; UsageError names the ``option`` and shows the form expected."""
+    """``"0-3,7"`` -> (0, 1, 2, 3, 7), sorted; UsageError names the ``option`` and shows the form expected.
+
+    Numbers have four digits at most: a range is written out here, before it is known how many layers the model has.
+    """
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             raise UsageError(
-                f"{option}: cannot read {part.strip()!r}; expected numbers and ranges such as 0-3,7"
+                f"{option}: cannot read {part.strip()!r}; expected numbers below 10000 and ranges such as 0-3,7"
             )
         layers.update(range(first, last + 1))
     return tuple(sorted(layers))
@@ -312,6 +323,39 @@ def _mixing(settings: Settings, n: int, d: int) -> int:
     return n * (settings.n_basis // settings.n_group) * (rows if settings.mix == "row" else 1)
 
 
+def unit_memory(settings: Settings, n: int, p: int, d: int, directions: int | None = None) -> int:
+    """Bytes at the peak of fitting experts ``[n, p, d]`` on the CPU (:func:`solver.fit`, W scaled in its place).
+
+    ``directions``: columns of each expert's root where there are moments (:class:`metric.Roots`), 0 where weights are of
+    the channels alone, None without weights.
+    """
+    m, r, g = settings.n_basis, settings.rank, settings.n_group
+    inputs = p if settings.transposed else d
+    # With a diagonal for the rest, an expert has that many more columns in the metric than inputs.
+    more = directions if directions and directions < inputs else 0
+    rows, columns = (p + more, d) if settings.transposed else (p, d + more)
+    always = n * p * d
+    if directions is not None:  # W in the metric
+        always += n // g * rows * columns
+    if directions:  # the moments as they were read, and scaled
+        always += 2 * n * inputs * (directions + 1)
+    results = m * r * d + n * p * r if g > 1 else 0  # of groups that are done, in the end joined
+    always += results
+    basis = m // g * r * d
+    block = block_bytes(cpu_block(n // g, rows, columns, r), rows, columns, r) // 4
+    copies = 0 if settings.mix == "scalar" else 2 if settings.transposed else 1  # of what lies crosswise
+    # B where it starts and where it is, the best, its gradient, Adam's two moments and the root of one
+    steps = 7 * basis + (1 + copies) * block
+    if settings.basis_type:
+        # a rounded one, too; while it is made there are copies and an encoding, but no block
+        steps += basis + max(0, (3 if settings.transposed else 2) * basis - block)
+    # when A is solved for, in float64, the gradient and the moments are gone
+    end = 6 * basis + n * p * r + 2 * block_bytes(1, rows, columns, r) // 4
+    if settings.dtype != torch.float32:  # A as it is stored, too
+        end += n * p * r // 2
+    return int(SPARE * 4 * (always + max(steps, end, results)))
+
+
 def make_plan(
     settings: Settings,
     *,
@@ -322,21 +366,16 @@ def make_plan(
     moe_layers: int,
     model_parameters: int,
     kept_bytes: int = 0,
+    directions: int | None = None,
 ) -> Plan:
     """The arithmetic: experts ``[n, p, d]``, ``units`` of them factorized, in a model of ``model_parameters``.
 
-    ``kept_bytes``: what of the source comes along into the output.
+    ``kept_bytes``: what of the source comes along into the output.  ``directions``: see :func:`unit_memory`.
     Per expert matrix p r of A and m/n of a basis r d stay, plus alpha: ``r/d + m r/(n p)`` of p d.
     """
-    m, r, g = settings.n_basis, settings.rank, settings.n_group
     mixing = _mixing(settings, n, d)
     after = parameters(settings, n, p, d)
     stored = settings.dtype.itemsize * (after - mixing) + 4 * mixing
-    # W, B with its gradient, Adam's two moments and the best so far, A, and a block of experts (see solver._place).
-    block = min(BLOCK_BYTES, 4 * n // g * (6 * r * d + 3 * p * r + 4 * r * r))
-    memory = 4 * (n * p * d + 6 * m // g * r * d + n * p * r) + block
-    if settings.basis_type:  # values, rounded values, their encoding and a copy
-        memory += 4 * 3 * m // g * r * d
     return Plan(
         units=units,
         projected_before=units * n * p * d,
@@ -344,16 +383,19 @@ def make_plan(
         experts_before=3 * moe_layers * n * p * d,
         model_before=model_parameters,
         output_bytes=kept_bytes + units * stored,
-        memory_bytes=memory,
+        memory_bytes=unit_memory(settings, n, p, d, directions),
     )
 
 
 def plan_checkpoint(
-    checkpoint: Original, settings: JobSettings, sizes: Mapping[Unit, Size] | None = None
+    checkpoint: Original,
+    settings: JobSettings,
+    sizes: Mapping[Unit, Size] | None = None,
+    moments: Moments | None = None,
 ) -> Plan:
     """:func:`make_plan` for a model on disk.  Multi-token-prediction layers count as they are stored.
 
-    ``sizes``: m and r of each unit, where these are not the same for all.
+    ``sizes``: m and r of each unit, where these are not the same for all.  ``moments``: those that were checked to be the model's.
     """
     units = settings.units()
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
@@ -368,10 +410,21 @@ def plan_checkpoint(
             experts_before=3 * len(checkpoint.moe_layers) * n * p * d,
             model_before=checkpoint.n_params,
             output_bytes=kept + len(units) * itemsize * chosen.stored,
-            memory_bytes=chosen.memory,
+            memory_bytes=chosen.memory + (moments.nbytes(*units[0]) if moments else 0),
         )
+    directions = {
+        projection: None
+        if settings.objective == "mse"
+        else moments.directions(settings.layers[0], projection)
+        if moments
+        else 0
+        for projection in settings.projections
+    }
     counts = Counter((None if sizes is None else sizes[unit], unit[1]) for unit in units)
-    parts = [make_plan(settings.solver(*key), units=count, **model) for key, count in counts.items()]
+    parts = [
+        make_plan(settings.solver(*key), units=count, directions=directions[key[1]], **model)
+        for key, count in counts.items()
+    ]
     return replace(
         parts[0],
         units=len(units),

@@ -36,6 +36,7 @@ from mobe_gguf.factorize.target import (
     rank_candidates,
     search,
 )
+from mobe_gguf.files import format_size
 from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.original import Original
 
@@ -80,15 +81,15 @@ def goal_of(checkpoint: Original, settings: JobSettings, imatrix: Imatrix | None
         file = predict(checkpoint, units, recipe, ranks, **form)
         if settings.target >= file.plain:
             raise UsageError(
-                f"--target {settings.target / 1e6:.2f}MB: an ordinary {settings.quant} file takes "
-                f"{file.plain / 1e6:.2f} MB, so there is nothing to factorize"
+                f"--target {format_size(settings.target)}: an ordinary {settings.quant} file takes "
+                f"{format_size(file.plain)}, so there is nothing to factorize"
             )
 
         def bytes_of(unit: Unit) -> Cost:
             return lambda size: file.unit(*unit, size.bases, size.rank)
 
         goal = Goal(settings.target - file.fixed, {u: bytes_of(u) for u in units}, choices, ranks)
-        least = f"{(file.fixed + goal.least) / 1e6:.2f}MB"
+        least = format_size(file.fixed + goal.least)
     if goal.budget < goal.least or not all(goal.even(unit) for unit in units):
         raise UsageError(
             f"--target is too little: with {choices.least} bases of rank {min(ranks)} in every unit it would be "

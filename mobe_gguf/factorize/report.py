@@ -11,6 +11,7 @@ from rich.table import Table
 from mobe_gguf.factorize.expected import expected_time
 from mobe_gguf.factorize.job import Job, Result
 from mobe_gguf.factorize.plan import JobSettings, Plan, baseline, format_layers
+from mobe_gguf.files import describe_size
 from mobe_gguf.sources.original import Original
 
 #: For lines of text: no colouring, and no wrapping, so that commands and paths can be copied.
@@ -37,7 +38,7 @@ def print_plan(job: Job, console: Console) -> None:
             **PLAIN,
         )
     console.print(
-        f"on disk {_bytes(job.plan.output_bytes)}, memory about {_bytes(job.plan.memory_bytes)} for each unit at work",
+        f"on disk {describe_size(job.plan.output_bytes)}, memory about {describe_size(job.plan.memory_bytes)} for each unit at work",
         **PLAIN,
     )
 
@@ -79,7 +80,7 @@ def print_result(result: Result, console: Console) -> None:
     console.print(_parameters(result.settings, result.plan))
     if result.settings.method not in ("mobe", "svd", "molae"):
         console.print(_written_dense(result.settings), **PLAIN)
-    console.print(f"{result.out}: {_bytes(result.plan.output_bytes)}. Next:", **PLAIN)
+    console.print(f"{result.out}: {describe_size(result.plan.output_bytes)}. Next:", **PLAIN)
     quant = result.settings.quant or ("q4_k" if result.settings.method == "mobe" else "f16")
     command = f"  mobe-gguf export {result.out} {result.out.name}.gguf --quant {quant}"
     command += " --dense" if result.settings.method == "d2moe" else ""
@@ -115,7 +116,7 @@ def _settings_line(s: JobSettings, model: Original) -> str:
     if isinstance(s.target, float):
         size = f"bases to keep {s.target:.1%} of the parameters"
     elif s.target is not None:
-        size = f"bases for a {s.quant} file of {_bytes(s.target)}"
+        size = f"bases for a {s.quant} file of {describe_size(s.target)}"
     else:
         size = f"{s.bases} bases of rank {s.rank}"
     terms = f" of at most {s.mix_terms} terms" if s.mix_terms else ""
@@ -192,10 +193,3 @@ def _count(n: int) -> str:
         if n >= size:
             return f"{n / size:.2f} {unit}"
     return str(n)
-
-
-def _bytes(n: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= size:
-            return f"{n / size:.2f} {unit}"
-    return f"{n} B"

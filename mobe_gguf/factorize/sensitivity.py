@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from mobe_gguf.errors import MobeError
 from mobe_gguf.factorize.imatrix import Imatrix
 from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.gguf_source import GgufModel, Stored
@@ -71,7 +72,9 @@ def _routed(model: Original, imatrix: Imatrix, layer: int) -> float | None:
         scale = model.file.arch_key("expert_weights_scale") or 1.0
     else:
         scale = model.config.get("routed_scaling_factor") or 1.0
-    return total / counts * float(scale) ** 2
+    if not isinstance(scale, (int, float)):
+        raise MobeError(f"{model.path}: what scales the experts' weights must be a number, got {scale!r}")
+    return total / counts * scale**2
 
 
 def _others(model: Original, imatrix: Imatrix, layer: int) -> float:

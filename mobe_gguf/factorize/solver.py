@@ -137,6 +137,8 @@ class Settings:
             raise UsageError(
                 f"bases, rank, groups and steps must be at least 1, got {m}, {r}, {g} and {self.steps}"
             )
+        if not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"--seed {self.seed}: expected a whole number from 0 to 2^64 - 1")
         if n % g:
             raise UsageError(f"{n} experts cannot be split in {g} equal groups; --groups must divide {n}")
         if m % g:
@@ -224,14 +226,19 @@ def fit(
     bases, mixes, transforms, sums, steps = zip(*parts, strict=True)
     error, norm, objective, objective_norm = (sum(s[i] for s in sums) for i in range(4))
     return Factors(
-        torch.cat(bases),
-        torch.cat(mixes),
-        torch.cat(transforms),
+        _joined(bases),
+        _joined(mixes),
+        _joined(transforms),
         error / norm,
         objective / objective_norm,
         max(steps),
         time.monotonic() - start,
     )
+
+
+def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The groups' parts one after the other; the one of a single group is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _fit_group(
@@ -247,11 +254,7 @@ def _fit_group(
     """One group of experts w, divided by ``sigma``: ``(B, alpha, A, sums of squares, steps)``, as they are stored."""
     n, _, d = w.shape
     m = settings.n_basis // settings.n_group
-    weighted = (
-        torch.cat([_weigh(w[i : i + 1], metric.slice(slice(i, i + 1), w), settings) for i in range(n)])
-        if metric.root is not None
-        else w
-    )
+    weighted = w if metric.root is None else _weighed(w, metric, settings)
     problem = _place(weighted, settings, Metric() if settings.transposed else metric, device, block)
     width = None if settings.mix == "scalar" else d if settings.transposed else settings.rank
     mix0 = initial_mix(n, m, width, settings.seed)
@@ -275,13 +278,26 @@ def _fit_group(
             f"{label}: the fit diverged {ATTEMPTS} times, at last with learning rate {rate:g} "
             f"({reason}). Try another --seed, fewer --bases or a smaller --rank."
         )
-    sums = _residuals(w, weighted, basis.float(), mix, transform.float() / sigma, metric, settings)
+    sums = _residuals(w, weighted, basis.float(), mix, transform, sigma, metric, settings)
     return basis.cpu(), mix.cpu(), transform.cpu(), sums, steps
 
 
 def _weigh(x: torch.Tensor, metric: Metric, settings: Settings) -> torch.Tensor:
     """``x`` ``[n, p, d]`` in the metric of its inputs: of columns, or of rows where the problem is transposed."""
     return metric.apply_rows(x) if settings.transposed else metric.apply(x)
+
+
+def _weighed(w: torch.Tensor, metric: Metric, settings: Settings) -> torch.Tensor:
+    """All of w in the metric, filled in an expert at a time: beside w and the result there is one expert in memory."""
+    out = None
+    for i in range(len(w)):
+        s = slice(i, i + 1)
+        x = _weigh(w[s], metric.slice(s, w), settings)
+        if out is None:
+            out = x.new_empty(len(w), *x.shape[1:])
+        out[s] = x
+    assert out is not None
+    return out
 
 
 def _finish(
@@ -303,11 +319,18 @@ def _finish(
     problem = replace(problem, ridge=_rounding_ridge(settings))
     full_size = metric.root is not None
     transform = problem.transform(basis.float(), mix, full_size).mul_(sigma)
-    if settings.transposed:
-        transform = metric.slice(slice(None), transform).solve_rows(transform)
-    if settings.transform_type:
-        return basis, settled(transform, settings.transform_type, settings.transposed)
-    return basis, transform.to(settings.dtype)
+    # a block at a time, in its place where the type allows: A may be as large as W
+    stored = transform
+    if settings.dtype != transform.dtype:
+        stored = torch.empty_like(transform, dtype=settings.dtype)
+    for s in problem.blocks():
+        a = transform[s]
+        if settings.transposed:
+            a = metric.slice(s, a).solve_rows(a)
+        if settings.transform_type:
+            a = settled(a, settings.transform_type, settings.transposed)
+        stored[s] = a
+    return basis, stored
 
 
 def _rounding_ridge(settings: Settings) -> float:
@@ -392,7 +415,7 @@ def _place(
     """The problem with W on ``device`` if it fits there, and the block size that memory allows."""
     n, p, d = w.shape
     r = settings.rank
-    per_expert = 4 * (6 * r * d + 3 * p * r + 4 * r * r)
+    per_expert = block_bytes(1, p, d, r)
     if device.type == "cuda":
         # B, its gradient, Adam's two moments, the best so far, and one to spare
         parameters = 6 * 4 * (settings.n_basis // settings.n_group) * r * d
@@ -405,10 +428,23 @@ def _place(
             per_expert += 4 * p * d
         size = int(0.6 * free) // per_expert
     else:
-        # What stays in the cache is quickest (4 ms of 22 saved a step of the tiny model), but each block reads all
-        # bases and their gradient once more, so no less than eight experts unless they are huge.
-        size = min(BLOCK_BYTES // per_expert, max(8, CACHE_BYTES // per_expert))
+        size = cpu_block(n, p, d, r)
     return Projected(w, settings.activation, metric, settings.ridge, block or max(1, min(n, size)))
+
+
+def block_bytes(experts: int, p: int, d: int, r: int) -> int:
+    """What a step takes for so many experts of ``p x d`` in the metric."""
+    return 4 * experts * (6 * r * d + 3 * p * r + 4 * r * r)
+
+
+def cpu_block(n: int, p: int, d: int, r: int) -> int:
+    """Experts in a block on the CPU.
+
+    What stays in the cache is quickest (4 ms of 22 saved a step of the tiny model), but each block reads all bases and
+    their gradient once more, so no less than eight experts unless they are huge.
+    """
+    one = block_bytes(1, p, d, r)
+    return max(1, min(n, BLOCK_BYTES // one, max(8, CACHE_BYTES // one)))
 
 
 def _residuals(
@@ -417,15 +453,20 @@ def _residuals(
     basis: torch.Tensor,
     mix: torch.Tensor,
     transform: torch.Tensor,
+    sigma: float,
     metric: Metric,
     settings: Settings,
 ) -> tuple[float, float, float, float]:
-    """|W - W'|^2, |W|^2, and both in the metric, an expert at a time, in float64 sums of float32 products."""
+    """|W - W'|^2, |W|^2, and both in the metric, an expert at a time, in float64 sums of float32 products.
+
+    ``transform`` as it is stored, for the matrices before they were divided by ``sigma``.
+    """
     total = torch.zeros(4, dtype=torch.float64)
     for i in range(w.shape[0]):
         s = slice(i, i + 1)
         wi, wm = w[s].to(basis.device), weighted[s].to(basis.device)
-        rest = wi - transform[s].to(basis.device) @ activate(combine(mix[s], basis), settings.activation)
+        a = transform[s].float() / sigma
+        rest = wi - a.to(basis.device) @ activate(combine(mix[s], basis), settings.activation)
         scaled = _weigh(rest, metric.slice(s, basis), settings)
         total += torch.stack([x.square().sum(dtype=torch.float64) for x in (rest, wi, scaled, wm)]).cpu()
     a, b, c, e = total.tolist()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mobe_gguf.errors import UsageError
-from mobe_gguf.files import UNITS
+from mobe_gguf.files import parse_size
 
 #: ``(layer, projection)``.
 Unit = tuple[int, str]
@@ -61,17 +61,12 @@ Cost = Callable[[Size], int]
 
 
 def parse_target(text: str) -> float | int:
-    """``"0.75"`` -> 0.75, a share; ``"12.5GB"`` -> 12500000000, bytes in powers of ten.  UsageError otherwise."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(?:([MGT])B?|(%))?", text.strip().upper())
+    """``"0.75"`` or ``"75%"`` -> 0.75, a share; ``"12.5GB"`` -> 12500000000, see :func:`parse_size`.  UsageError otherwise."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(%)?", text.strip())
     if match is None:
-        raise UsageError(
-            f"--target {text}: expected the share of the parameters to keep, as 0.75, or the size of the GGUF file, as "
-            "12.5GB or 700MB"
-        )
-    value = float(match[1])
-    if match[2]:
-        return round(value * UNITS[match[2]])
-    share = value / 100 if match[3] else value
+        instead = "the share of the parameters to keep, as 0.75, or the size of the GGUF file, "
+        return parse_size(text, "--target", instead)
+    share = float(match[1]) / 100 if match[2] else float(match[1])
     if not 0 < share < 1:
         raise UsageError(
             f"--target {text}: a share of the parameters lies between 0 and 1; for a file's size add GB or MB"

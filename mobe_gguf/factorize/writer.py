@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from mobe_gguf.atomic import write_json
-from mobe_gguf.sources.checkpoint import DTYPES, INDEX_NAME, Checkpoint, TensorInfo, read_header
+from mobe_gguf.sources.checkpoint import Checkpoint
 from mobe_gguf.sources.gguf_factors import FACTORS_NAME
 from mobe_gguf.sources.original import Original
+from mobe_gguf.sources.safetensors_file import DTYPES, INDEX_NAME, TensorInfo, read_header
 
 #: Bytes of a shard, as ``save_pretrained`` has it.
 MAX_SHARD = 5_000_000_000

@@ -7,14 +7,13 @@ the tensor; a directory that opens has all its shards, whole, with the tensors t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,51 +21,21 @@ from safetensors import SafetensorError, safe_open
 from mobe_gguf.errors import MobeError
 from mobe_gguf.names import ALL_PROJECTIONS
 from mobe_gguf.sources.families import family_of
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
-#: safetensors' own limit for a header; a length beyond it is not a safetensors file.
-MAX_HEADER = 100_000_000
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from mobe_gguf.sources.safetensors_file import (
+    DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorInfo,
+    check_is_model_directory,
+    read_header,
+    read_json,
+    read_weight_map,
+)
 
 #: Types of an expert's matrix that can be factorized as they stand; F8_E4M3 besides, with its scales.
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor; its bytes are ``begin`` to ``end`` of the file ``shard``.
-    ``dtype`` in the format's own spelling ("BF16")."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def n_bytes(self) -> int:
-        return self.end - self.begin
+T = TypeVar("T")
 
 
 class Checkpoint:
@@ -78,9 +47,9 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        _check_is_model_directory(self.path)
+        check_is_model_directory(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        self.family = family_of(self.config)
+        self.family = self._of_config(family_of)
         self._tensors = self._read_headers()
         self._open: dict[str, Any] = {}
 
@@ -88,7 +57,7 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         if not (self.path / INDEX_NAME).exists():
             return {name: info for name, info in read_header(self.path / SINGLE_NAME).items()}
-        weight_map = _read_weight_map(self.path / INDEX_NAME)
+        weight_map = read_weight_map(self.path / INDEX_NAME)
         for shard in sorted(set(weight_map.values())):
             if not (self.path / shard).is_file():
                 promised = [name for name, s in weight_map.items() if s == shard]
@@ -163,25 +132,42 @@ class Checkpoint:
 
     # the model
 
+    def _of_config(self, read: Callable[[dict[str, Any]], T]) -> T:
+        """``read(config)``; its MobeError names the file with its directory."""
+        try:
+            return read(self.config)
+        except MobeError as e:
+            raise MobeError(f"{self.path}/{e.message}") from e
+
+    def _said(self, keys: tuple[str, ...]) -> str:
+        """``.../config.json: 'key' is value``, of the first of ``keys`` that is there."""
+        key = next((key for key in keys if self.config.get(key) is not None), keys[0])
+        return f"{self.path}/config.json: '{key}' is {self.config.get(key)!r}"
+
     @cached_property
     def n_layer(self) -> int:
-        return self.family.n_layer(self.config)
+        return self._of_config(self.family.n_layer)
 
     @cached_property
     def n_expert(self) -> int:
-        return self.family.n_expert(self.config)
+        return self._of_config(self.family.n_expert)
 
     @cached_property
     def n_expert_used(self) -> int:
-        return self.family.n_expert_used(self.config)
+        k = self._of_config(self.family.n_expert_used)
+        if k > self.n_expert:
+            raise MobeError(
+                f"{self._said(self.family.n_expert_used_keys)}, expected 1 to {self.n_expert}, as many experts as a layer has"
+            )
+        return k
 
     @cached_property
     def n_embd(self) -> int:
-        return self.family.n_embd(self.config)
+        return self._of_config(self.family.n_embd)
 
     @cached_property
     def n_ff_exp(self) -> int:
-        return self.family.n_ff_exp(self.config)
+        return self._of_config(self.family.n_ff_exp)
 
     @cached_property
     def is_mobe(self) -> bool:
@@ -193,7 +179,11 @@ class Checkpoint:
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers with routed experts: config.json's word, checked against the tensors that exist."""
-        declared = self.family.moe_layers(self.config)
+        if self.n_layer > len(self._tensors):  # before so many are counted
+            raise MobeError(
+                f"{self._said(self.family.n_layer_keys)}, but the model has only {len(self._tensors)} tensors"
+            )
+        declared = self._of_config(self.family.moe_layers)
         if not declared:
             raise MobeError(
                 f"{self.path}: config.json describes no MoE layer at all; there is nothing to factorize"
@@ -211,7 +201,41 @@ class Checkpoint:
                     f"{self.path}: config.json says that layer {layer} has experts, but neither {first} nor {fused} "
                     f"exists. Quantized sources (GPTQ, AWQ, int4) must be converted to bf16 first."
                 )
+            last = self.family.expert_weight(layer, self.n_expert - 1, "gate")
+            if first in self and layer in declared and last not in self:  # before so many are named
+                raise MobeError(f"{self._said(self.family.n_expert_keys)}, but tensor {last} is missing")
         return declared
+
+    def missing(self) -> list[str]:
+        """Tensors that the model cannot do without, beside the experts' own, and that are not there: embeddings, the last norm,
+        the router of each MoE layer."""
+        needed = [self.family.embedding, self.family.final_norm]
+        needed += [self.family.router(layer, self.is_fused(layer, "gate")) for layer in self.moe_layers]
+        return [name for name in needed if name not in self]
+
+    def check_whole(self) -> None:
+        """MobeError unless config.json makes sense and all that the model needs is there, of the right shape and in types that
+        can be read: what would else be found only when the work is done.  Headers only."""
+        self._check_config()
+        for name in self.missing():
+            self.info(name)
+        for layer in self.moe_layers:
+            for projection in self.ordinary(layer):
+                self.check_experts(layer, projection)
+
+    def _check_config(self) -> None:
+        """What is asked of config.json only later, or by others than this package."""
+        self.n_expert_used  # noqa: B018, compared with the number of experts
+        found = self.config.get("architectures")
+        if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+            raise MobeError(
+                f"{self.path}/config.json: 'architectures' must be a list with the name of the model's class, got {found!r}"
+            )
+        self._fp8_block()
+
+    def ordinary(self, layer: int) -> tuple[str, ...]:
+        """Projections of a MoE layer whose experts are stored as matrices: all."""
+        return ALL_PROJECTIONS
 
     # experts
 
@@ -236,15 +260,41 @@ class Checkpoint:
         return tuple(names + scales)
 
     def check_experts(self, layer: int, projection: str) -> None:
-        """MobeError unless all tensors that :meth:`expert_stack` will read exist, of the right shape; headers only."""
-        shape = self.expert_shape(projection)
+        """MobeError unless all tensors that :meth:`expert_stack` will read exist, of the right shape, in a type that can be
+        read, FP8 with its scales; headers only."""
+        rows, columns = self.expert_shape(projection)
+        block = self._fp8_block()
+        blocks = -(-rows // block[0]), -(-columns // block[1])
         if self.is_fused(layer, projection):
             halves = 1 if projection == "down" else 2
             name = self.family.fused_weight(layer, projection)
-            self.expect_shape(name, (self.n_expert, halves * shape[0], shape[1]), "from config.json")
+            self._check_matrix(
+                name,
+                (self.n_expert, halves * rows, columns),
+                (self.n_expert, halves * blocks[0], blocks[1]),
+            )
             return
         for e in range(self.n_expert):
-            self.expect_shape(self.family.expert_weight(layer, e, projection), shape, "from config.json")
+            self._check_matrix(self.family.expert_weight(layer, e, projection), (rows, columns), blocks)
+
+    def _check_matrix(self, name: str, shape: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+        """``blocks``: shape of its scales, if it has any."""
+        self.expect_shape(name, shape, "from config.json")
+        dtype, scale = self.dtype(name), _scale_name(name)
+        self._check_type(name, dtype, scale in self)
+        if dtype == torch.float8_e4m3fn:
+            self.expect_shape(scale, blocks, f"blocks of {name}")
+
+    def _check_type(self, name: str, dtype: torch.dtype, scaled: bool) -> None:
+        """MobeError unless values of that type can be read, as floats or as FP8 with scales."""
+        if dtype == torch.float8_e4m3fn:
+            if not scaled:
+                raise MobeError(f"{self.path}: tensor {name} is FP8 but {_scale_name(name)} is missing")
+        elif dtype not in PLAIN_FLOATS:
+            raise MobeError(
+                f"{self.path}: tensor {name} has type {str(dtype).removeprefix('torch.')}; experts can be read from "
+                "f32, f16, bf16 and block-scaled f8_e4m3. Convert the model to bf16 first."
+            )
 
     def expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
         """One routed expert's original matrix, float32 ``[p, d]`` (``[d, p]`` for down), checked to be finite.
@@ -291,16 +341,8 @@ class Checkpoint:
 
     def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""
-        if w.dtype == torch.float8_e4m3fn:
-            if scale is None:
-                raise MobeError(f"{self.path}: tensor {name} is FP8 but {_scale_name(name)} is missing")
-            w = dequantize_fp8(name, w, scale, self._fp8_block())
-        elif w.dtype not in PLAIN_FLOATS:
-            raise MobeError(
-                f"{self.path}: tensor {name} has type {str(w.dtype).removeprefix('torch.')}; experts can be read from "
-                "f32, f16, bf16 and block-scaled f8_e4m3. Convert the model to bf16 first."
-            )
-        w = w.float()
+        self._check_type(name, w.dtype, scale is not None)
+        w = dequantize_fp8(name, w, scale, self._fp8_block()) if w.dtype == torch.float8_e4m3fn else w.float()
         if not all_finite(w):
             bad = int((~torch.isfinite(w)).sum())
             raise MobeError(
@@ -310,9 +352,14 @@ class Checkpoint:
         return w
 
     def _fp8_block(self) -> tuple[int, int]:
-        quantization = self.config.get("quantization_config") or {}
-        rows, columns = quantization.get("weight_block_size") or (128, 128)
-        return int(rows), int(columns)
+        """Rows and columns of an FP8 block, as config.json says them."""
+        where, quantization = self.path / "config.json", self.config.get("quantization_config")
+        if not isinstance(quantization, dict | None):
+            raise MobeError(f"{where}: 'quantization_config' must be an object, got {quantization!r}")
+        found = (quantization or {}).get("weight_block_size") or [128, 128]
+        if not isinstance(found, list) or len(found) != 2 or not all(type(x) is int and x > 0 for x in found):
+            raise MobeError(f"{where}: 'weight_block_size' must be two positive integers, got {found!r}")
+        return found[0], found[1]
 
     @cached_property
     def n_params(self) -> int:
@@ -372,97 +419,6 @@ def dequantize_fp8(name: str, w: torch.Tensor, scale: torch.Tensor, block: tuple
     return w.float() * full[: w.shape[0], : w.shape[1]]
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Header of one safetensors file; MobeError names the file if it cannot be read, is truncated or corrupt."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            prefix = f.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER + 1
-            if length > MAX_HEADER or 8 + length > size:
-                raise _corrupt(path, f"its {size} bytes hold no whole header")
-            raw = f.read(length)
-    except OSError as e:
-        raise MobeError(f"{path}: cannot be read: {e.strerror}") from e
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _tensor_info(path.name, entry, 8 + length) for name, entry in entries.items()}
-        end = max((info.end for info in tensors.values()), default=8 + length)
-    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise _corrupt(path, f"its header is damaged ({e})") from e
-    if end != size:
-        raise _corrupt(path, f"its header describes {end} bytes, the file has {size}")
-    try:  # the library's own checks: overlaps, sizes against shapes
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as e:
-        raise _corrupt(path, str(e)) from e
-    return tensors
-
-
-def _tensor_info(shard: str, entry: dict[str, Any], data: int) -> TensorInfo:
-    begin, end = (int(x) for x in entry["data_offsets"])
-    if not 0 <= begin <= end:
-        raise ValueError(f"offsets {begin}, {end}")
-    shape = tuple(int(s) for s in entry["shape"])
-    return TensorInfo(shard, str(entry["dtype"]), shape, data + begin, data + end)
-
-
-def _corrupt(path: Path, why: str) -> MobeError:
-    return MobeError(f"{path}: truncated or corrupt safetensors file: {why}. Download this file again.")
-
-
 def _scale_name(name: str) -> str:
     """Block scales of an FP8 tensor: ``x.weight_scale_inv``, or ``gate_up_proj_scale_inv`` when fused."""
     return name + "_scale_inv"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; MobeError names the file if it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise MobeError(f"{path}: no such file") from e
-    except (ValueError, OSError, RecursionError) as e:
-        raise MobeError(f"{path}: cannot be read as JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise MobeError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _read_weight_map(path: Path) -> dict[str, str]:
-    """``weight_map`` of an index: tensor -> shard, each a plain file name inside the directory."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MobeError(f"{path}: no 'weight_map' with tensor names and files")
-    for name, shard in weight_map.items():
-        if (
-            not isinstance(shard, str)
-            or shard != os.path.basename(shard)
-            or "\\" in shard
-            or shard in ("", ".", "..")
-        ):
-            raise MobeError(
-                f"{path}: tensor {name} is said to be in {shard!r}; only plain file names are accepted"
-            )
-    return weight_map
-
-
-def _check_is_model_directory(path: Path) -> None:
-    if not path.exists():
-        raise MobeError(f"{path}: no such directory")
-    if not path.is_dir():
-        raise MobeError(
-            f"{path} is a file; expected a Hugging Face model directory (config.json, *.safetensors, tokenizer files)"
-        )
-    if not (path / "config.json").is_file():
-        raise MobeError(f"{path}: no config.json; expected a Hugging Face model directory")
-    if not (path / INDEX_NAME).exists() and not (path / SINGLE_NAME).exists():
-        pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
-        hint = (
-            f" It has {pickles[0]}: PyTorch pickles are not read, for they can run code; convert them to safetensors."
-            if pickles
-            else ""
-        )
-        raise MobeError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} found.{hint}")

@@ -27,16 +27,32 @@ def every_layer(config: Config, layer: int) -> bool:
 def after_leading_dense(config: Config, layer: int) -> bool:
     """DeepSeek, Kimi-K2, Bailing: the first ``first_k_dense_replace`` layers are dense, then one in
     ``moe_layer_freq`` is MoE (a number, or a list with 1 for each MoE layer)."""
-    if layer < (config.get("first_k_dense_replace") or 0):
+    if layer < _count(config, "first_k_dense_replace", 0):
         return False
-    freq = config.get("moe_layer_freq") or 1
-    return bool(freq[layer]) if isinstance(freq, list) else layer % freq == 0
+    freq = config.get("moe_layer_freq")
+    if not isinstance(freq, list):
+        return layer % _count(config, "moe_layer_freq", 1) == 0
+    if layer >= len(freq) or not all(isinstance(entry, int) for entry in freq):
+        raise MobeError(
+            f"config.json: 'moe_layer_freq' must be a number or a list with 0 or 1 for each layer, got {freq!r}"
+        )
+    return bool(freq[layer])
 
 
 def by_sparse_step(config: Config, layer: int) -> bool:
     """Qwen2-MoE, Qwen3-MoE: one layer in ``decoder_sparse_step`` is MoE, ``mlp_only_layers`` are not."""
-    step = config.get("decoder_sparse_step") or 1
-    return layer not in (config.get("mlp_only_layers") or []) and (layer + 1) % step == 0
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(index) is int for index in dense):
+        raise MobeError(f"config.json: 'mlp_only_layers' must be a list of layers, got {dense!r}")
+    return layer not in dense and (layer + 1) % _count(config, "decoder_sparse_step", 1) == 0
+
+
+def _count(config: Config, key: str, default: int) -> int:
+    """An integer that is not negative; ``default`` if it is missing, null or 0."""
+    value = config.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise MobeError(f"config.json: '{key}' must be an integer that is not negative, got {value!r}")
+    return value or default
 
 
 _GATED_MLP = MappingProxyType({"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
@@ -61,6 +77,8 @@ class Family:
     is_moe: Callable[[Config, int], bool] = every_layer
     block: str = "model.layers.{layer}.mlp"
     projections: Mapping[str, str] = field(default_factory=lambda: _GATED_MLP)
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
 
     # numbers out of config.json
 
@@ -93,6 +111,10 @@ class Family:
     def block_name(self, layer: int) -> str:
         """Prefix of the MoE block, without a final dot."""
         return self.block.format(layer=layer)
+
+    def router(self, layer: int, fused: bool = False) -> str:
+        """The matrix ``[n, d]`` that chooses a token's experts; ``fused``: beside :meth:`fused_weight`."""
+        return f"model.layers.{layer}.mlp.gate.weight" if fused else f"{self.block_name(layer)}.gate.weight"
 
     def expert_weight(self, layer: int, expert: int, projection: str) -> str:
         """One expert's matrix: W ``[p, d]`` in an original model, A ``[p, r]`` in a MoBE checkpoint (of down ``[d, p]`` and
@@ -138,7 +160,12 @@ FAMILIES = (
         n_expert_keys=("n_routed_experts",),
         is_moe=after_leading_dense,
     ),
-    Family("bailing_moe", ("bailing_moe",), is_moe=after_leading_dense),
+    Family(
+        "bailing_moe",
+        ("bailing_moe",),
+        is_moe=after_leading_dense,
+        embedding="model.word_embeddings.weight",
+    ),
     Family("olmoe", ("olmoe",), n_ff_exp_keys=("intermediate_size",)),
     Family(
         "mixtral",

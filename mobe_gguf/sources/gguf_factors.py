@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf.errors import MobeError
-from mobe_gguf.sources.checkpoint import INDEX_NAME, read_json
 from mobe_gguf.sources.gguf_source import GgufModel, family
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.sources.safetensors_file import INDEX_NAME, read_json
 
 FACTORS_NAME = "factors.json"
 
@@ -73,6 +73,13 @@ class GgufFactors(MobeCheckpoint):
         found = (re.match(r"blk\.(\d+)\.B_", name) for name in self.names)
         return tuple(sorted({int(match[1]) for match in found if match}))
 
+    def missing(self) -> list[str]:
+        """Nothing: all that is no factor is in the GGUF file, see :meth:`open_source`."""
+        return []
+
+    def check_whole(self) -> None:
+        """Of the GGUF file; ``export`` checks the factors themselves."""
+
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
         return tuple(name for name in super().expert_sources(layer, projection) if name in self)
 
@@ -91,6 +98,7 @@ class GgufFactors(MobeCheckpoint):
                 f"{places[0]} does not exist. Say where it is:\n  mobe-gguf export {self.path} OUT.gguf --source FILE ..."
             )
         model = GgufModel(found)
+        model.check_whole()
         if model.checksum != mobe.get("source_checksum"):
             raise MobeError(
                 f"{found} is not the file that {self.path} holds factors of: its checksum is {model.checksum[:12]}..., "

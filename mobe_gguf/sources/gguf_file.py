@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ MAX_NAME = 63
 
 #: Values of an array that are kept; of longer ones (vocabularies) only the first so many and the length.
 KEPT = 8
+
+#: Architectures with experts whose last norm is called otherwise, or that have none (llama.cpp's ``src/models``).
+NO_OUTPUT_NORM = ("lfm2moe", "nomic-bert-moe", "qwen4exp")
 
 _SCALARS = {
     0: "<B",
@@ -103,8 +106,62 @@ class GgufFile:
 
     def arch_key(self, name: str) -> Any:
         """Value of ``{arch}.name``, None if there is none; the first element of an array (one value a layer)."""
-        value = self.keys.get(f"{self.arch}.{name}")
-        return value.head[0] if isinstance(value, Array) and value.head else value
+        return first_value(self.keys.get(f"{self.arch}.{name}"))
+
+    def arch_number(self, name: str) -> int:
+        """As :meth:`arch_key`, 0 if there is none; MobeError unless it is an integer that is not negative."""
+        try:
+            return number_of(self.keys, f"{self.arch}.{name}", 0)
+        except MobeError as e:
+            raise MobeError(f"{self.path}: {e.message}") from e
+
+    def text(self, key: str) -> str | None:
+        """Value of ``key``, None if there is none; MobeError unless it is a string."""
+        value = self.keys.get(key)
+        if not isinstance(value, str | None):
+            raise MobeError(f"{self.path}: key {key} is {shown(value)}, expected a string")
+        return value
+
+
+def first_value(value: Any) -> Any:
+    """Of an array with one value a layer (the converter has a list) the first, which llama.cpp takes where it asks for no
+    layer's."""
+    values = value.head if isinstance(value, Array) else value
+    return values[0] if isinstance(values, (list, tuple)) and values else value
+
+
+def number_of(keys: Mapping[str, Any], key: str, default: int) -> int:
+    """The first value of ``key``, ``default`` if there is none; MobeError unless it is an integer that is not negative."""
+    value = first_value(keys.get(key, default))
+    if not is_count(value):
+        raise MobeError(f"key {key} is {shown(keys[key])}, expected a whole number that is not negative")
+    return value
+
+
+def is_count(value: Any) -> bool:
+    """Whether a key's value is an integer that is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def shown(value: Any) -> str:
+    """A key's value, for a message."""
+    return f"an array of {value.length}" if isinstance(value, Array) else repr(value)
+
+
+def missing_tensors(file: GgufFile) -> list[str]:
+    """Tensors that llama.cpp asks for of any model with experts, and that ``file`` (all parts, see :func:`join`) lacks:
+    embeddings, the last norm, router and down of each layer that has experts."""
+    found = (
+        re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|gate_up|down)_exps\.weight", name) for name in file.tensors
+    )
+    layers = sorted({int(match[1]) for match in found if match})
+    if not layers:
+        return []
+    needed = ["token_embd.weight"]
+    needed += [] if file.arch in NO_OUTPUT_NORM else ["output_norm.weight"]
+    for layer in layers:
+        needed += [f"blk.{layer}.ffn_gate_inp.weight", f"blk.{layer}.ffn_down_exps.weight"]
+    return [name for name in needed if name not in file.tensors]
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
@@ -139,6 +196,8 @@ def read_parts(path: str | os.PathLike[str]) -> list[GgufFile]:
     """All files of the model whose first file, or only one, is at ``path``, in order.  MobeError as :func:`read_model`."""
     first = read_gguf(path)
     count = first.keys.get("split.count", 1)
+    if not is_count(count):
+        raise MobeError(f"{first.path}: key split.count is {shown(count)}, expected the number of files")
     if count <= 1:
         return [first]
     name = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", first.path.name)

@@ -25,7 +25,7 @@ from mobe_gguf.errors import MobeError
 from mobe_gguf.runtime import ggml
 from mobe_gguf.sources.checkpoint import all_finite
 from mobe_gguf.sources.families import Family
-from mobe_gguf.sources.gguf_file import GgufFile, TensorInfo, read_model
+from mobe_gguf.sources.gguf_file import GgufFile, TensorInfo, missing_tensors, read_model
 
 #: Bytes that are copied at a time.  (1 GB takes 0.3 s of CPU time in pieces of 256 KiB, 0.7 to 1.5 s in pieces of 16 MiB,
 #: each of which is mapped anew.)
@@ -195,12 +195,18 @@ class GgufModel:
 
     @property
     def n_expert_used(self) -> int:
-        return self._number("expert_used_count")
+        k = self._number("expert_used_count")
+        if k > self.n_expert:
+            raise MobeError(
+                f"{self.path}: key {self.arch}.expert_used_count is {k}, expected 1 to {self.n_expert}, as many experts as a "
+                "layer has"
+            )
+        return k
 
     def _number(self, key: str) -> int:
-        value = self.file.arch_key(key)
-        if not isinstance(value, int) or value < 1:
-            raise MobeError(f"{self.path}: key {self.arch}.{key} is {value!r}, expected a positive number")
+        value = self.file.arch_number(key)
+        if value < 1:
+            raise MobeError(f"{self.path}: key {self.arch}.{key} is {value}, expected a positive number")
         return value
 
     @property
@@ -299,6 +305,14 @@ class GgufModel:
         layer = int(name.split(".")[1])
         info = self.file.tensors.get(name) or self.file.tensors[merged_name(layer)]
         return _TORCH.get(info.type, torch.uint8)
+
+    def check_whole(self) -> None:
+        """MobeError unless all that a model needs beside its experts is there; the head only."""
+        self.n_expert_used  # noqa: B018, compared with the number of experts
+        if missing := missing_tensors(self.file):
+            raise MobeError(
+                f"{self.path}: tensor {missing[0]} is missing. Download or export the file again."
+            )
 
     def check_experts(self, layer: int, projection: str) -> None:
         """MobeError unless the layer's experts exist, of the right shape, in a type that libggml decodes; the head only."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, UsageError
 
 _ID = re.compile(
     r"(?P<hf>hf:)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<file>/[^@]+\.gguf)?(@(?P<revision>[\w./-]+))?"
@@ -40,7 +40,13 @@ def resolve(model: Path, quiet: bool = False) -> Path:
     the hub has no such model, or cannot be asked.
     """
     match = _ID.fullmatch(str(model))
-    if model.exists() or match is None:
+    if model.exists():
+        return model
+    if match is None:
+        if str(model).startswith("hf:"):
+            raise UsageError(
+                f"{model}: expected hf:ORG/NAME, as hf:Qwen/Qwen3-30B-A3B, and @REVISION behind it if need be"
+            )
         return model
     if not match["hf"] and model.parent.exists():
         raise MobeError(f"{model}: no such file or directory. If a model of the hub is meant: hf:{model}")

@@ -1,4 +1,4 @@
-"""Reading MoBE checkpoints: ours and the authors' published ones (docs: DESIGN "MoBE checkpoint").
+"""Reading MoBE checkpoints: ours and the authors' published ones (docs/format.md, "MoBE checkpoint").
 
     W_i ~ A_i . f( sum_{j in group(i)} alpha_ij B_j )
 
@@ -82,13 +82,12 @@ class MobeLayer:
         for basis, mix in pairs:
             c.expect_shape(basis, first, f"as {pairs[0][0]}")
             shape = c.shape(mix)
-            if shape not in ((n // g, m_group), (n // g, m_group, rows)) or len(shape) != len(
-                c.shape(pairs[0][1])
-            ):
+            if shape not in ((n // g, m_group), (n // g, m_group, rows)):
                 raise MobeError(
                     f"{c.path}: tensor {mix} has shape {list(shape)}, expected {[n // g, m_group]}, or "
                     f"{[n // g, m_group, rows]} when mixed row by row, from the shape of {basis}"
                 )
+            c.expect_shape(mix, c.shape(pairs[0][1]), f"as {pairs[0][1]}")
         for e in range(n):
             c.expect_shape(
                 c.family.expert_weight(self.index, e, projection),
@@ -174,6 +173,11 @@ class MobeCheckpoint(Checkpoint):
         super().__init__(path)
         if not self.is_mobe:
             mend = f"Factorize it first:\n  mobe-gguf factorize {self.path} {str(self.path).rstrip('/')}-mobe"
+            if method := recorded(self.config, "method"):
+                raise MobeError(
+                    f"{self.path} is an ordinary model, the factors of --method {method} are multiplied out in it. As a GGUF file:\n"
+                    f"  mobe-gguf export {self.path} model.gguf --quant q4_k --dense"
+                )
             if any(self.path.glob("*_WAB.pth")):
                 mend = (
                     "The *_WAB.pth files in it are named by --wab, with the activation that they were trained with:\n"
@@ -201,6 +205,10 @@ class MobeCheckpoint(Checkpoint):
                 f"{self.path}: layer {index} has no routed experts; MoE layers are {list(self.moe_layers)}"
             )
         return self._layers.setdefault(index, self.layer_class(self, index))
+
+    def ordinary(self, layer: int) -> tuple[str, ...]:
+        """Projections of a MoE layer that are not factorized."""
+        return tuple(p for p in ALL_PROJECTIONS if p not in self.layer(layer).projections)
 
     @cached_property
     def _layers(self) -> dict[int, MobeLayer]:

@@ -145,6 +145,10 @@ class WabCheckpoint(MobeCheckpoint):
         self._loaded: tuple[tuple[int, str], list[dict[str, torch.Tensor]]] | None = None
         self._check_activation()
 
+    def ordinary(self, layer: int) -> tuple[str, ...]:
+        """Those of the original model: all."""
+        return Checkpoint.ordinary(self, layer)
+
     def source_files(self) -> list[Path]:
         return super().source_files() + [path for paths in self.files.values() for path in paths]
 

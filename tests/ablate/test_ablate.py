@@ -104,7 +104,7 @@ def test_a_stopped_study_goes_on(at, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(studies, name, stop)
     stopped = call(model, out, *arguments)
-    assert stopped.exit_code == 1 and "--resume" in stopped.stderr and not out.exists()
+    assert stopped.exit_code == 130 and "--resume" in stopped.stderr and not out.exists()
     assert "holds an unfinished study. Add --resume" in call(model, out, *arguments).stderr
     monkeypatch.setattr(studies, name, original)
     changed = call(model, out, *arguments[:-1], "--resume", "--seed", 1, "--no-plot")

@@ -91,3 +91,23 @@ def test_placement_is_llama_cpps(files: dict[str, Path], text: Path, monkeypatch
     result = run(files["f16"], files["q8_0"], *QUICK, "--text", text, *placed, "-q")
     assert result.exit_code == 0, result.output
     assert len(commands) == 2 and all(" ".join(placed) in " ".join(command) for command in commands)
+
+
+def test_layers_on_the_gpu(tmp_path: Path):
+    """Known before anything is opened."""
+    for value in ("foo", "-1", "1.5", ""):
+        result = run(tmp_path / "a.gguf", tmp_path / "b.gguf", "-ngl", value)
+        assert result.exit_code == 2
+        assert f"--gpu-layers {value}: expected a number of layers, auto or all" in result.stderr
+    for value in ("99", "auto", "all"):
+        result = run(tmp_path / "a.gguf", tmp_path / "b.gguf", "-ngl", value)
+        assert result.exit_code == 1 and "--gpu-layers" not in result.stderr
+
+
+def test_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mobe_gguf.evaluate.compare", stop)
+    result = run(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    assert result.exit_code == 130 and "stopped; 0 of 1 files were done" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 from contextlib import closing
@@ -167,7 +168,7 @@ def test_logits_are_kept_or_removed(files, text, tmp_path, monkeypatch):
 def test_no_room_is_said_before_anything_runs(files, text, tmp_path, monkeypatch, keep):
     monkeypatch.setattr(logits.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(tool, "run", never)
-    with pytest.raises(MobeError, match="logits take 0.00 GB, 0.00 GB are free"):
+    with pytest.raises(MobeError, match="logits take 1.02 MB, 1.00 kB are free"):
         kept = tmp_path / "kept" if keep else None
         evaluate.compare(files["q8_0"], [files["q2_k"]], text, SETTINGS, keep_logits=kept, quiet=True)
 
@@ -227,6 +228,9 @@ def test_files_that_are_none(files, text, tmp_path, monkeypatch):
     kept = tmp_path / "none" / "kept"
     message = refused(monkeypatch, files["f16"], [files["f16"]], text, keep_logits=kept)
     assert f"{kept}: there is no directory" in message
+    os.mkfifo(tmp_path / "pipe")
+    message = refused(monkeypatch, files["f16"], [files["f16"]], text, keep_logits=tmp_path / "pipe")
+    assert "pipe: it is a pipe, expected a file or none" in message
     monkeypatch.setattr(Environment, "active", classmethod(lambda cls: cls.at(tmp_path / "nowhere")))
     assert "run mobe-gguf build" in refused(monkeypatch, files["f16"], [files["f16"]], text)
 

@@ -129,6 +129,10 @@ def test_plots_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         plot.check(tmp_path / "kl.jpeg")
     with pytest.raises(MobeError, match="there is no directory"):
         plot.check(tmp_path / "none" / "kl.png")
+    (tmp_path / "kl.png").mkdir()
+    with pytest.raises(MobeError, match="it is a directory"):
+        plot.check(tmp_path / "kl.png")
+    (tmp_path / "kl.png").rmdir()
     with pytest.raises(MobeError, match="nothing to plot"):
         plot.plot([row("same.gguf", 1, 0.0)], tmp_path / "kl.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)

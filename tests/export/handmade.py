@@ -44,7 +44,7 @@ def make_mobe(
     """Replace ``projections`` of the single-file model ``source`` by random factors; returns ``target``.
 
     ``dtype`` is that of all tensors written.  ``our_key`` adds a ``mobe`` key as ``factorize`` does; the published
-    checkpoints have none.  Tensors are named as in DESIGN "MoBE checkpoint".
+    checkpoints have none.  Tensors are named as in docs/format.md, "MoBE checkpoint".
     """
     config = json.loads((source / "config.json").read_text())
     family = family_of(config)

@@ -37,7 +37,14 @@ pipeline_tag: text-generation
 ABOUT = {
     "version": 1,
     "source": "/machine/of/somebody/Some-30B-A3B",
-    "settings": {"bases": 4, "rank": 48, "activation": "tanh", "layers": [0, 1, 2], "imatrix": "5f2a"},
+    "settings": {
+        "bases": 4,
+        "rank": 48,
+        "activation": "tanh",
+        "layers": [0, 1, 2],
+        "imatrix": "5f2a",
+        "moments": "7c1e",
+    },
     "errors": {"0": {"gate": 0.1, "up": 0.2}, "1": {"gate": 0.3, "up": 0.2}},
     "objectives": {"0.gate": 0.0125},
 }
@@ -90,7 +97,7 @@ def test_card(source: Path, out: Path, tmp_path: Path) -> None:
     size, bits = (out / "x.gguf").stat().st_size / 1e6, found.bits_per_weight
     assert f"| [x.gguf](x.gguf) | q8_0 | {size:.2f} MB | {bits:.2f} | A f16, B q8_0, down f16 |" in body
     assert "gate 0.2000 (0.1000 to 0.3000), up 0.2000 (0.2000 to 0.2000)" in body and "0.0125" in body
-    assert "bases 4, rank 48, activation tanh." in body  # no list of layers, no checksum
+    assert "bases 4, rank 48, activation tanh." in body  # no list of layers, no checksums
     assert "mobe-gguf export factors/ x.gguf --quant q8_0\n" in body
     assert "llama-cli -m x.gguf" in body and 'Llama("x.gguf")' in body and "mobe-gguf build" in body
     assert str(tmp_path) not in (out / "README.md").read_text() and "/machine/" not in body

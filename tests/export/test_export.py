@@ -110,7 +110,7 @@ def test_f32(family: str, options: dict[str, Any], mobe: Maker, model: Maker, tm
 
 
 def test_shapes_of_the_format(mobe: Maker, tmp_path: Path) -> None:
-    """ne, ggml's order, as DESIGN "GGUF layout" has them: d 64, p 48, n 8, r 32, m 4 in 2 groups."""
+    """ne, ggml's order, as docs/format.md, "GGUF", has them: d 64, p 48, n 8, r 32, m 4 in 2 groups."""
     export(mobe("qwen3_moe", r=32, g=2, by_row=True), tmp_path / "out.gguf", Recipe("f32"), quiet=True)
     tensors = read_gguf(tmp_path / "out.gguf").tensors
     ne = {name: list(reversed(t.shape)) for name, t in tensors.items()}

@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from sources.editing import edit_config, edit_tensors
 
 from export.handmade import make_mobe
 from mobe_gguf.cli import main
@@ -79,7 +80,7 @@ def test_an_ordinary_model_names_the_next_command(model: Maker, tmp_path: Path) 
     ("options", "words"),
     [
         (["--quant", "q4_9"], "q4_k_s"),
-        (["--quant", "q4_k", "--split-max-size", "50"], "50G"),
+        (["--quant", "q4_k", "--split-max-size", "50"], "--split-max-size 50: expected"),
         (["--quant", "q4_k", "--experts-used", "9"], "1 to 8"),
         (["--quant", "q4_k", "--down-type", "q4"], "--down-type"),
         (["--quant", "q4_k", "--basis-type", "q4_k_m"], "--basis-type"),
@@ -101,6 +102,24 @@ def test_places_that_cannot_be_written(mobe: Maker, tmp_path: Path) -> None:
     assert code == 1 and f"mkdir -p {tmp_path / 'no'}" in err
     code, _, err = run(mobe("olmoe"), "/proc/out.gguf", "--quant", "q8_0")
     assert code == 1 and "/proc" in err and "Traceback" not in err
+
+
+def test_what_is_there_already(mobe: Maker, tmp_path: Path) -> None:
+    """What is no file stays; a symbolic link, too, and what it points to is replaced."""
+    disk, pipe, link = tmp_path / "disk", tmp_path / "pipe", tmp_path / "link.gguf"
+    os.mkfifo(pipe)
+    code, _, err = run(mobe("olmoe"), pipe, "--quant", "q8_0")
+    assert code == 1 and f"{pipe}: it is a pipe" in err and pipe.is_fifo()
+    link.symlink_to(disk / "model.gguf")
+    code, _, err = run(mobe("olmoe"), link, "--quant", "q8_0")
+    assert code == 1 and f"{link} links to {disk / 'model.gguf'}" in err and f"mkdir -p {disk}" in err
+    disk.mkdir()
+    for quant in ("q8_0", "f16"):
+        assert run(mobe("olmoe"), link, "--quant", quant, "--no-card")[0] == 0
+        assert link.is_symlink() and [p.name for p in disk.iterdir()] == ["model.gguf"]
+        assert run(mobe("olmoe"), tmp_path / "plain.gguf", "--quant", quant, "--no-card")[0] == 0
+        assert (disk / "model.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"disk", "pipe", "link.gguf", "plain.gguf"}
 
 
 def test_missing_and_damaged_files(mobe: Maker, tmp_path: Path) -> None:
@@ -247,6 +266,30 @@ def test_killed(larger: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again.gguf").read_bytes() == out.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("split", "left"),
+    [((), "nothing was written"), (("--split-max-size", "9M"), "what is finished is kept in ")],
+)
+def test_stopped(split: tuple[str, ...], left: str, larger: Path, tmp_path: Path) -> None:
+    """SIGTERM is as Ctrl-C: what is half written goes, finished files of several stay."""
+    parts = tmp_path / ".out.gguf.parts"
+    part = f"{parts.name}/.out-00002-*.part" if split else ".out.gguf.part"
+    command = ["export", larger, tmp_path / "out.gguf", "--quant", "q8_0", "-q", "--no-refit", *split]
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *command], stderr=subprocess.PIPE, text=True)
+    while not any(tmp_path.glob(part)):
+        assert process.poll() is None, "the export ended before it could be stopped"
+        time.sleep(0.002)
+    process.terminate()
+    message = process.communicate()[1]
+    assert process.returncode == 130 and message.startswith(f"Error: stopped; {left}")
+    assert not list(tmp_path.rglob("*.part"))
+    assert [p.name for p in tmp_path.iterdir()] == ([parts.name] if split else [])
+    if split:
+        assert f"{parts}, the same command goes on from there" in message
+        code, _, err = run(*(word for word in command[1:] if word != "-q"))
+        assert code == 0 and "1 files kept from an interrupted run" in err
+
+
 MEASURE = """
 import sys, threading, time
 from mobe_gguf.export import Recipe, export
@@ -326,3 +369,39 @@ def test_code_of_the_model_never_runs(model: Maker, tmp_path: Path, monkeypatch:
         k: v for k, v in plain.items() if k.startswith("tokenizer.")
     }
     assert not list(tmp_path.rglob("it-ran"))
+
+
+def test_an_ordinary_model_that_another_method_made(own_model: Maker, tmp_path: Path) -> None:
+    source = own_model("olmoe")
+    edit_config(source, mobe={"method": "d2moe"})
+    code, _, err = run(source, tmp_path / "out.gguf", "--quant", "q4_k")
+    assert code == 1 and "the factors of --method d2moe are multiplied out" in err and "--dense" in err
+    assert run(source, tmp_path / "out.gguf", "--quant", "q4_k", "--dense", "-q")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "gone", "message"),
+    [
+        ({"num_experts_per_tok": 9}, None, "/config.json: 'num_experts_per_tok' is 9, expected 1 to 8"),
+        ({"architectures": 5}, None, "/config.json: 'architectures' must be a list"),
+        ({}, "model.layers.1.mlp.gate.weight", ": tensor model.layers.1.mlp.gate.weight is missing"),
+        ({}, "model.embed_tokens.weight", ": tensor model.embed_tokens.weight is missing"),
+    ],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_checkpoint_that_makes_no_file(
+    config: dict[str, Any],
+    gone: str | None,
+    message: str,
+    dense: bool,
+    mobe: Maker,
+    model: Maker,
+    tmp_path: Path,
+) -> None:
+    """Before anything is written; of an ordinary model as of factors."""
+    source = Path(shutil.copytree((model if dense else mobe)("olmoe"), tmp_path / "source"))
+    edit_config(source, **config)
+    if gone:
+        edit_tensors(source, lambda tensors: tensors.pop(gone))
+    code, _, err = run(source, tmp_path / "out.gguf", "--quant", "q4_k", *["--dense"][:dense])
+    assert code == 1 and f"{source}{message}" in err and [p.name for p in tmp_path.iterdir()] == ["source"]

@@ -40,6 +40,14 @@ def types(done: Any) -> dict[str, set[str]]:
     return {row["class"]: set(row["types"]) for row in json.loads(done.stdout)["classes"]}
 
 
+@pytest.mark.parametrize("options", [(), ("--quant", "q8_0")])
+def test_what_is_no_name_of_a_type(options: tuple[str, ...], source: Path) -> None:
+    done = run(fitted(source, ["q4_k"], "q4_k"), *options)  # type: ignore[arg-type]
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.output
+    assert 'mobe.settings.for_basis is ["q4_k"], expected the name of a ggml type' in done.stderr
+    assert str(source) in done.stderr
+
+
 def test_they_are_the_default(source: Path) -> None:
     assert default_types(fitted(source, "q4_k", "q4_k")) == ("q4_k_m", "q4_k", "q4_k")
     assert default_types(fitted(source, "iq3_s", "iq3_s")) == ("iq3_s", "iq3_s", "iq3_s")

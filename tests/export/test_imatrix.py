@@ -314,9 +314,10 @@ def test_the_original_models_file_is_enough_for_a(factorized: Any, original: Pat
 
 
 def test_what_saw_nothing_weighs_all_alike() -> None:
-    sums = np.array([[2, 4], [0, 0], [3, 6]], np.float32)
-    means = Entry(sums, np.array([[2], [0], [0]], np.float32)).means()
-    np.testing.assert_array_equal(means, [[1, 2], [1, 1], [1, 1]])
+    """Nor does what was fed zeros alone: weights of zero would leave its encoder nothing to go by."""
+    sums = np.array([[2, 4], [0, 0], [3, 6], [0, 0]], np.float32)
+    means = Entry(sums, np.array([[2], [0], [0], [4]], np.float32)).means()
+    np.testing.assert_array_equal(means, [[1, 2], [1, 1], [1, 1], [1, 1]])
     assert means.dtype == np.float32
 
 

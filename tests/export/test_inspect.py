@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from parity.gguf_files import GgufFile, factorize, qwen3moe
+from sources.editing import edit_config, edit_tensors
 
 from mobe_gguf.cli import main
 from mobe_gguf.export import Recipe, export
@@ -156,3 +157,20 @@ def test_a_file_without_experts(tmp_path: Path) -> None:
     file = GgufFile("llama", {"llama.block_count": 1}, {"token_embd.weight": np.ones((4, 32), np.float32)})
     code, out, err = run(file.write(tmp_path / "dense.gguf"))
     assert (code, err) == (0, "") and "0 of them MoE" in out
+
+
+def test_tensors_that_are_missing(model: Maker, mobe: Maker, tmp_path: Path) -> None:
+    for number, source in enumerate((model("mixtral"), mobe("mixtral"))):
+        path = Path(shutil.copytree(source, tmp_path / str(number)))
+        gone = ("model.embed_tokens.weight", "model.layers.1.block_sparse_moe.gate.weight")
+        edit_tensors(path, lambda tensors, gone=gone: [tensors.pop(name) for name in gone])
+        code, out, err = run(path)
+        assert code == 1 and "mixtral: 3 layers" in out
+        assert err == "".join(f"{path}: tensor {name} is missing\n" for name in gone)
+
+
+def test_what_only_the_export_would_find(model: Maker, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(model("olmoe"), tmp_path / "model"))
+    edit_config(path, architectures=5)
+    code, _, err = run(path)
+    assert code == 1 and err.startswith(f"{path}: config.json: 'architectures' must be a list")

@@ -78,6 +78,41 @@ def test_outputs_keep_their_size_and_cost_less() -> None:
     assert torch.isfinite(solve(**p)[0]).all()
 
 
+def test_a_row_that_is_hardly_met_is_not_scaled_up() -> None:
+    """By twice at most, or by half: what else would be had of it is noise."""
+    zm = torch.tensor([[[1.0, 0.0]]])
+    w = torch.tensor([[[1.0, 0.0], [1.0, 30.0], [0.1, 0.0]]])  # met by (1, 0): whole, by 1/901, tenfold
+    scaled = refit_solve.resized(w, torch.tensor([[[0.8], [1.0], [1.0]]]), zm)
+    torch.testing.assert_close(scaled, torch.tensor([[[1.0], [2.0], [0.5]]]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_anchor_keeps_what_the_metric_does_not_know(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A0 is best for inputs whose channels hang together; the metric has their squares alone.  In truth the error is less with
+    the anchor than without."""
+    g = torch.Generator().manual_seed(seed)
+    r, d, m = 32, 64, 4
+    basis, alpha = torch.randn(m, r, d, generator=g), torch.randn(N, m, generator=g)
+    strong = torch.randn(N, d, 8, generator=g)
+    inputs = strong @ strong.mT + 0.1 * torch.eye(d)
+    metric = Metric.of(inputs.diagonal(dim1=1, dim2=2)[:, None], N, d)
+    z = activate(combine(alpha, basis), "tanh")
+    w = torch.bmm(torch.randn(N, P, r, generator=g), z)
+    w += 0.5 * w.std() * torch.randn(N, P, d, generator=g)
+    a0 = torch.linalg.solve(z @ inputs @ z.mT, z @ inputs @ w.mT).mT
+    basis = basis + 0.1 * torch.randn(m, r, d, generator=g)
+    z = activate(combine(alpha, basis), "tanh")
+
+    def error() -> float:
+        a, found, _ = solve(metric.apply(w), a0, metric.apply(z), z, alpha, basis, metric, "tanh")
+        rest = w - a @ activate(combine(found, basis), "tanh")
+        return float(((rest @ inputs) * rest).sum())
+
+    anchored = error()
+    monkeypatch.setattr(refit_solve, "ANCHOR", 1e-6)
+    assert anchored < 0.96 * error()
+
+
 def test_cost_by_hand() -> None:
     w = torch.tensor([[[3.0, 4.0]]])
     total, error = cost(w, torch.tensor([[[0.5]]]), w)  # half of w: error 25/4, bias 1/2 of a square of 25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from export.handmade import make_mobe
 from mobe_gguf import runtime
 from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.export import Recipe, export, parse_size, write
+from mobe_gguf.export import Recipe, _other_options, export, parse_size, shards, write
 from mobe_gguf.inspect import describe
 from mobe_gguf.sources.gguf_file import read_gguf
 
@@ -47,19 +48,6 @@ def complete(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("50G", 50 * 10**9), ("500M", 5 * 10**8), ("1t", 10**12), (" 7m", 7_000_000)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["50", "", "G", "0G", "-1G", "1.5G", "50GB", "50K"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="50G"):
-        parse_size(text)
 
 
 def test_files_are_those_of_llama_gguf_split(source: Path, tmp_path: Path) -> None:
@@ -146,6 +134,11 @@ def test_command(source: Path, tmp_path: Path) -> None:
     assert f"{len(files)} files, the first is {files[0]}" in done.stderr
 
 
+@pytest.mark.parametrize("size", ["0.9M", "1.5M", "50000M"])
+def test_the_card_has_the_size_as_it_was_said(size: str) -> None:
+    assert _other_options(parse_size(size, "--o"), None, None) == (f"--split-max-size {size}",)
+
+
 def failing_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Makes the disk full at the given tensor; returns the names of those that were written, as they are."""
     tofile, seen = write.Encoded.tofile, []
@@ -218,14 +211,69 @@ def test_a_failure_in_the_first_file_leaves_nothing(
 
 
 def test_a_directory_in_the_way(source: Path, complete: Path, tmp_path: Path) -> None:
-    """Found when the files get their names: nothing is lost."""
-    (tmp_path / complete.name).mkdir()
-    options = dict(split_max_size=LIMIT, quiet=True)
-    with pytest.raises(MobeError, match=rf"{complete.name}.*cannot be written: Is a directory"):
+    """Found first; or, if it was made meanwhile, when the files get their names: nothing is lost."""
+    first, options = tmp_path / complete.name, dict(split_max_size=LIMIT, quiet=True)
+    first.mkdir()
+    with pytest.raises(MobeError, match=f"{first}: it is a directory, expected a file or none"):
         export(source, tmp_path / "out.gguf", Recipe("f32"), **options)
-    (tmp_path / complete.name).rmdir()
+    assert names(tmp_path) == {first.name}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mobe_gguf.export.check_places", lambda paths: None)
+        with pytest.raises(MobeError, match=rf"{first.name}.*cannot be written: Is a directory"):
+            export(source, tmp_path / "out.gguf", Recipe("f32"), **options)
+    first.rmdir()
     assert export(source, tmp_path / "out.gguf", Recipe("f32"), **options).files_kept > 0
-    assert (tmp_path / complete.name).read_bytes() == complete.read_bytes()
+    assert first.read_bytes() == complete.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_no_file_in_the_way(kind: str, source: Path, complete: Path, tmp_path: Path) -> None:
+    """A set is not written through links: its files wait beside it, and the link may lead to another disk."""
+    last = tmp_path / max(names(complete.parent))
+    last.symlink_to(complete) if kind == "link" else os.mkfifo(last)
+    before = complete.read_bytes()
+    with pytest.raises(MobeError, match=f"{last}: it is a .*{kind}"):
+        export(source, tmp_path / "out.gguf", Recipe("f32"), split_max_size=LIMIT, dry_run=True, quiet=True)
+    assert names(tmp_path) == {last.name} and complete.read_bytes() == before
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing cleans up behind it."""
+
+
+def test_no_set_of_old_and_new_files(
+    source: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed anywhere while a new set takes the names of an older one: either no first file, or a whole set."""
+    paths = [tmp_path / name for name in sorted(names(complete.parent))]
+    seen: list[tuple[bool, ...]] = []
+    for steps in range(2 * len(paths) + 3):
+        parts = shards.Parts(tmp_path / "out.gguf", "key")
+        parts.folder.mkdir(exist_ok=True)
+        for path in paths:
+            path.write_text("old")
+            (parts.folder / path.name).write_text("new")
+        left = steps
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **options: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return real(*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "replace"), (os, "unlink"), (Path, "unlink"), (shutil, "rmtree")):
+                patch.setattr(module, name, counted(getattr(module, name)))
+            with contextlib.suppress(Killed):
+                parts.deliver(paths)
+        if paths[0].exists():
+            assert len({path.read_text() for path in paths}) == 1, steps
+        seen.append(tuple(path.exists() and path.read_text() == "new" for path in paths))
+    assert len(set(seen)) == len(paths) + 1 and all(seen[-1]) and not parts.folder.exists()
 
 
 def test_space_is_checked_first(
@@ -239,6 +287,56 @@ def test_space_is_checked_first(
     with pytest.raises(MobeError, match="are needed"):
         export(source, tmp_path / "other.gguf", Recipe("f32"), split_max_size=LIMIT, quiet=True)
     assert export(source, out, Recipe("f32"), split_max_size=LIMIT, quiet=True).files_kept == 1
+
+
+SLOWLY = """
+import sys
+from mobe_gguf.cli import main
+from mobe_gguf.export import write
+tofile = write.Encoded.tofile
+def slow(self, file):
+    tofile(self, file)
+    file.flush()
+    if self.tensor.name == sys.argv[1]:
+        print("at it", flush=True)
+        sys.stdin.readline()
+write.Encoded.tofile = slow
+main(sys.argv[2:])
+"""
+AT_ONCE = "import sys; from mobe_gguf import atomic, cli; atomic.PATIENCE = 0.1; cli.main(sys.argv[1:])"
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_two_at_once(split: bool, source: Path, complete: Path, tmp_path: Path) -> None:
+    """Two processes, the first in the middle: the second is refused, and what the first writes is whole."""
+    command = ["export", source, tmp_path / "out.gguf", "-q", "--no-card", "--quant"]
+    size = ["--split-max-size", "1M"] if split else []
+    second_file = complete.with_name(complete.name.replace("-00001-", "-00002-"))
+    at = list(read_gguf(second_file).tensors)[1]
+    first = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, at, *command, "f32", *size],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None and first.stdout.readline() == "at it\n"
+    for quant in ("f32", "f16"):
+        second = subprocess.run(
+            [sys.executable, "-c", AT_ONCE, *command, quant, *size], capture_output=True, text=True
+        )
+        assert second.returncode == 1 and "out.gguf: another run is writing it" in second.stderr, (
+            second.stderr
+        )
+    first.communicate("\n")
+    assert first.returncode == 0
+    if split:
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+            p.name: p.read_bytes() for p in complete.parent.iterdir()
+        }
+    else:
+        export(source, tmp_path / "alone.gguf", Recipe("f32"), quiet=True)
+        assert names(tmp_path) == {"out.gguf", "alone.gguf"}
+        assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
 
 
 def test_killed(model: Maker, tmp_path: Path) -> None:

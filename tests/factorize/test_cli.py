@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from sources.editing import edit_tensors
 
 from mobe_gguf.cli import main
+from mobe_gguf.errors import UsageError
 from mobe_gguf.factorize.job import prepare
 from mobe_gguf.factorize.plan import Options
+from mobe_gguf.factorize.unit import fit
 from mobe_gguf.sources.gguf_file import read_gguf
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
@@ -45,6 +52,22 @@ def test_the_whole_command(model, tmp_path):
     ):
         assert expected in result.stderr
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("command", ["factorize", "ablate"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seed", str(10**20 - 1), f"--seed {10**20 - 1}: expected a whole number from 0 to 2^64 - 1"),
+        ("--seed", "-1", "--seed -1: expected a whole number"),
+        ("--layers", "0-9999999999", "cannot read '0-9999999999'; expected numbers below 10000 and ranges"),
+    ],
+)
+def test_numbers_that_are_too_large(command, option, value, message, model, tmp_path):
+    arguments = [command, str(model("qwen3_moe")), str(tmp_path / "out"), option, value]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    assert message in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_json_and_quiet(model, tmp_path):
@@ -116,7 +139,7 @@ def test_wrong_usage(model, tmp_path):
         (["--rank", 49], "--rank 49 is more than the 48 rows"),
         (["--bases", 9], "more than the 8 experts"),
         (["--groups", 3], "must divide 8"),
-        (["--groups", 0], "at least 1"),
+        (["--groups", 0], "'--groups': 0 is not in the range"),
         (["--layers", "0-x"], "cannot read '0-x'"),
         (["--layers", "3"], "layer 3 has no routed experts"),
         (["--projections", "gate,left"], "'left' is unknown"),
@@ -193,8 +216,75 @@ def test_out_not_writable(model, tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch):
+    left = ["one unit"]
+
     def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return fit(*args, **kwargs)
 
     monkeypatch.setattr("mobe_gguf.factorize.unit.fit", interrupt)
-    assert "--resume" in refused(1, model("qwen3_moe"), tmp_path / "out")
+    out = tmp_path / "out"
+    message = refused(130, model("qwen3_moe"), out, "--steps", 1, "-q")
+    assert message == f"Error: stopped. Finished units are kept in {out}.work; run again with --resume.\n"
+    message = refused(130, model("qwen3_moe"), tmp_path / "other", "--steps", 1, "-q")
+    assert message == "Error: stopped. No unit was finished.\n" and {p.name for p in tmp_path.iterdir()} == {
+        "out.work"
+    }
+
+
+def test_sigterm_is_as_an_interrupt(model, tmp_path):
+    """The real command; what it finished is kept, and goes on."""
+    out, arguments = tmp_path / "out", ["--steps", "20", "-q", "--layers", "0,1"]
+    command = [sys.executable, "-c", "from mobe_gguf.cli import main; main()", "factorize"]
+    process = subprocess.Popen(
+        [*command, model("qwen3_moe"), out, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("out.work/units/layer-*.safetensors")):
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+    process.terminate()
+    assert "run again with --resume" in process.communicate()[1] and process.returncode == 130
+    assert call(model("qwen3_moe"), out, *arguments, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("out", [".", "/", "", "..", "a/.."])
+@pytest.mark.parametrize("command", [["factorize"], ["ablate", "--no-kl", "--no-plot"]])
+def test_no_name_for_a_directory(out, command, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, [*command, str(model("qwen3_moe")), out])
+    assert result.exit_code == 2 and "a directory that is there already; name a new one, as " in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--bases", "--rank", "--groups", "--mix-terms", "--steps"])
+def test_numbers_below_one(option, model, tmp_path):
+    message = refused(2, model("qwen3_moe"), tmp_path / "out", option, 0)
+    assert option in message and "warning" not in message
+    name = option[2:].replace("-", "_")
+    with pytest.raises(UsageError, match=f"^{option} 0: expected at least 1"):
+        prepare(model("qwen3_moe"), tmp_path / "out", Options(**{name: 0}))
+
+
+def test_a_dry_run_checks_what_will_not_be_factorized_too(own_model, tmp_path):
+    path = own_model("qwen3_moe")
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    edit_tensors(path, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    message = refused(1, path, tmp_path / "out", "--layers", "0", "--dry-run")
+    assert f"tensor {name} has type int8" in message
+    edit_tensors(path, lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight"))
+    message = refused(1, path, tmp_path / "out", "--dry-run")
+    assert "tensor model.layers.2.mlp.gate.weight is missing" in message
+
+
+def test_json_with_stdout_closed(model, tmp_path):
+    """The result would be lost: said before the work."""
+    command = [sys.executable, "-c", "from mobe_gguf.cli import main; main()", "factorize"]
+    process = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command, model("qwen3_moe"), tmp_path / "out", "--json"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.returncode == 2 and "--json prints the result on stdout, which is closed" in process.stderr
+    assert not any(tmp_path.iterdir())

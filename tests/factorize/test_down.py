@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from formula import combine_groups
 
 from mobe_gguf.cli import main
 from mobe_gguf.errors import MobeError, UsageError
@@ -16,7 +17,7 @@ from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options, make_plan, plan_checkpoint, settle
 from mobe_gguf.factorize.rounding import rounded
 from mobe_gguf.factorize.solver import Settings, fit
-from mobe_gguf.formula import activate, combine_groups
+from mobe_gguf.formula import activate
 from mobe_gguf.names import ALL_PROJECTIONS
 from mobe_gguf.runtime import ggml
 from mobe_gguf.sources.checkpoint import Checkpoint
@@ -290,3 +291,16 @@ def test_export_writes_the_very_values(model, tmp_path):
         transforms = torch.stack([layer.transform(projection, e) for e in range(8)])
         assert torch.equal(values(f"blk.1.ffn_{projection}_basis.weight", "q4_0"), layer.basis(projection))
         assert torch.equal(values(f"blk.1.ffn_{projection}_exps.weight", "q8_0"), transforms)
+
+
+def test_in_its_place_comes_the_same_and_w_comes_back():
+    """``overwrite_w`` transposes w in its own memory meanwhile: a unit that is probed is fitted again and again."""
+    w = torch.randn(6, 20, 12, generator=torch.Generator().manual_seed(0))
+    settings, weight = Settings(2, 8, steps=4), torch.rand(6, 1, 12).double() + 0.1
+    kept, own = w.clone(), w.clone()
+    plain, in_place = (
+        fit_down(x, settings, weight=weight, overwrite_w=over) for x, over in ((kept, False), (own, True))
+    )
+    for name in ("basis", "mix", "transform"):
+        assert torch.equal(getattr(plain, name), getattr(in_place, name))
+    assert torch.equal(kept, w) and torch.equal(own, w / w.std())

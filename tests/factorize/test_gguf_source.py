@@ -34,7 +34,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(path: Path, tensors: dict[str, tuple[np.ndarray, str, int]], arch: str = "qwen3moe") -> Path:
-    """A file of tensors given as (bytes ``[..., row bytes]``, ggml type, values a row), with the keys that are read here."""
+    """A file of tensors given as (bytes ``[..., row bytes]``, ggml type, values a row), with the keys that are read here and,
+    empty, the tensors beside experts that every model has."""
     import gguf
 
     writer = gguf.GGUFWriter(path, arch)
@@ -42,6 +43,11 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray, str, int]], arch: str
     writer.add_uint32(f"{arch}.expert_used_count", 2)
     for name, (data, type_name, _) in tensors.items():
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[type_name.upper()])
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    others = [f"blk.{i}.ffn_gate_inp.weight" for i in sorted(layers)]
+    for name in ("token_embd.weight", "output_norm.weight", *others):
+        if name not in tensors:
+            writer.add_tensor(name, np.zeros((1, 1), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -157,6 +163,7 @@ def test_layers_of_different_sizes(tmp_path: Path) -> None:
     tensors = _up(experts()) | {
         names.transform_name(1, p): encoded(experts(p=8), "f32") for p in names.PROJECTIONS
     }
+    tensors |= {names.transform_name(i, "down"): encoded(experts(), "f32") for i in range(2)}
     path = write(tmp_path / "m.gguf", tensors)
     with pytest.raises(
         MobeError, match=r"blk\.1\.ffn_gate_exps\.weight has shape \[3, 8, 256\], expected \[3, 4, 256\]"
@@ -167,7 +174,8 @@ def test_layers_of_different_sizes(tmp_path: Path) -> None:
 
 def test_experts_without_a_gate(tmp_path: Path) -> None:
     """Some architectures have up and down alone."""
-    path = write(tmp_path / "m.gguf", {names.transform_name(0, "up"): encoded(experts(), "f32")})
+    tensors = {names.transform_name(0, p): encoded(experts(), "f32") for p in ("up", "down")}
+    path = write(tmp_path / "m.gguf", tensors)
     with pytest.raises(MobeError, match=r"ffn_gate_exps\.weight is missing.*\n  --projections up"):
         prepare(path, tmp_path / "out", FAST)
     run(prepare(path, tmp_path / "out", Options(projections=("up",), bases=2, steps=2)), quiet=True)
@@ -240,3 +248,21 @@ def test_checksum_sees_tensors_not_metadata(plain: Path, tmp_path: Path) -> None
     file = gguf_files.qwen3moe()
     file.tensors["output_norm.weight"] = file.tensors["output_norm.weight"].astype(np.float16)
     assert GgufModel(file.write(tmp_path / "type.gguf")).checksum != expected
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.ffn_gate_inp.weight"])
+def test_a_file_without_what_every_model_needs(name: str, tmp_path: Path) -> None:
+    file = gguf_files.qwen3moe()
+    GgufModel(file.write(tmp_path / "whole.gguf")).check_whole()
+    del file.tensors[name]
+    path = file.write(tmp_path / "model.gguf")
+    with pytest.raises(MobeError, match=f"{path}: tensor {name} is missing"):
+        prepare(path, tmp_path / "out", Options())
+
+
+def test_more_experts_used_than_there_are(tmp_path: Path) -> None:
+    file = gguf_files.qwen3moe()
+    file.keys["qwen3moe.expert_used_count"] = 9
+    path = file.write(tmp_path / "model.gguf")
+    with pytest.raises(MobeError, match="key qwen3moe.expert_used_count is 9, expected 1 to 8"):
+        prepare(path, tmp_path / "out", Options())

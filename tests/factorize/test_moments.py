@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -206,12 +211,90 @@ def test_errors(model, gathered, text, tmp_path):
     with pytest.raises(MobeError, match="nowhere.txt: cannot be read"):
         collect(qwen, tmp_path / "nowhere.txt", tmp_path / "m", quiet=True)
     assert not (tmp_path / "m").exists()
+    os.mkfifo(tmp_path / "pipe")
+    for out, words in (
+        (tmp_path / "pipe", "it is a pipe"),
+        (tmp_path / "no" / "m", "no such directory. Make it"),
+    ):
+        with pytest.raises(MobeError, match=words):
+            collect(qwen, text, out, quiet=True)
 
 
 def test_a_model_that_transformers_does_not_know(model, text, tmp_path):
     with pytest.raises(MobeError, match="transformers cannot load"):
         collect(model("bailing_moe"), text, tmp_path / "m", ctx=32, quiet=True)
     assert not (tmp_path / "m").exists() and not (tmp_path / ".m.part").exists()
+
+
+@pytest.mark.parametrize("what", ["AutoConfig", "AutoTokenizer"])
+def test_code_of_the_model_is_not_run(what, own_model, text, tmp_path):
+    """transformers would ask, and take a ``y`` on stdin for yes."""
+    path, marker = own_model("bailing_moe"), tmp_path / "ran"
+    (path / "conf.py").write_text(f"open({str(marker)!r}, 'w')\nclass C: pass\n")
+    config, tokenizer = (json.loads((path / f).read_text()) for f in ("config.json", "tokenizer_config.json"))
+    if what == "AutoConfig":
+        config["auto_map"] = {"AutoConfig": "conf.C", "AutoModel": "conf.C"}
+    else:
+        tokenizer |= {"auto_map": {"AutoTokenizer": ["conf.C", None]}, "tokenizer_class": "Unknown"}
+        for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+            (path / file).unlink(missing_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    arguments = ["moments", str(path), str(tmp_path / "m"), "--text", str(text), "--ctx", "32"]
+    result = CliRunner().invoke(main, arguments, input="y\n" * 9)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert "(conf.py), and code out of a model directory is never run here" in result.stderr
+    assert "[y/N]" not in result.output and not marker.exists() and not (tmp_path / "m").exists()
+
+
+def test_no_place_for_the_file(model, text, tmp_path, monkeypatch):
+    """Said before the model is loaded."""
+
+    def loaded(*_):
+        raise AssertionError("the model is not to be loaded")
+
+    monkeypatch.setattr(module._Passes, "_load", loaded)
+    arguments = [str(model("qwen3_moe")), "OUT", "--text", str(text), "--ctx", "64", "--chunks", "2"]
+
+    def refused(out: Path) -> str:
+        arguments[1] = str(out)
+        result = CliRunner().invoke(main, ["moments", *arguments])
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+        return result.stderr
+
+    assert f"mkdir -p {tmp_path / 'no' / 'such'}" in refused(tmp_path / "no" / "such" / "m")
+    disk = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: disk)
+        assert "are needed, 1.00 kB are free. Make room" in refused(tmp_path / "m")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_safetensors", full)
+    assert "m: cannot be written: the disk is full" in refused(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_quiet_says_nothing_but_errors(model, text, tmp_path):
+    """In a process of its own: transformers writes to the stderr that was there when it was imported."""
+    command = [sys.executable, "-c", "from mobe_gguf.cli import main; main()", "moments"]
+    command += [
+        str(model("qwen3_moe")),
+        str(tmp_path / "m"),
+        "--text",
+        str(text),
+        "--ctx",
+        "64",
+        "--chunks",
+        "2",
+    ]
+    loud = subprocess.run(command, capture_output=True, text=True)
+    assert loud.returncode == 0 and "Loading weights" in loud.stderr and "REPORT" in loud.stderr, loud.stderr
+    quiet = subprocess.run([*command, "-q"], capture_output=True, text=True)
+    assert quiet.returncode == 0 and quiet.stderr == quiet.stdout == ""
+    wrong = subprocess.run([*command, "-q", "--rank", "0"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--rank 0" in wrong.stderr
 
 
 def test_command(model, text, tmp_path):
@@ -245,3 +328,12 @@ def test_export_leaves_what_was_fitted_to_moments(model, gathered, tmp_path):
     for e in range(8):
         written = ggml.dequantize(np.ascontiguousarray(tensor.data[e]), "q4_0", 64)
         assert torch.equal(torch.from_numpy(written), layer.transform("up", e))
+
+
+def test_moments_of_another_model_are_told(model, gathered, tmp_path):
+    """Shapes alone do not say it: the same ones, other weights."""
+    for path, told in ((model("qwen3_moe"), False), (model("qwen3_moe", seed=1), True)):
+        command = ["factorize", str(path), str(tmp_path / "out"), "--moments", str(gathered), "--dry-run"]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.stderr
+        assert (f"{gathered} was made from another model than {path}" in result.stderr) == told

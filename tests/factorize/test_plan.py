@@ -129,7 +129,9 @@ def test_layer_lists_round_trip(layers):
     assert parse_layers(format_layers(layers)) == layers
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1--2", "0-3;7", "1,,2"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "3-1", "1-", "-1", "1--2", "0-3;7", "1,,2", "0-9999999999", "9" * 5000]
+)
 def test_bad_layer_lists(text):
     with pytest.raises(UsageError, match="0-3,7"):
         parse_layers(text)

@@ -49,13 +49,14 @@ from .test_job import contents, factorize, names
         ("12.5GB", 12_500_000_000),
         ("700m", 700_000_000),
         ("1 T", 10**12),
+        ("900K", 900_000),
     ],
 )
 def test_targets(text, value):
     assert parse_target(text) == value and type(parse_target(text)) is type(value)
 
 
-@pytest.mark.parametrize("text", ["", "x", "1", "0", "-0.5", "12.5", "3kB", "0.5 0.6", "nan"])
+@pytest.mark.parametrize("text", ["", "x", "1", "0", "-0.5", "12.5", "0G", "0.5 0.6", "nan"])
 def test_bad_targets(text):
     with pytest.raises(UsageError, match="--target"):
         parse_target(text)

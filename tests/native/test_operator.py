@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from formula import combine_groups
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mobe_gguf import names
-from mobe_gguf.formula import activate, combine_groups
+from mobe_gguf.formula import activate
 from mobe_gguf.runtime import ggml
 
 from .ggml_graph import Graph, reference

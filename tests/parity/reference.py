@@ -24,7 +24,7 @@ def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
     """Write the ordinary checkpoint, float32, with W_i = A_i f(sum_j alpha_ij B_j), of down f(sum_j alpha_ij B_j) A_i;
     returns ``target``.
 
-    config.json is that of ``original``, the model that was factorized.  Reads the tensors by DESIGN's names and
+    config.json is that of ``original``, the model that was factorized.  Reads the tensors by the names of docs/format.md and
     shapes and none of the package's own code for them.
     """
     config = json.loads((mobe / "config.json").read_text())

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mobe_gguf.errors import MobeError
-from mobe_gguf.sources.checkpoint import INDEX_NAME, Checkpoint, dequantize_fp8, read_header
+from mobe_gguf.sources.checkpoint import Checkpoint, dequantize_fp8
+from mobe_gguf.sources.safetensors_file import INDEX_NAME, read_header
 from sources.editing import edit_config, edit_tensors, to_fp8
 
 
@@ -263,3 +264,77 @@ def test_checksum_tells_a_fine_tune_from_its_base(own_model, tmp_path):
     assert Checkpoint(tmp_path / "copy").checksum == before
     edit_tensors(path, lambda t: [x.mul_(1.001) for x in t.values()])
     assert Checkpoint(path).checksum != before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "bailing_moe"])
+def test_what_a_model_cannot_do_without(family, fused, own_model):
+    path = own_model(family, fused=fused)
+    checkpoint = Checkpoint(path)
+    checkpoint.check_whole()
+    assert checkpoint.missing() == []
+    routers = [
+        n for n in checkpoint.names if n.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
+    ]
+    assert len(routers) == len(checkpoint.moe_layers)
+    gone = ["model.embed_tokens.weight", "model.norm.weight", routers[-1]]
+    edit_tensors(path, lambda tensors: [tensors.pop(name) for name in gone])
+    assert Checkpoint(path).missing() == gone
+    with pytest.raises(MobeError, match=f"own: tensor {gone[0]} is missing"):
+        Checkpoint(path).check_whole()
+
+
+def test_bailing_calls_its_embeddings_otherwise(own_model):
+    path = own_model("bailing_moe")
+    Checkpoint(path).check_whole()
+    edit_tensors(path, lambda tensors: tensors.pop("model.word_embeddings.weight"))
+    assert Checkpoint(path).missing() == ["model.word_embeddings.weight"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, r"'architectures' must be a list with the name .*, got None"),
+        ({"architectures": 5}, r"'architectures' must be a list with the name .*, got 5"),
+        ({"architectures": []}, r"'architectures' must be a list with the name .*, got \[\]"),
+        ({"architectures": [5]}, r"'architectures' must be a list with the name .*, got \[5\]"),
+        ({"quantization_config": "fp8"}, "'quantization_config' must be an object, got 'fp8'"),
+        (
+            {"quantization_config": {"weight_block_size": [0, 128]}},
+            r"'weight_block_size' must be two positive integers, got \[0, 128\]",
+        ),
+        (
+            {"quantization_config": {"weight_block_size": 128}},
+            "'weight_block_size' must be two positive integers, got 128",
+        ),
+        ({"num_experts_per_tok": None}, "no 'num_experts_per_tok'"),
+        ({"num_experts_per_tok": 0}, "'num_experts_per_tok' must be a positive integer, got 0"),
+        ({"num_experts_per_tok": 9}, "'num_experts_per_tok' is 9, expected 1 to 8"),
+        ({"num_experts": 10**12}, "'num_experts' is 1000000000000, but tensor .*999999999999.* is missing"),
+        ({"num_hidden_layers": 10**12}, "'num_hidden_layers' is 1000000000000, but the model has only"),
+    ],
+)
+def test_a_config_that_makes_no_sense(changes, message, own_model):
+    """What would run on for ever, or be found only by the export, as an error of Python."""
+    path = own_model("qwen3_moe")
+    edit_config(path, **changes)
+    with pytest.raises(MobeError, match=f"^{path}/config.json: {message}"):
+        Checkpoint(path).check_whole()
+
+
+@pytest.mark.parametrize("projection", ["gate", "down"])
+def test_types_that_cannot_be_read_are_known_from_the_header(projection, own_model):
+    path = own_model("qwen3_moe")
+    name = Checkpoint(path).family.expert_weight(1, 3, projection)
+    for dtype, message in (
+        (torch.int8, "has type int8; experts can be read from f32"),
+        (torch.float8_e4m3fn, f"is FP8 but {name}_scale_inv is missing"),
+    ):
+        edit_tensors(path, lambda tensors, dtype=dtype: tensors.update({name: tensors[name].to(dtype)}))
+        with pytest.raises(MobeError, match=f"tensor {name} {message}"):
+            Checkpoint(path).check_whole()
+    edit_tensors(path, lambda tensors: tensors.update({f"{name}_scale_inv": torch.ones(2, 1)}))
+    with pytest.raises(MobeError, match=rf"{name}_scale_inv has shape \[2, 1\], expected \[1, 1\]"):
+        Checkpoint(path).check_whole()
+    edit_tensors(path, lambda tensors: tensors.update({f"{name}_scale_inv": torch.ones(1, 1)}))
+    Checkpoint(path).check_whole()

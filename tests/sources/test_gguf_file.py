@@ -110,6 +110,18 @@ def test_a_type_that_is_not_known(whole: Path, tmp_path: Path) -> None:
         read_gguf(path)
 
 
+def test_data_off_the_alignment(whole: Path, tmp_path: Path) -> None:
+    """Inside the file, but where llama.cpp would not look for them."""
+    content = bytearray(whole.read_bytes())
+    name = b"blk.0.ffn_gate_basis.weight"
+    at = content.index(name) + len(name) + 4 + 3 * 8 + 4
+    struct.pack_into("<Q", content, at, struct.unpack_from("<Q", content, at)[0] - 4)
+    path = tmp_path / "shifted.gguf"
+    path.write_bytes(content)
+    with pytest.raises(MobeError, match=r"tensor 'blk\.0\.ffn_gate_basis\.weight': .* off the alignment"):
+        read_gguf(path)
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(MobeError, match="No such file"):
         read_gguf(tmp_path / "none.gguf")

@@ -18,7 +18,7 @@ import pytest
 import tiny
 from parity import gguf_files
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.sources import hub
 
 pytest.importorskip("huggingface_hub", reason="the hub's client is optional")
@@ -210,3 +210,9 @@ def test_without_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MobeError, match=r"pip install 'mobe-gguf\[hub\]'"):
         hub.resolve(Path("org/model"))
+
+
+@pytest.mark.parametrize("name", ["hf:foo", "hf:", "hf:a/b/c", "hf:-x/y"])
+def test_ids_that_are_none(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}: expected hf:ORG/NAME"):
+        hub.resolve(Path(name))

@@ -113,6 +113,16 @@ def test_damage_names_the_tensor(model, tmp_path, damage, message):
         reconstruct(MobeCheckpoint(path).layer(2), "gate")
 
 
+def test_groups_are_mixed_in_one_way(model, tmp_path):
+    path = make_mobe(model("qwen3_moe"), tmp_path / "mobe", m=4, g=2)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.2.mlp.W_gate_1"] = torch.zeros(4, 2, 48)
+    save_file(tensors, path / "model.safetensors")
+    expected = r"W_gate_1 has shape \[4, 2, 48\], expected \[4, 2\] \(as model\.layers\.2\.mlp\.W_gate_0\)"
+    with pytest.raises(MobeError, match=expected):
+        MobeCheckpoint(path).layer(2).mix("gate")
+
+
 @pytest.mark.parametrize(
     "name, shape, message",
     [
