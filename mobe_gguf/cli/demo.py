@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mobe_gguf.cli import options
 from mobe_gguf.errors import Interrupted
 
 
@@ -23,6 +24,7 @@ def command(directory: Path) -> None:
     from mobe_gguf.demo import render, run
     from mobe_gguf.progress import VERBATIM
 
+    options.check_stdout()
     try:
         demo = run(directory)
     except KeyboardInterrupt as e:

@@ -82,6 +82,7 @@ def command(
     from mobe_gguf.evaluate import Row, Settings, compare, facts_of, heldout
     from mobe_gguf.progress import console
 
+    options.check_stdout()
     if plot is not None:
         from mobe_gguf.evaluate.plot import check
 

@@ -26,6 +26,7 @@ def command(path: Path, as_json: bool) -> None:
     from mobe_gguf.inspect import describe, layer_table, summary
     from mobe_gguf.progress import VERBATIM
 
+    options.check_stdout()
     description = describe(path)
     if as_json:
         click.echo(json.dumps(description.as_json(), indent=2))

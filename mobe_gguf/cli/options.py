@@ -72,12 +72,15 @@ dry_run = click.option(
 )
 
 
-def _check_stdout(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
+def check_stdout() -> None:
     """UsageError if stdout is closed (``>&-``): the result would be lost, and nobody told."""
-    if value and sys.stdout is None:
-        raise UsageError(
-            "--json prints the result on stdout, which is closed; send it to a file: > result.json"
-        )
+    if sys.stdout is None:
+        raise UsageError("the result is printed on stdout, which is closed; send it to a file: > FILE")
+
+
+def _check_stdout(ctx: click.Context, option: click.Parameter, value: bool) -> bool:
+    if value:
+        check_stdout()
     return value
 
 

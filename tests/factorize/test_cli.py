@@ -278,13 +278,17 @@ def test_a_dry_run_checks_what_will_not_be_factorized_too(own_model, tmp_path):
     assert "tensor model.layers.2.mlp.gate.weight is missing" in message
 
 
-def test_json_with_stdout_closed(model, tmp_path):
+@pytest.mark.parametrize(
+    "command", [("factorize", "OUT", "--json"), ("inspect",), ("eval", "x.gguf"), ("demo",)]
+)
+def test_stdout_is_closed(command, model, tmp_path):
     """The result would be lost: said before the work."""
-    command = [sys.executable, "-c", "from mobe_gguf.cli import main; main()", "factorize"]
+    start = [sys.executable, "-c", "from mobe_gguf.cli import main; main()", command[0], model("qwen3_moe")]
     process = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", *command, model("qwen3_moe"), tmp_path / "out", "--json"],
+        ["sh", "-c", 'exec "$@" >&-', "sh", *start, *command[1:]],
         stderr=subprocess.PIPE,
         text=True,
+        cwd=tmp_path,
     )
-    assert process.returncode == 2 and "--json prints the result on stdout, which is closed" in process.stderr
+    assert process.returncode == 2 and "the result is printed on stdout, which is closed" in process.stderr
     assert not any(tmp_path.iterdir())
