@@ -33,17 +33,15 @@ COMMANDS = {
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM is Ctrl-C inside: by itself it would end the program at once, and leave what is half written."""
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    )
+    before = signal.getsignal(signal.SIGTERM)
+    ours = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
     if ours:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, before)
 
 
 class LazyGroup(click.Group):
