@@ -214,7 +214,7 @@ def complete(gguf: Path, tokens: int) -> tuple[str, float]:
 
 
 def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 # what a person sees

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -14,6 +15,9 @@ from mobe_gguf.errors import MobeError, UsageError
 
 #: Bytes read at a time.
 CHUNK = 8 << 20
+
+#: What the system says of a disk, or of a user's share of it, that is full.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: Powers of ten, as llama-gguf-split reads sizes; for all options that take one.
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -81,6 +85,11 @@ def check_space(out: Path, needed: int, left: Iterable[Path], mend: str) -> None
     if free < needed:
         wanted, there = describe_sizes(needed, free)
         raise MobeError(f"{out.absolute().parent}: {wanted} are needed, {there} are free. {mend}")
+
+
+def why_not_written(e: OSError) -> str:
+    """For a message."""
+    return "the disk is full" if e.errno in FULL else str(e.strerror or e)
 
 
 def sha256(path: Path) -> str:

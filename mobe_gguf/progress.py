@@ -56,9 +56,7 @@ class Bar:
         elif line and not self._quiet:
             spent = time.monotonic() - self._start
             left = spent / self._done * (self._total - self._done) if self._done else 0.0
-            console.print(
-                f"[{self._done:g}/{self._total:g}] {line}, {left:.0f} s left", highlight=False, markup=False
-            )
+            console.print(f"[{self._done:g}/{self._total:g}] {line}, {left:.0f} s left", highlight=False)
 
 
 @contextlib.contextmanager

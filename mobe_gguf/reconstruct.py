@@ -8,7 +8,6 @@ Experts are computed while they are written.  Finished shards wait in the hidden
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
@@ -35,7 +34,7 @@ from mobe_gguf.factorize.writer import (
     shards,
     write_safetensors,
 )
-from mobe_gguf.files import check_space, describe_size
+from mobe_gguf.files import check_space, describe_size, why_not_written
 from mobe_gguf.progress import bar
 from mobe_gguf.sources.checkpoint import all_finite
 from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, Reconstruction
@@ -122,8 +121,7 @@ def reconstruct_model(
     except OSError as e:
         kept = f"; finished shards are kept in {parts.folder}, the same command goes on from there"
         kept = kept if parts.finished else "; nothing was written"
-        why = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else f"{e.strerror or e}"
-        raise MobeError(f"{out}: cannot be written: {why}{kept}") from e
+        raise MobeError(f"{out}: cannot be written: {why_not_written(e)}{kept}") from e
     result.seconds = time.monotonic() - started
     return result
 

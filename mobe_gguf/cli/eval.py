@@ -94,7 +94,7 @@ def command(
         text = heldout()
         if not quiet:
             remark = "the project's held-out text; for any model but its tiny one, name a text with --text"
-            console.print(f"{text.name}: {remark}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{text.name}: {remark}", highlight=False, soft_wrap=True)
     rows: list[Row] = []
     failure: MobeError | None = None
     try:
@@ -136,7 +136,7 @@ def _note(reference, rows, text: Path, quiet: bool) -> None:  # noqa: ANN001, im
             note(path, row.facts.path, report.sentence(reference, row, text))
         if not quiet:
             said = f"noted in {path}" if path else "has no card"
-            console.print(f"{row.facts.path}: {said}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{row.facts.path}: {said}", highlight=False, soft_wrap=True)
 
 
 def _placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> tuple[str, ...]:
@@ -173,4 +173,4 @@ def _plot(rows, path: Path, quiet: bool) -> None:  # noqa: ANN001
         why = "".join(
             f"; without {row.facts.path.name}, whose KL divergence is no positive number" for row in left_out
         )
-        console.print(f"{path}: written{why}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{path}: written{why}", highlight=False, soft_wrap=True)

@@ -170,7 +170,7 @@ def command(
         parse_target,
         parse_type,
     )
-    from mobe_gguf.export.shards import Parts
+    from mobe_gguf.export.shards import left_by
     from mobe_gguf.sources.hub import resolve
 
     def type_of(option: str, text: str | None) -> str | None:
@@ -214,10 +214,8 @@ def command(
             quiet=quiet,
         )
     except KeyboardInterrupt as e:
-        folder = Parts(out, "").folder
-        kept = f"what is finished is kept in {folder}, the same command goes on from there"
-        is_kept = split_max_size is not None and folder.exists()
-        raise Interrupted(f"stopped; {kept if is_kept else 'nothing was written'}") from e
+        left = "nothing was written" if split_max_size is None else left_by(out, "what is finished is")
+        raise Interrupted(f"stopped; {left}") from e
     if not quiet:
         _show(report, dry_run)
     if as_json:
@@ -257,4 +255,4 @@ def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost a
     lines.append(f"{where}: {describe_size(size)} {done}{kept}")
     if report.card:
         lines.append(report.card)
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)

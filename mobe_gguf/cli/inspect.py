@@ -32,7 +32,7 @@ def command(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(description.as_json(), indent=2))
     else:
         console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, **VERBATIM)
-        console.print("\n".join(summary(description)), markup=False, soft_wrap=True)
+        console.print("\n".join(summary(description)), soft_wrap=True)
         console.print()
         console.print(layer_table(description.layers))
         console.print()

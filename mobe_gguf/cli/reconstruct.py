@@ -56,7 +56,7 @@ def command(
     """
     from mobe_gguf.errors import Interrupted, MobeError
     from mobe_gguf.export.report import amount
-    from mobe_gguf.export.shards import Parts
+    from mobe_gguf.export.shards import left_by
     from mobe_gguf.files import describe_size, parse_size
     from mobe_gguf.reconstruct import reconstruct_model
     from mobe_gguf.sources.gguf_factors import FACTORS_NAME
@@ -78,9 +78,7 @@ def command(
             checkpoint, out, dtype=dtype, max_shard_size=size, dry_run=dry_run, quiet=quiet
         )
     except KeyboardInterrupt as e:
-        folder = Parts(out, "").folder
-        kept = f"finished shards are kept in {folder}, the same command goes on from there"
-        raise Interrupted(f"stopped; {kept if folder.exists() else 'nothing was written'}") from e
+        raise Interrupted(f"stopped; {left_by(out, 'finished shards are')}") from e
     if not quiet:
         done = "would be written" if dry_run else f"written in {result.seconds:.1f} s"
         kept = f", {result.files_kept} files kept from an interrupted run" if result.files_kept else ""
@@ -89,6 +87,6 @@ def command(
             f"{out}: {result.architecture}, {result.n_experts} experts in {result.dtype}, {amount(result.n_params)} "
             f"parameters, {describe_size(result.n_bytes)} in {len(result.files)} files {done}{kept}"
         )
-        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))

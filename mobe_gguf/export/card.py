@@ -93,21 +93,22 @@ def write_card(subject: Subject) -> str:
 def _forget(file: Path, path: Path) -> None:
     """Take ``file``, which another export has replaced, off the page at ``path`` if that is ours."""
     old = _ours(path) or ""
-    found = (
-        next(filter(None, (p.match(line) for p in (FILE_ROW, COMMAND, REMARK))), None)
-        for line in old.splitlines()
-    )
-    lines = [
-        line
-        for line, m in zip(old.splitlines(), found, strict=True)
-        if not (m and _stem(Path(m[1])) == _stem(file))
-    ]
+
+    def is_of(line: str) -> bool:
+        found = (pattern.match(line) for pattern in (FILE_ROW, COMMAND, REMARK))
+        return any(match and _stem(Path(match[1])) == _stem(file) for match in found)
+
+    lines = [line for line in old.splitlines() if not is_of(line)]
     if any(map(FILE_ROW.match, lines)):
-        text = "\n".join([*lines, ""])
-        with atomic_path(path) as part:
-            part.write_text(MARK.sub(_mark(text), text), encoding="utf-8")
+        _rewrite(path, "\n".join([*lines, ""]))
     elif old:
         path.unlink()
+
+
+def _rewrite(card: Path, text: str) -> None:
+    """Replace a card of ours by ``text``, with the mark that this has."""
+    with atomic_path(card) as part:
+        part.write_text(MARK.sub(_mark(text), text), encoding="utf-8")
 
 
 def card_of(file: Path) -> Path | None:
@@ -129,8 +130,7 @@ def note(card: Path, file: Path, measured: str) -> None:
     lines = [line for line in text.split("\n") if not line.startswith(earlier)]
     text = "\n".join([*lines, f"- `{file.name}`: {measured}", "", "```", commands])
     try:
-        with atomic_path(card) as part:
-            part.write_text(MARK.sub(_mark(text), text), encoding="utf-8")
+        _rewrite(card, text)
     except OSError as e:
         raise MobeError(f"{card} cannot be written: {e.strerror or e}") from e
 

@@ -162,6 +162,16 @@ class Parts:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def left_by(out: Path, finished: str) -> str:
+    """What a run that was stopped left of several files, for a message; ``finished``: what they are called."""
+    folder = Parts(out, "").folder
+    return (
+        f"{finished} kept in {folder}, the same command goes on from there"
+        if folder.exists()
+        else "nothing was written"
+    )
+
+
 def write_shards(
     parts: Parts,
     shards: Sequence[Sequence[Encoded]],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections import deque
@@ -20,6 +19,7 @@ from mobe_gguf.errors import MobeError
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import chunks
+from mobe_gguf.files import FULL
 from mobe_gguf.runtime import ggml
 from mobe_gguf.sources.checkpoint import all_finite
 from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
@@ -116,6 +116,6 @@ def write_gguf(
             finally:
                 writer.close()
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in FULL:
             raise MobeError(f"{out}: the disk is full; {left}. Make room or write elsewhere.") from e
         raise MobeError(f"{out}: cannot be written: {e.strerror or e}; {left}") from e

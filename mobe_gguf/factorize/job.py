@@ -8,7 +8,6 @@ When all units are there OUT is assembled and the work directory goes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
@@ -43,7 +42,7 @@ from mobe_gguf.factorize.target import Goal, Size, Unit
 from mobe_gguf.factorize.unit import UnitResult, fit_unit, probe_unit
 from mobe_gguf.factorize.workers import Place, each
 from mobe_gguf.factorize.writer import write_output
-from mobe_gguf.files import describe_sizes
+from mobe_gguf.files import FULL, describe_sizes
 from mobe_gguf.progress import Bar, bar, console
 from mobe_gguf.sources.gguf_source import GgufModel
 from mobe_gguf.sources.original import Original, open_original
@@ -289,7 +288,7 @@ def _choose_sizes(job: Job, place: Place, quiet: bool) -> Job:
         probe({unit: [] for unit in units if unit not in probes}, progress)
     weights, why = probing.layer_weights(job)
     if not quiet:
-        console.print(why, highlight=False, markup=False, soft_wrap=True)
+        console.print(why, highlight=False, soft_wrap=True)
     again = probing.to_probe_again(job, {unit: probes[unit] for unit in units}, weights)
     with bar("probe again", sum(1 for sizes in again.values() if sizes), quiet) as progress:
         left = {unit: sizes for unit, sizes in again.items() if sizes and probes[unit].again is None}
@@ -383,6 +382,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if any((work_directory(out) / "units").glob("layer-*.safetensors")):
                 again = " Finished units are kept; run the same command again with --resume."
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in FULL:
             raise MobeError(f"{out.parent}: the disk is full ({e}). Free some space.{again}") from e
         raise MobeError(f"{out}: cannot be written: {e}. Choose another OUT.{again}") from e

@@ -11,7 +11,6 @@ token by the slope of the expert's own output, too, gave 0.0072, weighing the ro
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import re
@@ -28,7 +27,7 @@ from mobe_gguf.errors import MobeError, UsageError
 from mobe_gguf.factorize.imatrix import PRIOR
 from mobe_gguf.factorize.metric import FLOOR, Roots
 from mobe_gguf.factorize.writer import Entry, write_safetensors
-from mobe_gguf.files import check_space, sha256
+from mobe_gguf.files import check_space, sha256, why_not_written
 from mobe_gguf.memory import free_memory
 from mobe_gguf.progress import Bar, bar, console
 from mobe_gguf.sources.checkpoint import Checkpoint
@@ -175,8 +174,7 @@ def collect(
             passes.progress = progress
             write_safetensors(part, entries, {"format": "pt", KEY: json.dumps(about)})
     except OSError as e:
-        why = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or e
-        raise MobeError(f"{out}: cannot be written: {why}; nothing was written") from e
+        raise MobeError(f"{out}: cannot be written: {why_not_written(e)}; nothing was written") from e
     return about
 
 

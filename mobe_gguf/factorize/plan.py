@@ -412,14 +412,10 @@ def plan_checkpoint(
             output_bytes=kept + len(units) * itemsize * chosen.stored,
             memory_bytes=chosen.memory + (moments.nbytes(*units[0]) if moments else 0),
         )
-    directions = {
-        projection: None
-        if settings.objective == "mse"
-        else moments.directions(settings.layers[0], projection)
-        if moments
-        else 0
-        for projection in settings.projections
-    }
+    directions: dict[str, int | None] = dict.fromkeys(settings.projections)
+    if settings.objective != "mse":
+        for name in directions:
+            directions[name] = moments.directions(settings.layers[0], name) if moments else 0
     counts = Counter((None if sizes is None else sizes[unit], unit[1]) for unit in units)
     parts = [
         make_plan(settings.solver(*key), units=count, directions=directions[key[1]], **model)

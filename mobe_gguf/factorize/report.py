@@ -15,7 +15,7 @@ from mobe_gguf.files import describe_size
 from mobe_gguf.sources.original import Original
 
 #: For lines of text: no colouring, and no wrapping, so that commands and paths can be copied.
-PLAIN: dict[str, Any] = dict(highlight=False, markup=False, soft_wrap=True)
+PLAIN: dict[str, Any] = dict(highlight=False, soft_wrap=True)
 
 
 def print_plan(job: Job, console: Console) -> None:

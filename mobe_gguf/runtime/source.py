@@ -53,7 +53,7 @@ LLAMA_CPP = Pin(
 
 def say(text: str) -> None:
     """One line of the log, on stderr, as it is."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def cache_dir() -> Path:

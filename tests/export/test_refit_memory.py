@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+import peak
 import pytest
 
 #: Bases so large, and experts so few and small, that nothing else counts much: 34 MB a group.  Prints the peak in such groups.
 UNIT = """
-import sys, threading
-from pathlib import Path
-import torch
+import sys
+import peak, torch
 from mobe_gguf.export import refit, sensitivity
 
 n, p, r, d, m = 8, 32, 256, 1024, 32
@@ -42,32 +38,20 @@ class Layer:
 class Tensor:
     name = "A"
 
-def own():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-def watch():
-    while not done.wait(0.001):
-        peaks.append(own())
-
 torch.set_num_threads(1)
 refit.BLOCK_BYTES = 0  # an expert at a time
 unit = refit.Unit(Layer(), projection, "q8_0")
 refit.decoded(torch.randn(4, 64), "q8_0", None, "what any encoding loads")
 torch.linalg.cholesky_ex(torch.eye(4))
-before, peaks, done = own(), [], threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-if what == "moments":
-    unit.moments()
-elif what == "solve":
-    for _ in refit.Solved(Tensor(), "q8_0", 0, None, unit)._solve():
-        pass
-else:
-    sensitivity._basis(unit, ["q8_0", "q4_0", "q5_0"], True)
-done.set()
-watcher.join()
-print((max(peaks) - before) / (4 * m * r * d))
+with peak.watched() as taken:
+    if what == "moments":
+        unit.moments()
+    elif what == "solve":
+        for _ in refit.Solved(Tensor(), "q8_0", 0, None, unit)._solve():
+            pass
+    else:
+        sensitivity._basis(unit, ["q8_0", "q4_0", "q5_0"], True)
+print(taken[0] / (4 * m * r * d))
 """
 
 
@@ -83,8 +67,5 @@ print((max(peaks) - before) / (4 * m * r * d))
 )
 def test_the_bases_of_one_group_are_held_twice(what, projection, groups):
     """Beside them an expert's matrices (0.7 of such a group here), where bits are divided those of four (1.1)."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once
-    command = [sys.executable, "-c", UNIT, what, projection, str(groups)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert 2 < float(done.stdout) < (3.2 if what == "divide" else 2.9), done.stdout
+    found = float(peak.run(UNIT, what, projection, groups))
+    assert 2 < found < (3.2 if what == "divide" else 2.9)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import peak
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -23,38 +21,24 @@ from .test_imatrix import write as write_imatrix
 
 N, P, D, DIRECTIONS = 48, 256, 512, 192
 
-#: Prints the plan's bytes and those at the peak.  Only of the process's own pages: those of the model's file, which is mapped,
-#: are the system's to take back.
+#: Prints the plan's bytes and those at the peak.
 UNIT = """
-import json, sys, threading
-import torch
+import json, sys
+import peak, torch
 from pathlib import Path
 from mobe_gguf.factorize.job import _lock, prepare
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.factorize.unit import fit_unit
 
-def own():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-def watch():
-    while not done.wait(0.001):
-        peaks.append(own())
-
 torch.set_num_threads(1)
 model, out, options = sys.argv[1:]
 options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(options).items()})
 job = prepare(Path(model), Path(out), options)
 fit(torch.randn(4, 32, 64), Settings(2, 32, steps=1))  # what any fit loads
-before, peaks, done = own(), [], threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-with _lock(job):
+with _lock(job), peak.watched() as taken:
     fit_unit(job, *job.settings.units()[0], "cpu")
-done.set()
-watcher.join()
-print(job.plan.memory_bytes, max(peaks) - before)
+print(job.plan.memory_bytes, taken[0])
 """
 
 
@@ -99,13 +83,8 @@ def test_the_plan_says_what_a_unit_takes(objective, options, large, weights, tmp
     options = {"steps": 2, "bases": 16, "rank": 96} | options
     if objective != "mse":
         options[objective] = weights[objective]
-    command = [sys.executable, "-c", UNIT, str(large), str(tmp_path / "out"), json.dumps(options)]
-    # what is freed is given back at once: how much malloc keeps for later differs from run to run
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    plan, peak = map(int, done.stdout.split())
-    assert plan / 1.35 < peak < 1.05 * plan + 4e6, f"{peak / 1e6:.0f} MB, the plan says {plan / 1e6:.0f}"
+    plan, found = map(int, peak.run(UNIT, large, tmp_path / "out", json.dumps(options)).split())
+    assert plan / 1.35 < found < 1.05 * plan + 4e6, f"{found / 1e6:.0f} MB, the plan says {plan / 1e6:.0f}"
 
 
 def test_bases_count_seven_times():
