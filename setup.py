@@ -1,6 +1,6 @@
 """Puts the files that lie outside the package, but that an installed package needs, into the wheel.
 
-All else is in pyproject.toml.  ``mobe_gguf.resources`` finds the files again, in a checkout or in a wheel.
+All else is in pyproject.toml.  ``mobe_gguf.core.resources`` finds the files again, in a checkout or in a wheel.
 """
 
 import shutil

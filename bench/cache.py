@@ -27,8 +27,8 @@ from llama_bench import Speeds
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf.errors import MobeError, run_program
-from mobe_gguf.progress import console
+from mobe_gguf.core.errors import MobeError, run_program
+from mobe_gguf.core.progress import console
 from mobe_gguf.runtime import ggml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "native"))

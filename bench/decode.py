@@ -25,8 +25,8 @@ from llama_bench import Contender
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf.errors import run_program
-from mobe_gguf.progress import console
+from mobe_gguf.core.errors import run_program
+from mobe_gguf.core.progress import console
 
 #: A forward pass of the few layers takes so many tokens at least, per run.
 TOKENS = {1: 32, 2: 32, 4: 32, 8: 32}

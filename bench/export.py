@@ -23,9 +23,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf import resources, runtime
-from mobe_gguf.errors import run_program
-from mobe_gguf.progress import console
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import run_program
+from mobe_gguf.core.progress import console
 
 N, D, P, M = 128, 4096, 1536, 32
 HEADS, KV_HEADS, HEAD_DIM = 64, 4, 128

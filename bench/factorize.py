@@ -39,12 +39,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf.errors import run_program
+from mobe_gguf.core.errors import run_program
+from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.factorize.projected import fast_products
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.factorize.start import initial_basis
-from mobe_gguf.formula import activate, combine
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.models.checkpoint import Checkpoint
 
 T = TypeVar("T")
 

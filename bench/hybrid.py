@@ -24,8 +24,8 @@ from llama_bench import Contender
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf.errors import run_program
-from mobe_gguf.progress import console
+from mobe_gguf.core.errors import run_program
+from mobe_gguf.core.progress import console
 from mobe_gguf.runtime import ggml
 
 #: Types for (c), largest first.

@@ -15,15 +15,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf import evaluate, resources
-from mobe_gguf.errors import MobeError, run_program
+from mobe_gguf import evaluate
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.evaluate import tool
 from mobe_gguf.evaluate.report import with_error
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.baselines import METHODS
 from mobe_gguf.factorize.plan import Options, default_rank
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.models.checkpoint import Checkpoint
 
 #: Of the reference: the shipped model is trained in bf16.
 REFERENCE = "bf16"

@@ -21,7 +21,7 @@ from peaks import Peaks, build, together
 from synthetic import Work, is_prompt
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError, run_program
+from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.runtime import ggml
 
 QWEN3_30B = "2048,768,32,128,8"

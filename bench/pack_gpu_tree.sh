@@ -24,7 +24,7 @@ cd "$repo"
 import sys
 from pathlib import Path
 
-from mobe_gguf import resources
+from mobe_gguf.core import resources
 from mobe_gguf.runtime import compile, patch, source
 
 tree, env, cache = Path(sys.argv[1]), compile.environment(), source.cache_dir()

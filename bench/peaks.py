@@ -31,8 +31,9 @@ from pathlib import Path
 import numpy as np
 from synthetic import Work
 
-from mobe_gguf import resources, runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime import ggml
 
 #: Each peak is the best of so many runs.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import decode
 
-from mobe_gguf.errors import run_program
+from mobe_gguf.core.errors import run_program
 
 
 def main() -> None:

@@ -17,16 +17,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mobe_gguf import evaluate, resources
-from mobe_gguf.errors import run_program
+from mobe_gguf import evaluate
+from mobe_gguf.calibrate.moments import collect
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import run_program
+from mobe_gguf.core.progress import bar
 from mobe_gguf.evaluate import plot, report, tool
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.moments import collect
 from mobe_gguf.factorize.plan import Options, default_bases
-from mobe_gguf.progress import bar
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.wab import WabFiles, wab_name
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.wab import WabFiles, wab_name
 
 #: iq2_s is left out: of a small MoE, llama-quantize makes the same file of it as of iq2_xs.
 PLAIN = (

@@ -31,15 +31,16 @@ from llama_bench import Speeds
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf import demo, names, resources
-from mobe_gguf.atomic import atomic_path
-from mobe_gguf.errors import MobeError, run_program
+from mobe_gguf.core import names, resources
+from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.errors import MobeError, run_program
+from mobe_gguf.core.progress import console
 from mobe_gguf.evaluate import heldout, plot
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.progress import console
+from mobe_gguf.formats.gguf import read_model
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.gguf_file import read_model
+from mobe_gguf.studies import demo
 
 WINDOW = 512
 BASES = 6

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError, run_program
-from mobe_gguf.progress import console
+from mobe_gguf.core.errors import MobeError, run_program
+from mobe_gguf.core.progress import console
 
 #: Seconds that the server may take to load, and a request to be answered.
 PATIENCE = 300

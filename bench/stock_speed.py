@@ -27,10 +27,11 @@ from llama_bench import Contender, Speeds
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf import resources, runtime
-from mobe_gguf.errors import MobeError, run_program
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError, run_program
+from mobe_gguf.core.progress import console
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.progress import console
 from mobe_gguf.runtime import source
 from mobe_gguf.runtime.install import Environment
 

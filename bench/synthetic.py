@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mobe_gguf import names, runtime
-from mobe_gguf.errors import run_program
+from mobe_gguf import runtime
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import run_program
 from mobe_gguf.export.factors import add_mobe_keys
-from mobe_gguf.export.recipe import fit
+from mobe_gguf.quant.recipe import fit
 from mobe_gguf.runtime import ggml
 
 VOCABULARY = 4096

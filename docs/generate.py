@@ -17,8 +17,8 @@ from pathlib import Path
 
 import click
 
-from mobe_gguf import names
 from mobe_gguf.cli import COMMANDS, main
+from mobe_gguf.core import names
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "made by docs/generate.py, do not edit"
@@ -81,7 +81,7 @@ def _option(option: click.Option) -> str:
 
 
 def names_table() -> str:
-    """GGUF keys and tensors, out of ``mobe_gguf/names.py`` with its docstrings."""
+    """GGUF keys and tensors, out of ``mobe_gguf/core/names.py`` with its docstrings."""
     lines = ["| key or tensor | |", "|---|---|"]
     for name, function in vars(names).items():
         if not inspect.isfunction(function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mobe_gguf.formula import combine
+from mobe_gguf.core.formula import combine
 
 
 def combine_groups(mix: torch.Tensor, basis: torch.Tensor, n_group: int) -> torch.Tensor:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mobe_gguf import atomic
-from mobe_gguf.atomic import atomic_path, check_output, destination
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import atomic
+from mobe_gguf.core.atomic import atomic_path, check_output, destination
+from mobe_gguf.core.errors import MobeError
 
 
 def write(path: Path, text: str = "new") -> None:
@@ -103,7 +103,7 @@ def test_links_that_lead_nowhere(tmp_path: Path) -> None:
 
 HOLD = """
 import sys
-from mobe_gguf.atomic import atomic_path
+from mobe_gguf.core.atomic import atomic_path
 with atomic_path(sys.argv[1]) as part:
     with open(part, "wb") as file:
         file.write(b"first")

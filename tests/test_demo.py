@@ -12,10 +12,12 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from mobe_gguf import demo, resources, runtime
+from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.factorize.plan import Options
+from mobe_gguf.studies import demo
 
 MODEL = resources.path("models") / demo.MODEL
 

@@ -1,10 +1,10 @@
-"""mobe_gguf/errors.py: how programs beside the command line end."""
+"""mobe_gguf/core/errors.py: how programs beside the command line end."""
 
 from __future__ import annotations
 
 import pytest
 
-from mobe_gguf.errors import MobeError, UsageError, run_program
+from mobe_gguf.core.errors import MobeError, UsageError, run_program
 
 
 @pytest.mark.parametrize(

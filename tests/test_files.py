@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mobe_gguf.errors import UsageError
-from mobe_gguf.files import describe_size, describe_sizes, format_size, parse_size
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.files import describe_size, describe_sizes, format_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``mobe_gguf/names.py`` and the C side say the same."""
+"""``mobe_gguf/core/names.py`` and the C side say the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mobe_gguf import names, resources
+from mobe_gguf.core import names, resources
 
 HEADER = resources.path("native") / "ggml_mobe" / "ggml-mobe.h"
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from mobe_gguf import progress
+from mobe_gguf.core import progress
 
 #: A closing tag of nothing is an error of rich's markup; the others would be swallowed or replaced.
 NAMES = ("a[/x]", "mo[bold]e", "blk:fire:w")

@@ -22,14 +22,15 @@ from parity.llama import nmse
 from parity.reference import multiply_out, transformers_logits
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf import atomic, reconstruct
 from mobe_gguf.cli import main
+from mobe_gguf.core import atomic
+from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS
+from mobe_gguf.export import reconstruct
+from mobe_gguf.export.reconstruct import reconstruct_model
 from mobe_gguf.factorize import writer
-from mobe_gguf.names import ALL_PROJECTIONS, PROJECTIONS
-from mobe_gguf.reconstruct import reconstruct_model
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
-from mobe_gguf.sources.wab import WabCheckpoint, WabFiles
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.wab import WabCheckpoint, WabFiles
 
 TOKENS = list(range(40, 60))
 
@@ -243,7 +244,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, *rest)
 
-    monkeypatch.setattr("mobe_gguf.reconstruct.write_safetensors", full)
+    monkeypatch.setattr("mobe_gguf.export.reconstruct.write_safetensors", full)
     code, _, err = run(mobe, tmp_path / "dense", *limit)
     assert code == 1 and "disk is full" in err and "goes on from there" in err
     assert not (tmp_path / "dense").exists() and len(list((tmp_path / ".dense.parts").glob("model-*"))) == 2
@@ -258,7 +259,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 SLOWLY = """
 import sys
-from mobe_gguf import reconstruct
+from mobe_gguf.export import reconstruct
 from mobe_gguf.cli import main
 write, calls = reconstruct.write_safetensors, []
 def slow(*args):

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from parity.gguf_files import GgufFile, factorize, qwen3moe
 from rich.console import Console
 
-from mobe_gguf import progress, runtime
+from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.verify import verify
+from mobe_gguf.core import progress
+from mobe_gguf.evaluate.verify import verify
+from mobe_gguf.formats.gguf import read_gguf
 
 BASIS = "blk.1.ffn_up_basis.weight"
 

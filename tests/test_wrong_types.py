@@ -18,13 +18,13 @@ from parity.gguf_files import factorize, qwen3moe
 from sources.editing import edit_config
 
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.evaluate.facts import facts_of
-from mobe_gguf.export.mixture import Facts
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.families import FAMILIES
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.sources.gguf_source import GgufModel
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.families import FAMILIES
+from mobe_gguf.models.gguf_source import GgufModel
+from mobe_gguf.quant.mixture import Facts
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

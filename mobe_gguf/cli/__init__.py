@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from mobe_gguf import __version__
-from mobe_gguf.errors import Interrupted
-from mobe_gguf.files import check_name
+from mobe_gguf.core.errors import Interrupted
+from mobe_gguf.core.files import check_name
 
 #: Subcommand -> one line of help, in the order of use.  The module of the same name holds ``command``.
 COMMANDS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import Interrupted, UsageError
+from mobe_gguf.core.errors import Interrupted, UsageError
 
 
 @click.command()
@@ -79,20 +79,21 @@ def command(
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
-    from mobe_gguf import ablate, runtime
-    from mobe_gguf.ablate import report
-    from mobe_gguf.ablate.study import finish, summary
-    from mobe_gguf.atomic import write_json
+    from mobe_gguf import runtime
     from mobe_gguf.cli.factorize import check_device
+    from mobe_gguf.core.atomic import write_json
     from mobe_gguf.factorize.job import work_directory
     from mobe_gguf.factorize.plan import parse_layers, parse_projections
-    from mobe_gguf.sources.checkpoint import Checkpoint
-    from mobe_gguf.sources.hub import resolve
+    from mobe_gguf.models.checkpoint import Checkpoint
+    from mobe_gguf.models.hub import resolve
+    from mobe_gguf.studies import ablate
+    from mobe_gguf.studies.ablate import report
+    from mobe_gguf.studies.ablate.study import finish, summary
 
     check_device(device)
     if not no_plot:
-        from mobe_gguf.ablate.plot import plot
         from mobe_gguf.evaluate.plot import check
+        from mobe_gguf.studies.ablate.plot import plot
 
         check(out.absolute().with_name("figure.png"))
     if not no_kl:
@@ -128,7 +129,7 @@ def command(
         return
     from rich.console import Console
 
-    from mobe_gguf.progress import VERBATIM
+    from mobe_gguf.core.progress import VERBATIM
 
     Console(highlight=False, width=100, **VERBATIM).print(report.table(study, rows))
 

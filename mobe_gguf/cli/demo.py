@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import Interrupted
+from mobe_gguf.core.errors import Interrupted
 
 
 @click.command()
@@ -21,8 +21,8 @@ def command(directory: Path) -> None:
     """
     from rich.console import Console
 
-    from mobe_gguf.demo import render, run
-    from mobe_gguf.progress import VERBATIM
+    from mobe_gguf.core.progress import VERBATIM
+    from mobe_gguf.studies.demo import render, run
 
     options.check_stdout()
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import Interrupted, MobeError, UsageError
+from mobe_gguf.core.errors import Interrupted, MobeError, UsageError
 
 
 @click.command()
@@ -79,8 +79,8 @@ def command(
 
     Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage; 130: stopped.
     """
+    from mobe_gguf.core.progress import console
     from mobe_gguf.evaluate import Row, Settings, compare, facts_of, heldout
-    from mobe_gguf.progress import console
 
     options.check_stdout()
     if plot is not None:
@@ -126,9 +126,9 @@ def _check_cards(files: tuple[Path, ...]) -> None:
 
 
 def _note(reference, rows, text: Path, quiet: bool) -> None:  # noqa: ANN001, imported late
+    from mobe_gguf.core.progress import console
     from mobe_gguf.evaluate import report
     from mobe_gguf.export.card import card_of, note
-    from mobe_gguf.progress import console
 
     for row in rows:
         path = card_of(row.facts.path)
@@ -153,8 +153,8 @@ def _placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> 
 def _show(reference, rows, text: Path, settings, as_json: bool) -> None:  # noqa: ANN001, imported late
     from rich.console import Console
 
+    from mobe_gguf.core.progress import VERBATIM
     from mobe_gguf.evaluate import report
-    from mobe_gguf.progress import VERBATIM
 
     if as_json:
         click.echo(json.dumps(report.as_json(reference, rows, text, settings), indent=2, allow_nan=False))
@@ -165,8 +165,8 @@ def _show(reference, rows, text: Path, settings, as_json: bool) -> None:  # noqa
 
 
 def _plot(rows, path: Path, quiet: bool) -> None:  # noqa: ANN001
+    from mobe_gguf.core.progress import console
     from mobe_gguf.evaluate.plot import plot
-    from mobe_gguf.progress import console
 
     left_out = plot(rows, path)
     if not quiet:

@@ -9,8 +9,8 @@ import click
 
 from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
-from mobe_gguf.errors import Interrupted
-from mobe_gguf.progress import console
+from mobe_gguf.core.errors import Interrupted
+from mobe_gguf.core.progress import console
 
 
 @click.command()
@@ -171,7 +171,7 @@ def command(
         parse_type,
     )
     from mobe_gguf.export.shards import left_by
-    from mobe_gguf.sources.hub import resolve
+    from mobe_gguf.models.hub import resolve
 
     def type_of(option: str, text: str | None) -> str | None:
         return None if text is None else parse_type(option, text)
@@ -223,8 +223,8 @@ def command(
 
 
 def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost an import of torch
+    from mobe_gguf.core.files import describe_size
     from mobe_gguf.export.report import amount, fallback_lines, importance_lines, size_table
-    from mobe_gguf.files import describe_size
 
     console.print(size_table(report.entries))
     lines = fallback_lines(report.fallbacks) + importance_lines(report.entries)

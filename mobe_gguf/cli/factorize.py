@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import Interrupted, UsageError
-from mobe_gguf.names import ACTIVATIONS
+from mobe_gguf.core.errors import Interrupted, UsageError
+from mobe_gguf.core.names import ACTIVATIONS
 
 
 @click.command()
@@ -164,14 +164,14 @@ def command(
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
-    from mobe_gguf.export.recipe import parse_quant
+    from mobe_gguf.core.progress import console
     from mobe_gguf.factorize import job as jobs
     from mobe_gguf.factorize import plan, report
     from mobe_gguf.factorize.expected import expected_time
     from mobe_gguf.factorize.target import parse_target
     from mobe_gguf.factorize.workers import Place
-    from mobe_gguf.progress import console
-    from mobe_gguf.sources.hub import resolve
+    from mobe_gguf.models.hub import resolve
+    from mobe_gguf.quant.recipe import parse_quant
 
     asked = plan.Options(
         layers=None if layers is None else plan.parse_layers(layers),
@@ -226,7 +226,7 @@ def command(
 
 def _type(option: str, text: str | None) -> str | None:
     """A ggml type's name as the recipe spells it."""
-    from mobe_gguf.export.recipe import parse_type
+    from mobe_gguf.quant.recipe import parse_type
 
     return text and parse_type(option, text)
 

@@ -22,9 +22,9 @@ def command(path: Path, as_json: bool) -> None:
     """
     from rich.console import Console
 
+    from mobe_gguf.core.progress import VERBATIM
+    from mobe_gguf.evaluate.inspect import describe, layer_table, summary
     from mobe_gguf.export.report import size_table
-    from mobe_gguf.inspect import describe, layer_table, summary
-    from mobe_gguf.progress import VERBATIM
 
     options.check_stdout()
     description = describe(path)

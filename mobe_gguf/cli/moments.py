@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mobe_gguf.cli import options
-from mobe_gguf.errors import Interrupted
+from mobe_gguf.core.errors import Interrupted
 
 
 @click.command()
@@ -50,8 +50,8 @@ def command(model: Path, out: Path, text: Path, device: str, as_json: bool, **se
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
+    from mobe_gguf.calibrate.moments import collect
     from mobe_gguf.cli.factorize import check_device
-    from mobe_gguf.factorize.moments import collect
 
     check_device(device)
     try:

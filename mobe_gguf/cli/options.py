@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -10,7 +10,7 @@ import click
 
 from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
-from mobe_gguf.progress import console
+from mobe_gguf.core.progress import console
 
 
 @click.command()
@@ -54,15 +54,15 @@ def command(
       mobe-gguf reconstruct mobe/ dense/
       mobe-gguf reconstruct original/ dense/ --wab trained/ --activation silu
     """
-    from mobe_gguf.errors import Interrupted, MobeError
+    from mobe_gguf.core.errors import Interrupted, MobeError
+    from mobe_gguf.core.files import describe_size, parse_size
+    from mobe_gguf.export.reconstruct import reconstruct_model
     from mobe_gguf.export.report import amount
     from mobe_gguf.export.shards import left_by
-    from mobe_gguf.files import describe_size, parse_size
-    from mobe_gguf.reconstruct import reconstruct_model
-    from mobe_gguf.sources.gguf_factors import FACTORS_NAME
-    from mobe_gguf.sources.hub import resolve
-    from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
-    from mobe_gguf.sources.wab import WabCheckpoint
+    from mobe_gguf.models.gguf_factors import FACTORS_NAME
+    from mobe_gguf.models.hub import resolve
+    from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+    from mobe_gguf.models.wab import WabCheckpoint
 
     size = parse_size(max_shard_size, "--max-shard-size")
     said = wab_files(wab, activation, wab_layers)

@@ -26,8 +26,8 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
     FILE is any GGUF file, or the first one of a split model (all its files are checked then). Everything that is
     wrong is named, with the tensor and the reason; the exit code is 1 then.
     """
-    from mobe_gguf.files import describe_size
-    from mobe_gguf.verify import read_sums, verify
+    from mobe_gguf.core.files import describe_size
+    from mobe_gguf.evaluate.verify import read_sums, verify
 
     verdict = verify(file, sums=None if sums is None else read_sums(sums), quiet=quiet)
     if as_json:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mobe_gguf.errors import UsageError
-from mobe_gguf.names import WAB_ACTIVATIONS
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.names import WAB_ACTIVATIONS
 
 if TYPE_CHECKING:  # an import of torch
-    from mobe_gguf.sources.wab import WabFiles
+    from mobe_gguf.models.wab import WabFiles
 
 
 def wab_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +55,6 @@ def wab_files(folders: tuple[Path, ...], activation: str | None, layers: str | N
             "of the authors' train.py was, silu if nothing was said there"
         )
     from mobe_gguf.factorize.plan import parse_layers
-    from mobe_gguf.sources.wab import WabFiles
+    from mobe_gguf.models.wab import WabFiles
 
     return WabFiles(folders, activation, None if layers is None else parse_layers(layers, "--wab-layers"))

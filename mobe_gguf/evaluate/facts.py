@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export.report import Entry, original_params
-from mobe_gguf.sources.gguf_file import read_model
+from mobe_gguf.formats.gguf import read_model
 
 
 @dataclass(frozen=True)

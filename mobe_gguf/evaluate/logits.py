@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf.atomic import destination
-from mobe_gguf.errors import MobeError
-from mobe_gguf.files import describe_sizes
+from mobe_gguf.core.atomic import destination
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import describe_sizes
 
 MAGIC = b"_logits_"
 

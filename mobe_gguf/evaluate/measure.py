@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf import resources, runtime
-from mobe_gguf.atomic import atomic_path
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
+from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.files import describe_size
+from mobe_gguf.core.progress import Bar, bar, console
 from mobe_gguf.evaluate import logits, parse, tool
 from mobe_gguf.evaluate.facts import Facts, facts_of
 from mobe_gguf.evaluate.parse import Divergence, Estimate
 from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary
-from mobe_gguf.files import describe_size
-from mobe_gguf.progress import Bar, bar, console
 
 TOOL = "llama-perplexity"
 

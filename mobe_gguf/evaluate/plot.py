@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobe_gguf.atomic import atomic_path, destination
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.atomic import atomic_path, destination
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.report import short_names
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 
 #: Lines of a program's messages that an error shows.
 TAIL = 12

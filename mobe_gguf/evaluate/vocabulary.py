@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 
 
 @dataclass(frozen=True)

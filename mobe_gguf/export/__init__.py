@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf.atomic import check_output, destination
-from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.export.allocate import parse_target
+from mobe_gguf.core.atomic import check_output, destination
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.files import check_name, check_space, describe_size, format_size, parse_size
+from mobe_gguf.core.progress import bar
 from mobe_gguf.export.card import Subject, write_card
 from mobe_gguf.export.converter import Conversion, add_keys, convert
 from mobe_gguf.export.divide import divide
@@ -28,20 +29,19 @@ from mobe_gguf.export.fitted import default_types, mismatch
 from mobe_gguf.export.gguf_target import Copied, GgufConversion
 from mobe_gguf.export.imatrix import Imatrix, Importance, importances, missing_message, without
 from mobe_gguf.export.origin import Origin
-from mobe_gguf.export.recipe import Choice, Facts, Recipe, Spec, parse_override, parse_quant, parse_type, plan
 from mobe_gguf.export.refit import Refitting, find_original, units_of, weigh_transforms
 from mobe_gguf.export.report import Entry, Report, original_params
 from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
 from mobe_gguf.export.write import Encoded, head_bytes, write_gguf
-from mobe_gguf.files import check_name, check_space, describe_size, format_size, parse_size
-from mobe_gguf.progress import bar
+from mobe_gguf.formats.gguf import number_of
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.gguf_factors import FACTORS_NAME, GgufFactors
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.original import Original
+from mobe_gguf.models.wab import WabCheckpoint, WabFiles
+from mobe_gguf.quant.allocate import parse_target
+from mobe_gguf.quant.recipe import Choice, Facts, Recipe, Spec, parse_override, parse_quant, parse_type, plan
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.sources.gguf_file import number_of
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
-from mobe_gguf.sources.original import Original
-from mobe_gguf.sources.wab import WabCheckpoint, WabFiles
 
 __all__ = [
     "Recipe",

@@ -17,15 +17,15 @@ from statistics import mean
 from typing import Any
 from urllib.parse import quote
 
-from mobe_gguf.atomic import atomic_path
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import readable
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export.origin import HUB, Origin
-from mobe_gguf.export.recipe import Recipe
 from mobe_gguf.export.report import Report, amount, rows
-from mobe_gguf.files import readable
-from mobe_gguf.names import ALL_PROJECTIONS
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.quant.recipe import Recipe
 
 #: Says that a page is ours, and by a checksum over the rest that nobody changed it.
 MARK = re.compile(r"<!-- made by mobe-gguf export: [0-9a-f]{16} -->\n")

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import tiktoken, tokenizer
 from mobe_gguf.export.origin import Origin
-from mobe_gguf.export.recipe import Choice
 from mobe_gguf.export.source import Lazy, Source, Whole, cast, evaluate
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.quant.recipe import Choice
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
 FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from mobe_gguf.errors import UsageError
-from mobe_gguf.export.allocate import TooSmall, allocate
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.files import format_size
+from mobe_gguf.core.progress import bar
 from mobe_gguf.export.imatrix import Imatrix, importances
-from mobe_gguf.export.mixture import Spec, layer_of
-from mobe_gguf.export.recipe import Choice, Recipe, is_fixed
 from mobe_gguf.export.refit import units_of, weigh_transforms
 from mobe_gguf.export.sensitivity import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
-from mobe_gguf.files import format_size
-from mobe_gguf.progress import bar
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
-from mobe_gguf.sources.original import Original
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.original import Original
+from mobe_gguf.quant.allocate import TooSmall, allocate
+from mobe_gguf.quant.mixture import Spec, layer_of
+from mobe_gguf.quant.recipe import Choice, Recipe, is_fixed
 
 #: Any quantized type: what importance matrices are looked up for, before there is a choice.
 QUANTIZED = Choice("q4_k", "q4_k")

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from mobe_gguf import names
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export.converter import Conversion, Tensor, add_keys
 from mobe_gguf.export.source import Stacked, Whole
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
 
 
 def check_factors(checkpoint: MobeCheckpoint) -> None:

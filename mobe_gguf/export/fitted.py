@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf import names
-from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.export.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fit
-from mobe_gguf.sources.gguf_factors import FACTORS_NAME
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
-from mobe_gguf.sources.safetensors_file import read_json
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.formats.safetensors import read_json
+from mobe_gguf.models.gguf_factors import FACTORS_NAME
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.quant.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fit
 
 
 def fitted_types(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:

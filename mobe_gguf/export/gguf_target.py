@@ -13,21 +13,21 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
 from mobe_gguf.export.converter import Tensor
-from mobe_gguf.export.mixture import Facts, Spec
-from mobe_gguf.export.recipe import (
+from mobe_gguf.export.write import Encoded
+from mobe_gguf.formats.gguf import ALIGNMENT, MAGIC, padded
+from mobe_gguf.models.gguf_factors import GgufFactors
+from mobe_gguf.models.gguf_source import GgufModel, Stored, merged_name
+from mobe_gguf.quant.mixture import Facts, Spec
+from mobe_gguf.quant.recipe import (
     Choice,
     Recipe,
     allows_quantization,
     is_named,
     plan,
 )
-from mobe_gguf.export.write import Encoded
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.gguf_factors import GgufFactors
-from mobe_gguf.sources.gguf_file import ALIGNMENT, MAGIC, padded
-from mobe_gguf.sources.gguf_source import GgufModel, Stored, merged_name
 
 #: Type numbers of GGUF values (ggml/docs/gguf.md).
 _U16, _U32, _I32, _STRING = 2, 4, 5, 8

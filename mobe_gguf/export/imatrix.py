@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mobe_gguf import names
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export.converter import Tensor
-from mobe_gguf.export.mixture import layer_of
-from mobe_gguf.export.recipe import FLOATS, Choice, is_basis, is_transform, requires_imatrix
 from mobe_gguf.factorize.imatrix import smoothed
-from mobe_gguf.sources.gguf_file import Array, GgufFile, read_gguf
-from mobe_gguf.sources.gguf_source import merged_name
+from mobe_gguf.formats.gguf import Array, GgufFile, read_gguf
+from mobe_gguf.models.gguf_source import merged_name
+from mobe_gguf.quant.mixture import layer_of
+from mobe_gguf.quant.recipe import FLOATS, Choice, is_basis, is_transform, requires_imatrix
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 

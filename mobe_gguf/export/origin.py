@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf.errors import UsageError
-from mobe_gguf.files import readable
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.hub import model_id
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.files import readable
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.hub import model_id
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
 
 HUB = "https://huggingface.co/"
 

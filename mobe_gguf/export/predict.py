@@ -11,14 +11,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf import names
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export.converter import add_keys, convert
 from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.imatrix import Imatrix
-from mobe_gguf.export.recipe import Facts, Recipe, Spec, plan
 from mobe_gguf.export.write import head_bytes, stored_bytes
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.quant.recipe import Facts, Recipe, Spec, plan
 
 
 @dataclass(frozen=True)

@@ -26,20 +26,20 @@ from typing import IO
 import numpy as np
 import torch
 
-from mobe_gguf import names
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.formula import activate, combine
+from mobe_gguf.core.metric import Metric
 from mobe_gguf.export.imatrix import Imatrix, Importance
-from mobe_gguf.export.recipe import FLOATS, Choice
 from mobe_gguf.export.refit_solve import cost, kept, resized, second_moments, solve
 from mobe_gguf.export.report import Refit
 from mobe_gguf.export.write import Encoded
-from mobe_gguf.factorize.metric import Metric
-from mobe_gguf.formula import activate, combine
+from mobe_gguf.models.gguf_factors import GgufFactors
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, recorded
+from mobe_gguf.models.original import Original, open_original
+from mobe_gguf.models.wab import WabCheckpoint
+from mobe_gguf.quant.recipe import FLOATS, Choice
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.gguf_factors import GgufFactors
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, MobeLayer, recorded
-from mobe_gguf.sources.original import Original, open_original
-from mobe_gguf.sources.wab import WabCheckpoint
 
 #: Bytes that a block of experts may take, if it is more than one.  It is fixed, for sums depend on it in their last bits.
 BLOCK_BYTES = 64 << 20

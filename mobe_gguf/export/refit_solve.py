@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import torch
 
-from mobe_gguf.factorize.metric import Metric
+from mobe_gguf.core.formula import activate, combine
+from mobe_gguf.core.metric import Metric
 from mobe_gguf.factorize.projected import SingularError, derivative_, solve_transform
-from mobe_gguf.formula import activate, combine
 
 #: Ridge of the change of A, relative to the mean of the Gram matrix's diagonal.
 ANCHOR = 0.03

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mobe_gguf.export.recipe import FLOATS
+from mobe_gguf.quant.recipe import FLOATS
 
 #: Classes of tensors in the order of the table, each with what is found in the names of its tensors.
 #: The first that fits counts.  ``experts`` are gate and up of layers that are not factorized.

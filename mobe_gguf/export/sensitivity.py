@@ -20,18 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mobe_gguf.errors import MobeError
-from mobe_gguf.export.allocate import LADDER, Option
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Imatrix, Importance
-from mobe_gguf.export.mixture import layer_of
-from mobe_gguf.export.recipe import fit, is_down, is_transform, requires_imatrix
 from mobe_gguf.export.refit import Unit, each_decoded
 from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
 from mobe_gguf.factorize.imatrix import Imatrix as Inputs
 from mobe_gguf.factorize.sensitivity import layer_shares
-from mobe_gguf.formula import activate, combine
-from mobe_gguf.sources.original import Original
+from mobe_gguf.models.original import Original
+from mobe_gguf.quant.allocate import LADDER, Option
+from mobe_gguf.quant.mixture import layer_of
+from mobe_gguf.quant.recipe import fit, is_down, is_transform, requires_imatrix
 
 #: Experts of a layer that are measured; they are the first ones, for experts have no order.
 SAMPLE = 4

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf import __version__
-from mobe_gguf.atomic import destination, held, write_json
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.atomic import destination, held, write_json
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.files import describe_sizes
 from mobe_gguf.export.write import Encoded, write_gguf
-from mobe_gguf.files import describe_sizes
-from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
+from mobe_gguf.formats.gguf import ALIGNMENT, padded
 
 #: ``split.count`` is a u16.
 MAX_SHARDS = 65_535

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export.tokenizer import Recognized
 
 #: ``auto_map`` of tokenizer_config.json -> llama.cpp's name for that splitting.

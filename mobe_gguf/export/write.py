@@ -14,15 +14,15 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from mobe_gguf.atomic import atomic_path
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import FULL
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import chunks
-from mobe_gguf.files import FULL
+from mobe_gguf.formats.gguf import ALIGNMENT, padded
+from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.checkpoint import all_finite
-from mobe_gguf.sources.gguf_file import ALIGNMENT, padded
 
 
 def stored_bytes(shape: Sequence[int], type_name: str, alignment: int = ALIGNMENT) -> int:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mobe_gguf.errors import UsageError
-from mobe_gguf.factorize.metric import FLOOR, Metric, Roots
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.metric import FLOOR, Metric, Roots
 from mobe_gguf.factorize.projected import Projected
 from mobe_gguf.factorize.solver import Factors
 

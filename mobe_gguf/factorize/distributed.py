@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mobe_gguf import __version__
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.progress import Bar
 from mobe_gguf.factorize.remote import JobAddress
 from mobe_gguf.factorize.target import Unit
 from mobe_gguf.factorize.workers import REPORT, Do, Done, attempt, opened, reporting
-from mobe_gguf.progress import Bar
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

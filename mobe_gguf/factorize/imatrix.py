@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mobe_gguf import names
-from mobe_gguf.errors import MobeError
-from mobe_gguf.files import sha256
-from mobe_gguf.sources.gguf_source import merged_name
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import sha256
+from mobe_gguf.models.gguf_source import merged_name
 
 #: Rows that every expert is taken to have seen beside its own, as a share of the average expert's, with the average
 #: input: an expert that the calibration text never routed to still has to be kept in shape.

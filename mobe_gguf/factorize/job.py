@@ -23,12 +23,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mobe_gguf.atomic import write_json
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.atomic import write_json
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.files import FULL, describe_sizes
+from mobe_gguf.core.progress import Bar, bar, console
 from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.distributed import await_file, cluster
 from mobe_gguf.factorize.imatrix import Imatrix
-from mobe_gguf.factorize.moments import Moments
 from mobe_gguf.factorize.plan import (
     JobSettings,
     Options,
@@ -42,11 +43,10 @@ from mobe_gguf.factorize.target import Goal, Size, Unit
 from mobe_gguf.factorize.unit import UnitResult, fit_unit, probe_unit
 from mobe_gguf.factorize.workers import Place, each
 from mobe_gguf.factorize.writer import write_output
-from mobe_gguf.files import FULL, describe_sizes
-from mobe_gguf.progress import Bar, bar, console
-from mobe_gguf.sources.gguf_source import GgufModel
-from mobe_gguf.sources.original import Original, open_original
-from mobe_gguf.sources.safetensors_file import read_header
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.formats.safetensors import read_header
+from mobe_gguf.models.gguf_source import GgufModel
+from mobe_gguf.models.original import Original, open_original
 
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS
 from mobe_gguf.factorize.baselines import METHODS, Baseline
-from mobe_gguf.factorize.moments import Moments
 from mobe_gguf.factorize.solver import Settings, block_bytes, cpu_block
 from mobe_gguf.factorize.target import Size, Unit
-from mobe_gguf.names import ALL_PROJECTIONS, PROJECTIONS
-from mobe_gguf.sources.checkpoint import PLAIN_FLOATS
-from mobe_gguf.sources.original import Original
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.models.checkpoint import PLAIN_FLOATS
+from mobe_gguf.models.original import Original
 
 #: Names of the types that factors can be stored in.
 STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

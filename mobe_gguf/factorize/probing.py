@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobe_gguf.atomic import write_json
-from mobe_gguf.errors import UsageError
-from mobe_gguf.export.recipe import Recipe
+from mobe_gguf.core.atomic import write_json
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.files import format_size
 from mobe_gguf.factorize.imatrix import Imatrix
 from mobe_gguf.factorize.plan import JobSettings, default_rank, parameters
 from mobe_gguf.factorize.sensitivity import TRUST, layer_shares
@@ -36,9 +36,9 @@ from mobe_gguf.factorize.target import (
     rank_candidates,
     search,
 )
-from mobe_gguf.files import format_size
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.original import Original
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.original import Original
+from mobe_gguf.quant.recipe import Recipe
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

@@ -27,8 +27,8 @@ from functools import cached_property
 
 import torch
 
-from mobe_gguf.factorize.metric import Metric
-from mobe_gguf.formula import activate, combine
+from mobe_gguf.core.formula import activate, combine
+from mobe_gguf.core.metric import Metric
 
 
 class SingularError(ArithmeticError):

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobe_gguf import __version__
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.imatrix import Imatrix
-from mobe_gguf.factorize.moments import Moments
 from mobe_gguf.factorize.plan import JobSettings, Plan
 from mobe_gguf.factorize.target import Size, Unit
-from mobe_gguf.sources.original import open_original
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.models.original import open_original
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mobe_gguf.core.files import describe_size
 from mobe_gguf.factorize.expected import expected_time
 from mobe_gguf.factorize.job import Job, Result
 from mobe_gguf.factorize.plan import JobSettings, Plan, baseline, format_layers
-from mobe_gguf.files import describe_size
-from mobe_gguf.sources.original import Original
+from mobe_gguf.models.original import Original
 
 #: For lines of text: no colouring, and no wrapping, so that commands and paths can be copied.
 PLAIN: dict[str, Any] = dict(highlight=False, soft_wrap=True)

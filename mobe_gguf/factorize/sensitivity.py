@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import torch
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.factorize.imatrix import Imatrix
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.gguf_source import GgufModel, Stored
-from mobe_gguf.sources.original import Original
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.gguf_source import GgufModel, Stored
+from mobe_gguf.models.original import Original
 
 #: Matrices that write to the residual stream, beside the routed experts: end of a Hugging Face name -> GGUF name.
 WRITERS = {

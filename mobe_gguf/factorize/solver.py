@@ -46,14 +46,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.formula import activate, combine
+from mobe_gguf.core.metric import Metric, Roots
+from mobe_gguf.core.names import ACTIVATIONS
 from mobe_gguf.factorize.adam import Adam
-from mobe_gguf.factorize.metric import Metric, Roots
 from mobe_gguf.factorize.projected import Projected, SingularError, fast_products
-from mobe_gguf.factorize.rounding import noise, resolve, rounded, settled
 from mobe_gguf.factorize.start import initial_basis, initial_mix
-from mobe_gguf.formula import activate, combine
-from mobe_gguf.names import ACTIVATIONS
+from mobe_gguf.quant.roundtrip import noise, resolve, rounded, settled
 
 #: Standard deviation that the bases start with; W has 1.
 START_SCALE = 0.25

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mobe_gguf.errors import UsageError
-from mobe_gguf.files import parse_size
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.files import parse_size
 
 #: ``(layer, projection)``.
 Unit = tuple[int, str]

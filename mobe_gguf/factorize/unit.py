@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mobe_gguf.atomic import atomic_path
+from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.metric import Roots
 from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.baselines import Matrices
 from mobe_gguf.factorize.down import fit_down
-from mobe_gguf.factorize.metric import Roots
 from mobe_gguf.factorize.plan import STORED, baseline
 from mobe_gguf.factorize.solver import Factors, Settings, fit
 from mobe_gguf.factorize.target import Size, Unit
-from mobe_gguf.factorize.writer import Entry, write_safetensors
+from mobe_gguf.formats.safetensors import Entry, write_safetensors
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

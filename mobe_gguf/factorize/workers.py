@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.memory import free_memory
+from mobe_gguf.core.progress import Bar
 from mobe_gguf.factorize.remote import JobAddress
 from mobe_gguf.factorize.target import Unit
-from mobe_gguf.memory import free_memory
-from mobe_gguf.progress import Bar
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

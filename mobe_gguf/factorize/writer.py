@@ -7,91 +7,23 @@ so memory does not grow with the model.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mobe_gguf.atomic import write_json
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.gguf_factors import FACTORS_NAME
-from mobe_gguf.sources.original import Original
-from mobe_gguf.sources.safetensors_file import DTYPES, INDEX_NAME, TensorInfo, read_header
+from mobe_gguf.core.atomic import write_json
+from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, TensorInfo, read_header, write_safetensors
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.gguf_factors import FACTORS_NAME
+from mobe_gguf.models.original import Original
 
 #: Bytes of a shard, as ``save_pretrained`` has it.
 MAX_SHARD = 5_000_000_000
-CHUNK = 16 << 20
 
 #: Files that hold weights in one way or another; every other file of the source is copied.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor to be written: ``dtype`` in safetensors' spelling, ``data()`` its bytes in chunks."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    n_bytes: int
-    data: Callable[[], Iterable[Any]]
-
-    @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> Entry:
-        """A tensor in memory."""
-        dtype = next(k for k, v in DTYPES.items() if v == tensor.dtype)
-        raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
-        return cls(name, dtype, tuple(tensor.shape), raw.nbytes, lambda: [raw])
-
-    @classmethod
-    def copy(cls, name: str, dtype: str, shape: tuple[int, ...], file: Path, begin: int, end: int) -> Entry:
-        """A run of bytes of another file."""
-        return cls(name, dtype, shape, end - begin, lambda: _chunks(file, begin, end))
-
-
-def _chunks(file: Path, begin: int, end: int) -> Iterator[bytes]:
-    with open(file, "rb") as f:
-        f.seek(begin)
-        while begin < end:
-            chunk = f.read(min(CHUNK, end - begin))
-            if not chunk:
-                raise OSError(f"{file} became shorter while it was read")
-            begin += len(chunk)
-            yield chunk
-
-
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
-    """One safetensors file: 8 bytes of header length, JSON, data.
-
-    Not the library's ``save_file``, which wants all tensors in memory, orders metadata differently from run to run,
-    and makes files that only their owner may read.
-    """
-    # Widest elements first, as the library does it: readers want a tensor's data aligned to its type.
-    entries = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize if e.dtype in DTYPES else 0)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for e in entries:
-        header[e.name] = {
-            "dtype": e.dtype,
-            "shape": list(e.shape),
-            "data_offsets": [offset, offset + e.n_bytes],
-        }
-        offset += e.n_bytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(raw)) + raw)
-        for e in entries:
-            for chunk in e.data():
-                f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def copies(checkpoint: Checkpoint, factorized: Iterable[tuple[int, str]]) -> list[Entry]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime.install import Environment, read_stamp
 
 __all__ = ["is_built", "lib_dir", "source_tree", "tool", "use_conversion"]

@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf import resources
-from mobe_gguf.atomic import atomic_path
-from mobe_gguf.errors import MobeError
-from mobe_gguf.files import sha256
+from mobe_gguf.core import resources
+from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import sha256
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime import install, patch, source
 from mobe_gguf.runtime.compile import Options

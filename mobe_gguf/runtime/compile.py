@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.progress import bar, console
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.progress import bar, console
 from mobe_gguf.runtime.source import say
 
 #: Installed on the PATH.

@@ -19,7 +19,7 @@ import cffi
 import numpy as np
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 
 #: ``ggml/include/ggml.h``; ``_load`` compares the struct, as the library fills it, with its functions.
 _DECLARATIONS = """

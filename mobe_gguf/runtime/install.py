@@ -28,8 +28,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf.atomic import write_json
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.atomic import write_json
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime.compile import Options
 from mobe_gguf.runtime.source import Pin, remove
 

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 
 
 def apply(tree: Path, patches: Iterable[Path], env: Mapping[str, str]) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf.errors import MobeError
-from mobe_gguf.files import sha256
-from mobe_gguf.progress import bar, console
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import sha256
+from mobe_gguf.core.progress import bar, console
 
 #: Names the cache directory; without it, ``$XDG_CACHE_HOME/mobe-gguf`` or ``~/.cache/mobe-gguf``.
 CACHE_VARIABLE = "MOBE_GGUF_CACHE"

@@ -36,7 +36,7 @@ enum ggml_mobe_activation {
     GGML_MOBE_ACTIVATION_COUNT,
 };
 
-// GGUF: "<arch>.mobe.*" keys and tensor suffixes; mobe_gguf/names.py holds the same strings
+// GGUF: "<arch>.mobe.*" keys and tensor suffixes; mobe_gguf/core/names.py holds the same strings
 #define GGML_MOBE_VERSION         1 // of files with bases of gate and up
 #define GGML_MOBE_VERSION_DOWN    2 // of files with bases of down; the newest that is read
 #define GGML_MOBE_KEY_VERSION     "%s.mobe.version"

@@ -10,14 +10,16 @@ import tiny
 import torch
 from click.testing import CliRunner, Result
 
-from mobe_gguf import ablate, resources, runtime
-from mobe_gguf.ablate import study as studies
+from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.formula import combine
 from mobe_gguf.evaluate import heldout
 from mobe_gguf.factorize.solver import Settings, fit
-from mobe_gguf.formula import combine
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.studies import ablate
+from mobe_gguf.studies.ablate import study as studies
 
 FAST = ("--steps", 3, "--no-kl", "--layers", 1, "--projections", "up")
 

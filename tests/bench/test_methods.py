@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mobe_gguf import resources
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.factorize.plan import Options, plan_checkpoint, settle
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.models.checkpoint import Checkpoint
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 

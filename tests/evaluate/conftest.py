@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from export.handmade import make_mobe
 
-from mobe_gguf import resources, runtime
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
 from mobe_gguf.evaluate import heldout
 from mobe_gguf.export import Recipe, export, parse_quant
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from mobe_gguf import evaluate
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate import Row, Settings, logits, tool
 from mobe_gguf.evaluate.facts import facts_of
 from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate import Divergence, Estimate, Facts, Row, Settings, plot, report
 from mobe_gguf.evaluate.parse import PERCENTILES
 

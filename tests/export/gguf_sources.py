@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mobe_gguf.sources.gguf_file import TensorInfo, read_gguf
+from mobe_gguf.formats.gguf import TensorInfo, read_gguf
 
 
 def raw(info: TensorInfo) -> np.ndarray:

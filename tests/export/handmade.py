@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf.sources.families import family_of
+from mobe_gguf.models.families import family_of
 
 
 def cut(path: Path, layer: int, projection: str, *, m: int, r: int) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 
 from export.handmade import make_mobe
-from mobe_gguf.sources.families import family_of
+from mobe_gguf.models.families import family_of
 
 _FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])
 _DEEPSEEK = dict(

@@ -16,20 +16,20 @@ from click.testing import CliRunner
 
 from export.handmade import make_mobe
 from mobe_gguf.cli import main
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.export.allocate import Option, Target, TooSmall, allocate, parse_target
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Imatrix
-from mobe_gguf.export.recipe import Choice
 from mobe_gguf.export.refit import units_of
 from mobe_gguf.export.refit_solve import BIAS
 from mobe_gguf.export.sensitivity import measure
 from mobe_gguf.export.source import Whole
-from mobe_gguf.formula import activate, combine
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.quant.allocate import Option, Target, TooSmall, allocate, parse_target
+from mobe_gguf.quant.recipe import Choice
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 SIZES = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=2)
 

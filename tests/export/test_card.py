@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from export.handmade import cut, make_mobe
 from export.published import make_wab
 from mobe_gguf.cli import main
+from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.export.card import card_of, note
-from mobe_gguf.inspect import describe
-from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.formats.gguf import read_gguf
 
 Maker = Callable[..., Path]
 

@@ -15,11 +15,11 @@ from parity.reference import multiply_out
 from export.published import make_wab
 from export.test_export import NAMED
 from mobe_gguf.cli import main
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.names import ALL_PROJECTIONS
-from mobe_gguf.sources import mobe_checkpoint
-from mobe_gguf.sources.gguf_file import GgufFile, read_gguf
-from mobe_gguf.sources.wab import WabFiles
+from mobe_gguf.formats.gguf import GgufFile, read_gguf
+from mobe_gguf.models import mobe_checkpoint
+from mobe_gguf.models.wab import WabFiles
 
 Maker = Callable[..., Path]
 

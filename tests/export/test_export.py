@@ -12,11 +12,12 @@ import tiny
 import torch
 
 from export.handmade import make_mobe
-from mobe_gguf import names, runtime
+from mobe_gguf import runtime
+from mobe_gguf.core import names
 from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.formats.gguf import GgufFile, read_gguf
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.gguf_file import GgufFile, read_gguf
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 Maker = Callable[..., Path]
 

@@ -23,10 +23,10 @@ from sources.editing import edit_config, edit_tensors
 
 from export.handmade import make_mobe
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import Recipe, export, write
 from mobe_gguf.export.refit import BLOCK_BYTES
-from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.formats.gguf import read_gguf
 
 Maker = Callable[..., Path]
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from export.handmade import make_mobe
 from mobe_gguf.cli import main
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
 from mobe_gguf.export import default_types
 
 

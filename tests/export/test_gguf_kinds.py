@@ -16,14 +16,14 @@ from parity.gguf_files import EXPERTS, FF_EXP, HEAD_DIM, LAYERS, D, GgufFile, qw
 
 from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.export.mixture import Facts
-from mobe_gguf.export.recipe import Spec, plan
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.inspect import describe
-from mobe_gguf.sources.gguf_file import Array, read_gguf
+from mobe_gguf.formats.gguf import Array, read_gguf
+from mobe_gguf.quant.mixture import Facts
+from mobe_gguf.quant.recipe import Spec, plan
 
 #: Width of experts that are fed less than the hidden size.
 NARROW = 32

@@ -21,15 +21,16 @@ from parity import gguf_files
 from safetensors.torch import load_file
 
 from export.gguf_sources import raw, rewritten
-from mobe_gguf import names, runtime
+from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import Recipe, export, parse_override, parse_quant, write
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.inspect import describe
+from mobe_gguf.formats.gguf import GgufFile, read_gguf, read_model
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.gguf_file import GgufFile, read_gguf, read_model
 
 Maker = Callable[..., Path]
 

@@ -19,15 +19,15 @@ from click.testing import CliRunner
 from export.handmade import make_mobe
 from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.imatrix import Entry, Imatrix, ImatrixFile
-from mobe_gguf.export.recipe import ALIASES, QUANTS, Facts, Spec, plan
 from mobe_gguf.export.report import importance_lines
 from mobe_gguf.export.source import Whole
-from mobe_gguf.names import ALL_PROJECTIONS
-from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.quant.recipe import ALIASES, QUANTS, Facts, Spec, plan
 
 #: Rows of whole blocks of 256, so that every type fits; A is as wide as the input, so that no size gives it away.
 SIZES = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=2)

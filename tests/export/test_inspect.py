@@ -16,9 +16,9 @@ from parity.gguf_files import GgufFile, factorize, qwen3moe
 from sources.editing import edit_config, edit_tensors
 
 from mobe_gguf.cli import main
+from mobe_gguf.core.names import ALL_PROJECTIONS
+from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.inspect import describe
-from mobe_gguf.names import ALL_PROJECTIONS
 
 Maker = Callable[..., Path]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mobe_gguf.core.names import PROJECTIONS
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.export.predict import predict
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.names import PROJECTIONS
-from mobe_gguf.sources.checkpoint import Checkpoint
+from mobe_gguf.models.checkpoint import Checkpoint
 
 
 def test_a_file_with_factors_and_one_without(model: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from export.handmade import make_mobe
 from mobe_gguf import runtime
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_override, parse_quant, parse_type
-from mobe_gguf.export.recipe import (
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.quant.recipe import (
     ALIASES,
     BLOCK,
     ENCODER_NEEDS,
@@ -29,9 +31,7 @@ from mobe_gguf.export.recipe import (
     plan,
     requires_imatrix,
 )
-from mobe_gguf.names import ALL_PROJECTIONS
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.gguf_file import read_gguf
 
 FACTS = Facts(n_layer=8, n_expert=16, n_gqa=4)
 SPECS = [

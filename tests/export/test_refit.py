@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from export.handmade import make_mobe
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.formula import activate, combine
+from mobe_gguf.core.metric import Metric
 from mobe_gguf.export import Recipe, export, refit, refit_solve
 from mobe_gguf.export.refit_solve import ANCHOR, cost, kept, second_moments, solve, step
-from mobe_gguf.factorize.metric import Metric
-from mobe_gguf.formula import activate, combine
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, Reconstruction
 
 N, P, R, D, M = 3, 12, 8, 20, 4
 

@@ -23,10 +23,10 @@ from click.testing import CliRunner
 from export.handmade import make_mobe
 from mobe_gguf import runtime
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import Recipe, _other_options, export, parse_size, shards, write
-from mobe_gguf.inspect import describe
-from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.formats.gguf import read_gguf
 
 Maker = Callable[..., Path]
 LIMIT = 1_000_000

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.export.tiktoken import read
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.export.tokenizer import DIGITS, GPT2, KNOWN, Known, recognize
-from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.formats.gguf import read_gguf
 
 #: Where the pre-tokenizers differ: contractions, digits, line ends, capitals, other scripts, marks, punctuation.
 TEXT = (

@@ -22,10 +22,10 @@ import torch
 
 from export.handmade import make_mobe
 from mobe_gguf import runtime
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.names import ALL_PROJECTIONS
-from mobe_gguf.sources.gguf_file import GgufFile, read_gguf
+from mobe_gguf.formats.gguf import GgufFile, read_gguf
 
 TOKENS = list(range(5, 45))
 

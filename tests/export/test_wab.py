@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from export.published import make_wab
 from mobe_gguf.cli import main
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.sources.mobe_checkpoint import reconstruct
-from mobe_gguf.sources.wab import WabCheckpoint, WabFiles, wab_name
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.mobe_checkpoint import reconstruct
+from mobe_gguf.models.wab import WabCheckpoint, WabFiles, wab_name
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import Recipe, export, write
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.source import Stacked, Whole

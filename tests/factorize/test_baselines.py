@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.metric import Roots
 from mobe_gguf.factorize.baselines import Baseline
-from mobe_gguf.factorize.metric import Roots
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, reconstruct
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
 
 from .test_cli import refused
 from .test_imatrix import write as write_imatrix

@@ -106,7 +106,7 @@ def test_the_work_of_a_step_counts_its_products(bench):
     """Against torch's own count of one step; it knows nothing of the factorization and the inverse."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from mobe_gguf.factorize.metric import Metric
+    from mobe_gguf.core.metric import Metric
     from mobe_gguf.factorize.projected import Projected
 
     shape = bench.Shape(1, 6, 8, 16, 3)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from sources.editing import edit_tensors
 
 from mobe_gguf.cli import main
-from mobe_gguf.errors import UsageError
+from mobe_gguf.core.errors import UsageError
 from mobe_gguf.factorize.job import prepare
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.unit import fit
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
 
 def call(*arguments: object) -> Result:

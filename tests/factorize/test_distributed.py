@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize import unit
 from mobe_gguf.factorize.job import prepare, run

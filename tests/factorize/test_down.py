@@ -11,18 +11,18 @@ from click.testing import CliRunner
 from formula import combine_groups
 
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.formula import activate
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.factorize.down import fit_down
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options, make_plan, plan_checkpoint, settle
-from mobe_gguf.factorize.rounding import rounded
 from mobe_gguf.factorize.solver import Settings, fit
-from mobe_gguf.formula import activate
-from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
+from mobe_gguf.quant.roundtrip import rounded
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, reconstruct
 
 from .test_imatrix import write as write_imatrix
 from .test_solver import shared_structure

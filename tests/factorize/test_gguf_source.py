@@ -12,17 +12,17 @@ import pytest
 import torch
 from parity import gguf_files
 
-from mobe_gguf import names
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.job import prepare, run, work_directory
 from mobe_gguf.factorize.plan import Options
+from mobe_gguf.models import gguf_source
+from mobe_gguf.models.gguf_factors import GgufFactors
+from mobe_gguf.models.gguf_source import GgufModel, Stored
+from mobe_gguf.models.mobe_checkpoint import reconstruct
+from mobe_gguf.models.original import open_original
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources import gguf_source
-from mobe_gguf.sources.gguf_factors import GgufFactors
-from mobe_gguf.sources.gguf_source import GgufModel, Stored
-from mobe_gguf.sources.mobe_checkpoint import reconstruct
-from mobe_gguf.sources.original import open_original
 
 FAST = Options(steps=2)
 

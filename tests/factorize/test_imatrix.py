@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.factorize.imatrix import PRIOR, Imatrix
 
 

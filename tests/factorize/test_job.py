@@ -21,16 +21,15 @@ import torch
 from safetensors.torch import load_file
 from sources.editing import edit_config, edit_tensors, to_fp8
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize import unit as units
 from mobe_gguf.factorize.job import prepare, run, work_directory
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.workers import Stopped
-from mobe_gguf.factorize.writer import Entry, write_safetensors
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, reconstruct
-from mobe_gguf.sources.safetensors_file import INDEX_NAME, read_header
+from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, read_header, write_safetensors
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
 
 from .test_imatrix import write as write_imatrix
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from mobe_gguf.factorize import workers
 from mobe_gguf.factorize.job import prepare
-from mobe_gguf.factorize.moments import KEY, VERSION
 from mobe_gguf.factorize.plan import Options, unit_memory
 from mobe_gguf.factorize.solver import Settings
 from mobe_gguf.factorize.workers import units_at_once
+from mobe_gguf.formats.moments import KEY, VERSION
 
 from .test_imatrix import write as write_imatrix
 

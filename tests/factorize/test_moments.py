@@ -17,19 +17,20 @@ from click.testing import CliRunner
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mobe_gguf.calibrate.moments import collect, compress
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.metric import Metric, Roots
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.factorize import moments as module
 from mobe_gguf.factorize.imatrix import PRIOR
 from mobe_gguf.factorize.job import prepare, run
-from mobe_gguf.factorize.metric import Metric, Roots
-from mobe_gguf.factorize.moments import Moments, collect, compress
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.solver import Settings, fit
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 from .test_imatrix import write as write_imatrix
 from .test_solver import reconstruct, shared_structure

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize.plan import (
     JobSettings,
     Options,
@@ -19,8 +19,8 @@ from mobe_gguf.factorize.plan import (
     settle,
 )
 from mobe_gguf.factorize.solver import Settings
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.families import family_of
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.families import family_of
 
 #: The configs of the published models, as far as a plan needs them, and their parameters (model cards).
 PUBLISHED = {

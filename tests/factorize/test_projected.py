@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobe_gguf.errors import MobeError
-from mobe_gguf.factorize.metric import Metric
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.formula import activate, combine
+from mobe_gguf.core.metric import Metric
 from mobe_gguf.factorize.projected import (
     Projected,
     SingularError,
@@ -16,7 +17,6 @@ from mobe_gguf.factorize.projected import (
     fast_products,
     solve_transform,
 )
-from mobe_gguf.formula import activate, combine
 
 RIDGE = 1e-3  # large enough that its share of the gradient is seen
 

@@ -11,14 +11,14 @@ import torch
 from click.testing import CliRunner
 
 from mobe_gguf.cli import main
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize.plan import Options, resume_settings, settle
-from mobe_gguf.factorize.rounding import noise, resolve, rounded, settled
 from mobe_gguf.factorize.solver import Settings, fit
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.quant.roundtrip import noise, resolve, rounded, settled
 from mobe_gguf.runtime import ggml
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
 
 from .test_solver import reconstruct, shared_structure
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from formula import combine_groups
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.formula import activate
+from mobe_gguf.core.metric import Metric
 from mobe_gguf.factorize import solver
-from mobe_gguf.factorize.metric import Metric
 from mobe_gguf.factorize.projected import SingularError
 from mobe_gguf.factorize.solver import Settings, fit
-from mobe_gguf.formula import activate
 
 
 def shared_structure(n=12, p=24, d=40, m=3, r=24, activation="tanh", noise=0.1, seed=0):

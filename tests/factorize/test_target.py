@@ -14,7 +14,8 @@ from gguf import GGUFWriter
 from sources.editing import edit_tensors
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize import unit as units
 from mobe_gguf.factorize.imatrix import Imatrix
@@ -32,9 +33,8 @@ from mobe_gguf.factorize.target import (
     rank_candidates,
     search,
 )
-from mobe_gguf.inspect import describe
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
 from .test_cli import call, refused
 from .test_job import contents, factorize, names

@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from parity.gguf_files import GgufFile, factorize, qwen3moe
 from parity.loader import Loader, Outcome
 
-from mobe_gguf.errors import MobeError, run_program
-from mobe_gguf.progress import bar, console
+from mobe_gguf.core.errors import MobeError, run_program
+from mobe_gguf.core.progress import bar, console
+from mobe_gguf.evaluate.verify import verify
+from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.runtime import build, source
 from mobe_gguf.runtime import compile as compiling
-from mobe_gguf.sources.gguf_file import read_gguf
-from mobe_gguf.verify import verify
 
 #: Numbers that break arithmetic.
 NASTY = (0, 1, 2, 31, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mobe_gguf import resources
+from mobe_gguf.core import resources
 from mobe_gguf.runtime import source
 
 KERNELS = resources.path("native") / "ggml_mobe"

@@ -9,7 +9,8 @@ from functools import cache
 import cffi
 import numpy as np
 
-from mobe_gguf import names, runtime
+from mobe_gguf import runtime
+from mobe_gguf.core import names
 from mobe_gguf.runtime import ggml
 
 ffi = cffi.FFI()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mobe_gguf import names
+from mobe_gguf.core import names
 from mobe_gguf.runtime import ggml
 
 from .ggml_graph import F32, I8, I32, cpu_backend, ffi, library, reference

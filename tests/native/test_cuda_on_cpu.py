@@ -15,7 +15,7 @@ import cffi
 import numpy as np
 import pytest
 
-from mobe_gguf import names
+from mobe_gguf.core import names
 from mobe_gguf.runtime import ggml
 
 from . import cuda_tree

@@ -9,8 +9,8 @@ from formula import combine_groups
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mobe_gguf import names
-from mobe_gguf.formula import activate
+from mobe_gguf.core import names
+from mobe_gguf.core.formula import activate
 from mobe_gguf.runtime import ggml
 
 from .ggml_graph import Graph, reference

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from parity.gguf_files import factorize, qwen3moe
 
-from mobe_gguf import resources, runtime
-from mobe_gguf.errors import MobeError
-from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.names import ALL_PROJECTIONS
 
 #: What an unpatched llama.cpp of the pinned version answers to the first command: major, minor, patch, padding, 24 bytes.
 STOCK_HELLO = bytes([7, 0, 0, 0]) + bytes(24)

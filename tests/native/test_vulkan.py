@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from parity.gguf_files import factorize, qwen3moe
 
-from mobe_gguf import names, resources, runtime
+from mobe_gguf import runtime
+from mobe_gguf.core import names, resources
 
 #: Factors, and whether it takes the operator to run them.
 FORMS = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mobe_gguf import names
+from mobe_gguf.core import names
 
 D, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 4, 2, 16, 2
 FF, EXPERTS, USED, FF_EXP = 96, 8, 2, 48

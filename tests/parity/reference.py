@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf.sources.families import family_of
+from mobe_gguf.models.families import family_of
 
 _ACTIVATIONS = {
     "none": lambda u: u,

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from export.handmade import make_mobe
 
-from mobe_gguf import resources, runtime
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
 from mobe_gguf.export import Recipe, export, parse_quant
 
 #: Bytes of one matrix of 96 x 256 in q8_0, and what goes with it: the model has 4 layers of gate and up, 24 experts.

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobe_gguf import resources, runtime
-from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf import runtime
+from mobe_gguf.core import resources
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from parity import gguf_files
 from parity.gguf_files import EXPERTS, FF_EXP, HEADS, D, GgufFile, factorize, qwen3moe, uniform
 from parity.llama import logits, nmse

@@ -14,10 +14,10 @@ from export.handmade import make_mobe
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
-from mobe_gguf import resources
+from mobe_gguf.core import resources
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.names import ALL_PROJECTIONS
-from mobe_gguf.sources.families import family_of
+from mobe_gguf.models.families import family_of
 from parity.llama import logits, nmse
 from parity.reference import multiply_out, transformers_logits
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobe_gguf.names import ALL_PROJECTIONS
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from parity.gguf_files import EXPERTS, FF_EXP, D, GgufFile, factorize, qwen3moe
 from parity.loader import Loader
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mobe_gguf import runtime
-from mobe_gguf.names import ALL_PROJECTIONS, key_version
-from mobe_gguf.sources.gguf_file import read_gguf
+from mobe_gguf.core.names import ALL_PROJECTIONS, key_version
+from mobe_gguf.formats.gguf import read_gguf
 from parity.gguf_files import factorize, qwen3moe
 from parity.llama import logits, open_model
 

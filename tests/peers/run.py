@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mobe_gguf.errors import MobeError, run_program
+from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.runtime import build, source
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime.install import Environment

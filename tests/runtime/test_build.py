@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mobe_gguf.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.runtime import build as building
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime import patch, source

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime.build import Recipe, describe
 from mobe_gguf.runtime.compile import Options

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mobe_gguf import runtime
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime.build import Recipe, current, inherited
 from mobe_gguf.runtime.install import Environment
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mobe_gguf import resources
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError
 
 ROOT = Path(__file__).parents[2]
 

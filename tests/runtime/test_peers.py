@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mobe_gguf.errors import MobeError
+from mobe_gguf.core.errors import MobeError
 
 PEERS = Path(__file__).resolve().parents[1] / "peers"
 

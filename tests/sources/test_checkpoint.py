@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf.errors import MobeError
-from mobe_gguf.sources.checkpoint import Checkpoint, dequantize_fp8
-from mobe_gguf.sources.safetensors_file import INDEX_NAME, read_header
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats.safetensors import INDEX_NAME, read_header
+from mobe_gguf.models.checkpoint import Checkpoint, dequantize_fp8
 from sources.editing import edit_config, edit_tensors, to_fp8
 
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import tiny
 
-from mobe_gguf.errors import MobeError
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.families import FAMILIES, family_of, known_model_types
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.families import FAMILIES, family_of, known_model_types
 
 
 def test_every_family_has_a_tiny_model():

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity.gguf_files import factorize, qwen3moe
 
-from mobe_gguf.errors import MobeError
-from mobe_gguf.sources.gguf_file import Array, read_gguf
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats.gguf import Array, read_gguf
 
 
 @pytest.fixture(scope="module")

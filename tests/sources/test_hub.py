@@ -18,8 +18,8 @@ import pytest
 import tiny
 from parity import gguf_files
 
-from mobe_gguf.errors import MobeError, UsageError
-from mobe_gguf.sources import hub
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.models import hub
 
 pytest.importorskip("huggingface_hub", reason="the hub's client is optional")
 
@@ -154,7 +154,7 @@ def test_export_by_id(fake: FakeHub, tmp_path: Path) -> None:
         fake, tmp_path, "export", "hf:org/model@v2", "o.gguf", "--quant", "q8_0", "--dense", "-q"
     )
     assert code == 0, err
-    from mobe_gguf.sources.gguf_file import read_gguf
+    from mobe_gguf.formats.gguf import read_gguf
 
     keys = read_gguf(tmp_path / "o.gguf").keys
     assert keys["general.name"].lower() == "model" and COMMIT not in str(keys)

@@ -10,10 +10,10 @@ import torch
 from export.handmade import make_mobe
 from safetensors.torch import load_file, save_file
 
-from mobe_gguf.errors import MobeError
-from mobe_gguf.names import ALL_PROJECTIONS
-from mobe_gguf.sources.checkpoint import Checkpoint
-from mobe_gguf.sources.mobe_checkpoint import MobeCheckpoint, reconstruct
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.names import ALL_PROJECTIONS
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
 
 
 def by_hand(tensors, family, layer, projection, n, m, g, activation):

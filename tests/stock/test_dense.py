@@ -11,7 +11,7 @@ import tiny
 from export.handmade import make_mobe
 from parity.llama import greedy, nmse
 
-from mobe_gguf import resources
+from mobe_gguf.core import resources
 from mobe_gguf.export import Recipe, export, parse_quant
 from stock.record import N_TOKENS, PROMPT, run_stock_file
 

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf import resources
+from mobe_gguf.core import resources
 from mobe_gguf.runtime import source
 
 HERE = Path(__file__).parent

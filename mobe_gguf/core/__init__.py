@@ -1,0 +1,1 @@
+"""What everything else stands on: names, the formula, errors, files, progress."""

@@ -1,0 +1,145 @@
+"""Outputs appear under their name only when they are whole, and each is written by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf.core.errors import MobeError, UsageError
+
+#: Seconds that a writer waits for another of the same file: small ones take their turns, of a large one it is told.
+PATIENCE = 5.0
+
+#: What flock says on a file system that has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+KINDS = {
+    stat.S_IFDIR: "directory",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def destination(path: str | os.PathLike[str]) -> Path:
+    """The file that is replaced when ``path`` is written: itself, or the one that it is a symbolic link to.
+
+    So a link stays and its target changes, as when a program opens the link to write; a dangling one gets its target.
+    MobeError if what is there is no regular file (a directory, device, pipe or socket), or links lead in a circle.
+    """
+    path = Path(path)
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        kind = stat.S_IFREG
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise MobeError(
+            f"{path}: symbolic links that lead in a circle; remove them or write elsewhere"
+        ) from e
+    if kind != stat.S_IFREG:
+        raise MobeError(
+            f"{path}: it is a {KINDS.get(kind, 'special file')}, expected a file or none; write elsewhere"
+        )
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def check_output(out: Path) -> None:
+    """MobeError or UsageError if ``out`` cannot become a file, before any work is done."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a directory; name the file to write, for instance {out / 'model.gguf'}")
+    final = destination(out)
+    parent = final.absolute().parent
+    link = f"{out} links to {final}: " if out.is_symlink() else ""
+    if not parent.is_dir():
+        raise MobeError(f"{link}{parent}: no such directory. Make it first:\n  mkdir -p {parent}")
+    if not os.access(parent, os.W_OK):
+        raise MobeError(f"{link}{parent}: no permission to write there; choose another place for {out.name}")
+
+
+@contextlib.contextmanager
+def held(lock: Path, out: Path) -> Iterator[bool]:
+    """Hold ``lock``, a file that is made if need be, so that no other process nor thread writes ``out``.
+
+    The lock is the kernel's (flock): that of a killed process is gone.  Its holder may rename or remove the file.
+    Yields False, and holds nothing, on a file system without locks.  MobeError if another holds it for PATIENCE seconds.
+    """
+    until = time.monotonic() + PATIENCE
+    while (fd := _try_lock(lock)) is None:
+        if time.monotonic() > until:
+            raise MobeError(f"{out}: another run is writing it; wait for that one, or choose another OUT")
+        time.sleep(0.02)
+    try:
+        yield fd >= 0
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None if another holds it, -1 if there are no locks."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    mine = False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # whoever held it before may have renamed or removed the file since it was opened: then this lock guards nothing
+        mine = os.path.samestat(os.fstat(fd), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+        return -1
+    finally:
+        if not mine:
+            os.close(fd)
+    return fd if mine else None
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it, on failure remove it.
+
+    The temporary name is ``.<name>.part``: the same for every run, so what a killed run left is overwritten
+    by the next instead of piling up.  It is locked: MobeError if another process or thread is at it, see :func:`held`; and
+    if ``path`` is no regular file, see :func:`destination`, which also says what becomes of a symbolic link.
+    ``shared``: another process, on this machine or another, may write the same file at the same time; then the name is
+    this process's own.  It is, too, on a file system without locks.
+    """
+    final = destination(path)
+    own = final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}.part")
+    with contextlib.ExitStack() as stack:
+        part = own
+        if not shared:
+            fixed = final.with_name(f".{final.name}.part")
+            if stack.enter_context(held(fixed, Path(path))):
+                part = fixed
+                os.truncate(part, 0)  # of a killed run: the place that it takes is needed
+            else:
+                fixed.unlink(missing_ok=True)
+        try:
+            yield part
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(part, final)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

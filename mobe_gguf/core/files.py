@@ -1,0 +1,101 @@
+"""Files: their sizes as options say them, whether there is room for them, their checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from decimal import Decimal
+from pathlib import Path
+
+from mobe_gguf.core.errors import MobeError, UsageError
+
+#: Bytes read at a time.
+CHUNK = 8 << 20
+
+#: What the system says of a disk, or of a user's share of it, that is full.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+#: Powers of ten, as llama-gguf-split reads sizes; for all options that take one.
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str, option: str, instead: str = "") -> int:
+    """``50G``, ``1.5 gb``, ``900K`` -> bytes; UsageError names the ``option`` if it is no size, or less than a byte.
+
+    ``instead``: what else the option takes, for the message.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT])B?", text.strip().upper())
+    size = round(Decimal(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UsageError(
+            f"{option} {text}: expected {instead}a number and K, M, G or T (powers of ten), for instance 900K, 4.6M or 50G"
+        )
+    return size
+
+
+def format_size(n_bytes: int) -> str:
+    """What :func:`parse_size` reads as so many bytes: ``500M``, ``1.5M``, ``0.9M``."""
+    text = f"{Decimal(n_bytes).scaleb(-6):f}"
+    return f"{text.rstrip('0').rstrip('.')}M"
+
+
+def describe_size(n_bytes: int, decimals: int = 2) -> str:
+    """For a person to read, with the unit that fits: ``12.50 GB``, ``4.61 MB``, ``900 B``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:,.{decimals}f} {unit}"
+    return f"{n_bytes} B"
+
+
+def describe_sizes(*sizes: int) -> tuple[str, ...]:
+    """:func:`describe_size` of several that are compared: with so many decimals that different ones read differently."""
+    for decimals in range(2, 10):
+        texts = tuple(describe_size(size, decimals) for size in sizes)
+        if len(set(texts)) == len(set(sizes)):
+            break
+    return texts
+
+
+def readable(name: str) -> str:
+    """A file's name as text can have it, with U+FFFD for what is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def check_name(name: str) -> None:
+    """UsageError if a file's name, or another argument, is not UTF-8: neither GGUF keys nor safetensors take such names."""
+    if readable(name) != name:
+        raise UsageError(
+            f"{readable(name)}: this name is not UTF-8 (bytes {os.fsencode(name)!r}); rename the file"
+        )
+
+
+def check_space(out: Path, needed: int, left: Iterable[Path], mend: str) -> None:
+    """MobeError, which ends with ``mend``, if the file system of ``out`` has less than ``needed`` bytes free.
+
+    What an interrupted run left, ``left`` and the file beside ``out``, is overwritten or taken over, so it counts as
+    free; an existing ``out`` is not, for it is replaced only once the new file is whole.
+    """
+    left = (out.with_name(f".{out.name}.part"), *left)
+    free = shutil.disk_usage(out.absolute().parent).free
+    free += sum(part.stat().st_blocks * 512 for part in left if part.is_file())
+    if free < needed:
+        wanted, there = describe_sizes(needed, free)
+        raise MobeError(f"{out.absolute().parent}: {wanted} are needed, {there} are free. {mend}")
+
+
+def why_not_written(e: OSError) -> str:
+    """For a message."""
+    return "the disk is full" if e.errno in FULL else str(e.strerror or e)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""What an error of the experts costs: the inner product that the solver minimises in.
+
+    || (W_i - A_i Z_i) S_i^(1/2) ||^2
+
+S is the second moment of the layer's inputs, E[x x^T]: with it the error is that of the experts' outputs, not of
+their matrices.  f works on the unscaled Z, so S enters only as a change of columns: every method takes ``[n, a, d]``
+of some experts and multiplies from the right.  Where down is fitted transposed, its inputs are the rows of W and A,
+which no f stands between: there the metric changes the problem's W (:meth:`apply_rows`), and A is taken back
+(:meth:`solve_rows`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mobe_gguf.core.errors import MobeError
+
+#: Least second moment of a direction, relative to the mean: what the calibration text never fed must still be kept in
+#: bounds, or A is undetermined there.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Full second moments of each expert's own inputs: ``S_e = root_e root_e^T + diag(rest_e)``.
+
+    ``root`` ``[n, d, k]``; ``rest`` ``[n, d]``, or None where k = d.
+    """
+
+    root: torch.Tensor
+    rest: torch.Tensor | None = None
+
+    def channels(self) -> torch.Tensor:
+        """The diagonals alone, as ``[n, 1, d]``."""
+        squares = torch.stack([root.double().square().sum(-1) for root in self.root])
+        return (squares if self.rest is None else squares + self.rest)[:, None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A root R of S with ``S = R R^T``: None (identity), ``[d]`` or ``[n, d]`` (diagonal), ``[d, d]`` (full), or
+    ``[n, d, k]`` (full for each expert).
+
+    With ``rest`` ``[n, d]`` the last kind is ``R = [root, diag(rest)]``, and what is in the metric has k + d columns.
+    Scaled such that the mean of S's diagonal is 1: the metric does not change the size of the problem.
+    """
+
+    root: torch.Tensor | None = None
+    per_expert: bool = False
+    rest: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor | Roots | None, n_expert: int, d: int) -> Metric:
+        """From second moments: None, ``[d]`` mean squares of the channels, ``[n, 1, d]`` the same for each expert,
+        ``[d, d]`` the full matrix, or :class:`Roots`.  MobeError if the values cannot be second moments.
+        """
+        if weight is None:
+            return cls()
+        if isinstance(weight, Roots):
+            return cls._of_roots(weight, n_expert, d)
+        weight = weight.detach().double()
+        if tuple(weight.shape) not in ((d,), (d, d), (n_expert, 1, d)):
+            raise MobeError(
+                f"input weights have shape {list(weight.shape)}; expected [{d}], [{n_expert}, 1, {d}] or [{d}, {d}]"
+            )
+        diagonal = weight.diagonal() if weight.dim() == 2 else weight
+        if not torch.isfinite(weight).all() or (diagonal < 0).any() or diagonal.sum() <= 0:
+            raise MobeError("input weights must be finite, not negative and not all zero")
+        weight = weight / diagonal.mean()
+        if weight.dim() != 2:
+            root = weight.clamp_min(FLOOR).sqrt().float()
+            return cls(root[:, 0] if root.dim() == 3 else root, per_expert=root.dim() == 3)
+        values, vectors = torch.linalg.eigh((weight + weight.T) / 2)
+        return cls((vectors * values.clamp_min(FLOOR).sqrt()).float())
+
+    @classmethod
+    def _of_roots(cls, weight: Roots, n_expert: int, d: int) -> Metric:
+        if weight.root.dim() != 3 or tuple(weight.root.shape[:2]) != (n_expert, d):
+            raise MobeError(
+                f"input moments have shape {list(weight.root.shape)}; expected [{n_expert}, {d}, k]"
+            )
+        scale = float(weight.channels().mean())
+        if not 0 < scale < float("inf"):
+            raise MobeError("input moments must be finite and not all zero")
+        rest = None if weight.rest is None else (weight.rest.double() / scale).clamp_min(FLOOR).sqrt().float()
+        root = torch.empty_like(weight.root)
+        for scaled, given in zip(root, weight.root, strict=True):  # in float64 there is one expert at a time
+            scaled.copy_(given.double() / scale**0.5)
+        return cls(root, True, rest)
+
+    def slice(self, experts: slice, like: torch.Tensor) -> Metric:
+        """The metric of a run of experts, with the device and type of ``like``."""
+        if self.root is None:
+            return self
+        root = self.root[experts] if self.per_expert else self.root
+        rest = None if self.rest is None else self.rest[experts].to(like)
+        return Metric(root.to(like), self.per_expert, rest)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """``x R`` for x ``[n, a, d]``."""
+        if self.root is None:
+            return x
+        if self.root.dim() == 3:
+            y = torch.bmm(x, self.root)
+            return y if self.rest is None else torch.cat([y, x * self.rest[:, None]], -1)
+        if self.per_expert:
+            return x * self.root[:, None]
+        return x * self.root if self.root.dim() == 1 else x @ self.root
+
+    def apply_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """``R^T x`` for x ``[n, d, a]``."""
+        return self.apply(x.transpose(1, 2)).transpose(1, 2)
+
+    def solve_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """``R^-T x`` for x ``[n, d, a]``: undoes :meth:`apply_rows`."""
+        if self.root is None:
+            return x
+        assert self.root.dim() < 3 or self.rest is None, "such a root has no inverse"
+        if self._is_full:
+            return torch.linalg.solve(self.root.mT, x)
+        return x / self.root[..., None]
+
+    def adjoint(self, x: torch.Tensor) -> torch.Tensor:
+        """``x R^T``: takes a gradient with respect to ``apply(x)`` to one with respect to x."""
+        if self.root is None or not self._is_full:
+            return self.apply(x)
+        if self.rest is None:
+            return x @ self.root.mT
+        k = self.root.shape[2]
+        return torch.baddbmm(x[..., k:] * self.rest[:, None], x[..., :k], self.root.mT)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.root.dim() == (3 if self.per_expert else 2)

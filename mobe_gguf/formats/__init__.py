@@ -1,0 +1,1 @@
+"""Files as they are on disk, read and written: GGUF, safetensors."""

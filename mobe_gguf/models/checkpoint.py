@@ -1,0 +1,424 @@
+"""Reading Hugging Face model directories: config.json and safetensors, checked before anything is believed.
+
+Nothing here loads a pickle.  Whatever is wrong with a directory is a :class:`MobeError` that names the file or
+the tensor; a directory that opens has all its shards, whole, with the tensors that the index promises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.names import ALL_PROJECTIONS
+from mobe_gguf.formats.safetensors import (
+    DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorInfo,
+    check_is_model_directory,
+    read_header,
+    read_json,
+    read_weight_map,
+)
+from mobe_gguf.models.families import family_of
+
+#: Types of an expert's matrix that can be factorized as they stand; F8_E4M3 besides, with its scales.
+PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+T = TypeVar("T")
+
+
+class Checkpoint:
+    """A Hugging Face model directory, opened lazily: headers now, tensors when asked for.
+
+    Raises MobeError if config.json or a shard is missing or corrupt, if the index contradicts the shards, or if
+    ``model_type`` is unknown.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        check_is_model_directory(self.path)
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        self.family = self._of_config(family_of)
+        self._tensors = self._read_headers()
+        self._open: dict[str, Any] = {}
+
+    def _read_headers(self) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        if not (self.path / INDEX_NAME).exists():
+            return {name: info for name, info in read_header(self.path / SINGLE_NAME).items()}
+        weight_map = read_weight_map(self.path / INDEX_NAME)
+        for shard in sorted(set(weight_map.values())):
+            if not (self.path / shard).is_file():
+                promised = [name for name, s in weight_map.items() if s == shard]
+                raise MobeError(
+                    f"{self.path}: shard {shard} is missing, but {INDEX_NAME} says that it holds {len(promised)} "
+                    f"tensors (the first is {promised[0]}). Download the model again; finished files are kept."
+                )
+            header = read_header(self.path / shard)
+            for name in (n for n, s in weight_map.items() if s == shard):
+                if name not in header:
+                    raise MobeError(
+                        f"{self.path}: {INDEX_NAME} says that tensor {name} is in {shard}, but it is not there. "
+                        "Index and shards are from different versions of the model; download it again."
+                    )
+                tensors[name] = header[name]
+        return tensors
+
+    # tensors
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, in the order of the index."""
+        return tuple(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Header entry of a tensor; MobeError if there is none."""
+        if name not in self._tensors:
+            raise MobeError(f"{self.path}: tensor {name} is missing. Is the model complete, and of the family "
+                            f"'{self.family.name}' as config.json says?")  # fmt: skip
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        info = self.info(name)
+        if info.dtype not in DTYPES:
+            raise MobeError(f"{self.path}: tensor {name} has type {info.dtype}, which is not supported")
+        return DTYPES[info.dtype]
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor as it is stored, no check of its values."""
+        info = self.info(name)
+        try:
+            return self._shard(info.shard).get_tensor(name)
+        except (SafetensorError, OSError, TypeError, KeyError) as e:
+            raise MobeError(f"{self.path / info.shard}: cannot read tensor {name}: {e}") from e
+
+    def get_row(self, name: str, row: int) -> torch.Tensor:
+        """``tensor[row]`` along the first axis, read without the rest of the tensor."""
+        info = self.info(name)
+        try:
+            return self._shard(info.shard).get_slice(name)[row]
+        except (SafetensorError, OSError, TypeError, KeyError) as e:
+            raise MobeError(f"{self.path / info.shard}: cannot read tensor {name}: {e}") from e
+
+    def _shard(self, shard: str) -> Any:
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.path / shard, framework="pt")
+        return self._open[shard]
+
+    def expect_shape(self, name: str, expected: tuple[int, ...], because: str) -> None:
+        """MobeError unless tensor ``name`` has the ``expected`` shape; ``because`` says where that comes from."""
+        got = self.shape(name)
+        if got != expected:
+            raise MobeError(
+                f"{self.path}: tensor {name} has shape {list(got)}, expected {list(expected)} ({because})"
+            )
+
+    # the model
+
+    def _of_config(self, read: Callable[[dict[str, Any]], T]) -> T:
+        """``read(config)``; its MobeError names the file with its directory."""
+        try:
+            return read(self.config)
+        except MobeError as e:
+            raise MobeError(f"{self.path}/{e.message}") from e
+
+    def _said(self, keys: tuple[str, ...]) -> str:
+        """``.../config.json: 'key' is value``, of the first of ``keys`` that is there."""
+        key = next((key for key in keys if self.config.get(key) is not None), keys[0])
+        return f"{self.path}/config.json: '{key}' is {self.config.get(key)!r}"
+
+    @cached_property
+    def n_layer(self) -> int:
+        return self._of_config(self.family.n_layer)
+
+    @cached_property
+    def n_expert(self) -> int:
+        return self._of_config(self.family.n_expert)
+
+    @cached_property
+    def n_expert_used(self) -> int:
+        k = self._of_config(self.family.n_expert_used)
+        if k > self.n_expert:
+            raise MobeError(
+                f"{self._said(self.family.n_expert_used_keys)}, expected 1 to {self.n_expert}, as many experts as a layer has"
+            )
+        return k
+
+    @cached_property
+    def n_embd(self) -> int:
+        return self._of_config(self.family.n_embd)
+
+    @cached_property
+    def n_ff_exp(self) -> int:
+        return self._of_config(self.family.n_ff_exp)
+
+    @cached_property
+    def is_mobe(self) -> bool:
+        """True if the directory holds MoBE factors instead of (all) original experts."""
+        return self.config.get("num_B") is not None or any(
+            f".B_{projection}" in n for n in self._tensors for projection in ALL_PROJECTIONS
+        )
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with routed experts: config.json's word, checked against the tensors that exist."""
+        if self.n_layer > len(self._tensors):  # before so many are counted
+            raise MobeError(
+                f"{self._said(self.family.n_layer_keys)}, but the model has only {len(self._tensors)} tensors"
+            )
+        declared = self._of_config(self.family.moe_layers)
+        if not declared:
+            raise MobeError(
+                f"{self.path}: config.json describes no MoE layer at all; there is nothing to factorize"
+            )
+        for layer in range(self.n_layer):
+            first = self.family.expert_weight(layer, 0, "gate")
+            fused = self.family.fused_weight(layer, "gate")
+            found = first in self or fused in self
+            if found and layer not in declared:
+                raise MobeError(
+                    f"{self.path}: config.json says that layer {layer} is dense, but it has expert tensors"
+                )
+            if not found and layer in declared:
+                raise MobeError(
+                    f"{self.path}: config.json says that layer {layer} has experts, but neither {first} nor {fused} "
+                    f"exists. Quantized sources (GPTQ, AWQ, int4) must be converted to bf16 first."
+                )
+            last = self.family.expert_weight(layer, self.n_expert - 1, "gate")
+            if first in self and layer in declared and last not in self:  # before so many are named
+                raise MobeError(f"{self._said(self.family.n_expert_keys)}, but tensor {last} is missing")
+        return declared
+
+    def missing(self) -> list[str]:
+        """Tensors that the model cannot do without, beside the experts' own, and that are not there: embeddings, the last norm,
+        the router of each MoE layer."""
+        needed = [self.family.embedding, self.family.final_norm]
+        needed += [self.family.router(layer, self.is_fused(layer, "gate")) for layer in self.moe_layers]
+        return [name for name in needed if name not in self]
+
+    def check_whole(self) -> None:
+        """MobeError unless config.json makes sense and all that the model needs is there, of the right shape and in types that
+        can be read: what would else be found only when the work is done.  Headers only."""
+        self._check_config()
+        for name in self.missing():
+            self.info(name)
+        for layer in self.moe_layers:
+            for projection in self.ordinary(layer):
+                self.check_experts(layer, projection)
+
+    def _check_config(self) -> None:
+        """What is asked of config.json only later, or by others than this package."""
+        self.n_expert_used  # noqa: B018, compared with the number of experts
+        found = self.config.get("architectures")
+        if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
+            raise MobeError(
+                f"{self.path}/config.json: 'architectures' must be a list with the name of the model's class, got {found!r}"
+            )
+        self._fp8_block()
+
+    def ordinary(self, layer: int) -> tuple[str, ...]:
+        """Projections of a MoE layer whose experts are stored as matrices: all."""
+        return ALL_PROJECTIONS
+
+    # experts
+
+    def expert_shape(self, projection: str) -> tuple[int, int]:
+        """``[p, d]`` of gate and up, ``[d, p]`` of down, by config.json."""
+        p, d = self.n_ff_exp, self.n_embd
+        return (d, p) if projection == "down" else (p, d)
+
+    def is_fused(self, layer: int, projection: str) -> bool:
+        """True if the layer's experts are stored in one tensor, :meth:`Family.fused_weight`."""
+        return self.family.expert_weight(layer, 0, projection) not in self and (
+            self.family.fused_weight(layer, projection) in self
+        )
+
+    def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
+        """Names of the tensors that :meth:`expert_stack` reads, scales included."""
+        if self.is_fused(layer, projection):
+            names = [self.family.fused_weight(layer, projection)]
+        else:
+            names = [self.family.expert_weight(layer, e, projection) for e in range(self.n_expert)]
+        scales = [s for s in map(_scale_name, names) if s in self]
+        return tuple(names + scales)
+
+    def check_experts(self, layer: int, projection: str) -> None:
+        """MobeError unless all tensors that :meth:`expert_stack` will read exist, of the right shape, in a type that can be
+        read, FP8 with its scales; headers only."""
+        rows, columns = self.expert_shape(projection)
+        block = self._fp8_block()
+        blocks = -(-rows // block[0]), -(-columns // block[1])
+        if self.is_fused(layer, projection):
+            halves = 1 if projection == "down" else 2
+            name = self.family.fused_weight(layer, projection)
+            self._check_matrix(
+                name,
+                (self.n_expert, halves * rows, columns),
+                (self.n_expert, halves * blocks[0], blocks[1]),
+            )
+            return
+        for e in range(self.n_expert):
+            self._check_matrix(self.family.expert_weight(layer, e, projection), (rows, columns), blocks)
+
+    def _check_matrix(self, name: str, shape: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+        """``blocks``: shape of its scales, if it has any."""
+        self.expect_shape(name, shape, "from config.json")
+        dtype, scale = self.dtype(name), _scale_name(name)
+        self._check_type(name, dtype, scale in self)
+        if dtype == torch.float8_e4m3fn:
+            self.expect_shape(scale, blocks, f"blocks of {name}")
+
+    def _check_type(self, name: str, dtype: torch.dtype, scaled: bool) -> None:
+        """MobeError unless values of that type can be read, as floats or as FP8 with scales."""
+        if dtype == torch.float8_e4m3fn:
+            if not scaled:
+                raise MobeError(f"{self.path}: tensor {name} is FP8 but {_scale_name(name)} is missing")
+        elif dtype not in PLAIN_FLOATS:
+            raise MobeError(
+                f"{self.path}: tensor {name} has type {str(dtype).removeprefix('torch.')}; experts can be read from "
+                "f32, f16, bf16 and block-scaled f8_e4m3. Convert the model to bf16 first."
+            )
+
+    def expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
+        """One routed expert's original matrix, float32 ``[p, d]`` (``[d, p]`` for down), checked to be finite.
+
+        FP8 (e4m3 with block scales, as DeepSeek-V3 and Kimi-K2 are published) is dequantized.
+        """
+        shape = self.expert_shape(projection)
+        if self.is_fused(layer, projection):
+            name, w, scale = self._fused_expert(layer, projection, index, shape)
+        else:
+            name = self.family.expert_weight(layer, index, projection)
+            self.expect_shape(name, shape, "from config.json")
+            w = self.get(name)
+            scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
+        return self.to_float(name, w, scale)
+
+    def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
+        """All routed experts' matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down).
+
+        Read one expert at a time, so that the peak is the result and one expert more.
+        """
+        stack = torch.empty(self.n_expert, *self.expert_shape(projection))
+        for e in range(self.n_expert):
+            stack[e] = self.expert(layer, projection, e)
+        return stack
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """Any weight as float32, FP8 dequantized, checked to be finite."""
+        scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
+        return self.to_float(name, self.get(name), scale)
+
+    def _fused_expert(
+        self, layer: int, projection: str, index: int, shape: tuple[int, int]
+    ) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+        name = self.family.fused_weight(layer, projection)
+        halves = 1 if projection == "down" else 2
+        self.expect_shape(name, (self.n_expert, halves * shape[0], shape[1]), "from config.json")
+        part = 1 if projection == "up" else 0
+        w = self.get_row(name, index).chunk(halves)[part]
+        scale = (
+            self.get_row(_scale_name(name), index).chunk(halves)[part] if _scale_name(name) in self else None
+        )
+        return name, w, scale
+
+    def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""
+        self._check_type(name, w.dtype, scale is not None)
+        w = dequantize_fp8(name, w, scale, self._fp8_block()) if w.dtype == torch.float8_e4m3fn else w.float()
+        if not all_finite(w):
+            bad = int((~torch.isfinite(w)).sum())
+            raise MobeError(
+                f"{self.path}: tensor {name} holds {bad} values that are NaN or Inf. The download is damaged or the "
+                "model diverged in training; it cannot be factorized."
+            )
+        return w
+
+    def _fp8_block(self) -> tuple[int, int]:
+        """Rows and columns of an FP8 block, as config.json says them."""
+        where, quantization = self.path / "config.json", self.config.get("quantization_config")
+        if not isinstance(quantization, dict | None):
+            raise MobeError(f"{where}: 'quantization_config' must be an object, got {quantization!r}")
+        found = (quantization or {}).get("weight_block_size") or [128, 128]
+        if not isinstance(found, list) or len(found) != 2 or not all(type(x) is int and x > 0 for x in found):
+            raise MobeError(f"{where}: 'weight_block_size' must be two positive integers, got {found!r}")
+        return found[0], found[1]
+
+    @cached_property
+    def n_params(self) -> int:
+        """Parameters of the whole model; multi-token-prediction layers count as they are stored."""
+        return sum(info.numel for name, info in self._tensors.items() if not name.endswith("_scale_inv"))
+
+    def kept_bytes(self, units: list[tuple[int, str]]) -> int:
+        """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
+        kept = sum(info.n_bytes for info in self._tensors.values())
+        for layer, projection in units:
+            halves = 2 if projection != "down" and self.is_fused(layer, projection) else 1
+            kept -= sum(self.info(name).n_bytes for name in self.expert_sources(layer, projection)) // halves
+        return kept
+
+    def source_files(self) -> list[Path]:
+        """All files that the model is read from."""
+        return [path for path in self.path.iterdir() if path.is_file()]
+
+    @cached_property
+    def checksum(self) -> str:
+        """sha256 that tells one source model from another, cheaply.
+
+        Covers config.json, every shard's name, size and header, and 32 samples of 4 KiB spread over each shard's
+        data: enough to tell a fine-tune from its base; not a proof that every byte is the same.
+        """
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for shard in sorted({info.shard for info in self._tensors.values()}):
+            size = (self.path / shard).stat().st_size
+            digest.update(f"{shard} {size}".encode())
+            with open(self.path / shard, "rb") as f:
+                (header_size,) = struct.unpack("<Q", f.read(8))
+                digest.update(f.read(header_size))
+                start = 8 + header_size
+                for i in range(32):
+                    f.seek(start + (size - start) * i // 32)
+                    digest.update(f.read(4096))
+        return digest.hexdigest()
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """No NaN, no Inf: by the extremes, which a CPU finds in a tenth of the time that torch.isfinite takes."""
+    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def dequantize_fp8(name: str, w: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """float32 ``w * scale`` with one scale a block: w ``[a, b]``, scale ``[ceil(a/block0), ceil(b/block1)]``.
+
+    ``weight_scale_inv`` is what the published files call the factor to multiply by (DeepSeek-V3,
+    inference/fp8_cast_bf16.py).
+    """
+    expected = tuple(-(-size // step) for size, step in zip(w.shape, block, strict=True))
+    if tuple(scale.shape) != expected:
+        raise MobeError(
+            f"scales of FP8 tensor {name} have shape {list(scale.shape)}, expected {list(expected)}"
+        )
+    full = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return w.float() * full[: w.shape[0], : w.shape[1]]
+
+
+def _scale_name(name: str) -> str:
+    """Block scales of an FP8 tensor: ``x.weight_scale_inv``, or ``gate_up_proj_scale_inv`` when fused."""
+    return name + "_scale_inv"

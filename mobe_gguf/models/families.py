@@ -1,0 +1,195 @@
+"""The model families: what their config.json calls things and what their tensors are named.
+
+One :class:`Family` declaration each; everything else in the package asks a declaration and never a model
+type.  To add a family, add a declaration to :data:`FAMILIES` and a tiny model of it to ``tests/tiny.py``.
+
+Sources: the ``configuration_*.py`` and ``modeling_*.py`` of transformers 4.57 and 5, and the remote code of
+the DeepSeek, Kimi-K2 and Ling (Bailing) repositories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from mobe_gguf.core.errors import MobeError
+
+Config = Mapping[str, Any]
+
+
+def every_layer(config: Config, layer: int) -> bool:
+    """Mixtral, OLMoE: all layers are MoE."""
+    return True
+
+
+def after_leading_dense(config: Config, layer: int) -> bool:
+    """DeepSeek, Kimi-K2, Bailing: the first ``first_k_dense_replace`` layers are dense, then one in
+    ``moe_layer_freq`` is MoE (a number, or a list with 1 for each MoE layer)."""
+    if layer < _count(config, "first_k_dense_replace", 0):
+        return False
+    freq = config.get("moe_layer_freq")
+    if not isinstance(freq, list):
+        return layer % _count(config, "moe_layer_freq", 1) == 0
+    if layer >= len(freq) or not all(isinstance(entry, int) for entry in freq):
+        raise MobeError(
+            f"config.json: 'moe_layer_freq' must be a number or a list with 0 or 1 for each layer, got {freq!r}"
+        )
+    return bool(freq[layer])
+
+
+def by_sparse_step(config: Config, layer: int) -> bool:
+    """Qwen2-MoE, Qwen3-MoE: one layer in ``decoder_sparse_step`` is MoE, ``mlp_only_layers`` are not."""
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(index) is int for index in dense):
+        raise MobeError(f"config.json: 'mlp_only_layers' must be a list of layers, got {dense!r}")
+    return layer not in dense and (layer + 1) % _count(config, "decoder_sparse_step", 1) == 0
+
+
+def _count(config: Config, key: str, default: int) -> int:
+    """An integer that is not negative; ``default`` if it is missing, null or 0."""
+    value = config.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise MobeError(f"config.json: '{key}' must be an integer that is not negative, got {value!r}")
+    return value or default
+
+
+_GATED_MLP = MappingProxyType({"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of MoE models is laid out on disk.
+
+    Every ``*_keys`` field lists the spellings of one config key, the first that is present counts:
+    transformers 5 and earlier versions differ.  ``projections`` maps ``gate``, ``up``, ``down`` to the
+    tensor's own name; ``is_moe(config, layer)`` tells whether a layer has routed experts.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    n_expert_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    n_expert_used_keys: tuple[str, ...] = ("num_experts_per_tok",)
+    n_ff_exp_keys: tuple[str, ...] = ("moe_intermediate_size",)
+    n_embd_keys: tuple[str, ...] = ("hidden_size",)
+    n_layer_keys: tuple[str, ...] = ("num_hidden_layers",)
+    is_moe: Callable[[Config, int], bool] = every_layer
+    block: str = "model.layers.{layer}.mlp"
+    projections: Mapping[str, str] = field(default_factory=lambda: _GATED_MLP)
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+
+    # numbers out of config.json
+
+    def n_expert(self, config: Config) -> int:
+        """n: routed experts in a MoE layer."""
+        return _number(config, self.n_expert_keys, self.name)
+
+    def n_expert_used(self, config: Config) -> int:
+        """k: experts that a token uses."""
+        return _number(config, self.n_expert_used_keys, self.name)
+
+    def n_ff_exp(self, config: Config) -> int:
+        """p: intermediate size of one routed expert."""
+        return _number(config, self.n_ff_exp_keys, self.name)
+
+    def n_embd(self, config: Config) -> int:
+        """d: hidden size."""
+        return _number(config, self.n_embd_keys, self.name)
+
+    def n_layer(self, config: Config) -> int:
+        """Layers of the model, dense ones included, multi-token-prediction layers not."""
+        return _number(config, self.n_layer_keys, self.name)
+
+    def moe_layers(self, config: Config) -> tuple[int, ...]:
+        """The layers that have routed experts, by config.json alone."""
+        return tuple(i for i in range(self.n_layer(config)) if self.is_moe(config, i))
+
+    # names of tensors
+
+    def block_name(self, layer: int) -> str:
+        """Prefix of the MoE block, without a final dot."""
+        return self.block.format(layer=layer)
+
+    def router(self, layer: int, fused: bool = False) -> str:
+        """The matrix ``[n, d]`` that chooses a token's experts; ``fused``: beside :meth:`fused_weight`."""
+        return f"model.layers.{layer}.mlp.gate.weight" if fused else f"{self.block_name(layer)}.gate.weight"
+
+    def expert_weight(self, layer: int, expert: int, projection: str) -> str:
+        """One expert's matrix: W ``[p, d]`` in an original model, A ``[p, r]`` in a MoBE checkpoint (of down ``[d, p]`` and
+        ``[r, p]``)."""
+        return f"{self.block_name(layer)}.experts.{expert}.{self.projections[projection]}.weight"
+
+    def fused_weight(self, layer: int, projection: str) -> str:
+        """All experts in one tensor, as ``save_pretrained(..., save_original_format=False)`` of transformers 5
+        writes them: gate and up together ``[n, 2p, d]`` (gate first), down ``[n, d, p]``; always under ``mlp``,
+        whatever the classic layout calls the block."""
+        stem = "down_proj" if projection == "down" else "gate_up_proj"
+        return f"model.layers.{layer}.mlp.experts.{stem}"
+
+    def basis(self, layer: int, projection: str, group: int | None = None) -> str:
+        """B in a MoBE checkpoint: ``[m, r, d]``, or ``[m/g, r, d]`` of one group (of down ``[m, d, r]``)."""
+        return f"{self.block_name(layer)}.B_{projection}" + ("" if group is None else f"_{group}")
+
+    def mix(self, layer: int, projection: str, group: int | None = None) -> str:
+        """alpha in a MoBE checkpoint: ``[n, m]`` (row by row ``[n, m, r]``, of down ``[n, m, d]``), or one group's share."""
+        return f"{self.block_name(layer)}.W_{projection}" + ("" if group is None else f"_{group}")
+
+
+def _number(config: Config, keys: tuple[str, ...], family: str) -> int:
+    """The first of ``keys`` that ``config`` holds, which must be a positive integer."""
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise MobeError(f"config.json: '{key}' must be a positive integer, got {value!r}")
+        return value
+    names = " or ".join(f"'{key}'" for key in keys)
+    raise MobeError(f"config.json: no {names}, which the family {family} needs. Is the file complete?")
+
+
+FAMILIES = (
+    Family("qwen3_moe", ("qwen3_moe",), is_moe=by_sparse_step),
+    Family("qwen2_moe", ("qwen2_moe",), is_moe=by_sparse_step),
+    Family("deepseek_v2", ("deepseek_v2",), n_expert_keys=("n_routed_experts",), is_moe=after_leading_dense),
+    Family(
+        "deepseek_v3",
+        ("deepseek_v3", "kimi_k2"),
+        n_expert_keys=("n_routed_experts",),
+        is_moe=after_leading_dense,
+    ),
+    Family(
+        "bailing_moe",
+        ("bailing_moe",),
+        is_moe=after_leading_dense,
+        embedding="model.word_embeddings.weight",
+    ),
+    Family("olmoe", ("olmoe",), n_ff_exp_keys=("intermediate_size",)),
+    Family(
+        "mixtral",
+        ("mixtral",),
+        n_expert_keys=("num_local_experts", "num_experts"),
+        n_ff_exp_keys=("intermediate_size",),
+        block="model.layers.{layer}.block_sparse_moe",
+        projections=MappingProxyType({"gate": "w1", "up": "w3", "down": "w2"}),
+    ),
+)
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Every ``model_type`` that :func:`family_of` accepts."""
+    return tuple(t for family in FAMILIES for t in family.model_types)
+
+
+def family_of(config: Config) -> Family:
+    """The family that config.json's ``model_type`` names; MobeError lists the known ones if there is none."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    raise MobeError(
+        f"config.json: model_type {model_type!r} is not a MoE family that mobe-gguf knows. "
+        f"Known: {', '.join(known_model_types())}."
+    )

@@ -1,0 +1,108 @@
+"""Factors of a GGUF file: what ``mobe-gguf factorize model.gguf OUT`` writes and ``mobe-gguf export`` reads.
+
+A directory of safetensors with an index, tensors named as in a MoBE checkpoint whose MoE block is ``blk.L``, and
+``factors.json``: the model's sizes, ``num_B``, ``activation`` and the key ``mobe`` of a MoBE checkpoint's config.json.  All
+else stays in the GGUF file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats.safetensors import INDEX_NAME, read_json
+from mobe_gguf.models.gguf_source import GgufModel, family
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+
+FACTORS_NAME = "factors.json"
+
+
+class GgufFactors(MobeCheckpoint):
+    """A directory of factors, read as a MoBE checkpoint is; of a layer's matrices it has those that are factorized.
+
+    Raises MobeError if ``factors.json`` or a shard is missing or damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config: dict[str, Any] = read_json(self.path / FACTORS_NAME)
+        self.arch = self.config.get("architecture")
+        if not isinstance(self.arch, str) or not isinstance(self.config.get("mobe"), dict):
+            raise MobeError(
+                f"{self.path / FACTORS_NAME}: no 'architecture' or no 'mobe'; expected what mobe-gguf factorize writes"
+            )
+        self.family = family(self.arch)
+        if not (self.path / INDEX_NAME).is_file():
+            raise MobeError(f"{self.path}: {INDEX_NAME} is missing; factorize the model again")
+        self._tensors = self._read_headers()
+        self._open: dict[str, Any] = {}
+
+    def _size(self, key: str) -> int:
+        value = self.config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise MobeError(f"{self.path / FACTORS_NAME}: '{key}' is {value!r}, expected a positive number")
+        return value
+
+    @property
+    def n_layer(self) -> int:
+        return self._size("n_layer")
+
+    @property
+    def n_expert(self) -> int:
+        return self._size("n_expert")
+
+    @property
+    def n_expert_used(self) -> int:
+        return self._size("n_expert_used")
+
+    @property
+    def n_embd(self) -> int:
+        return self._size("n_embd")
+
+    @property
+    def n_ff_exp(self) -> int:
+        return self._size("n_ff_exp")
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have factors; others may have experts in the GGUF file."""
+        found = (re.match(r"blk\.(\d+)\.B_", name) for name in self.names)
+        return tuple(sorted({int(match[1]) for match in found if match}))
+
+    def missing(self) -> list[str]:
+        """Nothing: all that is no factor is in the GGUF file, see :meth:`open_source`."""
+        return []
+
+    def check_whole(self) -> None:
+        """Of the GGUF file; ``export`` checks the factors themselves."""
+
+    def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
+        return tuple(name for name in super().expert_sources(layer, projection) if name in self)
+
+    def open_source(self, path: str | os.PathLike[str] | None = None) -> GgufModel:
+        """The GGUF file that these are factors of, from ``path`` or where it was then.
+
+        MobeError if it is not there, or another model.
+        """
+        mobe = self.config["mobe"]
+        recorded = Path(str(mobe.get("source")))
+        places = [recorded, self.path.absolute().parent / recorded.name] if path is None else [Path(path)]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise MobeError(
+                f"{self.path} holds factors of {recorded}, and all else that a model needs is in that file, but "
+                f"{places[0]} does not exist. Say where it is:\n  mobe-gguf export {self.path} OUT.gguf --source FILE ..."
+            )
+        model = GgufModel(found)
+        model.check_whole()
+        if model.checksum != mobe.get("source_checksum"):
+            raise MobeError(
+                f"{found} is not the file that {self.path} holds factors of: its checksum is {model.checksum[:12]}..., "
+                f"expected {str(mobe.get('source_checksum'))[:12]}... ({recorded}; types, shapes and samples of the tensors "
+                "count, metadata do not). Give that file with --source, or factorize this one."
+            )
+        return model

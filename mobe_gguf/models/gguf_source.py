@@ -1,0 +1,349 @@
+"""The experts of a GGUF file, read by slice and decoded by libggml.
+
+:class:`GgufModel` answers what :class:`mobe_gguf.models.checkpoint.Checkpoint` answers of a Hugging Face directory (see
+``original``), for any architecture whose experts llama.cpp calls ``blk.L.ffn_{gate,up,down}_exps.weight``, or, gate and up in
+one tensor, ``blk.L.ffn_gate_up_exps.weight``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from mobe_gguf import runtime
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
+from mobe_gguf.models.checkpoint import all_finite
+from mobe_gguf.models.families import Family
+from mobe_gguf.runtime import ggml
+
+#: Bytes that are copied at a time.  (1 GB takes 0.3 s of CPU time in pieces of 256 KiB, 0.7 to 1.5 s in pieces of 16 MiB,
+#: each of which is mapped anew.)
+CHUNK = 1 << 18
+
+#: Values that are decoded at a time where a tensor is given another type.
+VALUES = 1 << 20
+
+#: Bytes of each of the three samples of a tensor that go into the checksum.
+SAMPLE = 4096
+
+_TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def family(arch: str) -> Family:
+    """Names of a GGUF file's factors: those of a MoBE checkpoint whose MoE blocks are ``blk.L``."""
+    return Family(arch, (), block="blk.{layer}")
+
+
+def merged_name(layer: int) -> str:
+    """Gate and up of all experts in one tensor, ``[n, 2p, d]``, gate first."""
+    return f"blk.{layer}.ffn_gate_up_exps.weight"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Values as they lie in a GGUF file: a tensor, or gate or up out of a merged one.
+
+    ``shape`` in torch's order.  The last two axes are a matrix; the bytes of matrix i begin at ``offset + i * stride`` of
+    ``file`` and are contiguous.
+    """
+
+    name: str
+    file: Path
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    stride: int
+
+    @classmethod
+    def of(cls, info: TensorInfo) -> Stored:
+        """All of a tensor."""
+        return cls(
+            info.name,
+            info.file,
+            info.type,
+            info.shape,
+            info.offset,
+            info.n_bytes // math.prod(info.shape[:-2]),
+        )
+
+    @classmethod
+    def half(cls, info: TensorInfo, name: str, part: int) -> Stored:
+        """Gate (``part`` 0) or up (1) of the merged tensor ``[n, 2p, d]``, under a ``name`` of its own."""
+        n, rows, d = info.shape
+        stride = info.n_bytes // n
+        return cls(name, info.file, info.type, (n, rows // 2, d), info.offset + part * stride // 2, stride)
+
+    @property
+    def row_bytes(self) -> int:
+        return ggml.type_info(self.type).row_bytes(self.shape[-1])
+
+    @property
+    def matrix_bytes(self) -> int:
+        return math.prod(self.shape[-2:-1]) * self.row_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        return ggml.type_info(self.type).tensor_bytes(self.shape)
+
+    def matrix(self, index: int) -> torch.Tensor:
+        """Matrix ``index``, decoded: float32 ``shape[-2:]``; nothing else is read."""
+        with open(self.file, "rb") as file:
+            return self._decoded(self._read(file, self.offset + index * self.stride, self.matrix_bytes))
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """The values in order, some rows at a time: float32 ``[rows, shape[-1]]``."""
+        step = max(1, VALUES // self.shape[-1]) * self.row_bytes
+        for raw in self._blocks(step):
+            yield self._decoded(raw)
+
+    def blocks(self) -> Iterator[bytes]:
+        """The bytes as they are stored, without what lies between the matrices."""
+        yield from self._blocks(CHUNK)
+
+    def _blocks(self, step: int) -> Iterator[bytes]:
+        whole = self.stride == self.matrix_bytes
+        size = self.n_bytes if whole else self.matrix_bytes
+        with open(self.file, "rb") as file:
+            for i in range(self.n_bytes // size):
+                begin = self.offset + i * self.stride
+                for at in range(0, size, step):
+                    yield self._read(file, begin + at, min(step, size - at))
+
+    def _decoded(self, raw: bytes) -> torch.Tensor:
+        rows = np.frombuffer(raw, np.uint8).reshape(-1, self.row_bytes)
+        return torch.from_numpy(ggml.dequantize(rows, self.type, self.shape[-1]))
+
+    def _read(self, file: IO[bytes], begin: int, n: int) -> bytes:
+        raw = os.pread(file.fileno(), n, begin)  # at most CHUNK or a matrix: one call gives all of it
+        if len(raw) != n:
+            raise MobeError(f"{self.file}: became shorter while tensor {self.name} was read")
+        return raw
+
+
+class GgufModel:
+    """A GGUF file with a MoE model, or the first file of a split one; opened lazily: the head now, experts when asked for.
+
+    Raises MobeError if the file is damaged, has no routed experts, or has factors instead of them.
+    """
+
+    #: As ``Checkpoint`` has it; a file with factors is refused when it is opened.
+    is_mobe = False
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        runtime.use_conversion()  # its gguf knows all types that the library decodes; PyPI's does not
+        self.file: GgufFile = read_model(self.path)
+        self.arch = self.file.arch
+        self.family = family(self.arch)
+        for name in self.file.tensors:
+            if re.fullmatch(r"blk\.\d+\.ffn_\w+_basis\.(weight|mix)", name):
+                raise MobeError(
+                    f"{self.path}: holds MoBE factors already ({name}). Factorize the original model's file."
+                )
+        self._first  # noqa: B018, refuses a file without experts
+
+    # the model
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers with routed experts: those that have ``ffn_up_exps`` or ``ffn_gate_up_exps``."""
+        found = (re.fullmatch(r"blk\.(\d+)\.ffn_(gate_)?up_exps\.weight", name) for name in self.file.tensors)
+        return tuple(sorted({int(match[1]) for match in found if match}))
+
+    @cached_property
+    def _first(self) -> Stored:
+        """Up of the first MoE layer: the sizes of all others are compared with its."""
+        if not self.moe_layers:
+            raise MobeError(
+                f"{self.path}: no tensor blk.*.ffn_up_exps.weight: the model ({self.arch}) has no routed experts, there is "
+                "nothing to factorize"
+            )
+        first = self.stored(self.moe_layers[0], "up")
+        if len(first.shape) != 3:
+            raise MobeError(
+                f"{self.path}: tensor {first.name} has shape {list(first.shape)}, expected [n, p, d]"
+            )
+        return first
+
+    @property
+    def n_expert(self) -> int:
+        return self._first.shape[0]
+
+    @property
+    def n_ff_exp(self) -> int:
+        return self._first.shape[1]
+
+    @property
+    def n_embd(self) -> int:
+        """Length of an expert's input: by its tensor, for some architectures feed experts less than the hidden size."""
+        return self._first.shape[2]
+
+    @property
+    def n_layer(self) -> int:
+        return self._number("block_count")
+
+    @property
+    def n_expert_used(self) -> int:
+        k = self._number("expert_used_count")
+        if k > self.n_expert:
+            raise MobeError(
+                f"{self.path}: key {self.arch}.expert_used_count is {k}, expected 1 to {self.n_expert}, as many experts as a "
+                "layer has"
+            )
+        return k
+
+    def _number(self, key: str) -> int:
+        value = self.file.arch_number(key)
+        if value < 1:
+            raise MobeError(f"{self.path}: key {self.arch}.{key} is {value}, expected a positive number")
+        return value
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``factors.json`` says of the model."""
+        return {
+            "architecture": self.arch,
+            "n_layer": self.n_layer,
+            "n_expert": self.n_expert,
+            "n_expert_used": self.n_expert_used,
+            "n_embd": self.n_embd,
+            "n_ff_exp": self.n_ff_exp,
+        }
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the whole model."""
+        return sum(math.prod(info.shape) for info in self.file.tensors.values())
+
+    def kept_bytes(self, units: list[tuple[int, str]]) -> int:
+        """Bytes that the factors' directory takes over from the model: none, they stay in the GGUF file."""
+        return 0
+
+    @cached_property
+    def checksum(self) -> str:
+        """sha256 that tells one source from another, cheaply: of the architecture, and of name, type, shape and three samples
+        of 4 KiB (first, middle, last) of every tensor.
+
+        Not of metadata, nor of how the model is cut into files: with another chat template, split or merged, it is the
+        same model to the factors.  Enough to tell a fine-tune or another quantization; not a proof that every byte is the
+        same.
+        """
+        digest = hashlib.sha256(self.arch.encode())
+        files: dict[Path, IO[bytes]] = {}
+        try:
+            for name, info in sorted(self.file.tensors.items()):
+                digest.update(f"{name} {info.type} {info.shape}\n".encode())
+                if info.file not in files:
+                    files[info.file] = open(info.file, "rb")  # noqa: SIM115, closed below
+                last = max(0, info.n_bytes - SAMPLE)
+                for at in (0, last // 2, last):
+                    digest.update(
+                        os.pread(files[info.file].fileno(), min(SAMPLE, info.n_bytes), info.offset + at)
+                    )
+        finally:
+            for file in files.values():
+                file.close()
+        return digest.hexdigest()
+
+    # experts
+
+    def stored(self, layer: int, projection: str) -> Stored:
+        """Where a layer's experts lie: ``[n, p, d]``, ``[n, d, p]`` for down.  MobeError if there are none."""
+        name = names.transform_name(layer, projection)
+        if name in self.file.tensors:
+            return Stored.of(self.file.tensors[name])
+        merged = self.file.tensors.get(merged_name(layer))
+        if merged is None or projection == "down":
+            hint = " Leave gate out:\n  --projections up" if projection == "gate" else ""
+            raise MobeError(f"{self.path}: tensor {name} is missing.{hint}")
+        if len(merged.shape) != 3 or merged.shape[1] % 2:
+            raise MobeError(
+                f"{self.path}: tensor {merged.name} has shape {list(merged.shape)}, expected [n, 2p, d]"
+            )
+        for kind in ("scale", "bias"):
+            other = name.replace("weight", kind)
+            for found in (
+                other,
+                other.replace(f"_{projection}_", "_up_"),
+                merged.name.replace("weight", kind),
+            ):
+                if found in self.file.tensors:
+                    raise MobeError(
+                        f"{self.path}: tensor {found} belongs to {merged.name}, which is taken apart here; such a model "
+                        "cannot be factorized from GGUF. Use its Hugging Face directory."
+                    )
+        return Stored.half(merged, name, 1 if projection == "up" else 0)
+
+    def is_merged(self, layer: int) -> bool:
+        """True if the layer's gate and up are one tensor."""
+        return names.transform_name(layer, "up") not in self.file.tensors and (
+            merged_name(layer) in self.file.tensors
+        )
+
+    def expert_shape(self, projection: str) -> tuple[int, int]:
+        """``[p, d]`` of gate and up, ``[d, p]`` of down."""
+        p, d = self.n_ff_exp, self.n_embd
+        return (d, p) if projection == "down" else (p, d)
+
+    def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
+        """Name of the tensor that :meth:`expert_stack` reads (of gate and up by themselves, where they are merged)."""
+        return (self.stored(layer, projection).name,)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor's values; uint8 for a quantized one."""
+        layer = int(name.split(".")[1])
+        info = self.file.tensors.get(name) or self.file.tensors[merged_name(layer)]
+        return _TORCH.get(info.type, torch.uint8)
+
+    def check_whole(self) -> None:
+        """MobeError unless all that a model needs beside its experts is there; the head only."""
+        self.n_expert_used  # noqa: B018, compared with the number of experts
+        if missing := missing_tensors(self.file):
+            raise MobeError(
+                f"{self.path}: tensor {missing[0]} is missing. Download or export the file again."
+            )
+
+    def check_experts(self, layer: int, projection: str) -> None:
+        """MobeError unless the layer's experts exist, of the right shape, in a type that libggml decodes; the head only."""
+        found = self.stored(layer, projection)
+        expected = (self.n_expert, *self.expert_shape(projection))
+        if found.shape != expected:
+            raise MobeError(
+                f"{self.path}: tensor {found.name} has shape {list(found.shape)}, expected {list(expected)} as of "
+                f"{self._first.name}"
+            )
+        if not ggml.type_info(found.type).decodes:
+            raise MobeError(
+                f"{self.path}: tensor {found.name} has type {found.type}, which cannot be decoded"
+            )
+
+    def expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
+        """One routed expert's matrix, float32 ``[p, d]`` (``[d, p]`` for down), checked to be finite."""
+        found = self.stored(layer, projection)
+        w = found.matrix(index)
+        if not all_finite(w):
+            bad = int((~torch.isfinite(w)).sum())
+            raise MobeError(
+                f"{self.path}: tensor {found.name}, expert {index}, holds {bad} values that are NaN or Inf. The file is "
+                "damaged; download it again."
+            )
+        return w
+
+    def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
+        """All routed experts' matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down), read one by one."""
+        stack = torch.empty(self.n_expert, *self.expert_shape(projection))
+        for e in range(self.n_expert):
+            stack[e] = self.expert(layer, projection, e)
+        return stack

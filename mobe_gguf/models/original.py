@@ -1,0 +1,65 @@
+"""The original model, whatever holds it: a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.families import Family
+from mobe_gguf.models.gguf_factors import FACTORS_NAME
+from mobe_gguf.models.gguf_source import GgufModel
+
+
+class Original(Protocol):
+    """What factorizing asks of a model; ``Checkpoint`` and ``GgufModel`` have it.  Sizes as in the formula."""
+
+    path: Path
+    family: Family
+    config: dict[str, Any]
+
+    @property
+    def is_mobe(self) -> bool: ...
+    @property
+    def moe_layers(self) -> tuple[int, ...]: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_expert(self) -> int: ...
+    @property
+    def n_expert_used(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_ff_exp(self) -> int: ...
+    @property
+    def n_params(self) -> int: ...
+    @property
+    def checksum(self) -> str: ...
+
+    def kept_bytes(self, units: list[tuple[int, str]]) -> int:
+        """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
+
+    def expert_shape(self, projection: str) -> tuple[int, int]: ...
+    def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def check_whole(self) -> None: ...
+    def check_experts(self, layer: int, projection: str) -> None: ...
+    def expert(self, layer: int, projection: str, index: int) -> torch.Tensor: ...
+    def expert_stack(self, layer: int, projection: str) -> torch.Tensor: ...
+
+
+def open_original(path: str | os.PathLike[str]) -> Original:
+    """A file is taken for GGUF, a directory for a Hugging Face model.  MobeError if it is not what it should be."""
+    path = Path(path)
+    if path.is_file():
+        return GgufModel(path)
+    if (path / FACTORS_NAME).is_file():
+        raise MobeError(
+            f"{path} holds factors of a GGUF file already. Export them:\n  mobe-gguf export {path} model.gguf --quant q4_k"
+        )
+    return Checkpoint(path)

@@ -1,0 +1,1 @@
+"""Types: which a tensor gets, and what it costs."""

@@ -1,0 +1,1 @@
+"""What is measured on a model at hand: the paper's studies, the demo."""
