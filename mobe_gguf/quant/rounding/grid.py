@@ -1,0 +1,96 @@
+"""What codes stand for while the scales are held, on any device: the engines (``gptq``, ``descent``) know types by this alone.
+
+    batch E matrices of p rows and n columns; ``width`` w columns share a code, n / w codes a row
+
+The engines go through a row's codes ``j`` in some order.  For each they have a target t ``[E, p, w]`` and the metric M ``[E, w, w]``
+in which an error of those columns counts, and ask the grid for the code of least ``(t - v) M (t - v)^T``.  With w = 1 that is the
+nearest level, whatever M.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+
+class Grid(ABC):
+    """Codes of a batch of matrices under fixed scales.
+
+    ``scale``, ``offset`` ``[E, p, n / group]`` float32 (``offset`` may be None): value = scale * unit + offset.
+    """
+
+    width: int
+    group: int
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    @abstractmethod
+    def choose(
+        self, j: int, target: torch.Tensor, metric: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes ``[E, p]`` and their units ``[E, p, width]`` for columns ``j * width`` to ``(j + 1) * width``.
+
+        ``target`` ``[E, p, width]`` in values, not units; ``metric`` ``[E, width, width]``, symmetric and positive definite, None where
+        the width is 1.  Ties go to the lower code.  A scale of zero takes any code, the same each time.
+        """
+
+    @abstractmethod
+    def units(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes ``[E, p, n / width]`` stand for before scale and offset: float32 ``[E, p, n]``."""
+
+    @abstractmethod
+    def with_scales(self, scale: torch.Tensor, offset: torch.Tensor | None) -> Grid:
+        """The same codes under other scales."""
+
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 ``[E, p, n]``: what is decoded."""
+        x = self.units(codes) * self.scale.repeat_interleave(self.group, -1)
+        return x if self.offset is None else x + self.offset.repeat_interleave(self.group, -1)
+
+
+class Levels(Grid):
+    """One code a column, out of ``levels`` ``[N]``: evenly spaced or not."""
+
+    width = 1
+
+    def __init__(self, levels: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, group: int):
+        self.levels = levels.to(scale)
+        self.scale, self.offset, self.group = scale, offset, group
+        order = torch.argsort(self.levels, stable=True)
+        ladder = self.levels[order]
+        first = torch.ones_like(ladder, dtype=torch.bool)
+        first[1:] = ladder[1:] != ladder[:-1]  # fp4 has two zeros: the lower code is taken
+        self.order, self.ladder = order[first], ladder[first]
+        steps = self.ladder.diff()
+        self.even = bool((steps == steps[0]).all())
+        self.middles = (self.ladder[1:] + self.ladder[:-1]) / 2
+        self.inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+
+    def nearest(self, unit: torch.Tensor) -> torch.Tensor:
+        """Places in the ladder of the levels nearest to ``unit`` (any shape)."""
+        if self.even:
+            low, step = self.ladder[0], self.ladder[1] - self.ladder[0]
+            return ((unit - low) / step).round_().clamp_(0, len(self.ladder) - 1).long()
+        return torch.bucketize(unit, self.middles)
+
+    def choose(
+        self, j: int, target: torch.Tensor, metric: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        g = j // self.group
+        t = target[..., 0] if self.offset is None else target[..., 0] - self.offset[..., g]
+        place = self.nearest(t * self.inverse[..., g])
+        return self.order[place], self.ladder[place][..., None]
+
+    def units(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.levels[codes.long()]
+
+    def with_scales(self, scale: torch.Tensor, offset: torch.Tensor | None) -> Levels:
+        return Levels(self.levels, scale, offset, self.group)
+
+
+def levels_grid(
+    levels: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, group: int
+) -> Levels:
+    """The grid of a type with levels."""
+    return Levels(levels, scale, offset, group)
