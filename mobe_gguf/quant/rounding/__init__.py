@@ -10,6 +10,7 @@ a module.  ``gptq`` and ``descent`` choose codes and scales by ``tr(D S D^T)``, 
 A new type is a subclass of :class:`forms.Type` with ``unpack`` and ``pack``, registered by :func:`forms.register`.
 """
 
+from mobe_gguf.quant.rounding import kquants, legacy, ternary  # noqa: F401, they register their types
 from mobe_gguf.quant.rounding.forms import TYPES, Stored, Type
 
 __all__ = ["TYPES", "Stored", "Type"]

@@ -105,9 +105,7 @@ def register(*types: Type) -> None:
     TYPES.update((one.name, one) for one in types)
 
 
-def _scaled(
-    d: np.ndarray | None, k: np.ndarray | None, table: np.ndarray | None, groups: int
-) -> np.ndarray:
+def _scaled(d: np.ndarray | None, k: np.ndarray | None, table: np.ndarray | None, groups: int) -> np.ndarray:
     """``d * table[k]`` in float32, d repeated for the ``groups`` of its block; either may be missing."""
     with np.errstate(over="ignore", invalid="ignore"):
         if k is None:

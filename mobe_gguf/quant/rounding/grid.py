@@ -89,8 +89,6 @@ class Levels(Grid):
         return Levels(self.levels, scale, offset, self.group)
 
 
-def levels_grid(
-    levels: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, group: int
-) -> Levels:
+def levels_grid(levels: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, group: int) -> Levels:
     """The grid of a type with levels."""
     return Levels(levels, scale, offset, group)
