@@ -17,12 +17,12 @@ from click.testing import CliRunner
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mobe_gguf.calibrate import moments as module
 from mobe_gguf.calibrate.moments import collect, compress
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.metric import Metric, Roots
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.factorize import moments as module
 from mobe_gguf.factorize.imatrix import PRIOR
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
