@@ -81,7 +81,8 @@ MIXES = ("scalar", "row")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to fit, and how.  ``n_basis`` and ``n_group`` count over the whole layer; ``rank`` <= p, d.
+    """What to fit, and how.  ``n_basis`` and ``n_group`` count over the whole layer; ``rank`` is 1 to d: more
+    than p is allowed, see docs/forms.md, "Wide and few".
 
     ``mix``: ``scalar`` is one weight for each expert and basis, ``row`` one for each row of the basis.
     ``ridge``: relative to the mean of the Gram matrix's diagonal.  ``dtype``: type that A and B are stored in; B is
@@ -150,12 +151,8 @@ class Settings:
             raise UsageError(
                 f"--bases {m} is more than the {n} experts of a layer; the factors would only grow"
             )
-        if r > p:
-            raise UsageError(
-                f"--rank {r} is more than the {p} rows of an expert's matrix; expected 1 to {min(p, d)}"
-            )
         if r > d:
-            raise UsageError(f"--rank {r} is more than the hidden size {d}; expected 1 to {min(p, d)}")
+            raise UsageError(f"--rank {r} is more than the hidden size {d}; expected 1 to {d}")
         if self.mix_terms is not None and not 1 <= self.mix_terms <= m // g:
             raise UsageError(
                 f"--mix-terms {self.mix_terms}: an expert has {m // g} bases to mix; expected 1 to {m // g}"

@@ -118,10 +118,14 @@ def factors(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return factorize(quantized, tmp_path_factory.mktemp("factors") / "factors", Options(bases=2, steps=3))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])
-def test_as_by_way_of_the_checkpoint(family: str, plain: Maker, model: Maker, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "rank"), [("qwen3_moe", 40), ("deepseek_v3", 40), ("mixtral", 40), ("qwen3_moe", 60)]
+)
+def test_as_by_way_of_the_checkpoint(
+    family: str, rank: int, plain: Maker, model: Maker, tmp_path: Path
+) -> None:
     """The same factors from the GGUF file as from the checkpoint that it was made of, and the same file in the end."""
-    options = Options(bases=4, groups=2, rank=40, steps=3)
+    options = Options(bases=4, groups=2, rank=rank, steps=3)
     factorize(model(family), tmp_path / "mobe", options)
     export(tmp_path / "mobe", tmp_path / "mobe.gguf", Recipe("f32"), quiet=True)
     factorize(plain(family), tmp_path / "factors", options)
@@ -168,6 +172,22 @@ def test_exact_factors_give_the_same_model(plain: Maker, tmp_path: Path) -> None
         factorize(source, tmp_path / family, EXACT.replace(projections=names.ALL_PROJECTIONS))
         export(tmp_path / family, tmp_path / f"{family}.gguf", Recipe("f32"), quiet=True)
         assert distance(logits(source), logits(tmp_path / f"{family}.gguf")) < 1e-5
+
+
+def test_exact_factors_of_full_rank_in_split_files(plain: Maker, tmp_path: Path) -> None:
+    """One basis of rank d, above p, can stand for any experts; through split files in, and out."""
+    source = plain("qwen3_moe")
+    tool("llama-gguf-split", "--split", "--split-max-tensors", 12, source, tmp_path / "s")
+    first = min(tmp_path.glob("s-*.gguf"))
+    wide = EXACT.replace(bases=1, rank=64, steps=20, projections=names.ALL_PROJECTIONS)
+    factorize(first, tmp_path / "factors", wide)
+    export(tmp_path / "factors", tmp_path / "out.gguf", Recipe("f32"), quiet=True, split_max_size=400_000)
+    out = min(tmp_path.glob("out*.gguf"))
+    assert len(list(tmp_path.glob("out*.gguf"))) > 1 and not describe(out).problems
+    assert {(u.m, u.r) for layer in describe(out).layers for u in (layer.gate, layer.up, layer.down)} == {
+        (1, 64)
+    }
+    assert distance(logits(source), logits(out)) < 1e-7
 
 
 def test_real_tools_on_the_result(quantized: Path, factors: Path, tmp_path: Path) -> None:

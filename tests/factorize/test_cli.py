@@ -136,7 +136,7 @@ def test_wrong_usage(model, tmp_path):
     source, out = model("qwen3_moe"), tmp_path / "out"
     for options, message in (
         (["--bases", 3, "--groups", 2], "--bases 3 does not divide by --groups 2"),
-        (["--rank", 49], "--rank 49 is more than the 48 rows"),
+        (["--rank", 65], "--rank 65 is more than the hidden size 64"),
         (["--bases", 9], "more than the 8 experts"),
         (["--groups", 3], "must divide 8"),
         (["--groups", 0], "'--groups': 0 is not in the range"),

@@ -240,8 +240,8 @@ def test_resume_refuses_other_projections(model, tmp_path):
 
 def test_sizes_that_do_not_fit(model):
     checkpoint = Checkpoint(model("qwen3_moe"))
-    with pytest.raises(UsageError, match="--rank 49 is more than the 48"):
-        settle(Options(rank=49, projections=("down",)), checkpoint)
+    with pytest.raises(UsageError, match="--rank 65 is more than the hidden size 64"):
+        settle(Options(rank=65, projections=("down",)), checkpoint)
     with pytest.raises(UsageError, match="--for-transform q1_0: rows of 48"):  # of gate they would be of 128
         settle(Options(rank=32, for_transform="q1_0", projections=("down",)), checkpoint)
 

@@ -191,7 +191,7 @@ def test_divergence_is_retried_with_a_smaller_step_then_reported(monkeypatch):
     [
         (Settings(5, 8, n_group=2), "--bases 5 does not divide by --groups 2.*--bases 4 or --bases 6"),
         (Settings(5, 8, n_group=5), "12 experts cannot be split in 5"),
-        (Settings(3, 25), "--rank 25 is more than the 24 rows.*1 to 24"),
+        (Settings(3, 41), "--rank 41 is more than the hidden size 40; expected 1 to 40"),
         (Settings(13, 8), "--bases 13 is more than the 12 experts"),
         (Settings(0, 8), "at least 1"),
         (Settings(3, 8, steps=0), "at least 1"),

@@ -316,7 +316,7 @@ def test_refusals(model, tmp_path):
         (["--target", "0.5", "--quant", "q4_k"], "--quant is only used with --target SIZE"),
         (["--quant", "q4_k"], "--quant is only used with --target SIZE"),
         (["--target", "2"], "between 0 and 1; for a file's size add GB or MB"),
-        (["--target", "0.9", "--rank", 49], "more than the 48 rows"),
+        (["--target", "0.9", "--rank", 65], "more than the hidden size 64"),
     ):
         assert message in " ".join(refused(2, source, out, *given).split())
     assert not any(tmp_path.iterdir())

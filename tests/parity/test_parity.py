@@ -76,6 +76,25 @@ CASES = [
         "deepseek_v3",
         factors=dict(m=4, r=32, activation="none", projections=("down",)),
     ),
+    # bases wider than the experts: p 48, d 64
+    Case("qwen3_moe-wide", "qwen3_moe", factors=dict(m=2, r=64, projections=ALL_PROJECTIONS)),
+    Case("qwen2_moe-wide-linear", "qwen2_moe", factors=dict(m=2, r=56, activation="none")),
+    Case(
+        "deepseek_v3-wide-down-linear",
+        "deepseek_v3",
+        factors=dict(m=3, r=61, activation="none", projections=ALL_PROJECTIONS),
+    ),
+    Case("olmoe-wide-2-groups", "olmoe", factors=dict(m=2, r=60, g=2, projections=ALL_PROJECTIONS)),
+    Case(
+        "mixtral-wide-row-mix",
+        "mixtral",
+        factors=dict(m=2, r=56, by_row=True, activation="silu", projections=ALL_PROJECTIONS),
+    ),
+    Case(
+        "bailing_moe-wide-molae",
+        "bailing_moe",
+        factors=dict(m=1, r=58, activation="none", projections=ALL_PROJECTIONS),
+    ),
     Case(
         "olmoe-down-linear-2-groups",
         "olmoe",
