@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from export.handmade import make_mobe
 
 
 @pytest.fixture(scope="session")
@@ -31,5 +32,19 @@ def own_model(model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]
 
     def get(family: str = "qwen3_moe", **options: Any) -> Path:
         return Path(shutil.copytree(model(family, **options), tmp_path / "own"))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mobe(model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``mobe(family, **options)``: the model of that family with random factors, see ``make_mobe``."""
+    made: dict[Any, Path] = {}
+
+    def get(family: str, **options: Any) -> Path:
+        key = (family, repr(sorted(options.items())))
+        if key not in made:
+            made[key] = make_mobe(model(family), tmp_path_factory.mktemp("mobe") / family, **options)
+        return made[key]
 
     return get

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from export.handmade import make_mobe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models.editing import edit_config
 from parity.gguf_files import factorize, qwen3moe
-from sources.editing import edit_config
 
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError

@@ -1,6 +1,6 @@
 """Every name that the parts of this project must agree on: GGUF keys, tensor names, activations.
 
-The C side (``native/ggml_mobe/ggml-mobe.h``) holds the same strings; ``tests/test_names.py`` compares them.
+The C side (``native/ggml_mobe/ggml-mobe.h``) holds the same strings; ``tests/core/test_names.py`` compares them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The mixtures of types that ``llama-quantize`` calls Q4_K_M, IQ3_XS and so on.
 
 ``llama_tensor_get_type_impl`` of the pinned tree's ``src/llama-quant.cpp``, in its order: more bits for what is
-small or sensitive.  ``tests/export`` holds it against the tool itself, for every name.
+small or sensitive.  ``tests/quant`` holds it against the tool itself, for every name.
 """
 
 from __future__ import annotations

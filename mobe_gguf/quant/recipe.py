@@ -3,7 +3,7 @@
 ``--quant X`` gives a tensor the type that ``llama-quantize`` gives it under the same name X, so that a file
 says of itself what a llama.cpp user expects of it: rules ported from ``tensor_allows_quantization``,
 ``tensor_type_fallback`` and ``tensor_requires_imatrix`` of the pinned tree's ``src/llama-quant.cpp``, the mixtures
-in ``mixture``.  ``tests/export/test_recipe.py`` holds this port against the tool itself.  Two consequences worth
+in ``mixture``.  ``tests/quant/test_recipe.py`` holds this port against the tool itself.  Two consequences worth
 knowing: ``q4_k`` means ``q4_k_m`` there, so it does here (``--pure`` gives one type throughout); and the bases count as
 ``ffn_gate``/``ffn_up`` matrices, the mix is never quantized, for its name does not end in ``weight``.
 """

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from models.editing import edit_config, edit_tensors
 from safetensors.torch import load_file, save_file
-from sources.editing import edit_config, edit_tensors
 
 from export.handmade import make_mobe
 from mobe_gguf.cli import main

@@ -303,7 +303,7 @@ def slow(self, file):
 write.Encoded.tofile = slow
 main(sys.argv[2:])
 """
-AT_ONCE = "import sys; from mobe_gguf import atomic, cli; atomic.PATIENCE = 0.1; cli.main(sys.argv[1:])"
+AT_ONCE = "import sys; from mobe_gguf import cli; from mobe_gguf.core import atomic; atomic.PATIENCE = 0.1; cli.main(sys.argv[1:])"
 
 
 @pytest.mark.parametrize("split", [True, False])

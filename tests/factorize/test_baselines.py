@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from formats.test_imatrix import write as write_imatrix
 
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.metric import Roots
@@ -13,7 +14,6 @@ from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
 
 from .test_cli import refused
-from .test_imatrix import write as write_imatrix
 from .test_job import factorize
 
 N, P, D = 6, 20, 32

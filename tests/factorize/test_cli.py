@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from models.editing import edit_tensors
 from safetensors.torch import load_file, save_file
-from sources.editing import edit_tensors
 
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import UsageError

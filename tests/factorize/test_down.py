@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from formats.test_imatrix import write as write_imatrix
 from formula import combine_groups
 
 from mobe_gguf.cli import main
@@ -24,7 +25,6 @@ from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
 from mobe_gguf.quant.roundtrip import rounded
 from mobe_gguf.runtime import ggml
 
-from .test_imatrix import write as write_imatrix
 from .test_solver import shared_structure
 
 N, D, P, R = 12, 40, 24, 16

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from formats.test_imatrix import write as write_imatrix
+from models.editing import edit_config, edit_tensors, to_fp8
 from safetensors.torch import load_file
-from sources.editing import edit_config, edit_tensors, to_fp8
 
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
@@ -30,8 +31,6 @@ from mobe_gguf.factorize.workers import Stopped
 from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, read_header, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
-
-from .test_imatrix import write as write_imatrix
 
 FAST = Options(steps=3)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import peak
 import pytest
 import torch
+from formats.test_imatrix import write as write_imatrix
 from safetensors.torch import save_file
 
 from mobe_gguf.factorize import workers
@@ -16,8 +17,6 @@ from mobe_gguf.factorize.plan import Options, unit_memory
 from mobe_gguf.factorize.solver import Settings
 from mobe_gguf.factorize.workers import units_at_once
 from mobe_gguf.formats.moments import KEY, VERSION
-
-from .test_imatrix import write as write_imatrix
 
 N, P, D, DIRECTIONS = 48, 256, 512, 192
 

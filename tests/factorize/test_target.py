@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from sources.editing import edit_tensors
+from models.editing import edit_tensors
 
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError, UsageError

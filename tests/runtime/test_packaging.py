@@ -49,7 +49,7 @@ def test_the_wheel_carries_patches_kernels_and_model(tmp_path: Path):
     assert not [name for name in held if not name.startswith(("mobe_gguf/", "mobe_gguf-"))]
 
     # an import that finds the wheel first, from a directory that holds no checkout
-    code = "import sys; sys.path[0] = sys.argv[1]; from mobe_gguf import resources as r; print(*map(r.path, r.NAMES))"
+    code = "import sys; sys.path[0] = sys.argv[1]; from mobe_gguf.core import resources as r; print(*map(r.path, r.NAMES))"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "installed"], cwd=tmp_path, capture_output=True, text=True
     )

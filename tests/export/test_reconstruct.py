@@ -16,12 +16,12 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
-from export.handmade import cut, make_mobe
-from export.published import PUBLISHED, make_published, make_wab
 from parity.llama import nmse
 from parity.reference import multiply_out, transformers_logits
 from safetensors.torch import load_file, save_file
 
+from export.handmade import cut, make_mobe
+from export.published import PUBLISHED, make_published, make_wab
 from mobe_gguf.cli import main
 from mobe_gguf.core import atomic
 from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS

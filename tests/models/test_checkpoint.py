@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats.safetensors import INDEX_NAME, read_header
 from mobe_gguf.models.checkpoint import Checkpoint, dequantize_fp8
-from sources.editing import edit_config, edit_tensors, to_fp8
+from models.editing import edit_config, edit_tensors, to_fp8
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

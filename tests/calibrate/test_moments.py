@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from factorize.test_solver import reconstruct, shared_structure
+from formats.test_imatrix import write as write_imatrix
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,9 +33,6 @@ from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.runtime import ggml
-
-from .test_imatrix import write as write_imatrix
-from .test_solver import reconstruct, shared_structure
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral")
 

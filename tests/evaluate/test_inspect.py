@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from models.editing import edit_config, edit_tensors
 from parity.gguf_files import GgufFile, factorize, qwen3moe
-from sources.editing import edit_config, edit_tensors
 
 from mobe_gguf.cli import main
 from mobe_gguf.core.names import ALL_PROJECTIONS

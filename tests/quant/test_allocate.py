@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-
 from export.handmade import make_mobe
+
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.formula import activate, combine

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from export.handmade import make_mobe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.handmade import make_mobe
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.names import ALL_PROJECTIONS
