@@ -24,10 +24,9 @@ from mobe_gguf.core.atomic import atomic_path, check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import check_space, sha256, why_not_written
 from mobe_gguf.core.memory import free_memory
-from mobe_gguf.core.metric import FLOOR
+from mobe_gguf.core.metric import FLOOR, PRIOR
 from mobe_gguf.core.progress import Bar, bar, console
-from mobe_gguf.factorize.imatrix import PRIOR
-from mobe_gguf.formats.moments import KEY, VERSION, tensor_names
+from mobe_gguf.formats.moments import KEY
 from mobe_gguf.formats.safetensors import Entry, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 
@@ -71,7 +70,7 @@ def collect(
     with _silent(quiet):
         tokens = _tokens(model, text, ctx, chunks)
     about = {
-        "version": VERSION,
+        "version": 1,
         "model": str(model),
         "source_checksum": checkpoint.checksum,
         "text": sha256(text),
@@ -298,3 +297,8 @@ def compress(sums: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
         root[e] = (q @ (vectors * values.clamp_min(0).sqrt())).float().cpu()
         rest[e] = (s.diagonal().cpu().float() - root[e].square().sum(-1)).clamp_min(FLOOR)
     return (root,) if rank == d else (root, rest)
+
+
+def tensor_names(layer: int, projection: str) -> tuple[str, str]:
+    stem = f"layers.{layer}.{'down' if projection == 'down' else 'gate_up'}"
+    return f"{stem}.root", f"{stem}.rest"

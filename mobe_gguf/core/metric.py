@@ -21,6 +21,10 @@ from mobe_gguf.core.errors import MobeError
 #: bounds, or A is undetermined there.
 FLOOR = 1e-4
 
+#: Tokens that every expert gets besides its own, as a share of the average expert's, with the average moments: one that saw
+#: few or none is not believed to need nothing.
+PRIOR = 0.1
+
 
 @dataclass(frozen=True)
 class Roots:

@@ -15,11 +15,8 @@ import torch
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import sha256
+from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.models.gguf_source import merged_name
-
-#: Rows that every expert is taken to have seen beside its own, as a share of the average expert's, with the average
-#: input: an expert that the calibration text never routed to still has to be kept in shape.
-PRIOR = 0.1
 
 
 def smoothed(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

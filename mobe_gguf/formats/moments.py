@@ -1,9 +1,19 @@
-"""Files of second moments, as ``mobe-gguf moments`` writes them (docs/format.md)."""
+"""Files of second moments, as ``mobe-gguf moments`` writes them (docs/format.md).
+
+One *stem* is one set of inputs: what q, k and v of a layer are fed, say.  It weighs every GGUF tensor that is fed the same:
+
+    moments = Moments(path)
+    roots = moments.find("blk.0.attn_k.weight")       # None if the file has nothing of it
+
+    S_e = scale * (root_e root_e^T + diag(rest_e))    E[g^2 x x^T] a token of the text, experts e; g: the router's weight, 1 of others
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +22,22 @@ from safetensors import safe_open
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import Roots
+from mobe_gguf.core.names import transform_name
 from mobe_gguf.formats.safetensors import read_header
 
-VERSION = 1
+#: Written.  1, of routed experts alone and without scale and tokens, is read as well.
+VERSION = 2
+KNOWN = (1, 2)
 KEY = "mobe_moments"
+#: In the header beside KEY: ``{GGUF tensor: stem}``, JSON.
+KEY_WEIGHS = "mobe_moments_weighs"
 
 
 class Moments:
-    """A file of :func:`collect`; MobeError if it is missing, damaged or something else."""
+    """A file of ``mobe-gguf moments``, opened: its head now, tensors when asked for.
+
+    MobeError if it is missing, damaged or something else.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -29,55 +47,123 @@ class Moments:
             )
         self._tensors = read_header(path)
         with safe_open(path, framework="pt") as f:
-            about = (f.metadata() or {}).get(KEY)
+            metadata = f.metadata() or {}
         try:
-            self.about: dict[str, Any] = json.loads(about or "")
+            self.about: dict[str, Any] = json.loads(metadata.get(KEY) or "")
             version = self.about["version"]
-        except (ValueError, KeyError, TypeError) as e:
+            weighs = json.loads(metadata.get(KEY_WEIGHS) or "{}")
+            self._weighs = {str(name): str(stem) for name, stem in weighs.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise MobeError(f"{path}: not a file of `mobe-gguf moments`; make one with that command") from e
-        if version != VERSION:
+        if version not in KNOWN:
             raise MobeError(f"{path}: format version {version}, this program knows {VERSION}; make it again")
+        if version == 1:
+            self._weighs = self._old_names()
 
-    @property
+    def _old_names(self) -> dict[str, str]:
+        weighs = {}
+        for name in self._tensors:
+            if found := re.fullmatch(r"(layers\.(\d+)\.(gate_up|down))\.root", name):
+                for projection in found[3].split("_"):
+                    weighs[transform_name(int(found[2]), projection)] = found[1]
+        return weighs
+
+    @cached_property
     def checksum(self) -> str:
         """sha256 over what the file was made of: model, text, settings."""
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
 
+    # by the name of a GGUF tensor
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The GGUF tensors that the file has moments for."""
+        return tuple(self._weighs)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weighs
+
+    def stem(self, name: str) -> str | None:
+        """Tensors with the same stem are fed the same; None if the file has nothing of ``name``."""
+        return self._weighs.get(name)
+
+    def shape(self, name: str) -> tuple[int, int, int] | None:
+        """``(n, d, k)`` of a tensor's root, from the head; None if the file has nothing of it.  MobeError if the head is damaged."""
+        stem = self._weighs.get(name)
+        if stem is None:
+            return None
+        root, rest = self._tensors.get(f"{stem}.root"), self._tensors.get(f"{stem}.rest")
+        if root is None or len(root.shape) != 3 or (rest is not None and rest.shape != root.shape[:2]):
+            raise MobeError(f"{self.path}: the moments of {name} ({stem}) are damaged; make the file again")
+        n, d, k = root.shape
+        return n, d, k
+
+    def find(self, name: str) -> Roots | None:
+        """Second moments of what GGUF tensor ``name`` is fed: ``root`` ``[n, d, k]``, ``rest`` ``[n, d]`` or None where k = d;
+        n experts, 1 for a matrix of all tokens, or a head's own.  The mean of all diagonals is 1; :meth:`scale` is their size.
+
+        None if the file has nothing of it (an older file, or one that was made with fewer ``--tensors``).  MobeError if what
+        it has is damaged.
+        """
+        if self.shape(name) is None:
+            return None
+        stem = self._weighs[name]
+        root = self._read(f"{stem}.root").float()
+        rest = self._read(f"{stem}.rest").float() if f"{stem}.rest" in self._tensors else None
+        if not torch.isfinite(root).all() or (rest is not None and not torch.isfinite(rest).all()):
+            raise MobeError(f"{self.path}: {stem}.root holds values that are not finite; make the file again")
+        return Roots(root, rest)
+
+    def scale(self, name: str) -> float | None:
+        """What :meth:`find`'s moments are to be multiplied by: then ``tr(D S D^T)`` is the mean square of the error that D adds to
+        the layer's output, a token of the text.  None where the file does not say (version 1)."""
+        stem = self._weighs.get(name)
+        return (
+            None
+            if stem is None or f"{stem}.scale" not in self._tensors
+            else float(self._read(f"{stem}.scale"))
+        )
+
+    def tokens(self, name: str) -> torch.Tensor | None:
+        """Tokens that each expert saw, int64 ``[n]``; None where the file does not say (version 1)."""
+        stem = self._weighs.get(name)
+        found = stem is not None and f"{stem}.tokens" in self._tensors
+        return self._read(f"{stem}.tokens").long() if found else None
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as f:
+            return f.get_tensor(name)
+
+    # of a layer's routed experts
+
     def nbytes(self, layer: int, projection: str) -> int:
         """Bytes of a unit's moments as they are used, in float32."""
-        return 2 * sum(
-            self._tensors[n].n_bytes for n in tensor_names(layer, projection) if n in self._tensors
-        )
+        shape = self.shape(transform_name(layer, projection))
+        if shape is None:
+            return 0
+        n, d, k = shape
+        return 4 * n * d * (k + (k < d))
 
     def directions(self, layer: int, projection: str) -> int:
         """Columns of each expert's root."""
-        return self._tensors[tensor_names(layer, projection)[0]].shape[2]
+        shape = self.shape(transform_name(layer, projection))
+        return 0 if shape is None else shape[2]
 
     def check(self, layer: int, projection: str, n: int, d: int) -> None:
         """MobeError if the file lacks the inputs, d in number, of a layer's projection, or is of another model."""
-        root, rest = (self._tensors.get(name) for name in tensor_names(layer, projection))
-        if root is None:
+        name = transform_name(layer, projection)
+        shape = self.shape(name)
+        if shape is None:
+            raise MobeError(f"{self.path}: nothing of {name}; the moments are of another model")
+        if shape[:2] != (n, d):
             raise MobeError(
-                f"{self.path}: no tensor {tensor_names(layer, projection)[0]}; the moments are of another model"
-            )
-        if len(root.shape) != 3 or root.shape[:2] != (n, d) or (rest is not None and rest.shape != (n, d)):
-            raise MobeError(
-                f"{self.path}: {tensor_names(layer, projection)[0]} has shape {list(root.shape)}, expected {n} experts with {d} inputs. "
+                f"{self.path}: {self._weighs[name]}.root has shape {list(shape)}, expected {n} experts with {d} inputs. "
                 "The moments are of another model."
             )
 
     def weight(self, layer: int, projection: str, n: int, d: int) -> Roots:
         """What a layer's gate and up (the same) or down are fed; MobeError as :meth:`check`."""
         self.check(layer, projection, n, d)
-        root_name, rest_name = tensor_names(layer, projection)
-        with safe_open(self.path, framework="pt") as f:
-            root = f.get_tensor(root_name).float()
-            rest = f.get_tensor(rest_name).float() if rest_name in self._tensors else None
-        if not torch.isfinite(root).all() or (rest is not None and not torch.isfinite(rest).all()):
-            raise MobeError(f"{self.path}: {root_name} holds values that are not finite; make the file again")
-        return Roots(root, rest)
-
-
-def tensor_names(layer: int, projection: str) -> tuple[str, str]:
-    stem = f"layers.{layer}.{'down' if projection == 'down' else 'gate_up'}"
-    return f"{stem}.root", f"{stem}.rest"
+        found = self.find(transform_name(layer, projection))
+        assert found is not None
+        return found

@@ -23,9 +23,8 @@ from mobe_gguf.calibrate import moments as module
 from mobe_gguf.calibrate.moments import collect, compress
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.core.metric import Metric, Roots
+from mobe_gguf.core.metric import PRIOR, Metric, Roots
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.factorize.imatrix import PRIOR
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.solver import Settings, fit
@@ -202,7 +201,7 @@ def test_errors(model, gathered, text, tmp_path):
         MobeError, match="expected 4 experts with 64 inputs. The moments are of another model"
     ):
         Moments(gathered).weight(1, "gate", 4, 64)
-    with pytest.raises(MobeError, match="no tensor layers.9.down.root"):
+    with pytest.raises(MobeError, match="nothing of blk.9.ffn_down_exps.weight"):
         Moments(gathered).weight(9, "down", 8, 48)
     with pytest.raises(UsageError, match="--moments is only used with --objective activation"):
         prepare(qwen, tmp_path / "new", Options(objective="mse", moments=str(gathered)))

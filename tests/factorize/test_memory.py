@@ -16,7 +16,7 @@ from mobe_gguf.factorize.job import prepare
 from mobe_gguf.factorize.plan import Options, unit_memory
 from mobe_gguf.factorize.solver import Settings
 from mobe_gguf.factorize.workers import units_at_once
-from mobe_gguf.formats.moments import KEY, VERSION
+from mobe_gguf.formats.moments import KEY
 
 N, P, D, DIRECTIONS = 48, 256, 512, 192
 
@@ -53,7 +53,7 @@ def weights(tmp_path_factory) -> dict[str, str]:
     """An imatrix and moments, which are good for their sizes."""
     folder = tmp_path_factory.mktemp("weights")
     imatrix = write_imatrix(folder / "i.gguf", (torch.rand(N, D) + 0.1).numpy(), [10.0] * N, layer=0)
-    moments, about = folder / "m.safetensors", {"version": VERSION}
+    moments, about = folder / "m.safetensors", {"version": 1}
     tensors = {
         "layers.0.gate_up.root": torch.rand(N, D, DIRECTIONS).half(),
         "layers.0.gate_up.rest": torch.rand(N, D).half() + 0.1,
