@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
+from mobe_gguf import runtime
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.export.converter import Tensor
 from mobe_gguf.export.write import Encoded
@@ -169,6 +170,7 @@ class GgufConversion:
 
     def header(self, shards: list[list[Encoded]], index: int) -> Header:
         """Head of one of the files; the first has the keys."""
+        runtime.use_conversion()  # PyPI's gguf does not know all file types
         import gguf
 
         tensors = [tensor for shard in shards for tensor in shard]

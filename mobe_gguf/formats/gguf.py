@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats import types
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -317,20 +318,22 @@ class _Reader:
     def place(self, entry: tuple[str, tuple[int, ...], int, int], start: int, alignment: int) -> TensorInfo:
         name, shape, number, offset = entry
         self.where = f"tensor {name!r}"
-        type_name, block, block_bytes = _type(number) or (None, 1, 1)
-        if type_name is None:
+        kind = types.BY_ID.get(number)
+        if kind is None:
             raise self.broken(
                 f"ggml type {number} is not known; the file is damaged, or newer than this program"
             )
-        if shape[-1] % block:
-            raise self.broken(f"rows of {shape[-1]} values cannot have type {type_name} (blocks of {block})")
-        n_bytes = math.prod(shape) // block * block_bytes
+        if shape[-1] % kind.block:
+            raise self.broken(
+                f"rows of {shape[-1]} values cannot have type {kind.name} (blocks of {kind.block})"
+            )
+        n_bytes = math.prod(shape) // kind.block * kind.bytes
         if offset % alignment or start + offset + n_bytes > self.size:
             raise self.broken(
                 f"its data ({n_bytes} bytes from {start + offset}) lie outside the file ({self.size} bytes) or off the "
                 "alignment; the file is cut off or damaged"
             )
-        return TensorInfo(name, shape, type_name, start + offset, n_bytes, self.path)
+        return TensorInfo(name, shape, kind.name, start + offset, n_bytes, self.path)
 
     def take(self, n: int) -> bytes:
         begin = self.at
@@ -355,14 +358,3 @@ class _Reader:
 
     def broken(self, why: str) -> MobeError:
         return MobeError(f"{self.path}: {self.where}: {why}. Download or export the file again.")
-
-
-def _type(number: int) -> tuple[str, int, int] | None:
-    """Name, values a block and bytes a block of a ggml type, None if gguf-py does not know it."""
-    import gguf
-
-    try:
-        known = gguf.GGMLQuantizationType(number)
-    except ValueError:
-        return None
-    return (known.name.lower(), *gguf.GGML_QUANT_SIZES[known]) if known in gguf.GGML_QUANT_SIZES else None

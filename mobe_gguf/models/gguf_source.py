@@ -20,7 +20,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from mobe_gguf import runtime
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
@@ -143,7 +142,6 @@ class GgufModel:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        runtime.use_conversion()  # its gguf knows all types that the library decodes; PyPI's does not
         self.file: GgufFile = read_model(self.path)
         self.arch = self.file.arch
         self.family = family(self.arch)

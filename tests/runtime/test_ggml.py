@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats import types
 from mobe_gguf.runtime import ggml
 
 pytestmark = pytest.mark.usefixtures("built")
@@ -53,6 +54,15 @@ def gguf_type(name: str) -> gguf.GGMLQuantizationType:
 
 def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(((got - wanted) ** 2).sum() / (wanted**2).sum())
+
+
+def test_the_table_of_types_is_that_of_the_library():
+    """What reads heads without a runtime, ``formats/types.py``, number for number."""
+    expected = {t.id: (t.name, t.block, t.bytes) for t in ggml.types().values()}
+    assert {t.id: (t.name, t.block, t.bytes) for t in types.BY_ID.values()} == expected, (
+        "renew the rows of mobe_gguf/formats/types.py: python docs/parts.py --types"
+    )
+    assert types.BY_NAME.keys() == ggml.types().keys()
 
 
 def test_types_are_those_of_gguf_py():
