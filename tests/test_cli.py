@@ -50,7 +50,12 @@ def test_options_of_several_commands_have_the_same_words():
             "mobe_gguf.calibrate.moments.collect",
             "stopped; nothing was written",
         ),
-        ("export", ["m", "o", "--quant", "q4_k"], "mobe_gguf.export.export", "stopped; nothing was written"),
+        (
+            "export",
+            ["m", "o", "--quant", "q4_k"],
+            "mobe_gguf.export.write_model",
+            "stopped; nothing was written",
+        ),
         ("inspect", ["m"], "mobe_gguf.evaluate.inspect.describe", "stopped"),
         ("verify", ["m"], "mobe_gguf.evaluate.verify.verify", "stopped"),
         (

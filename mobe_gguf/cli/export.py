@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +13,34 @@ from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
 from mobe_gguf.core.errors import Interrupted
 from mobe_gguf.core.progress import console
+
+if TYPE_CHECKING:  # imports of torch
+    from mobe_gguf.export import ExportRequest, Report
+    from mobe_gguf.quant.allocate import Target
+    from mobe_gguf.quant.recipe import Recipe
+
+#: Options that go into ``export.ExportOptions`` as they are.
+OPTIONS = (
+    "tokenizer_pre",
+    "experts_used",
+    "dense",
+    "source",
+    "refit",
+    "original",
+    "base_model",
+    "dry_run",
+    "verbose",
+    "quiet",
+)
+
+#: Fields of ``Recipe`` that are a type, and the option that names it.
+TYPE_OPTIONS = {
+    "basis": "--basis-type",
+    "transform": "--transform-type",
+    "down": "--down-type",
+    "output": "--output-tensor-type",
+    "embedding": "--token-embedding-type",
+}
 
 
 @click.command()
@@ -103,37 +133,7 @@ from mobe_gguf.core.progress import console
 @options.as_json
 @click.option("-v", "--verbose", is_flag=True, help="Show every tensor, and what llama.cpp's converter says.")
 @options.quiet
-def command(
-    model: Path,
-    out: Path,
-    quant: str | None,
-    target_size: str | None,
-    target_bpw: float | None,
-    basis_type: str | None,
-    transform_type: str | None,
-    down_type: str | None,
-    tensor_type: tuple[str, ...],
-    output_tensor_type: str | None,
-    token_embedding_type: str | None,
-    pure: bool,
-    imatrix: tuple[str, ...],
-    refit: bool,
-    original: Path | None,
-    split_max_size: str | None,
-    experts_used: int | None,
-    dense: bool,
-    wab: tuple[Path, ...],
-    activation: str | None,
-    wab_layers: str | None,
-    source: Path | None,
-    base_model: str | None,
-    no_card: bool,
-    tokenizer_pre: str | None,
-    dry_run: bool,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-) -> None:
+def command(model: Path, out: Path, as_json: bool, **given: Any) -> None:
     """Write the MoBE checkpoint MODEL as a GGUF file.
 
     MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint, also by its id on the Hugging Face hub
@@ -160,69 +160,68 @@ def command(
       mobe-gguf export mobe/ out.gguf --quant iq3_xxs --imatrix imatrix.gguf
       mobe-gguf export mobe/ out.gguf --quant q4_k --target-size 12G --imatrix imatrix.gguf
     """
-    from mobe_gguf.export import (
-        Recipe,
-        default_types,
-        export,
-        parse_override,
-        parse_quant,
-        parse_size,
-        parse_target,
-        parse_type,
-    )
+    from mobe_gguf.export import write_model
     from mobe_gguf.export.shards import left_by
-    from mobe_gguf.models.hub import resolve
 
-    def type_of(option: str, text: str | None) -> str | None:
-        return None if text is None else parse_type(option, text)
-
-    target = parse_target(target_size, target_bpw)
-    model = resolve(model, quiet)
-    if quant is None:
-        quant, fitted_basis, fitted_transform = default_types(model)
-        if target is None:
-            basis_type, transform_type = basis_type or fitted_basis, transform_type or fitted_transform
-    recipe = Recipe(
-        quant=parse_quant(quant),
-        basis=type_of("--basis-type", basis_type),
-        transform=type_of("--transform-type", transform_type),
-        down=type_of("--down-type", down_type),
-        overrides=tuple(parse_override(text) for text in tensor_type),
-        output=type_of("--output-tensor-type", output_tensor_type),
-        embedding=type_of("--token-embedding-type", token_embedding_type),
-        pure=pure,
-        imatrix=imatrix,
-        target=target,
-    )
+    request = _request(model, out, given)
     try:
-        report = export(
-            model,
-            out,
-            recipe,
-            tokenizer_pre=tokenizer_pre,
-            split_max_size=None if split_max_size is None else parse_size(split_max_size, "--split-max-size"),
-            experts_used=experts_used,
-            dense=dense,
-            wab=wab_files(wab, activation, wab_layers),
-            source=source,
-            refit=refit,
-            original=original,
-            base_model=base_model,
-            card=not no_card,
-            dry_run=dry_run,
-            verbose=verbose,
-            quiet=quiet,
-        )
+        report = write_model(request)
     except KeyboardInterrupt as e:
-        left = "nothing was written" if split_max_size is None else left_by(out, "what is finished is")
+        left = (
+            "nothing was written" if given["split_max_size"] is None else left_by(out, "what is finished is")
+        )
         raise Interrupted(f"stopped; {left}") from e
-    if not quiet:
-        _show(report, dry_run)
+    if not given["quiet"]:
+        _show(report, given["dry_run"])
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
 
 
-def _show(report, dry_run: bool) -> None:  # noqa: ANN001, the type would cost an import of torch
+def _request(model: Path, out: Path, given: Mapping[str, Any]) -> ExportRequest:
+    """What the options of the command, ``given`` by name, ask for."""
+    from mobe_gguf.core.files import parse_size
+    from mobe_gguf.export import ExportOptions, ExportRequest
+    from mobe_gguf.models.hub import resolve
+    from mobe_gguf.quant.allocate import parse_target
+
+    target = parse_target(given["target_size"], given["target_bpw"])
+    model = resolve(model, given["quiet"])
+    size = given["split_max_size"]
+    options = ExportOptions(
+        split_max_size=None if size is None else parse_size(size, "--split-max-size"),
+        wab=wab_files(given["wab"], given["activation"], given["wab_layers"]),
+        card=not given["no_card"],
+        **{name: given[name] for name in OPTIONS},
+    )
+    return ExportRequest(model, out, _recipe(model, target, given), options)
+
+
+def _recipe(model: Path, target: Target | None, given: Mapping[str, Any]) -> Recipe:
+    """The types that the options ask for; those that ``model`` was fitted for, where ``--quant`` is left out."""
+    from mobe_gguf.export import default_types
+    from mobe_gguf.quant.recipe import Recipe, parse_override, parse_quant, parse_type
+
+    types = {name: given[option.replace("-", "_")[2:]] for name, option in TYPE_OPTIONS.items()}
+    quant = given["quant"]
+    if quant is None:
+        quant, fitted_basis, fitted_transform = default_types(model)
+        if target is None:
+            types["basis"] = types["basis"] or fitted_basis
+            types["transform"] = types["transform"] or fitted_transform
+    return Recipe(
+        parse_quant(quant),
+        overrides=tuple(parse_override(text) for text in given["tensor_type"]),
+        pure=given["pure"],
+        imatrix=given["imatrix"],
+        target=target,
+        **{
+            name: None if text is None else parse_type(TYPE_OPTIONS[name], text)
+            for name, text in types.items()
+        },
+    )
+
+
+def _show(report: Report, dry_run: bool) -> None:
     from mobe_gguf.core.files import describe_size
     from mobe_gguf.export.report import amount, fallback_lines, importance_lines, size_table
 

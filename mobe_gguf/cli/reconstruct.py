@@ -54,25 +54,17 @@ def command(
       mobe-gguf reconstruct mobe/ dense/
       mobe-gguf reconstruct original/ dense/ --wab trained/ --activation silu
     """
-    from mobe_gguf.core.errors import Interrupted, MobeError
+    from mobe_gguf.core.errors import Interrupted
     from mobe_gguf.core.files import describe_size, parse_size
-    from mobe_gguf.export.reconstruct import reconstruct_model
+    from mobe_gguf.export.reconstruct import open_factors, reconstruct_model
     from mobe_gguf.export.report import amount
     from mobe_gguf.export.shards import left_by
-    from mobe_gguf.models.gguf_factors import FACTORS_NAME
     from mobe_gguf.models.hub import resolve
-    from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
-    from mobe_gguf.models.wab import WabCheckpoint
 
     size = parse_size(max_shard_size, "--max-shard-size")
     said = wab_files(wab, activation, wab_layers)
     model = resolve(model, quiet)
-    if (model / FACTORS_NAME).is_file():
-        raise MobeError(
-            f"{model} holds factors of a GGUF file. To multiply these out into such a file:\n"
-            f"  mobe-gguf export {model} dense.gguf --quant q8_0 --dense"
-        )
-    checkpoint = MobeCheckpoint(model) if said is None else WabCheckpoint(model, said)
+    checkpoint = open_factors(model, said)
     try:
         result = reconstruct_model(
             checkpoint, out, dtype=dtype, max_shard_size=size, dry_run=dry_run, quiet=quiet

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ import torch
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import tiktoken, tokenizer
+from mobe_gguf.export.conversion import Head, Tensor, add_keys
 from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.source import Lazy, Source, Whole, cast, evaluate
+from mobe_gguf.export.write import Encoded
 from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.quant.recipe import Choice
+from mobe_gguf.quant.recipe import Choice, Facts, Recipe, Spec, plan
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
 FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")
@@ -50,16 +52,7 @@ IMPLIED = {"deepseek_v3": {"scoring_func": "sigmoid"}}
 
 
 @dataclass
-class Tensor:
-    """What the converter would write: ``forced`` is the ggml type it insists on, if not float32."""
-
-    name: str
-    source: Source
-    forced: str | None = None
-
-
-@dataclass
-class Conversion:
+class HfConversion:
     """A model as the converter sees it, before a byte is written.  ``writer`` is a ``gguf.GGUFWriter``."""
 
     arch: str = ""
@@ -81,6 +74,18 @@ class Conversion:
     def files(self) -> list[Path]:
         """What it reads beside the checkpoint's own files: nothing."""
         return []
+
+    def replace(self, name: str, source: Source) -> None:
+        self.tensors[name].source = source
+        for part in self.writer.tensors:  # general.size_label is counted from these
+            if name in part:
+                part[name].shape = source.shape
+
+    def choose(self, recipe: Recipe) -> dict[str, Choice]:
+        """As llama-quantize chooses, but for what the converter insists on."""
+        specs = [Spec(t.name, t.source.shape) for t in self.tensors.values()]
+        choices = plan(specs, recipe, Facts.of(self.arch, self.keys))
+        return choices | {t.name: Choice(t.forced, t.forced) for t in self.tensors.values() if t.forced}
 
     def is_copied(self, name: str, choice: Choice) -> bool:
         """Whether the tensor passes through as it is stored: never, out of a Hugging Face model."""
@@ -107,16 +112,27 @@ class Conversion:
                     del part[key]
             add_keys(self.writer, said)
 
-
-def add_keys(writer: Any, values: Mapping[str, str | int]) -> None:
-    """Set GGUF keys: texts, and numbers as u32."""
-    for key, value in values.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+    def header(self, shards: list[list[Encoded]], index: int) -> Head:
+        """A ``gguf.GGUFWriter`` with the keys and the tensor table of one of the files."""
+        gguf = _package().base.gguf
+        writer = gguf.GGUFWriter(path=None, arch=self.arch)
+        writer.kv_data = [dict(self.writer.kv_data[0]) if index == 0 else {}]
+        if len(shards) > 1:  # in the order and with the types of llama-gguf-split
+            writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_NO, index)
+            writer.add_int32(gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, sum(map(len, shards)))
+            writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, len(shards))
+        for tensor in shards[index]:
+            ggml_type = gguf.GGMLQuantizationType[tensor.type.upper()]
+            shape = tensor.tensor.source.shape
+            writer.add_tensor_info(
+                tensor.tensor.name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=ggml_type
+            )
+        return writer
 
 
 def convert(
     checkpoint: Checkpoint, out: Path, tokenizer_pre: str | None = None, verbose: bool = False
-) -> Conversion:
+) -> HfConversion:
     """Run the converter's model class over ``checkpoint``; ``out`` is only a name here.
 
     ``tokenizer_pre``: a value for ``tokenizer.ggml.pre`` instead of what would be recognized.  MobeError if the
@@ -134,7 +150,7 @@ def convert(
         )
         model_class = _model_class(conversion, checkpoint, hparams)
         gguf = conversion.base.gguf
-        result = Conversion()
+        result = HfConversion()
         caught: dict[str, Any] = {}
         subclass = _catching(model_class, conversion.base.LazyTorchTensor, caught, result, pre)
         result.model = subclass(checkpoint.path, gguf.LlamaFileType.ALL_F32, out, hparams=hparams)
@@ -163,7 +179,7 @@ def _model_class(conversion: Any, checkpoint: Checkpoint, hparams: dict[str, Any
     )
 
 
-def _catching(base: Any, lazy: Any, caught: dict[str, Any], result: Conversion, pre: Any) -> Any:
+def _catching(base: Any, lazy: Any, caught: dict[str, Any], result: HfConversion, pre: Any) -> Any:
     """A subclass of the converter's model class ``base`` that hides B and W and puts what it makes in ``caught``."""
 
     class Marked(lazy):
@@ -222,7 +238,7 @@ def _catching(base: Any, lazy: Any, caught: dict[str, Any], result: Conversion, 
     return Catching
 
 
-def _catcher(base: Any, caught: dict[str, Any], result: Conversion) -> Any:
+def _catcher(base: Any, caught: dict[str, Any], result: HfConversion) -> Any:
     """A subclass of GGUFWriter ``base`` that lists the tensors in ``result`` and keeps no data."""
 
     class Catcher(base):

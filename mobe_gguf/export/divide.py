@@ -5,43 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import format_size
 from mobe_gguf.core.progress import bar
-from mobe_gguf.export.imatrix import Imatrix, importances
+from mobe_gguf.export.imatrix import importances
+from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.refit import units_of, weigh_transforms
+from mobe_gguf.export.request import ExportRequest
 from mobe_gguf.export.sensitivity import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
-from mobe_gguf.models.original import Original
 from mobe_gguf.quant.allocate import TooSmall, allocate
 from mobe_gguf.quant.mixture import Spec, layer_of
-from mobe_gguf.quant.recipe import Choice, Recipe, is_fixed
+from mobe_gguf.quant.recipe import Choice, is_fixed
 
 #: Any quantized type: what importance matrices are looked up for, before there is a choice.
 QUANTIZED = Choice("q4_k", "q4_k")
 
 
 def divide(
-    conversion: Any,
-    checkpoint: MobeCheckpoint | None,
-    imatrix: Imatrix,
-    recipe: Recipe,
-    choices: Mapping[str, Choice],
-    original: Original | None,
-    refit: bool,
-    head: int,
-    quiet: bool = False,
+    request: ExportRequest, model: Opened, choices: Mapping[str, Choice], head: int
 ) -> tuple[dict[str, Choice], list[str]]:
     """``choices`` with those of the experts' tensors changed, but for what an option names, and how in words.
 
-    ``conversion``: ``converter.Conversion`` or ``gguf_target.GgufConversion``.  ``head``: bytes before the tensors.  UsageError if the smallest types take more than
-    the target, or there is nothing to choose.
+    ``head``: bytes before the tensors.  UsageError if the smallest types take more than the target, or there is nothing to
+    choose.
     """
+    conversion, imatrix, recipe = model.conversion, model.imatrix, request.recipe
     tensors, target = conversion.tensors, recipe.target
-    assert target is not None
+    if target is None:
+        raise ValueError("the recipe has no target")
     wanted = {
         name
         for name, t in tensors.items()
@@ -61,13 +54,13 @@ def divide(
     provisional = {**choices, **dict.fromkeys(wanted, QUANTIZED)}
     encoded = {n: c for n, c in provisional.items() if not conversion.is_copied(n, c)}
     weights = importances(imatrix, tensors, encoded)
-    units = units_of(checkpoint, imatrix, provisional, weights) if checkpoint else {}
+    units = units_of(model.factors, imatrix, provisional, weights) if model.factors else {}
     weights |= weigh_transforms(units, provisional, weights)
     layers = tuple(sorted({layer_of(name) for name in wanted}))
-    shares = shares_of(original, imatrix, layers)
+    shares = shares_of(model.original, imatrix, layers)
     options = {}
-    with bar("measure types", len(wanted), quiet) as progress:
-        found = measure(tensors, wanted, units, weights, size, refit=refit, shares=shares)
+    with bar("measure types", len(wanted), request.options.quiet) as progress:
+        found = measure(tensors, wanted, units, weights, size, refit=request.options.refit, shares=shares)
         for i, (name, curve) in enumerate(found, 1):
             options[name] = curve
             line = f"{name}: error {min(o.error for o in curve):.5f} to {max(o.error for o in curve):.5f}"

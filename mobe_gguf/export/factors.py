@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.export.converter import Conversion, Tensor, add_keys
+from mobe_gguf.export.conversion import Conversion, KeyWriter, Tensor, add_keys
 from mobe_gguf.export.source import Stacked, Whole
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
 
@@ -76,10 +75,7 @@ def _put(
             f"{layer.checkpoint.path}: llama.cpp's converter made no tensor {name} of the experts"
         )
     stack = (layer.checkpoint.n_expert, *shape)
-    conversion.tensors[name].source = Stacked(stack, read)
-    for part in conversion.writer.tensors:  # general.size_label is counted from these
-        if name in part:
-            part[name].shape = stack
+    conversion.replace(name, Stacked(stack, read))
 
 
 def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
@@ -104,7 +100,7 @@ def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
     add_mobe_keys(conversion.writer, conversion.arch, version, checkpoint.activation, groups)
 
 
-def add_mobe_keys(writer: Any, arch: str, version: int, activation: str, groups: int) -> None:
+def add_mobe_keys(writer: KeyWriter, arch: str, version: int, activation: str, groups: int) -> None:
     """All keys that a file with factors has."""
     values = {
         names.key_version(arch): version,

@@ -1,7 +1,6 @@
 """Factors back into the GGUF file that they are of: its keys and all other tensors pass through, byte for byte.
 
-:class:`GgufConversion` stands where llama.cpp's converter stands for a Hugging Face model (``converter.Conversion``): it
-has the file's tensors, in order, each with a source that decodes it if it is given another type.  What keeps its type is
+:class:`GgufConversion` is what ``converter.HfConversion`` is for a Hugging Face model: it has the file's tensors, in order, each with a source that decodes it if it is given another type.  What keeps its type is
 copied.  Gate and up that are one tensor are taken apart in the layers that have factors: llama.cpp then asks for both.
 """
 
@@ -15,7 +14,9 @@ from typing import IO, Any
 
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import UsageError
-from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.conversion import Tensor
+from mobe_gguf.export.origin import Origin
+from mobe_gguf.export.source import Source
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.gguf import ALIGNMENT, MAGIC, padded
 from mobe_gguf.models.gguf_factors import GgufFactors
@@ -38,16 +39,6 @@ _FORMATS = {_U16: "<H", _U32: "<I", _I32: "<i"}
 SPLIT_NO, SPLIT_TENSORS, SPLIT_COUNT = "split.no", "split.tensors.count", "split.count"
 
 
-class Copied(Encoded):
-    """A tensor that passes through."""
-
-    def tofile(self, file: IO[bytes]) -> None:
-        source = self.tensor.source
-        assert isinstance(source, Stored) and source.n_bytes == self.nbytes, self.tensor.name
-        for block in source.blocks():
-            file.write(block)
-
-
 class Keys:
     """The keys of the file to be written: those of the source as they stand there, and what is set over or behind them.
 
@@ -62,9 +53,6 @@ class Keys:
             for name, value in model.file.keys.items()
             if name not in (SPLIT_NO, SPLIT_TENSORS, SPLIT_COUNT)
         }
-        self.tensors: list[
-            dict[str, Any]
-        ] = []  # as the converter's writer has it; nothing is counted from it here
 
     def add_uint32(self, name: str, value: int) -> None:
         self._add(name, value, pair(name, _U32, value))
@@ -137,7 +125,10 @@ class GgufConversion:
         """Those of the source."""
         return sorted({info.file for info in self.model.file.tensors.values()})
 
-    def finish(self, file_type: str, out: Path, origin: Any = None) -> None:
+    def replace(self, name: str, source: Source) -> None:
+        self.tensors[name].source = source
+
+    def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
         """The source's keys are whole; what depends on the types is set in :meth:`header`."""
 
     def choose(self, recipe: Recipe) -> dict[str, Choice]:

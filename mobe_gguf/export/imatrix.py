@@ -26,7 +26,7 @@ import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.factorize.imatrix import smoothed
 from mobe_gguf.formats.gguf import Array, GgufFile, read_gguf
 from mobe_gguf.models.gguf_source import merged_name

@@ -13,7 +13,8 @@ from typing import Any
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.export.converter import add_keys, convert
+from mobe_gguf.export.conversion import add_keys
+from mobe_gguf.export.converter import convert
 from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.write import head_bytes, stored_bytes

@@ -30,7 +30,9 @@ from mobe_gguf.factorize.plan import STORED
 from mobe_gguf.factorize.writer import MAX_SHARD, copies, copy_small_files, shard_names, shards
 from mobe_gguf.formats.safetensors import DTYPES, INDEX_NAME, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import all_finite
+from mobe_gguf.models.gguf_factors import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
+from mobe_gguf.models.wab import WabCheckpoint, WabFiles
 
 #: Keys of config.json that only a MoBE checkpoint has.
 MOBE_KEYS = ("num_B", "activation", "mobe")
@@ -54,6 +56,19 @@ class Reconstructed:
     files_kept: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+
+
+def open_factors(model: Path, wab: WabFiles | None) -> MobeCheckpoint:
+    """The MoBE checkpoint ``model``, or the authors' training output ``wab`` for it.
+
+    MobeError if its factors are those of a GGUF file: they are multiplied out into such a file.
+    """
+    if (model / FACTORS_NAME).is_file():
+        raise MobeError(
+            f"{model} holds factors of a GGUF file. To multiply these out into such a file:\n"
+            f"  mobe-gguf export {model} dense.gguf --quant q8_0 --dense"
+        )
+    return MobeCheckpoint(model) if wab is None else WabCheckpoint(model, wab)
 
 
 def reconstruct_model(

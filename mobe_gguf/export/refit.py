@@ -202,8 +202,7 @@ class Solved(Encoded):
     mix: torch.Tensor | None = None
 
     def tofile(self, file: IO[bytes]) -> None:
-        written = sum(file.write(memoryview(data).cast("B")) for data in self._solve())
-        assert written == self.nbytes, f"{self.tensor.name}: {written} bytes, {self.nbytes} were announced"
+        self.check(sum(file.write(memoryview(data).cast("B")) for data in self._solve()))
 
     def solved_mix(self) -> torch.Tensor:
         """alpha that belongs to the A's: ``[n, m/g]`` or ``[n, m/g, r]``; solves for them if that was not done yet."""

@@ -22,7 +22,7 @@ import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
-from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Imatrix, Importance
 from mobe_gguf.export.refit import Unit, each_decoded
 from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares

@@ -7,21 +7,21 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
-import torch
 
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import FULL
-from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.conversion import Head, Tensor
+from mobe_gguf.export.encoder import Encoder, NearestEncoder
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import chunks
 from mobe_gguf.formats.gguf import ALIGNMENT, padded
-from mobe_gguf.models.checkpoint import all_finite
+from mobe_gguf.models.gguf_source import Stored
 from mobe_gguf.runtime import ggml
 
 
@@ -30,7 +30,7 @@ def stored_bytes(shape: Sequence[int], type_name: str, alignment: int = ALIGNMEN
     return padded(ggml.type_info(type_name).tensor_bytes(shape), alignment)
 
 
-def head_bytes(writer: Any, alignment: int = ALIGNMENT) -> int:
+def head_bytes(writer: Head, alignment: int = ALIGNMENT) -> int:
     """What header, keys and tensor table of ``writer`` take, padded: they are written to a temporary file for that."""
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
         path = Path(directory) / "head"
@@ -43,35 +43,55 @@ def head_bytes(writer: Any, alignment: int = ALIGNMENT) -> int:
 
 @dataclass
 class Encoded:
-    """A tensor for ``GGUFWriter.write_tensor_data``: it asks for ``nbytes`` and calls ``tofile``."""
+    """A tensor for ``GGUFWriter.write_tensor_data``: it asks for ``nbytes`` and calls ``tofile``.
+
+    ``importance``: weights of its columns; ``encoder``: what makes its bytes, libggml's own if None.
+    """
 
     tensor: Tensor
     type: str
     nbytes: int
     importance: Importance | None = None
+    encoder: Encoder | None = field(default=None, kw_only=True)
 
     def tofile(self, file: IO[bytes]) -> None:
-        written = sum(file.write(block) for block in encode(self.tensor, self.type, self.importance))
-        assert written == self.nbytes, f"{self.tensor.name}: {written} bytes, {self.nbytes} were announced"
+        """Write the tensor's bytes.  MobeError as :func:`encode`."""
+        encoder = self.encoder or NearestEncoder(self.type, self.importance)
+        self.check(sum(file.write(block) for block in encode(self.tensor, encoder)))
+
+    def check(self, written: int) -> None:
+        """MobeError if not as many bytes were ``written`` as the tensor table says: all that follows would be misread."""
+        if written != self.nbytes:
+            raise MobeError(
+                f"tensor {self.tensor.name}: {written} bytes were written, {self.nbytes} are needed for {self.type}"
+            )
 
 
-def encode(tensor: Tensor, type_name: str, importance: Importance | None = None) -> Iterator[memoryview]:
-    """The bytes of ``tensor`` in ggml type ``type_name``, piece by piece, each matrix by its own ``importance``.
+class Copied(Encoded):
+    """A tensor that passes through as a GGUF file stores it."""
+
+    def tofile(self, file: IO[bytes]) -> None:
+        source = self.tensor.source
+        if not isinstance(source, Stored):
+            raise TypeError(f"{self.tensor.name}: only what is stored in a GGUF file can be copied")
+        self.check(sum(file.write(block) for block in source.blocks()))
+
+
+def encode(tensor: Tensor, encoder: Encoder) -> Iterator[memoryview]:
+    """The bytes of ``tensor``, piece by piece.
 
     libggml encodes outside Python's lock, so each core encodes a piece while the next is read; no more than one
     piece a core and one besides are in memory.  MobeError names the tensor if a value is NaN, Inf or too large.
     """
     workers = len(os.sched_getaffinity(0))
-    weights, within = None, None
-    if importance is not None:
-        weights, within = importance.read(), tensor.source.shape[-2]
+    run = encoder.open()
+    within = tensor.source.shape[-2] if encoder.by_matrix else None
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[np.ndarray]] = deque()
         try:
             for first, chunk in chunks(tensor.source, within=within):
                 name = f"tensor {tensor.name}, counted from its row {first}"
-                row = weights[first // within] if weights is not None and within is not None else None
-                pending.append(pool.submit(_encoded, chunk, type_name, row, name))
+                pending.append(pool.submit(run, chunk, first // within if within else 0, name))
                 if len(pending) > workers:
                     yield memoryview(pending.popleft().result()).cast("B")
             while pending:
@@ -80,22 +100,9 @@ def encode(tensor: Tensor, type_name: str, importance: Importance | None = None)
             pool.shutdown(cancel_futures=True)
 
 
-#: Types that GGUF stores as torch has them.
-PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-
-def _encoded(rows: torch.Tensor, type_name: str, weights: np.ndarray | None, name: str) -> np.ndarray:
-    """Rows of any float type in ``type_name``: as they are, if they have it already."""
-    if rows.dtype is PLAIN.get(type_name) and all_finite(rows):
-        return rows.contiguous().view(torch.uint8).numpy()
-    return ggml.quantize(
-        rows.to(torch.float32).contiguous().numpy(), type_name, weights, name=name, threads=1
-    )
-
-
 def write_gguf(
     out: Path,
-    writer: Any,
+    writer: Head,
     tensors: list[Encoded],
     on_tensor: Callable[[Encoded], None],
     left: str = "nothing was written",

@@ -22,7 +22,7 @@ from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Entry, Imatrix, ImatrixFile
 from mobe_gguf.export.report import importance_lines
 from mobe_gguf.export.source import Whole

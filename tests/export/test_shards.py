@@ -25,7 +25,7 @@ from mobe_gguf import runtime
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
-from mobe_gguf.export import Recipe, _other_options, export, parse_size, shards, write
+from mobe_gguf.export import ExportOptions, Recipe, export, parse_size, shards, write
 from mobe_gguf.formats.gguf import read_gguf
 
 Maker = Callable[..., Path]
@@ -136,7 +136,7 @@ def test_command(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["0.9M", "1.5M", "50000M"])
 def test_the_card_has_the_size_as_it_was_said(size: str) -> None:
-    assert _other_options(parse_size(size, "--o"), None, None) == (f"--split-max-size {size}",)
+    assert ExportOptions(split_max_size=parse_size(size, "--o")).words() == (f"--split-max-size {size}",)
 
 
 def failing_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:

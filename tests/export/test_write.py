@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.export import Recipe, export, write
-from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export import Recipe, encoder, export, write
+from mobe_gguf.export.conversion import Tensor
+from mobe_gguf.export.encoder import NearestEncoder
 from mobe_gguf.export.source import Stacked, Whole
 from mobe_gguf.runtime import ggml
 
@@ -17,7 +18,9 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 def encoded(values: torch.Tensor, type_name: str, source: type = Whole) -> bytes:
     given = Whole(values) if source is Whole else Stacked(tuple(values.shape), lambda i: values[i])
-    return b"".join(bytes(block) for block in write.encode(Tensor("t", given), type_name))
+    return b"".join(
+        bytes(block) for block in write.encode(Tensor("t", given), NearestEncoder(type_name, None))
+    )
 
 
 def every_finite(dtype: torch.dtype) -> torch.Tensor:
@@ -55,7 +58,7 @@ def test_a_model_is_copied(mobe, tmp_path, monkeypatch):
     assert (
         {kind for kind, _ in converted} == {"f32"} and "_basis.weight" not in names and "_exps" not in names
     )
-    monkeypatch.setattr(write, "PLAIN", {})
+    monkeypatch.setattr(encoder, "PLAIN", {})
     export(source, tmp_path / "converted.gguf", Recipe("bf16"), quiet=True)
     assert (tmp_path / "copied.gguf").read_bytes() == (tmp_path / "converted.gguf").read_bytes()
     assert "ffn_gate_basis.weight" in "".join(name for _, name in converted)

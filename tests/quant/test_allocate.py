@@ -19,7 +19,7 @@ from mobe_gguf.cli import main
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.export.converter import Tensor
+from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.refit import units_of
 from mobe_gguf.export.refit_solve import BIAS

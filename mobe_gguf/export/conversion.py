@@ -1,0 +1,97 @@
+"""What the stages of an export need of the model that they write, wherever it comes from.
+
+Two things are a :class:`Conversion`: ``converter.HfConversion``, a Hugging Face directory that llama.cpp's converter reads, and
+``gguf_target.GgufConversion``, a GGUF file that factors are put back into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mobe_gguf.export.source import Source
+from mobe_gguf.export.tokenizer import Recognized
+from mobe_gguf.quant.recipe import Choice, Recipe
+
+if TYPE_CHECKING:
+    from mobe_gguf.export.origin import Origin
+    from mobe_gguf.export.write import Encoded
+
+
+@dataclass
+class Tensor:
+    """A tensor of the file: its name, and where its values come from.  ``forced``: the ggml type that it must have, if any."""
+
+    name: str
+    source: Source
+    forced: str | None = None
+
+
+class KeyWriter(Protocol):
+    """Takes keys of the file (``gguf.GGUFWriter`` is one)."""
+
+    def add_uint32(self, key: str, val: int) -> None: ...
+
+    def add_string(self, key: str, val: str) -> None: ...
+
+
+class Head(Protocol):
+    """Writes one file: header, keys and tensor table, then the tensors (``gguf.GGUFWriter`` is one)."""
+
+    def write_header_to_file(self, path: Path | None = None) -> None: ...
+
+    def write_kv_data_to_file(self) -> None: ...
+
+    def write_ti_data_to_file(self) -> None: ...
+
+    def write_tensor_data(self, tensor: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Conversion(Protocol):
+    """A model before a byte of the file is written."""
+
+    arch: str
+    tensors: dict[str, Tensor]
+    pre: Recognized | None
+
+    @property
+    def writer(self) -> KeyWriter: ...
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Keys and values set so far."""
+
+    @property
+    def alignment(self) -> int:
+        """What the data of every tensor are padded to, in bytes."""
+
+    def files(self) -> list[Path]:
+        """Files that it reads beside the checkpoint's own."""
+
+    def replace(self, name: str, source: Source) -> None:
+        """Give the tensor ``name``, which is there, other values; their shape may differ."""
+
+    def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
+        """Set the keys that are left; ``file_type`` as in ``gguf.LlamaFileType``."""
+
+    def choose(self, recipe: Recipe) -> dict[str, Choice]:
+        """The type of every tensor.  UsageError as ``recipe.plan``."""
+
+    def is_copied(self, name: str, choice: Choice) -> bool:
+        """Whether the tensor passes through as it is stored."""
+
+    def header(self, shards: list[list[Encoded]], index: int) -> Head:
+        """The head of file ``index`` of ``shards``; the first has the keys."""
+
+
+def add_keys(writer: KeyWriter, values: Mapping[str, str | int]) -> None:
+    """Set keys: texts, and numbers as u32."""
+    for key, value in values.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint32(key, value)

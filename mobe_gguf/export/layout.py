@@ -1,0 +1,103 @@
+"""Second and third stage of an export: each tensor gets a type, then the encoder that makes its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.export.conversion import Conversion
+from mobe_gguf.export.divide import divide
+from mobe_gguf.export.encoder import Nearest, Rounding
+from mobe_gguf.export.imatrix import Importance, importances, missing_message, without
+from mobe_gguf.export.opened import Opened
+from mobe_gguf.export.refit import Refitting, Unit, units_of, weigh_transforms
+from mobe_gguf.export.report import Entry
+from mobe_gguf.export.request import ExportRequest
+from mobe_gguf.export.write import Copied, Encoded, head_bytes
+from mobe_gguf.quant.recipe import Choice
+from mobe_gguf.runtime import ggml
+
+
+@dataclass(frozen=True)
+class Types:
+    """The type of every tensor, and what its columns weigh.
+
+    ``divided``: how ``--target-size`` was met, in words.  ``collected``: tensors whose weights are out of a file.  ``units``:
+    factorized projections by the name of their A.  ``missing``: tensors that need weights and have none.
+    """
+
+    choices: Mapping[str, Choice]
+    weights: Mapping[str, Importance]
+    collected: Mapping[str, Importance]
+    units: Mapping[str, Unit]
+    missing: list[str]
+    divided: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors as they are written, in order, and what the report says of each."""
+
+    encoded: list[Encoded]
+    entries: list[Entry]
+    refitting: Refitting | None = None
+
+
+def choose_types(request: ExportRequest, model: Opened) -> Types:
+    """The types that ``request`` means for ``model``.
+
+    MobeError if one needs an importance matrix that is not there (unless nothing is written), UsageError as ``recipe.plan`` and
+    ``divide``.
+    """
+    conversion, imatrix, recipe = model.conversion, model.imatrix, request.recipe
+    choices, divided = conversion.choose(recipe), []
+    if recipe.target is not None:
+        choices, divided = divide(request, model, choices, _head(conversion, choices))
+    encoded_here = {n: c for n, c in choices.items() if not conversion.is_copied(n, c)}
+    collected = importances(imatrix, conversion.tensors, encoded_here)
+    units = units_of(model.factors, imatrix, choices, collected) if model.factors is not None else {}
+    weights = collected | weigh_transforms(units, choices, collected)
+    missing = without(weights, encoded_here, recipe.quant)
+    if missing and not request.options.dry_run:
+        raise MobeError(missing_message(imatrix, missing, choices, conversion.tensors))
+    return Types(choices, weights, collected, units, missing, divided)
+
+
+def lay_out(request: ExportRequest, model: Opened, types: Types, rounding: Rounding) -> Layout:
+    """Every tensor with the encoder that ``rounding`` has for it; what is solved for again encodes itself."""
+    encoded, entries = _tensors(model.conversion, types.choices, types.weights, rounding)
+    refitting = None
+    if request.options.refit:
+        refitting = Refitting.of(types.units, model.original, model.why)
+    if refitting is not None:
+        encoded = refitting.put(encoded, types.collected)
+    return Layout(encoded, entries, refitting)
+
+
+def _tensors(
+    conversion: Conversion,
+    choices: Mapping[str, Choice],
+    weights: Mapping[str, Importance],
+    rounding: Rounding,
+) -> tuple[list[Encoded], list[Entry]]:
+    encoded, entries = [], []
+    for tensor in conversion.tensors.values():
+        choice, shape = choices[tensor.name], tensor.source.shape
+        n_bytes = ggml.type_info(choice.type).tensor_bytes(shape)
+        importance = weights.get(tensor.name)
+        if conversion.is_copied(tensor.name, choice):
+            encoded.append(Copied(tensor, choice.type, n_bytes))
+        else:
+            encoder = rounding.encoder(tensor, choice.type, importance)
+            encoded.append(Encoded(tensor, choice.type, n_bytes, importance, encoder=encoder))
+        wanted = choice.wanted if choice.wanted != choice.type else None
+        origin = importance.origin if importance else None
+        entries.append(Entry(tensor.name, choice.type, shape, n_bytes, wanted, importance=origin))
+    return encoded, entries
+
+
+def _head(conversion: Conversion, choices: Mapping[str, Choice]) -> int:
+    """Bytes before the tensors, in one file; their types do not change it."""
+    encoded, _ = _tensors(conversion, choices, {}, Nearest())
+    return head_bytes(conversion.header([encoded], 0), conversion.alignment)

@@ -1,0 +1,120 @@
+"""First stage of an export: the model is opened and checked, and its tensors and keys are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobe_gguf.core.errors import UsageError
+from mobe_gguf.export.conversion import Conversion, add_keys
+from mobe_gguf.export.converter import convert
+from mobe_gguf.export.factors import add_factors, check_factors, put_experts, put_transforms
+from mobe_gguf.export.gguf_target import GgufConversion
+from mobe_gguf.export.imatrix import Imatrix
+from mobe_gguf.export.origin import Origin
+from mobe_gguf.export.refit import find_original
+from mobe_gguf.export.request import ExportOptions, ExportRequest
+from mobe_gguf.formats.gguf import number_of
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.gguf_factors import FACTORS_NAME, GgufFactors
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.original import Original
+from mobe_gguf.models.wab import WabCheckpoint
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, ready to be given types.
+
+    ``factors``: the checkpoint, if its factors are written as such.  ``original``: the model that they were made of; ``why``: why
+    there is none.
+    """
+
+    checkpoint: Checkpoint
+    conversion: Conversion
+    imatrix: Imatrix
+    origin: Origin
+    factors: MobeCheckpoint | None
+    original: Original | None = None
+    why: str | None = None
+
+
+def open_model(request: ExportRequest) -> Opened:
+    """Open what ``request`` names and put the factors among the tensors.
+
+    MobeError if the model is not what it should be, UsageError if an option does not fit it.
+    """
+    recipe, options = request.recipe, request.options
+    checkpoint = _checkpoint(request.model, options)
+    imatrix = Imatrix(recipe.imatrix)
+    if isinstance(checkpoint, MobeCheckpoint):
+        check_factors(checkpoint)
+    conversion = _convert(checkpoint, request.out, options)
+    if isinstance(checkpoint, MobeCheckpoint):
+        _put_factors(conversion, checkpoint, options.dense)
+    origin = Origin.of(checkpoint, options.base_model, options.dense)
+    conversion.finish(recipe.file_type, request.out, origin)
+    add_keys(conversion.writer, imatrix.keys())
+    if options.experts_used is not None:
+        _use_experts(conversion, options.experts_used)
+    factors = checkpoint if isinstance(checkpoint, MobeCheckpoint) and not options.dense else None
+    if options.original is not None and factors is None:
+        raise UsageError(
+            "--original says what factors are solved for again, and none are written here; leave it out"
+        )
+    original, why = None, None
+    if factors is not None and (options.refit or recipe.target or options.original):
+        original, why = find_original(factors, options.original or options.source)
+    return Opened(checkpoint, conversion, imatrix, origin, factors, original, why)
+
+
+def _checkpoint(model: Path, options: ExportOptions) -> Checkpoint:
+    if options.wab is not None:
+        return WabCheckpoint(model, options.wab)
+    if (model / FACTORS_NAME).is_file():
+        return GgufFactors(model)
+    checkpoint = Checkpoint(model)
+    if checkpoint.is_mobe or not (options.allow_dense or options.dense):
+        checkpoint = MobeCheckpoint(model)
+    return checkpoint
+
+
+def _convert(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Conversion:
+    """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
+    checkpoint.check_whole()
+    if not isinstance(checkpoint, GgufFactors):
+        if options.source is not None:
+            raise UsageError(
+                f"--source is for factors of a GGUF file, and {checkpoint.path} is a Hugging Face directory"
+            )
+        return convert(checkpoint, out, options.tokenizer_pre, options.verbose)
+    if options.tokenizer_pre is not None:
+        raise UsageError("--tokenizer-pre: the tokenizer is that of the GGUF file; leave the option out")
+    conversion = GgufConversion(checkpoint, checkpoint.open_source(options.source))
+    if any(out.exists() and out.samefile(file) for file in conversion.files()):
+        raise UsageError(f"{out} is the file that the factors are of; write to another")
+    return conversion
+
+
+def _put_factors(conversion: Conversion, checkpoint: MobeCheckpoint, dense: bool) -> None:
+    if dense:
+        put_experts(conversion, checkpoint)
+        return
+    if isinstance(checkpoint, (WabCheckpoint, GgufFactors)):  # of others the converter stacks the A's
+        put_transforms(conversion, checkpoint)
+    add_factors(conversion, checkpoint)
+
+
+def _use_experts(conversion: Conversion, k: int) -> None:
+    """Set the number of experts a token uses; UsageError if the model cannot use so many."""
+    arch, keys = conversion.arch, conversion.keys
+    n_expert = number_of(keys, f"{arch}.expert_count", 0)
+    groups = number_of(keys, f"{arch}.expert_group_count", 1)
+    most, why = n_expert, f"the model has {n_expert}"
+    if groups > 1:
+        used = number_of(keys, f"{arch}.expert_group_used_count", groups)
+        most = n_expert // groups * used
+        why = f"a token uses {used} of {groups} groups of {n_expert // groups}"
+    if not 1 <= k <= most:
+        raise UsageError(f"--experts-used {k}: expected 1 to {most}, for {why}")
+    conversion.writer.add_uint32(f"{arch}.expert_used_count", k)

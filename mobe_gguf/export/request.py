@@ -1,0 +1,70 @@
+"""What a caller asks of an export: one object from the command line to the file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobe_gguf.core.files import check_name, format_size
+from mobe_gguf.models.wab import WabFiles
+from mobe_gguf.quant.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Everything but the model, the file and the types.
+
+    - ``tokenizer_pre``: value of ``tokenizer.ggml.pre``, instead of the one that is recognized.
+    - ``split_max_size``: bytes of tensors in one file, see ``shards``.
+    - ``experts_used``: experts that a token uses, instead of the number in config.json.
+    - ``allow_dense``: also take a model without factors; its experts are written as they are.
+    - ``dense``: write ordinary experts of any model; factors are multiplied out.
+    - ``wab``: the authors' training output for the model, which is the original then.
+    - ``source``: the GGUF file that the model holds factors of, if it has moved.
+    - ``refit``: solve for A and the mix again where the bases are quantized, see ``refit``.
+    - ``original``: the model that the factors were made of, if it has moved.
+    - ``base_model``: the original's id on the hub, for the metadata.
+    - ``card``: write a README.md beside the file, see ``card``.
+    - ``dry_run``: plan everything, write nothing.
+    """
+
+    tokenizer_pre: str | None = None
+    split_max_size: int | None = None
+    experts_used: int | None = None
+    allow_dense: bool = False
+    dense: bool = False
+    wab: WabFiles | None = None
+    source: str | os.PathLike[str] | None = None
+    refit: bool = True
+    original: str | os.PathLike[str] | None = None
+    base_model: str | None = None
+    card: bool = False
+    dry_run: bool = False
+    verbose: bool = False
+    quiet: bool = False
+
+    def words(self) -> tuple[str, ...]:
+        """These options as the card's command has them; paths by their names alone."""
+        words = [] if self.experts_used is None else [f"--experts-used {self.experts_used}"]
+        if self.split_max_size is not None:
+            words.append(f"--split-max-size {format_size(self.split_max_size)}")
+        if self.wab is not None:
+            words += [f"--wab {path.absolute().name}/" for path in self.wab.folders]
+            words.append(f"--activation {self.wab.activation}")
+        return tuple(words)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """``model`` to the GGUF file ``out`` in the types of ``recipe``."""
+
+    model: Path
+    out: Path
+    recipe: Recipe
+    options: ExportOptions = ExportOptions()
+
+    def check(self) -> None:
+        """UsageError if a file's name cannot go into the metadata or the card."""
+        for path in (self.out, *self.recipe.imatrix):
+            check_name(str(path))
