@@ -48,7 +48,7 @@ def test_options_of_several_commands_have_the_same_words():
             "moments",
             ["m", "o", "--text", "t"],
             "mobe_gguf.calibrate.moments.collect",
-            "stopped; nothing was written",
+            "stopped; finished layers are kept, --resume goes on",
         ),
         (
             "export",

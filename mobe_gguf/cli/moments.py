@@ -17,46 +17,74 @@ from mobe_gguf.core.errors import Interrupted
 @click.option(
     "--text",
     "-f",
+    "texts",
     type=click.Path(path_type=Path),
     metavar="FILE",
+    multiple=True,
     required=True,
-    help="Plain text of the kind that the model will be used on: some hundred thousand tokens.",
+    help="Text of the kind that the model will be used on: some hundred thousand tokens. Plain, or .jsonl with a chat a line, "
+    "run through the model's chat template. May be given several times.",
 )
 @options.ctx
 @options.chunks()
 @click.option(
+    "--keep",
+    type=float,
+    metavar="SHARE",
+    help="Keep as many directions of a layer's moments as hold this share of their energy, the rest as a diagonal; all, where that "
+    "is more than half of them.  [default: 0.999]",
+)
+@click.option(
     "--rank",
     type=int,
-    default=256,
-    show_default=True,
     metavar="K",
-    help="Directions kept of each expert's moments, the rest as a diagonal: OUT takes 2 n d K bytes a layer.",
+    help="Keep K directions instead (of down's inputs all): OUT takes 2 n d K bytes a layer for n experts with d inputs.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory to use, beside what torch itself takes, as 32G.  [default: 0.8 of what this process may use]",
 )
 @options.device
+@options.resume
 @options.quiet
 @options.as_json
-def command(model: Path, out: Path, text: Path, device: str, as_json: bool, **settings: object) -> None:
-    """Gather what each expert is fed on a text, for `mobe-gguf factorize --moments`.
+def command(
+    model: Path,
+    out: Path,
+    texts: tuple[Path, ...],
+    memory: str | None,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    **settings: object,
+) -> None:
+    """Gather what each matrix is fed on a text, for `mobe-gguf factorize --moments`.
 
-    MODEL is a Hugging Face model directory; transformers (version 5) runs it over the text, whole, so it must fit into the
-    memory of the device. For each expert the second moments of its inputs are summed, weighted by the router: 4 n (d d + p p)
-    bytes a layer (n experts, d hidden size, p expert size), as many layers at once as half of the memory left holds. For FP8
-    weights transformers wants the package accelerate as well.
+    MODEL is a Hugging Face model directory. transformers (version 5) runs it over the text one layer at a time, so it need not
+    fit into memory: a layer does, and where its experts do not, they are read one after the other. FP8 weights are dequantized.
+    The second moments of the inputs of every matrix are summed, those of experts weighted by the router. What is finished is in
+    OUT.work, also the states of all tokens behind the last finished layer (2 bytes a token and channel); --resume goes on from
+    there. Memory and time by model: docs/calibration.md.
 
     \b
     Example:
-      mobe-gguf moments Qwen3-30B-A3B/ moments.safetensors --text calibration.txt --device cuda
+      mobe-gguf moments Qwen3-30B-A3B/ moments.safetensors --text calibration.txt --text chats.jsonl --memory 16G
       mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --moments moments.safetensors --for q4_k
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
-    from mobe_gguf.calibrate.moments import collect
+    from mobe_gguf.calibrate.moments import collect, report
     from mobe_gguf.cli.factorize import check_device
+    from mobe_gguf.core.files import parse_size
 
     check_device(device)
+    budget = None if memory is None else parse_size(memory, "--memory")
     try:
-        about = collect(model, text, out, device=device, **settings)  # type: ignore[arg-type]
+        about = collect(model, texts, out, device=device, memory=budget, quiet=quiet, **settings)  # type: ignore[arg-type]
     except KeyboardInterrupt as e:
-        raise Interrupted("stopped; nothing was written") from e
+        raise Interrupted("stopped; finished layers are kept, --resume goes on") from e
     if as_json:
         click.echo(json.dumps(about | {"file": str(out), "bytes": out.stat().st_size}, indent=2))
+    elif not quiet:
+        click.echo(report(about, out), err=True)

@@ -92,6 +92,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a file whose header is good (:func:`read_header`)."""
+    with safe_open(path, framework="pt") as f:
+        return f.metadata() or {}
+
+
 def _tensor_info(shard: str, entry: dict[str, Any], data: int) -> TensorInfo:
     begin, end = (int(x) for x in entry["data_offsets"])
     if not 0 <= begin <= end:

@@ -20,7 +20,8 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobe_gguf.calibrate import moments as module
-from mobe_gguf.calibrate.moments import collect, compress
+from mobe_gguf.calibrate.moments import collect
+from mobe_gguf.calibrate.roots import root, size_of
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.metric import PRIOR, Metric, Roots
@@ -37,19 +38,18 @@ FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mi
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(
-        "The keeper counted 12 ships; she'd never counted so many small ones before evening. " * 60
-    )
-    return path
-
-
-@pytest.fixture(scope="session")
 def gathered(model, text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("moments") / "m.safetensors"
     collect(model("qwen3_moe"), text, out, ctx=64, chunks=8, quiet=True)
     return out
+
+
+def compress(sums: torch.Tensor, rank: int) -> Roots:
+    """As a layer's are, of the sums ``[n, d, d]`` of its experts."""
+    mean = sums.mean(0)
+    size = float(mean.diagonal().mean()) * (1 + PRIOR)
+    roots, rests = zip(*(root((s + PRIOR * mean) / size, rank) for s in sums), strict=True)
+    return Roots(torch.stack(roots), None if rests[0] is None else torch.stack(rests))
 
 
 def by_hand(path: Path, text: Path, layer: int, ctx: int, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,30 +99,18 @@ def test_every_family(family, model, text, tmp_path):
         assert got.weight(layer, "down", n, p).root.shape == (n, p, p)
 
 
-def test_layers_that_do_not_fit_are_summed_in_further_passes(model, text, gathered, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "free_memory", lambda: 0)
-    passes = []
-    run_once = module._Passes._run
-    monkeypatch.setattr(
-        module._Passes, "_run", lambda self, first: (passes.append(first), run_once(self, first))
-    )
-    collect(model("qwen3_moe"), text, tmp_path / "m", ctx=64, chunks=8, quiet=True)
-    assert passes == [0, 1, 2]
-    assert (tmp_path / "m").read_bytes() == gathered.read_bytes()
-
-
 def test_strongest_directions_and_a_diagonal():
     g = torch.Generator().manual_seed(0)
     u, noise = torch.randn(3, 40, 4, generator=g), torch.rand(3, 40, generator=g)
     sums = 5 * u @ u.mT + torch.diag_embed(noise)
     expected = sums + PRIOR * sums.mean(0)
     expected /= expected.diagonal(dim1=1, dim2=2).mean()
-    root, rest = compress(sums, 16)
-    got = root @ root.mT + torch.diag_embed(rest)
+    found = compress(sums, 16)
+    got = found.root @ found.root.mT + torch.diag_embed(found.rest)
     assert torch.allclose(got.diagonal(dim1=1, dim2=2), expected.diagonal(dim1=1, dim2=2), rtol=1e-3)
     assert float((got - expected).square().sum() / expected.square().sum()) < 1e-4
-    with pytest.raises(MobeError, match="nothing but zeros"):
-        compress(torch.zeros(3, 8, 8), 8)
+    with pytest.raises(MobeError, match="blk.0.ffn_gate_exps: fed nothing but zeros"):
+        size_of(torch.zeros(8, 8), "blk.0.ffn_gate_exps")
 
 
 @pytest.mark.parametrize("k", [7, 20])
@@ -151,8 +139,7 @@ def test_fits_in_the_metric_of_each_expert(k):
     w, settings = shared_structure(), Settings(3, 16, steps=60)
     strong = torch.randn(12, 40, 10, generator=g)
     sums = strong @ strong.mT + 0.1 * torch.eye(40)
-    parts = compress(sums, k)
-    roots = Roots(*parts)
+    roots = compress(sums, k)
     s = Metric.of(roots, 12, 40)
     full, channels = fit(w, settings, weight=roots), fit(w, settings, weight=roots.channels())
 
@@ -252,7 +239,7 @@ def test_no_place_for_the_file(model, text, tmp_path, monkeypatch):
     def loaded(*_):
         raise AssertionError("the model is not to be loaded")
 
-    monkeypatch.setattr(module._Passes, "_load", loaded)
+    monkeypatch.setattr(module.Run, "run", loaded)
     arguments = [str(model("qwen3_moe")), "OUT", "--text", str(text), "--ctx", "64", "--chunks", "2"]
 
     def refused(out: Path) -> str:
@@ -270,9 +257,13 @@ def test_no_place_for_the_file(model, text, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "write_safetensors", full)
-    assert "m: cannot be written: the disk is full" in refused(tmp_path / "m")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(module.Run, "run", lambda self: None)
+    monkeypatch.setattr(module, "_assemble", full)
+    said = refused(tmp_path / "m")
+    assert (
+        "m: cannot be written: the disk is full. Finished layers are kept in" in said and "--resume" in said
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["m.work"]
 
 
 def test_quiet_says_nothing_but_errors(model, text, tmp_path):
@@ -289,7 +280,7 @@ def test_quiet_says_nothing_but_errors(model, text, tmp_path):
         "2",
     ]
     loud = subprocess.run(command, capture_output=True, text=True)
-    assert loud.returncode == 0 and "Loading weights" in loud.stderr and "REPORT" in loud.stderr, loud.stderr
+    assert loud.returncode == 0 and "layer 2: " in loud.stderr and "an expert saw" in loud.stderr, loud.stderr
     quiet = subprocess.run([*command, "-q"], capture_output=True, text=True)
     assert quiet.returncode == 0 and quiet.stderr == quiet.stdout == ""
     wrong = subprocess.run([*command, "-q", "--rank", "0"], capture_output=True, text=True)

@@ -1,0 +1,183 @@
+"""What a layer's ordinary matrices are fed: attention, dense MLPs, shared experts, the output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mobe_gguf.calibrate.roots import add_products, directions, mirror, root, size_of
+from mobe_gguf.formats.safetensors import Entry
+
+#: Name of a module of the model -> name of its GGUF tensor without ``.weight``, None if it has none.
+Names = Callable[[str], str | None]
+
+
+def gguf_names(model_type: str, n_layer: int) -> Names:
+    """As gguf-py maps them: by the architecture that is called as the model type is, else by any that knows the name."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    plain = model_type.replace("_", "").replace("-", "")
+    archs = sorted(MODEL_ARCH, key=lambda a: MODEL_ARCH_NAMES[a].replace("-", "") != plain)
+    maps: dict[Any, Any] = {}
+
+    def find(module: str) -> str | None:
+        for arch in archs:
+            if arch not in maps:
+                maps[arch] = get_tensor_name_map(arch, n_layer)
+            if (name := maps[arch].get_name(module)) is not None:
+                return str(name)
+        return None
+
+    return find
+
+
+@dataclass
+class Sum:
+    """``sums`` ``[n, d, d]`` of one set of inputs over ``tokens`` tokens, and the GGUF tensors that they are fed to."""
+
+    weighs: list[str]
+    sums: torch.Tensor
+    tokens: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        return self.sums.numel() * 4
+
+    def add(self, x: torch.Tensor) -> None:
+        """x ``[..., n, d]``."""
+        n, d = self.sums.shape[:2]
+        x = x.reshape(-1, n, d).float()
+        if n == 1:
+            add_products(self.sums[0], x[:, 0])
+        else:
+            self.sums.baddbmm_(x.permute(1, 2, 0), x.transpose(0, 1))
+        self.tokens += len(x)
+
+    def entries(self, stem: str, keep: float, rank: int | None) -> list[Entry]:
+        """Tensors of the file, see docs/format.md; ``sums`` is used up."""
+        n, d = self.sums.shape[:2]
+        if n == 1:
+            mirror(self.sums[0])
+        mean = self.sums.mean(0)
+        size = size_of(mean, stem)
+        k = directions(mean, keep) if rank is None else min(rank, d)
+        roots, rests = torch.empty(n, d, k, dtype=torch.float16), torch.empty(n, d, dtype=torch.float16)
+        for i in range(n):
+            found, rest = root(self.sums[i] / size, k)
+            roots[i] = found
+            if rest is not None:
+                rests[i] = rest
+        tensors = {
+            "root": roots,
+            "scale": torch.tensor([size / self.tokens]),
+            "tokens": torch.full((n,), self.tokens, dtype=torch.int32),
+        }
+        if k < d:
+            tensors["rest"] = rests
+        return [Entry.of(f"{stem}.{name}", tensor) for name, tensor in tensors.items()]
+
+
+class Watch:
+    """Sums what the ``nn.Linear`` modules of ``module`` are fed while it is run, as many at once as ``limit`` bytes hold.
+
+    Modules that are fed the same tensor share a sum.  After the first batch :attr:`waiting` says which were left out, for
+    further passes.  Of latent attention (MLA) the heads' queries without position are summed, too: they are what the key half of
+    ``kv_b`` is fed where a GGUF file has it by itself.
+    """
+
+    def __init__(self, module: nn.Module, prefix: str, names: Names, limit: float):
+        self.sums: dict[str, Sum] = {}
+        self.waiting: set[str] = set()
+        self.started = False
+        self._done: set[str] = set()
+        self._limit = limit
+        self._stems: dict[str, str] = {}
+        self._seen: list[tuple[torch.Tensor, str]] = []
+        self._parts: list[tuple[nn.Module, str, int]] = []
+        for path, part in module.named_modules():
+            if isinstance(part, nn.Linear) and ".experts." not in f".{path}.":
+                name = names(f"{prefix}{path}")
+                if name is not None and "_inp" not in name:  # routers stay as they are
+                    self._parts.append((part, name, 0))
+            nope = getattr(part, "qk_nope_head_dim", None)
+            if isinstance(nope, int) and isinstance(getattr(part, "kv_b_proj", None), nn.Linear):
+                queries = getattr(part, "q_b_proj", None) or getattr(part, "q_proj", None)
+                name = names(f"{prefix}{path}.k_b_proj")
+                if isinstance(queries, nn.Linear) and name is not None:
+                    self._parts.append((queries, name, part.qk_head_dim))
+                    self._nope = nope
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """While the module runs over all batches."""
+        hooks, self.started = [], True
+        for part, name, head in self._parts:
+            if head:
+                hooks.append(part.register_forward_hook(self._after(name, head)))
+            else:
+                hooks.append(part.register_forward_pre_hook(self._before(name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._seen.clear()
+
+    def next_batch(self) -> None:
+        """Before each batch."""
+        self._seen.clear()
+
+    def next_pass(self) -> dict[str, Sum]:
+        """What was summed; what was left out comes next."""
+        found, self.sums = self.sums, {}
+        self._done |= set(found)
+        self.waiting = set()
+        return found
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            stem = self._stems.get(name)
+            if stem is None:
+                stem = next((s for tensor, s in self._seen if tensor is x), name)
+                self._stems[name] = stem
+            if stem != name:
+                return
+            self._seen.append((x, name))
+            self._add(name, x, 1)
+
+        return hook
+
+    def _after(self, name: str, head: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            self._stems[name] = name
+            x = out.unflatten(-1, (-1, head))[..., : self._nope]
+            self._add(name, x, x.shape[-2])
+
+        return hook
+
+    def _add(self, stem: str, x: torch.Tensor, n: int) -> None:
+        if stem in self._done:
+            return
+        if stem not in self.sums:
+            if stem in self.waiting:
+                return
+            new = 4 * n * x.shape[-1] ** 2
+            if self.sums and sum(s.n_bytes for s in self.sums.values()) + new > self._limit:
+                self.waiting.add(stem)
+                return
+            self.sums[stem] = Sum([], torch.zeros(n, x.shape[-1], x.shape[-1], device=x.device))
+        self.sums[stem].add(x)
+
+    def weighs(self) -> dict[str, str]:
+        """GGUF tensor -> stem, after the first batch."""
+        found = {f"{name}.weight": stem for name, stem in self._stems.items()}
+        for name, stem in list(found.items()):
+            if ".attn_kv_b." in name:  # the value half of it is fed the same
+                found[name.replace("_kv_b", "_v_b")] = stem
+        return found

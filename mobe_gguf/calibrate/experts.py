@@ -1,0 +1,192 @@
+"""What a layer's routed experts are fed, and where their weights do not fit beside each other, what they answer.
+
+One expert after the other, over all tokens at once: sums of one expert alone are in memory, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mobe_gguf.calibrate.roots import add_products, directions, mirror, root, size_of
+from mobe_gguf.calibrate.workspace import States, Workspace
+from mobe_gguf.core import names
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.metric import PRIOR
+from mobe_gguf.formats.safetensors import Entry
+from mobe_gguf.models.checkpoint import Checkpoint
+
+#: Rows of an expert that are computed at once.
+ROWS = 4096
+
+
+@dataclass
+class Fed:
+    """What the experts of a layer were fed: x ``[T, d]``, the experts of each token ``index`` ``[T, k]`` and the router's
+    ``weights`` ``[T, k]``."""
+
+    x: States
+    index: torch.Tensor
+    weights: torch.Tensor
+    done: int = 0
+
+    @classmethod
+    def new(cls, work: Workspace, tokens: int, d: int, k: int, dtype: torch.dtype) -> Fed:
+        x = work.new("fed", (tokens, d), dtype)
+        return cls(x, torch.empty(tokens, k, dtype=torch.int32), torch.empty(tokens, k))
+
+    def add(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        rows = slice(self.done, self.done + len(x))
+        self.x.tensor[rows] = x.cpu()
+        self.index[rows], self.weights[rows] = index.cpu().int(), weights.cpu().float()
+        self.done += len(x)
+
+    def by_expert(self, n: int) -> list[torch.Tensor]:
+        """Places in the flattened ``index`` of each expert, in the order of the text."""
+        flat = self.index.flatten()
+        return list(flat.argsort(stable=True).split(torch.bincount(flat, minlength=n).tolist()))
+
+
+def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> Any:
+    """A hook that gives ``take`` what ``module`` is called with: ``experts(x [T, d], index [T, k], weights [T, k])``, by place or by
+    name; what it computes is ``down(act(gate x) * up x)``, gate and up being ``gate_up_proj`` ``[n, 2p, d]``, gate first."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given, matrices = [*args, *kwargs.values()], getattr(module, "gate_up_proj", None)
+        known = len(given) >= 3 and given[1].shape == given[2].shape and hasattr(module, "act_fn")
+        if not known or matrices is None or matrices.shape[1] != 2 * p:
+            raise MobeError(f"layer {layer}: transformers calls the experts in a way that is not known here")
+        x = given[0].reshape(-1, given[0].shape[-1])
+        take(x, given[1].reshape(len(x), -1), given[2].reshape(len(x), -1))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: str) -> None:
+    """All experts' weights of a layer, read one by one."""
+    n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
+    both = torch.empty(n, 2 * p, d, dtype=dtype, device=device)
+    down = torch.empty(n, d, p, dtype=dtype, device=device)
+    for e in range(n):
+        both[e, :p] = checkpoint.expert(layer, "gate", e)
+        both[e, p:] = checkpoint.expert(layer, "up", e)
+        down[e] = checkpoint.expert(layer, "down", e)
+    module._parameters["gate_up_proj"] = nn.Parameter(both, requires_grad=False)
+    module._parameters["down_proj"] = nn.Parameter(down, requires_grad=False)
+
+
+class Experts:
+    """The experts of one MoE layer of ``checkpoint``, over all that they were ``fed``."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, module: nn.Module, fed: Fed, work: Workspace, dtype: torch.dtype, device: str):  # fmt: skip
+        self.checkpoint, self.layer, self.module, self.fed, self.work = checkpoint, layer, module, fed, work
+        self.dtype, self.device = dtype, device
+        self.n, self.d, self.p = checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
+        self.places = fed.by_expert(self.n)
+
+    def run(self, out: States | None, keep: float, rank: int | None) -> tuple[list[Entry], dict[str, str]]:
+        """Tensors of the file, see docs/format.md, and which GGUF tensors they weigh; into ``out`` ``[T, d]``, float32, goes what the
+        experts answer, if it is asked for.
+
+        Every expert has PRIOR of the average expert's tokens mixed in, with the layer's average moments.
+        """
+        gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in ("gate", "down"))
+        mean = self._mean_of_inputs()
+        size = size_of(mean, gate_stem) * (1 + PRIOR)
+        k = directions(mean, keep) if rank is None else min(rank, self.d)
+        gate = _Roots(self.work, "gate", self.n, self.d, k)
+        down_sums = self.work.new("sums", (self.n, self.p, self.p), torch.float32)
+        down_mean = torch.zeros(self.p, self.p, dtype=torch.float64)
+        for e in range(self.n):
+            fed, hidden = self._expert(e, out)
+            gate.put(e, (mirror(fed) + PRIOR * mean) / size)
+            down_sums.tensor[e] = mirror(hidden).cpu()
+            down_mean += down_sums.tensor[e]
+        del mean
+        down_mean = (down_mean / self.n).float()
+        down_size = size_of(down_mean, down_stem) * (1 + PRIOR)
+        k = directions(down_mean, keep) if rank is None else self.p
+        down = _Roots(self.work, "down", self.n, self.p, k)
+        for e in range(self.n):
+            sums = down_sums.tensor[e].to(self.device)
+            down.put(e, (sums + PRIOR * down_mean.to(sums)) / down_size)
+        down_sums.remove()
+        counts = torch.tensor([len(p) for p in self.places], dtype=torch.int32)
+        entries = []
+        for stem, roots, of in ((gate_stem, gate, size), (down_stem, down, down_size)):
+            entries += roots.entries(stem)
+            entries.append(Entry.of(f"{stem}.scale", torch.tensor([of / (1 + PRIOR) / self.fed.done])))
+            entries.append(Entry.of(f"{stem}.tokens", counts))
+        weighs = {names.transform_name(self.layer, x): gate_stem for x in ("gate", "up")}
+        return entries, weighs | {names.transform_name(self.layer, "down"): down_stem}
+
+    def _mean_of_inputs(self) -> torch.Tensor:
+        """``[d, d]``, the average of all experts' sums: each token once, with the sum of its weights' squares."""
+        sums = torch.zeros(self.d, self.d, device=self.device)
+        strength = self.fed.weights.square().sum(1).sqrt()
+        for rows in torch.arange(self.fed.done).split(ROWS):
+            x = self.fed.x.tensor[rows].to(self.device).float()
+            add_products(sums, x * strength[rows, None].to(x))
+        return mirror(sums).div_(self.n)
+
+    def _expert(self, e: int, out: States | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums ``[d, d]`` and ``[p, p]`` of what gate and up, and down of one expert are fed."""
+        sums = torch.zeros(self.d, self.d, device=self.device)
+        hidden_sums = torch.zeros(self.p, self.p, device=self.device)
+        if not len(self.places[e]):
+            return sums, hidden_sums
+        gate_up, down = self._weights(e, out is not None)
+        k = self.fed.index.shape[1]
+        for places in self.places[e].split(ROWS):
+            tokens = places // k
+            x = self.fed.x.tensor[tokens].to(self.device).float()
+            weight = self.fed.weights.view(-1)[places, None].to(x)
+            gate, up = (x @ gate_up.T).split(self.p, dim=1)
+            hidden = self.module.act_fn(gate) * up * weight
+            add_products(sums, x * weight)
+            add_products(hidden_sums, hidden)
+            if out is not None:
+                out.tensor[tokens] += (hidden @ down.T).cpu()  # a token has an expert once: no row twice
+        return sums, hidden_sums
+
+    def _weights(self, e: int, with_down: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """As float32 of values in the model's type."""
+        both = self.module._parameters["gate_up_proj"]
+        if both.device.type != "meta":
+            return both[e].float(), self.module._parameters["down_proj"][e].float()
+        kinds = ("gate", "up", "down") if with_down else ("gate", "up")
+        read = (self.checkpoint.expert(self.layer, x, e).to(self.device, self.dtype).float() for x in kinds)
+        gate_up = torch.cat([next(read), next(read)])
+        return gate_up, next(read, gate_up)
+
+
+class _Roots:
+    """Roots of all experts, in scratch files as they will lie in the layer's."""
+
+    def __init__(self, work: Workspace, name: str, n: int, d: int, k: int):
+        self.k = k
+        self.roots = work.new(f"{name}-root", (n, d, k), torch.float16)
+        self.rests = work.new(f"{name}-rest", (n, d), torch.float16) if k < d else None
+
+    def put(self, e: int, sums: torch.Tensor) -> None:
+        found, rest = root(sums, self.k, seed=e)
+        self.roots.tensor[e] = found
+        if self.rests is not None:
+            assert rest is not None
+            self.rests.tensor[e] = rest
+
+    def entries(self, stem: str) -> list[Entry]:
+        parts = [("root", self.roots), *([("rest", self.rests)] if self.rests is not None else [])]
+        return [
+            Entry.copy(f"{stem}.{name}", "F16", part.shape, part.file, 0, part.file.stat().st_size)
+            for name, part in parts
+        ]
+
+    def remove(self) -> None:
+        for part in (self.roots, self.rests):
+            if part is not None:
+                part.remove()

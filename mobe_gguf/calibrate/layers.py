@@ -1,0 +1,287 @@
+"""A model run layer by layer: all chunks of the text through one layer, then the next one's weights.
+
+Peak of memory: what a layer's matrices take but for its routed experts, these too where they fit into the budget, else one
+expert at a time; the sums of what is fed to some matrices; a batch of tokens.  O(model / layers), whatever the text's length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mobe_gguf.calibrate.dense import Names, Sum, Watch, gguf_names
+from mobe_gguf.calibrate.experts import Experts, Fed, fill, watch
+from mobe_gguf.calibrate.skeleton import Call, Enough, Skeleton
+from mobe_gguf.calibrate.workspace import States, Workspace
+from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import describe_size
+from mobe_gguf.core.progress import Bar
+from mobe_gguf.formats.moments import KEY_WEIGHS
+from mobe_gguf.formats.safetensors import Entry, write_safetensors
+from mobe_gguf.models.checkpoint import Checkpoint
+
+#: Tokens sent through a layer at once, where memory allows.
+BATCH = 4096
+#: Of the memory that is free, what may be used where ``--memory`` does not say.
+SHARE = 0.8
+#: Values that a token takes while it goes through a layer, as multiples of the hidden and the widest inner size; measured.
+LIVE = 24
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How moments are gathered: see the options of ``mobe-gguf moments``."""
+
+    keep: float = 0.999
+    rank: int | None = None
+    memory: int | None = None
+
+
+class Run:
+    """A model's layers, one after the other, over ``tokens`` ``[chunks, ctx]``."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: torch.Tensor,
+        work: Workspace,
+        settings: Settings,
+        budget: float,
+        bar: Bar,
+    ):
+        self.skeleton, self.work, self.settings, self.bar = skeleton, work, settings, bar
+        self.checkpoint: Checkpoint = skeleton.checkpoint
+        self.tokens, self.budget = tokens, budget
+        self.names: Names = gguf_names(str(self.checkpoint.config.get("model_type")), self.checkpoint.n_layer)
+        self.batches = list(tokens.split(max(1, self._batch() // tokens.shape[1])))
+        self.shape = (*tokens.shape, self.checkpoint.n_embd)
+        self.place = work, skeleton.dtype, skeleton.device
+
+    def _batch(self) -> int:
+        """Tokens at once: an eighth of the budget."""
+        config = self.checkpoint.config
+        widest = max(
+            v for k, v in config.items() if k in ("hidden_size", "intermediate_size") and isinstance(v, int)
+        )
+        heads = int(config.get("num_attention_heads") or 1) * int(config.get("head_dim") or 0)
+        one = 4 * LIVE * max(widest, heads)
+        return max(self.tokens.shape[1], min(BATCH, int(self.budget / 8 / one)))
+
+    def run(self) -> None:
+        """All layers that are not finished, and the output."""
+        begin = self.work.next_layer()
+        states = None if begin is None else self._states(self.work.states_file(begin))
+        calls = self._embed(states is None)
+        if states is None:
+            begin, states = 0, self._states(self.work.states_file(0))
+        assert begin is not None
+        self.bar.advance(begin)
+        for layer in range(begin, len(self.skeleton.layers)):
+            after = self.work.new("states", self.shape, self.skeleton.dtype)
+            self._layer(layer, [c[layer] for c in calls], states, after)
+            del states
+            self.work.finish_layer(layer, after)
+            states = self._states(self.work.states_file(layer + 1))
+        if not self.work.layer_file("output").is_file():
+            self._output(states)
+
+    def _states(self, file: Any) -> States:
+        return States(file, self.shape, self.skeleton.dtype)
+
+    def _embed(self, keep: bool) -> list[list[Call]]:
+        first = self.work.new("states", self.shape, self.skeleton.dtype) if keep else None
+
+        def take(number: int, hidden: torch.Tensor) -> None:
+            if first is not None:
+                self.part(first, number).copy_(hidden)
+
+        with torch.inference_mode():
+            calls = self.skeleton.embed(self.batches, take)
+        if first is not None:
+            first.sync()
+            first.file.rename(self.work.states_file(0))
+        return calls
+
+    def part(self, states: States, number: int) -> torch.Tensor:
+        """The chunks of a batch."""
+        step = len(self.batches[0])
+        return states.tensor[number * step : number * step + len(self.batches[number])]
+
+    # one layer
+
+    def _layer(self, layer: int, calls: list[Call], states: States, after: States) -> None:
+        self.skeleton.load(layer)
+        with torch.inference_mode():
+            found = Layer(self, layer, calls, states, after)
+            entries = found.gather()
+        self._write(f"{layer:03d}", entries, found.weighs)
+        self.skeleton.drop(layer)
+        for left in self.work.path.glob("scratch-*"):
+            if left != after.file:
+                left.unlink()
+        self.bar.advance(1, f"layer {layer}: {found.said}, {self._memory()}")
+
+    # behind the layers
+
+    def _output(self, states: States) -> None:
+        """What the output matrix is fed."""
+        total: Sum | None = None
+        with torch.inference_mode():
+            for number, ids in enumerate(self.batches):
+                x = self.skeleton.head_inputs(ids, self.part(states, number).to(self.skeleton.device))
+                if x is None:
+                    break
+                if total is None:
+                    total = Sum([], torch.zeros(1, x.shape[-1], x.shape[-1], device=x.device))
+                total.add(x)
+        if total is None:
+            return
+        # an output that is tied to the embeddings is the embeddings' tensor in a GGUF file
+        names = (
+            {"output.weight": "output", "token_embd.weight": "output"}
+            if self._tied()
+            else {"output.weight": "output"}
+        )
+        self._write("output", total.entries("output", self.settings.keep, self.settings.rank), names)
+
+    def _tied(self) -> bool:
+        return bool(self.checkpoint.config.get("tie_word_embeddings"))
+
+    def _write(self, name: str, entries: list[Entry], weighs: dict[str, str]) -> None:
+        with atomic_path(self.work.layer_file(name)) as part:
+            write_safetensors(part, entries, {"format": "pt", KEY_WEIGHS: json.dumps(weighs)})
+
+    @staticmethod
+    def _memory() -> str:
+        import resource
+
+        return f"{describe_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 1)} at most"
+
+
+class Layer:
+    """Layer ``number`` of a ``run``, its weights loaded but for the experts': takes ``states`` to ``after``."""
+
+    def __init__(self, run: Run, number: int, calls: list[Call], states: States, after: States):
+        self.run, self.number, self.calls, self.states, self.after = run, number, calls, states, after
+        self.skeleton, self.checkpoint = run.skeleton, run.checkpoint
+        self.module = run.skeleton.layers[number]
+        prefix = f"{run.skeleton.layers_name}{number}."
+        self.dense = Watch(self.module, prefix, run.names, run.budget / 4)
+        self.weighs: dict[str, str] = {}
+        self.said = "no routed experts"
+
+    def gather(self) -> list[Entry]:
+        """Tensors of the layer's file; :attr:`weighs` says which GGUF tensors they weigh."""
+        with contextlib.ExitStack() as stack:
+            entries = self._experts(stack) if self.number in self.checkpoint.moe_layers else []
+            if not self.dense.started:
+                with self.dense.on():
+                    self._forward(self.after)
+            entries += self._dense()
+        self.weighs |= self.dense.weighs()
+        return entries
+
+    def _forward(self, keep: States | None) -> None:
+        """All batches, in order."""
+        for number, call in enumerate(self.calls):
+            self.run.bar.update(f"layer {self.number}: {number} of {len(self.calls)} batches")
+            self.dense.next_batch()
+            hidden = self.run.part(self.states, number).to(self.skeleton.device)
+            try:
+                out = self.module(hidden, *call.args, **call.kwargs)
+            except Enough:
+                continue
+            out = out[0] if isinstance(out, tuple) else out
+            if keep is not None:
+                self._check(number, out)
+                self.run.part(keep, number).copy_(out)
+
+    def _check(self, number: int, out: torch.Tensor) -> None:
+        if torch.isfinite(out).all():
+            return
+        chunk = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0]) + number * len(self.run.batches[0])
+        raise MobeError(
+            f"layer {self.number} answers NaN or Inf in chunk {chunk} of the text (tokens {chunk * self.run.tokens.shape[1]} and "
+            "on); the model's weights are damaged, or its type is too narrow for it. Finished layers are kept."
+        )
+
+    def _dense(self) -> list[Entry]:
+        """Of ordinary matrices, in as many passes as it takes."""
+        settings, entries = self.run.settings, []
+        while True:
+            again = bool(self.dense.waiting)
+            for stem, found in self.dense.next_pass().items():
+                entries += found.entries(stem, settings.keep, settings.rank)
+                del found
+            if not again:
+                return entries
+            with self.dense.on():
+                self._forward(None)
+
+    # routed experts
+
+    def _experts(self, stack: contextlib.ExitStack) -> list[Entry]:
+        """Of routed experts.  Where these fit into memory beside each other, the layer is run as it is; else it is run up to them,
+        they answer one after the other, and until ``stack`` closes they answer with what is known."""
+        found = [m for name, m in self.module.named_modules() if name.split(".")[-1] == "experts"]
+        if len(found) != 1:
+            raise MobeError(
+                f"{self.checkpoint.path}: transformers' layer {self.number} has {len(found)} modules `experts`, expected one"
+            )
+        c, inner, (work, dtype, device) = self.checkpoint, found[0], self.run.place
+        tokens = self.run.tokens.numel()
+        fed = Fed.new(work, tokens, c.n_embd, c.n_expert_used, dtype)
+        one_by_one = 3 * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize > self.run.budget / 2
+        if one_by_one:
+            self._watched(inner, fed, stop=True)
+            answers = work.new("answers", (tokens, c.n_embd), torch.float32)
+        else:
+            fill(inner, c, self.number, dtype, device)
+            with self.dense.on():
+                self._watched(inner, fed, keep=self.after)
+            answers = None
+        experts = Experts(c, self.number, inner, fed, work, dtype, device)
+        settings = self.run.settings
+        entries, self.weighs = experts.run(answers, settings.keep, settings.rank)
+        if answers is not None:
+            stack.enter_context(self._answering(inner, answers))
+        counts = [len(places) for places in experts.places]
+        self.said = f"{min(counts)} to {max(counts)} tokens an expert" + ", one at a time" * one_by_one
+        return entries
+
+    def _watched(self, inner: nn.Module, fed: Fed, keep: States | None = None, stop: bool = False) -> None:
+        def take(*given: torch.Tensor) -> None:
+            fed.add(*given)
+            if stop:
+                raise Enough
+
+        hook = watch(self.number, inner, self.checkpoint.n_ff_exp, take)
+        try:
+            self._forward(keep)
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def _answering(self, inner: nn.Module, answers: States) -> Iterator[None]:
+        """The experts' answers are read, batch after batch, over and over."""
+        at = 0
+
+        def answer(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            nonlocal at
+            rows = x.numel() // x.shape[-1]
+            found = answers.tensor[at : at + rows].to(x).view(x.shape)
+            at = (at + rows) % len(answers.tensor)
+            return found
+
+        inner.forward = answer  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del inner.forward

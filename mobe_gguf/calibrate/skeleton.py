@@ -1,0 +1,312 @@
+"""transformers' model of a directory, built empty; weights come and go with a layer.
+
+Masks, rotary embeddings and what kind of layer gets which are transformers' own: its forward pass runs once over each batch
+with the decoder layers put aside, and what it hands to each layer is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.models.checkpoint import Checkpoint, all_finite
+
+
+class Enough(Exception):
+    """Ends a forward pass: what was wanted of it is there."""
+
+
+@contextlib.contextmanager
+def silent(quiet: bool) -> Iterator[None]:
+    """Nothing on stderr of what transformers says but errors; without ``quiet`` only its bars for each load are left out."""
+    from transformers.utils import logging
+
+    level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    if quiet:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bar:
+            logging.enable_progress_bar()
+
+
+def unloadable(model: Path, what: str, error: Exception) -> MobeError:
+    """What is said where transformers cannot load something of a directory."""
+    if "trust_remote_code" in str(error):
+        code = ", ".join(sorted(p.name for p in model.glob("*.py"))) or "not in this directory"
+        why = (
+            f"transformers knows it only by Python code of its own ({code}), and code out of a model directory is never run "
+            "here. Use --imatrix (llama-imatrix) for such a model"
+        )
+        return MobeError(f"{model}: {what} cannot be loaded: {why}")
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return MobeError(f"{model}: transformers cannot load {what}: {said}")
+
+
+class _NoWeights(TorchFunctionMode):
+    """While it is on, parameters are made without memory (device ``meta``); buffers, which are computed, are real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> _NoWeights:
+        self._register = nn.Module.register_parameter
+
+        def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and param.device.type != "meta":
+                param = nn.Parameter(param.to("meta"), param.requires_grad)
+            self._register(module, name, param)
+
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        nn.Module.register_parameter = self._register  # type: ignore[method-assign]
+        super().__exit__(*raised)
+
+
+@dataclass
+class Call:
+    """How transformers calls a decoder layer, beside the hidden states: other positions and names."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def same(self, other: Call) -> bool:
+        return _same((self.args, self.kwargs), (other.args, other.kwargs))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    return bool(a is b or a == b)
+
+
+class Skeleton:
+    """The causal language model of ``checkpoint`` without weights, on ``device``.
+
+    ``layers[i]`` is decoder layer i; :meth:`load` fills it, without its routed experts, and :meth:`drop` empties it.
+    MobeError if transformers does not know the model, or only by code out of its directory, which is never run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
+        self.checkpoint, self.device = checkpoint, device
+        path = checkpoint.path
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        except ImportError as e:
+            raise MobeError(
+                f"this needs transformers 5 ({e}); install it:\n  pip install 'transformers>=5'"
+            ) from e
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self.dtype = _dtype(config, checkpoint)
+            with _NoWeights():
+                self.model = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, trust_remote_code=False
+                ).eval()
+        except Exception as e:  # transformers raises all sorts of errors here
+            raise unloadable(path, "the model", e) from e
+        self.config = self.model.config
+        self.layers_name, self.layers = self._find_layers()
+        for name, buffer in list(self.model.named_buffers()):
+            if not name.startswith(self.layers_name):
+                _set(self.model, name, buffer.to(device))
+        transforms = get_model_conversion_mapping(self.model)
+        self._transforms = transforms
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._sources = self._find_sources(
+            lambda name, there: rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, there
+            )
+        )
+
+    def _find_layers(self) -> tuple[str, nn.ModuleList]:
+        n = self.checkpoint.n_layer
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and re.search(r"(^|\.)layers$", name) and len(module) == n:
+                return f"{name}.", module
+        raise MobeError(
+            f"{self.checkpoint.path}: transformers' {type(self.model).__name__} has no list of {n} decoder layers"
+        )
+
+    def _find_sources(self, rename: Callable[[str, Any], tuple[str, str | None]]) -> dict[str, list[str]]:
+        """Module of the model that is loaded at once (a layer, or all else by tensor) -> tensors of the checkpoint."""
+        there = self.model.state_dict()
+        experts = re.compile(r"\.experts\.(\d+\.|gate_up_proj|down_proj)")
+        sources: dict[str, list[str]] = {}
+        for name in self.checkpoint.names:
+            if experts.search(name) or name.endswith("_scale_inv"):
+                continue
+            renamed, _ = rename(name, there)
+            found = re.match(re.escape(self.layers_name) + r"(\d+)\.", renamed)
+            sources.setdefault(found[0] if found else renamed, []).append(name)
+        return sources
+
+    # weights
+
+    def load(self, layer: int) -> None:
+        """Weights of a decoder layer, but for those of routed experts, in the model's type."""
+        self._load(f"{self.layers_name}{layer}.")
+        for name, buffer in self.layers[layer].named_buffers():
+            _set(self.layers[layer], name, buffer.to(self.device))
+        for name, tensor in self.layers[layer].named_parameters():
+            if tensor.device.type == "meta" and not re.search(r"(^|\.)experts\.", name):
+                raise MobeError(
+                    f"{self.checkpoint.path}: tensor {self.layers_name}{layer}.{name} is missing. Download the model again."
+                )
+
+    def _load(self, what: str) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        tensors = {name: self._tensor(name) for name in self._sources.get(what, ())}
+        settings = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=self._transforms,
+            device_map={"": self.device},
+        )
+        try:
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, settings)
+        except Exception as e:  # transformers raises all sorts of errors here
+            raise unloadable(self.checkpoint.path, what.rstrip("."), e) from e
+        for name, got, expected in sorted(info.mismatched_keys):
+            raise MobeError(
+                f"{self.checkpoint.path}: tensor {name} has shape {list(got)}, expected {list(expected)} (from config.json)"
+            )
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        if self.checkpoint.dtype(name) == torch.float8_e4m3fn:
+            return self.checkpoint.matrix(name).to(self.dtype)
+        tensor = self.checkpoint.get(name)
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise MobeError(f"{self.checkpoint.path}: tensor {name} holds values that are NaN or Inf")
+        return tensor
+
+    def drop(self, layer: int) -> None:
+        """Gives the memory of a layer's weights back."""
+        empty(self.layers[layer])
+
+    # what surrounds the layers
+
+    def embed(
+        self, batches: list[torch.Tensor], keep: Callable[[int, torch.Tensor], None]
+    ) -> list[list[Call]]:
+        """The hidden states before the first layer, given to ``keep(batch number, [chunks, ctx, d])``, and how each layer is called
+        in each batch (batches that are called the same share a list)."""
+        table = self.model.get_input_embeddings()
+        names = [n for n, m in self.model.named_modules() if m is table]
+        for name in names:
+            self._load(f"{name}.weight")
+        if table.weight.device.type == "meta":
+            raise MobeError(f"{self.checkpoint.path}: tensor {names[0]}.weight is missing")
+        calls: list[list[Call]] = []
+        for number, ids in enumerate(batches):
+            seen: list[Call] = []
+
+            def put_aside(i: int, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                if i == 0:
+                    keep(number, hidden)  # noqa: B023, called at once
+                seen.append(Call(args, kwargs))  # noqa: B023
+                if i == len(self.layers) - 1:
+                    raise Enough
+                return hidden
+
+            with self._put_aside(put_aside), contextlib.suppress(Enough):
+                self.model(ids.to(self.device), use_cache=False)
+            if len(seen) != len(self.layers):
+                raise MobeError(
+                    f"{self.checkpoint.path}: transformers calls {len(seen)} of {len(self.layers)} layers"
+                )
+            same = next((c for c in calls[::-1] if all(map(Call.same, c, seen))), seen)
+            calls.append(same)
+        empty(table)
+        return calls
+
+    @contextlib.contextmanager
+    def _put_aside(self, instead: Callable[..., torch.Tensor]) -> Iterator[None]:
+        for i, layer in enumerate(self.layers):
+            layer.forward = lambda *args, _i=i, **kwargs: instead(_i, *args, **kwargs)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def head_inputs(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What the output matrix is fed, ``[chunks, ctx, d]``, where ``hidden`` leaves the last layer; None if the model has no such
+        matrix."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return None
+        seen: list[torch.Tensor] = []
+        if not self._has_norm:
+            for what in self._sources:
+                if not what.startswith(self.layers_name) and what not in self._tables:
+                    self._load(what)
+            self._has_norm = True
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise Enough
+
+        table = self.model.get_input_embeddings()
+        embed = lambda _: hidden  # noqa: E731, any states will do: the layers are put aside
+        table.forward, hook = embed, head.register_forward_pre_hook(look)
+        try:
+            with self._put_aside(lambda i, h, *a, **k: hidden), contextlib.suppress(Enough):
+                self.model(ids.to(self.device), use_cache=False)
+        finally:
+            del table.forward
+            hook.remove()
+        return seen[0]
+
+    _has_norm = False
+
+    @property
+    def _tables(self) -> list[str]:
+        both = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return [f"{name}.weight" for name, module in self.model.named_modules() if module in both]
+
+
+def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """As ``from_pretrained(dtype="auto")`` has it: what config.json says, else the type of the first tensor."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    return next((t for t in map(checkpoint.dtype, checkpoint.names) if t in floats), torch.bfloat16)
+
+
+def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._buffers[leaf] = value
+
+
+def empty(module: nn.Module) -> None:
+    """Parameters of a module without memory again."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,300 @@
+"""Layer by layer the moments are those of the whole model; after any kill the same file comes out."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mobe_gguf.calibrate import moments as module
+from mobe_gguf.calibrate import workspace
+from mobe_gguf.calibrate.dense import gguf_names
+from mobe_gguf.calibrate.moments import collect
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.metric import PRIOR
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.models.checkpoint import Checkpoint
+
+FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral")
+CTX, CHUNKS = 32, 6
+#: Enough for nothing: experts are read one at a time, and what matrices are fed is summed one set after the other.
+LITTLE = 1
+
+
+def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
+    """``[n, d, d]`` of every GGUF tensor, by hooks on the whole model; of experts with PRIOR; E over the text's tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    source = Checkpoint(path)
+    names = gguf_names(source.config["model_type"], source.n_layer)
+    found: dict[str, torch.Tensor] = {}
+
+    def linear(name):
+        def hook(module, args):
+            x = args[0].reshape(-1, args[0].shape[-1]).double()
+            found[f"{name}.weight"] = (x.T @ x / len(x))[None]
+
+        return hook
+
+    def queries(name, head, nope):
+        def hook(module, args, out):
+            x = out.reshape(-1, out.shape[-1] // head, head)[..., :nope].double()
+            found[f"{name}.weight"] = torch.einsum("thi,thj->hij", x, x) / len(x)
+
+        return hook
+
+    def experts(layer):
+        def hook(module, args):
+            x, index, weights = args[0].double(), args[1], args[2].double()
+            n, d, p = source.n_expert, source.n_embd, source.n_ff_exp
+            inputs, hidden = torch.zeros(n, d, d).double(), torch.zeros(n, p, p).double()
+            for e in range(n):
+                g, u = (source.expert(layer, z, e).double() for z in ("gate", "up"))
+                for t, k in (index == e).nonzero().tolist():
+                    h = torch.nn.functional.silu(g @ x[t]) * (u @ x[t]) * weights[t, k]
+                    inputs[e] += weights[t, k] ** 2 * torch.outer(x[t], x[t])
+                    hidden[e] += torch.outer(h, h)
+            for projection, sums in (("gate", inputs), ("up", inputs), ("down", hidden)):
+                mixed = (sums + PRIOR * sums.mean(0)) / (1 + PRIOR) / len(x)
+                found[f"blk.{layer}.ffn_{projection}_exps.weight"] = mixed
+
+        return hook
+
+    for path_, part in model.named_modules():
+        if layer := re.search(r"layers\.(\d+)\..*experts$", path_):
+            if hasattr(part, "gate_up_proj"):
+                part.register_forward_pre_hook(experts(int(layer[1])))
+        name = names(path_)
+        if isinstance(part, torch.nn.Linear) and name and "_inp" not in name:
+            part.register_forward_pre_hook(linear(name))
+        if hasattr(part, "kv_b_proj"):
+            last = part.q_b_proj if getattr(part, "q_b_proj", None) is not None else part.q_proj
+            last.register_forward_hook(
+                queries(names(f"{path_}.k_b_proj"), part.qk_head_dim, part.qk_nope_head_dim)
+            )
+    ids = torch.tensor(AutoTokenizer.from_pretrained(path)(text.read_text()).input_ids)[: CTX * CHUNKS]
+    with torch.no_grad():
+        model(ids.view(CHUNKS, CTX))
+    return found
+
+
+def gathered(path: Path, text: Path, out: Path, **options) -> Moments:
+    collect(path, text, out, ctx=CTX, chunks=CHUNKS, keep=1, quiet=True, **options)
+    return Moments(out)
+
+
+@pytest.mark.parametrize("memory", [None, LITTLE])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_as_the_whole_model(family, memory, model, text, tmp_path):
+    """Of every matrix, experts beside each other or one at a time."""
+    path = model(family)
+    got, expected = gathered(path, text, tmp_path / "m", memory=memory), whole(path, text)
+    assert set(expected) <= set(got.names)
+    assert {re.sub(r"_v_b|token_embd", "", n) for n in set(got.names) - set(expected)} <= {
+        f"blk.{i}.attn.weight" for i in range(3)
+    }
+    for name, s in expected.items():
+        found = got.find(name)
+        mine = (found.root @ found.root.mT).double() * got.scale(name)
+        assert found.rest is None and float((mine - s).norm() / s.norm()) < 1e-3, name
+    assert {"blk.1.attn_output.weight", "output.weight", "blk.2.ffn_down_exps.weight"} <= set(expected)
+    if family.startswith("deepseek"):
+        assert {"blk.0.ffn_down.weight", "blk.1.attn_kv_b.weight", "blk.1.attn_k_b.weight"} <= set(expected)
+    if family in ("qwen2_moe", "deepseek_v3"):
+        assert "blk.1.ffn_up_shexp.weight" in expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_fused_experts(family, model, text, tmp_path):
+    one, fused = (gathered(model(family, fused=f), text, tmp_path / str(f)) for f in (False, True))
+    for name in one.names:
+        assert torch.allclose(one.find(name).root, fused.find(name).root, atol=1e-2), name
+
+
+def test_what_matrices_share_is_summed_once(model, text, tmp_path):
+    got = gathered(model("qwen3_moe"), text, tmp_path / "m")
+    for names in (["attn_q", "attn_k", "attn_v"], ["ffn_gate_exps", "ffn_up_exps"]):
+        assert len({got.stem(f"blk.1.{name}.weight") for name in names}) == 1
+    assert got.tokens("blk.1.attn_q.weight").tolist() == [CTX * CHUNKS]
+    assert int(got.tokens("blk.1.ffn_up_exps.weight").sum()) == 2 * CTX * CHUNKS
+
+
+def test_as_many_directions_as_hold_the_energy(model, text, tmp_path):
+    collect(model("qwen3_moe"), text, tmp_path / "m", ctx=CTX, chunks=CHUNKS, keep=0.5, quiet=True)
+    got, exact = Moments(tmp_path / "m"), gathered(model("qwen3_moe"), text, tmp_path / "all")
+    for name in got.names:
+        found, s = got.find(name), exact.find(name)
+        k = found.root.shape[2]
+        assert k < s.root.shape[1] / 2 and found.rest is not None
+        held = found.root.square().sum() / s.root.square().sum()
+        assert 0.4 < float(held) < 0.9, name
+        assert torch.allclose(found.channels(), s.channels(), rtol=0.05, atol=0.02), name
+
+
+# resuming
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_anywhere(model, text, tmp_path, monkeypatch):
+    """At each file that gets its name; and what was finished is not done again."""
+    path = model("deepseek_v3")
+    expected = gathered(path, text, tmp_path / "whole").path.read_bytes()
+    replace, events = os.replace, []
+    out = tmp_path / "m"
+
+    def count(*args):
+        events.append(str(args[1]))
+        if len(events) == at:
+            if after:
+                replace(*args)
+            raise Killed
+        replace(*args)
+
+    layers, kills = [], 0
+    run = module.Run._layer
+    monkeypatch.setattr(module.Run, "_layer", lambda self, i, *a: (layers.append(i), run(self, i, *a)))
+    monkeypatch.setattr(os, "replace", count)
+    for after in (False, True):
+        for at in range(1, 100):
+            events.clear()
+            try:
+                gathered(path, text, out)
+                break
+            except Killed:
+                kills += 1
+                assert not out.exists() or after
+            events.clear()
+            layers.clear()
+            finished = [p.name for p in tmp_path.glob("m.work/layer-*")]
+            at_saved, at = at, 0
+            gathered(path, text, out, resume=True)
+            at = at_saved
+            assert out.read_bytes() == expected and not (tmp_path / "m.work").exists()
+            assert len(layers) <= 3 - len([f for f in finished if "output" not in f]) + 1
+            out.unlink()
+        out.unlink()
+    assert kills > 12
+
+
+@pytest.mark.parametrize("what", ["ctx", "text", "model"])
+def test_a_changed_setting_is_told(what, model, text, tmp_path, monkeypatch):
+    stop = module._assemble
+    monkeypatch.setattr(module, "_assemble", lambda *a: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        gathered(model("olmoe"), text, tmp_path / "m")
+    monkeypatch.setattr(module, "_assemble", stop)
+    with pytest.raises(UsageError, match="holds unfinished work. Go on with it:\n  --resume"):
+        gathered(model("olmoe"), text, tmp_path / "m")
+    other = tmp_path / "other.txt"
+    other.write_text("Something else altogether was written here. " * 60)
+    changed = {
+        "ctx": (model("olmoe"), text, dict(ctx=16)),
+        "text": (model("olmoe"), other, dict(ctx=CTX)),
+        "model": (model("olmoe", seed=7), text, dict(ctx=CTX)),
+    }[what]
+    name = {"ctx": "(text|tokens|ctx)", "text": "text", "model": "(model|source_checksum)"}[what]
+    with pytest.raises(UsageError, match=rf"m.work was begun with {name} \S+, now it is \S+. Give the same"):
+        collect(
+            changed[0],
+            changed[1],
+            tmp_path / "m",
+            chunks=CHUNKS,
+            keep=1,
+            quiet=True,
+            resume=True,
+            **changed[2],
+        )
+    gathered(model("olmoe"), text, tmp_path / "m", resume=True)
+
+
+def test_killed_for_good(model, text, tmp_path):
+    """SIGKILL while a layer runs."""
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from mobe_gguf.calibrate import moments as m\n"
+        "run = m.Run._layer\n"
+        "m.Run._layer = lambda self, i, *a: os.kill(os.getpid(), signal.SIGKILL) if i == 2 else run(self, i, *a)\n"
+        f"m.collect(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), ctx={CTX}, chunks={CHUNKS}, keep=1, quiet=True)"
+    )
+    path, out = model("qwen3_moe"), tmp_path / "m"
+    done = subprocess.run([sys.executable, "-c", script, path, text, out], capture_output=True)
+    assert done.returncode == -9
+    left = sorted(p.name for p in (tmp_path / "m.work").iterdir())
+    assert {"layer-000.safetensors", "layer-001.safetensors", "states-002"} <= set(left)
+    gathered(path, text, out, resume=True)
+    assert out.read_bytes() == gathered(path, text, tmp_path / "whole").path.read_bytes()
+
+
+# bad input
+
+
+def damage(path: Path, name: str, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = next(path.glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors, name)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_a_layer_that_answers_nan(own_model, text, tmp_path):
+    """Which layer, which chunk: a weight that is finite, and too large."""
+    path = own_model("qwen3_moe")
+    damage(path, "model.layers.1.self_attn.o_proj.weight", lambda t, n: t[n].fill_(3e38))
+    with pytest.raises(
+        MobeError, match=r"layer 1 answers NaN or Inf in chunk 0 of the text \(tokens 0 and on\)"
+    ):
+        gathered(path, text, tmp_path / "m")
+    assert (tmp_path / "m.work" / "layer-000.safetensors").is_file() and not (tmp_path / "m").exists()
+
+
+def test_weights_that_are_nan(own_model, text, tmp_path):
+    path = own_model("qwen3_moe")
+    name = "model.layers.2.self_attn.q_proj.weight"
+    damage(path, name, lambda t, n: t[n][0].fill_(float("nan")))
+    with pytest.raises(MobeError, match=f"tensor {re.escape(name)} holds values that are NaN or Inf"):
+        gathered(path, text, tmp_path / "m")
+
+
+def test_tensors_that_are_missing_or_of_another_shape(own_model, text, tmp_path):
+    path = own_model("qwen3_moe")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    damage(path, name, lambda t, n: t.update({n: t[n][:, :32].clone()}))
+    with pytest.raises(
+        MobeError, match=rf"tensor {re.escape(name)} has shape \[64, 32\], expected \[64, 64\]"
+    ):
+        gathered(path, text, tmp_path / "m")
+    damage(path, name, lambda t, n: t.pop(n))
+    with pytest.raises(MobeError, match=f"tensor {re.escape(name)} is missing"):
+        gathered(path, text, tmp_path / "n")
+
+
+def test_a_tokenizer_of_another_model(own_model, text, tmp_path):
+    path = own_model("qwen3_moe")
+    import json
+
+    config = json.loads((path / "config.json").read_text()) | {"vocab_size": 100}
+    (path / "config.json").write_text(json.dumps(config))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        damage(path, name, lambda t, n: t.update({n: t[n][:100].clone()}))
+    with pytest.raises(MobeError, match=r"its tokenizer gives token \d+, the model knows 100"):
+        gathered(path, text, tmp_path / "m")
+
+
+def test_no_disk_for_states(model, text, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workspace.os, "posix_fallocate", full)
+    with pytest.raises(
+        MobeError, match=r"m.work: no room for 0.00 GB of states: the disk is full. Make room"
+    ):
+        gathered(model("qwen3_moe"), text, tmp_path / "m")
