@@ -41,7 +41,7 @@ from rich.table import Table
 
 from mobe_gguf.core.errors import run_program
 from mobe_gguf.core.formula import activate, combine
-from mobe_gguf.factorize.projected import fast_products
+from mobe_gguf.core.projected import fast_products
 from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.factorize.start import initial_basis
 from mobe_gguf.models.checkpoint import Checkpoint

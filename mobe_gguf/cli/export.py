@@ -222,8 +222,8 @@ def _recipe(model: Path, target: Target | None, given: Mapping[str, Any]) -> Rec
 
 
 def _show(report: Report, dry_run: bool) -> None:
-    from mobe_gguf.core.files import describe_size
-    from mobe_gguf.export.report import amount, fallback_lines, importance_lines, size_table
+    from mobe_gguf.core.files import amount, describe_size
+    from mobe_gguf.export.report import fallback_lines, importance_lines, size_table
 
     console.print(size_table(report.entries))
     lines = fallback_lines(report.fallbacks) + importance_lines(report.entries)

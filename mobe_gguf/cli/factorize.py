@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -164,6 +165,7 @@ def command(
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
+    from mobe_gguf.core.layers import parse_layers
     from mobe_gguf.core.progress import console
     from mobe_gguf.factorize import job as jobs
     from mobe_gguf.factorize import plan, report
@@ -174,7 +176,7 @@ def command(
     from mobe_gguf.quant.recipe import parse_quant
 
     asked = plan.Options(
-        layers=None if layers is None else plan.parse_layers(layers),
+        layers=None if layers is None else parse_layers(layers),
         projections=None if projections is None else plan.parse_projections(projections),
         target=None if target is None else parse_target(target),
         quant=None if quant is None else parse_quant(quant),
@@ -186,7 +188,7 @@ def command(
     if ray is None:
         for name in place.devices:
             check_device(name)
-    job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume)
+    job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume, predict=_predict)
     if job.plan.shed <= 0 and not quiet:
         kept = job.plan.projected_after / job.plan.projected_before
         console.print(
@@ -240,3 +242,10 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UsageError(f"--device {device} cannot be used: {reason}. Expected cpu, cuda or cuda:N.") from e
+
+
+def _predict(*args: Any, **form: Any) -> Any:
+    """``export.predict``, imported only where a target in bytes asks for it."""
+    from mobe_gguf.export.predict import predict
+
+    return predict(*args, **form)

@@ -55,9 +55,8 @@ def command(
       mobe-gguf reconstruct original/ dense/ --wab trained/ --activation silu
     """
     from mobe_gguf.core.errors import Interrupted
-    from mobe_gguf.core.files import describe_size, parse_size
+    from mobe_gguf.core.files import amount, describe_size, parse_size
     from mobe_gguf.export.reconstruct import open_factors, reconstruct_model
-    from mobe_gguf.export.report import amount
     from mobe_gguf.export.shards import left_by
     from mobe_gguf.models.hub import resolve
 

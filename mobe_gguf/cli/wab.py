@@ -54,7 +54,7 @@ def wab_files(folders: tuple[Path, ...], activation: str | None, layers: str | N
             "--wab needs --activation: the files do not say what they were trained with. It is what --activation "
             "of the authors' train.py was, silu if nothing was said there"
         )
-    from mobe_gguf.factorize.plan import parse_layers
+    from mobe_gguf.core.layers import parse_layers
     from mobe_gguf.models.wab import WabFiles
 
     return WabFiles(folders, activation, None if layers is None else parse_layers(layers, "--wab-layers"))

@@ -51,6 +51,14 @@ def describe_size(n_bytes: int, decimals: int = 2) -> str:
     return f"{n_bytes} B"
 
 
+def amount(n: int) -> str:
+    """``30.53 B``, ``15.20 M``, ``960``."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= 10 * size or (n >= size and unit != "k"):
+            return f"{n / size:,.2f} {unit}"
+    return str(n)
+
+
 def describe_sizes(*sizes: int) -> tuple[str, ...]:
     """:func:`describe_size` of several that are compared: with so many decimals that different ones read differently."""
     for decimals in range(2, 10):

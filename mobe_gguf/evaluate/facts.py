@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.export.report import Entry, original_params
+from mobe_gguf.formats.contents import ListedTensor, original_params
 from mobe_gguf.formats.gguf import read_model
 
 
@@ -42,7 +42,7 @@ class Facts:
 def facts_of(path: str | os.PathLike[str]) -> Facts:
     """MobeError if it is no GGUF file with tensors, or a part of it is missing."""
     file = read_model(path)
-    entries = [Entry(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
+    entries = [ListedTensor(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     if not entries:
         raise MobeError(f"{path}: it holds no tensors, so there is no model to evaluate")
     context = file.arch_key("context_length")

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.files import describe_size
-from mobe_gguf.export.report import Entry, amount, original_params, rows
+from mobe_gguf.core.files import amount, describe_size
+from mobe_gguf.core.tensors import merged_name
+from mobe_gguf.formats.contents import ListedTensor, original_params, rows
 from mobe_gguf.formats.gguf import GgufFile, is_count, missing_tensors, read_model, shown
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.models.gguf_source import merged_name
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
 
 
@@ -69,7 +69,7 @@ class Description:
     n_expert_used: int
     n_embd: int
     n_ff_exp: int | None
-    entries: list[Entry]
+    entries: list[ListedTensor]
     original_params: int
     n_bytes: int
     name: str | None = None
@@ -119,7 +119,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
 
 def describe_gguf(file: GgufFile) -> Description:
     """:func:`describe` for a GGUF file whose head was read."""
-    entries = [Entry(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
+    entries = [ListedTensor(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     layers, problems = _gguf_layers(file)
     problems += [f"tensor {name} is missing" for name in missing_tensors(file)]
     down = next((t.shape for t in file.tensors.values() if ".ffn_down_exps.weight" in t.name), None)
@@ -239,7 +239,9 @@ def _describe_directory(path: Path) -> Description:
     labels = _labels(checkpoint)
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
     entries = [
-        Entry(name, info.dtype.lower(), info.shape, info.n_bytes, label=labels.get(name) or _label(name))
+        ListedTensor(
+            name, info.dtype.lower(), info.shape, info.n_bytes, label=labels.get(name) or _label(name)
+        )
         for name, info in infos.items()
     ]
     description = Description(
@@ -311,7 +313,7 @@ def _recorded_error(config: dict[str, Any], layer: int, projection: str) -> floa
 
 
 def _labels(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor name -> class of ``report.CLASSES``, for everything that belongs to routed experts."""
+    """Tensor name -> class of ``contents.CLASSES``, for everything that belongs to routed experts."""
     labels = {}
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index) if isinstance(checkpoint, MobeCheckpoint) else None

@@ -24,10 +24,11 @@ from mobe_gguf.export.encoder import Nearest
 from mobe_gguf.export.fitted import default_types, mismatch
 from mobe_gguf.export.layout import Layout, Types, choose_types, lay_out
 from mobe_gguf.export.opened import Opened, open_model
-from mobe_gguf.export.report import Report, original_params
+from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
 from mobe_gguf.export.write import Copied, Encoded, write_gguf
+from mobe_gguf.formats.contents import original_params
 from mobe_gguf.quant.allocate import parse_target
 from mobe_gguf.quant.recipe import Recipe, parse_override, parse_quant, parse_type
 

@@ -19,10 +19,11 @@ from urllib.parse import quote
 
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.files import readable
+from mobe_gguf.core.files import amount, readable
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export.origin import HUB, Origin
-from mobe_gguf.export.report import Report, amount, rows
+from mobe_gguf.export.report import Report
+from mobe_gguf.formats.contents import rows
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
 from mobe_gguf.quant.recipe import Recipe

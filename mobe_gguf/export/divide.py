@@ -13,7 +13,7 @@ from mobe_gguf.export.imatrix import importances
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.refit import units_of, weigh_transforms
 from mobe_gguf.export.request import ExportRequest
-from mobe_gguf.export.sensitivity import is_divided, measure, shares_of
+from mobe_gguf.export.type_errors import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.quant.allocate import TooSmall, allocate
 from mobe_gguf.quant.mixture import Spec, layer_of
@@ -86,7 +86,7 @@ def divide(
 
 def _lines(types: Mapping[str, str]) -> list[str]:
     """``B of gate: q3_k 0-2, q4_k 3`` and so on."""
-    from mobe_gguf.factorize.plan import format_layers
+    from mobe_gguf.core.layers import format_layers
 
     by_kind: dict[str, dict[str, list[int]]] = {}
     for name, type_name in types.items():

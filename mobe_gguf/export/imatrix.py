@@ -18,22 +18,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.tensors import is_basis, is_transform, merged_name
 from mobe_gguf.export.conversion import Tensor
-from mobe_gguf.factorize.imatrix import smoothed
-from mobe_gguf.formats.gguf import Array, GgufFile, read_gguf
-from mobe_gguf.models.gguf_source import merged_name
+from mobe_gguf.formats.imatrix import ImatrixFile, Statistics, smoothed
 from mobe_gguf.quant.mixture import layer_of
-from mobe_gguf.quant.recipe import FLOATS, Choice, is_basis, is_transform, requires_imatrix
-
-SUMS, COUNTS = ".in_sum2", ".counts"
+from mobe_gguf.quant.recipe import FLOATS, Choice, requires_imatrix
 
 
 @dataclass(frozen=True)
@@ -42,89 +38,6 @@ class Importance:
 
     origin: str
     read: Callable[[], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a file holds of one weight: float32 sums ``[matrices, row]`` and counts ``[matrices, 1]``."""
-
-    sums: np.ndarray
-    counts: np.ndarray
-
-    def means(self) -> np.ndarray:
-        """As llama-quantize's ``load_imatrix`` divides; a matrix that saw nothing, or only zeros, weighs all alike."""
-        seen = (self.counts > 0) & self.sums.any(axis=1, keepdims=True)
-        return np.where(seen, self.sums / np.where(seen, self.counts, 1), np.float32(1)).astype(np.float32)
-
-
-class ImatrixFile:
-    """One file of llama-imatrix; MobeError if it is none, of the old format, or damaged."""
-
-    def __init__(self, path: str):
-        self.path = path
-        if not Path(path).is_file():
-            raise MobeError(
-                f"{path}: no such file. Make one with:\n  llama-imatrix -m model.gguf -f text.txt -o {path}"
-            )
-        with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise MobeError(
-                    f"{path}: not a GGUF file. The old .dat format of llama-imatrix does not say how often each expert "
-                    f"was used and is not read; convert it with:\n  llama-imatrix --in-file {path} -o imatrix.gguf"
-                )
-        self._file: GgufFile = read_gguf(path)
-        self.names = {name.removesuffix(SUMS) for name in self._file.tensors if name.endswith(SUMS)}
-        if not self.names:
-            raise MobeError(
-                f"{path}: holds no tensor *{SUMS}, so it is not an importance matrix. Make one with:\n"
-                "  llama-imatrix -m model.gguf -f text.txt -o imatrix.gguf"
-            )
-
-    @cached_property
-    def of_mobe(self) -> bool:
-        """Whether it was collected on a MoBE model."""
-        return any(is_basis(name) for name in self.names)
-
-    @property
-    def label(self) -> str:
-        return Path(self.path).name
-
-    def entry(self, name: str) -> Entry | None:
-        """The entry of the weight ``name``, None if there is none; MobeError if it is damaged."""
-        if name not in self.names:
-            return None
-        sums, counts = (self._values(name + suffix) for suffix in (SUMS, COUNTS))
-        if sums.size % counts.size:
-            raise self._broken(name, f"{sums.size} sums do not divide by {counts.size} counts")
-        return Entry(sums.reshape(counts.size, -1), np.rint(counts).reshape(-1, 1))
-
-    def _values(self, name: str) -> np.ndarray:
-        info = self._file.tensors.get(name)
-        if info is None or info.type != "f32":
-            raise self._broken(name, "missing" if info is None else f"type {info.type}, expected f32")
-        values = np.fromfile(self.path, np.float32, info.n_bytes // 4, offset=info.offset)
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise self._broken(name, "holds values that are negative or not finite")
-        return values
-
-    def _broken(self, name: str, why: str) -> MobeError:
-        return MobeError(f"{self.path}: {name}: {why}. Make the file again with llama-imatrix.")
-
-    def keys(self) -> dict[str, str | int]:
-        """Metadata that llama-quantize writes of it (strings cut to 127 bytes, as there)."""
-        datasets = self._file.keys.get("imatrix.datasets")
-        chunks = self._file.keys.get("imatrix.chunk_count", 0)
-        keys: dict[str, str | int] = {"quantize.imatrix.file": _cut(self.path)}
-        if isinstance(datasets, Array) and datasets.head:
-            keys["quantize.imatrix.dataset"] = _cut(str(datasets.head[0]))
-        keys["quantize.imatrix.entries_count"] = len(self.names)
-        if isinstance(chunks, int) and chunks > 0:
-            keys["quantize.imatrix.chunks_count"] = chunks
-        return keys
-
-
-def _cut(text: str) -> str:
-    return text.encode()[:127].decode(errors="ignore")
 
 
 class Imatrix:
@@ -199,7 +112,7 @@ class Imatrix:
 
 
 def _stem_of_inputs(file: ImatrixFile, name: str) -> str:
-    """Entry of what a matrix multiplies: of experts that are multiplied out, where the file is of their factors, that of
+    """Statistics of what a matrix multiplies: of experts that are multiplied out, where the file is of their factors, that of
     the mix, for under their own name it has what A multiplies."""
     mix = name.replace("_exps.weight", "_basis.mix")
     return mix if file.of_mobe and "_down_" not in name and mix in file.names else name
@@ -230,7 +143,7 @@ def _basis_weights(
         sums = _through(transform, sums)
     sums = sums.reshape(n_group, squares.shape[1], -1)
     weights = np.einsum("gej,ged->gjd", squares, sums).reshape(n_basis, -1)
-    return Entry(weights.astype(np.float32), np.full((n_basis, 1), max(1.0, entry.counts.sum()))).means()
+    return Statistics(weights.astype(np.float32), np.full((n_basis, 1), max(1.0, entry.counts.sum()))).means()
 
 
 def _through(transform: Tensor, sums: np.ndarray) -> np.ndarray:
@@ -240,7 +153,7 @@ def _through(transform: Tensor, sums: np.ndarray) -> np.ndarray:
     return np.stack([a.double().square().numpy() @ s for a, s in zip(matrices, sums, strict=True)])
 
 
-def _other_model(file: ImatrixFile, name: str, entry: Entry, wanted: tuple[int, int]) -> MobeError:
+def _other_model(file: ImatrixFile, name: str, entry: Statistics, wanted: tuple[int, int]) -> MobeError:
     return MobeError(
         f"{file.path}: {name} has {entry.sums.shape[0]} x {entry.sums.shape[1]} values, expected {wanted[0]} x {wanted[1]}. "
         "The importance matrix is of another model; make one of this model with:\n"

@@ -12,9 +12,9 @@ from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.imatrix import Importance, importances, missing_message, without
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.refit import Refitting, Unit, units_of, weigh_transforms
-from mobe_gguf.export.report import Entry
 from mobe_gguf.export.request import ExportRequest
 from mobe_gguf.export.write import Copied, Encoded, head_bytes
+from mobe_gguf.formats.contents import ListedTensor
 from mobe_gguf.quant.recipe import Choice
 from mobe_gguf.runtime import ggml
 
@@ -40,7 +40,7 @@ class Layout:
     """The tensors as they are written, in order, and what the report says of each."""
 
     encoded: list[Encoded]
-    entries: list[Entry]
+    entries: list[ListedTensor]
     refitting: Refitting | None = None
 
 
@@ -80,7 +80,7 @@ def _tensors(
     choices: Mapping[str, Choice],
     weights: Mapping[str, Importance],
     rounding: Rounding,
-) -> tuple[list[Encoded], list[Entry]]:
+) -> tuple[list[Encoded], list[ListedTensor]]:
     encoded, entries = [], []
     for tensor in conversion.tensors.values():
         choice, shape = choices[tensor.name], tensor.source.shape
@@ -93,7 +93,7 @@ def _tensors(
             encoded.append(Encoded(tensor, choice.type, n_bytes, importance, encoder=encoder))
         wanted = choice.wanted if choice.wanted != choice.type else None
         origin = importance.origin if importance else None
-        entries.append(Entry(tensor.name, choice.type, shape, n_bytes, wanted, importance=origin))
+        entries.append(ListedTensor(tensor.name, choice.type, shape, n_bytes, wanted, importance=origin))
     return encoded, entries
 
 

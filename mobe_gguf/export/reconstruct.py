@@ -26,13 +26,12 @@ from mobe_gguf.core.progress import bar
 from mobe_gguf.export.converter import ARCHITECTURES
 from mobe_gguf.export.factors import check_factors
 from mobe_gguf.export.shards import Parts, fingerprint
-from mobe_gguf.factorize.plan import STORED
-from mobe_gguf.factorize.writer import MAX_SHARD, copies, copy_small_files, shard_names, shards
-from mobe_gguf.formats.safetensors import DTYPES, INDEX_NAME, Entry, write_safetensors
+from mobe_gguf.formats.safetensors import DTYPES, INDEX_NAME, STORED, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.models.gguf_factors import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
 from mobe_gguf.models.wab import WabCheckpoint, WabFiles
+from mobe_gguf.models.writer import MAX_SHARD, copies, copy_small_files, shard_names, shards
 
 #: Keys of config.json that only a MoBE checkpoint has.
 MOBE_KEYS = ("num_B", "activation", "mobe")

@@ -20,7 +20,7 @@ import torch
 
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.metric import Metric
-from mobe_gguf.factorize.projected import SingularError, derivative_, solve_transform
+from mobe_gguf.core.projected import SingularError, derivative_, solve_transform
 
 #: Ridge of the change of A, relative to the mean of the Gram matrix's diagonal.
 ANCHOR = 0.03

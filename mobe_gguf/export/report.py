@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -12,38 +11,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from mobe_gguf.core.files import amount
+from mobe_gguf.formats.contents import ClassTotal, ListedTensor, rows
 from mobe_gguf.quant.recipe import FLOATS
-
-#: Classes of tensors in the order of the table, each with what is found in the names of its tensors.
-#: The first that fits counts.  ``experts`` are gate and up of layers that are not factorized.
-CLASSES = {
-    "A": r"^$",
-    "B": r"\.ffn_(gate|up|down)_basis\.weight$",
-    "mix": r"\.ffn_(gate|up|down)_basis\.mix$",
-    "down": r"\.ffn_down_exps\.",
-    "experts": r"\.ffn_(gate|up|gate_up)_exps\.",
-    "attention": r"\.attn_(?!.*norm)",
-    "embeddings": r"^(token_embd|output)\.weight$",
-    "other": r"",
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor; ``shape`` in torch's order; ``wanted`` is the type asked for where its rows did not allow it;
-    ``label`` its class, where its name alone does not tell; ``importance`` where its columns' weights came from."""
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    n_bytes: int
-    wanted: str | None = None
-    label: str | None = None
-    importance: str | None = None
-
-    @property
-    def n_params(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass
@@ -115,7 +85,7 @@ class Report:
     path: str
     arch: str
     quant: str
-    entries: list[Entry]
+    entries: list[ListedTensor]
     original_params: int
     n_bytes: int = 0
     seconds: float = 0.0
@@ -143,7 +113,7 @@ class Report:
         return 8 * self.data_bytes / self.n_params
 
     @property
-    def fallbacks(self) -> list[Entry]:
+    def fallbacks(self) -> list[ListedTensor]:
         return [e for e in self.entries if e.wanted is not None]
 
     def as_json(self) -> dict[str, Any]:
@@ -185,71 +155,14 @@ class Report:
         }
 
 
-@dataclass
-class Row:
-    """One line of the table."""
-
-    label: str
-    count: int = 0
-    types: Counter[str] = field(default_factory=Counter)
-    n_params: int = 0
-    n_bytes: int = 0
-    importance: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.n_bytes / self.n_params if self.n_params else 0.0
-
-
-def rows(entries: Iterable[Entry]) -> list[Row]:
-    """Entries summed up by class, in the order of CLASSES, classes without tensors left out."""
-    entries = list(entries)
-    factorized = {e.name.replace("_basis.", "_exps.") for e in entries if re.search(CLASSES["B"], e.name)}
-    by_label = {label: Row(label) for label in CLASSES}
-    for entry in entries:
-        row = by_label[entry.label or ("A" if entry.name in factorized else class_of(entry.name))]
-        row.count += 1
-        row.types[entry.type] += 1
-        if entry.importance is not None:
-            row.importance[entry.importance] += 1
-        row.n_params += entry.n_params
-        row.n_bytes += entry.n_bytes
-    return [row for row in by_label.values() if row.count]
-
-
-def class_of(name: str) -> str:
-    """Key of CLASSES for a GGUF name; an A cannot be told from ordinary experts by its name, see :func:`rows`."""
-    return next(label for label, pattern in CLASSES.items() if re.search(pattern, name))
-
-
-def original_params(entries: Iterable[Entry]) -> int:
-    """Parameters of a GGUF's model before factorization: ``n p d`` for each projection's A, B and mix."""
-    entries = list(entries)
-    shapes = {e.name: e.shape for e in entries}
-    total = 0
-    for entry in entries:
-        basis = (
-            shapes.get(entry.name.replace("_exps.weight", "_basis.weight"))
-            if "_exps." in entry.name
-            else None
-        )
-        if "_basis." in entry.name:
-            continue
-        if basis and ".ffn_down_" in entry.name:  # A [n, r, p], B [m, d, r]
-            total += math.prod((entry.shape[0], (1, *basis)[-2], entry.shape[-1]))
-        else:
-            total += math.prod((*entry.shape[:-1], basis[-1])) if basis else entry.n_params
-    return total
-
-
-def size_table(entries: Iterable[Entry], title: str | None = None) -> Table:
+def size_table(entries: Iterable[ListedTensor], title: str | None = None) -> Table:
     """Tensors by class, at most 100 columns wide."""
     entries = list(entries)
     table = Table(title=title, title_justify="left", pad_edge=False, box=None)
     for column in ("class", "tensors", "types", "parameters", "MB", "bits/weight"):
         table.add_column(column, justify="left" if column in ("class", "types") else "right")
     found = rows(entries)
-    total = Row("all", sum(r.count for r in found), Counter(), sum(r.n_params for r in found))
+    total = ClassTotal("all", sum(r.count for r in found), Counter(), sum(r.n_params for r in found))
     total.n_bytes = sum(r.n_bytes for r in found)
     for row in (*found, total):
         types = ", ".join(t if n == row.count else f"{t} {n}" for t, n in row.types.most_common())
@@ -265,7 +178,7 @@ def size_table(entries: Iterable[Entry], title: str | None = None) -> Table:
     return table
 
 
-def importance_lines(entries: Iterable[Entry]) -> list[str]:
+def importance_lines(entries: Iterable[ListedTensor]) -> list[str]:
     """Which tensors were weighed by which file, and which quantized ones by none: a line for each; none at all if no
     file was given."""
     by_origin: dict[str, list[str]] = {}
@@ -283,15 +196,7 @@ def importance_lines(entries: Iterable[Entry]) -> list[str]:
     return lines
 
 
-def amount(n: int) -> str:
-    """``30.53 B``, ``15.20 M``, ``960``."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= 10 * size or (n >= size and unit != "k"):
-            return f"{n / size:,.2f} {unit}"
-    return str(n)
-
-
-def fallback_lines(fallbacks: Iterable[Entry]) -> list[str]:
+def fallback_lines(fallbacks: Iterable[ListedTensor]) -> list[str]:
     """Fallbacks in words, one line for each row length and pair of types."""
     kinds: dict[tuple[str, str, int], Counter[str]] = {}
     for e in fallbacks:

@@ -21,7 +21,7 @@ import torch
 
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.metric import FLOOR, Metric, Roots
-from mobe_gguf.factorize.projected import Projected
+from mobe_gguf.core.projected import Projected
 from mobe_gguf.factorize.solver import Factors
 
 METHODS = ("mobe", "svd", "molae", "d2moe")

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from mobe_gguf.factorize.job import Job
-from mobe_gguf.factorize.plan import STORED, baseline
+from mobe_gguf.factorize.plan import baseline
 from mobe_gguf.factorize.solver import fit
 from mobe_gguf.factorize.target import Size, probe_steps
 from mobe_gguf.factorize.workers import units_at_once
+from mobe_gguf.formats.safetensors import STORED
 
 #: Multiply-adds of the largest product of a trial's step, and its steps.
 WORK = 4e9

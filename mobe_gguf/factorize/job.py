@@ -29,7 +29,6 @@ from mobe_gguf.core.files import FULL, describe_sizes
 from mobe_gguf.core.progress import Bar, bar, console
 from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.distributed import await_file, cluster
-from mobe_gguf.factorize.imatrix import Imatrix
 from mobe_gguf.factorize.plan import (
     JobSettings,
     Options,
@@ -42,11 +41,12 @@ from mobe_gguf.factorize.plan import (
 from mobe_gguf.factorize.target import Goal, Size, Unit
 from mobe_gguf.factorize.unit import UnitResult, fit_unit, probe_unit
 from mobe_gguf.factorize.workers import Place, each
-from mobe_gguf.factorize.writer import write_output
+from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.formats.safetensors import read_header
 from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.models.original import Original, open_original
+from mobe_gguf.models.writer import write_output
 
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1
@@ -78,7 +78,7 @@ class Job:
     out: Path
     settings: JobSettings
     plan: Plan
-    imatrix: Imatrix | None
+    imatrix: ImatrixFile | None
     goal: Goal | None = None
     sizes: Mapping[Unit, Size] | None = None
     moments: Moments | None = None
@@ -125,8 +125,12 @@ def work_directory(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
-def prepare(model: Path, out: Path, options: Options, *, resume: bool = False) -> Job:
+def prepare(
+    model: Path, out: Path, options: Options, *, resume: bool = False, predict: probing.Predict | None = None
+) -> Job:
     """Check everything that can be checked from headers, and settle the settings.  Writes nothing.
+
+    ``predict``: what tells the size of a GGUF file, for a target in bytes.
 
     Raises MobeError or UsageError: source broken or already factorized, OUT in the way, settings that do not fit.
     """
@@ -135,7 +139,7 @@ def prepare(model: Path, out: Path, options: Options, *, resume: bool = False) -
         raise MobeError(
             f"{model} is a MoBE checkpoint already. Export it:\n  mobe-gguf export {model} model.gguf --quant q4_k"
         )
-    imatrix = Imatrix(Path(options.imatrix)) if options.imatrix is not None else None
+    imatrix = ImatrixFile(options.imatrix) if options.imatrix is not None else None
     moments = Moments(Path(options.moments)) if options.moments is not None else None
     with _disk_errors(out):
         settings = _settings(checkpoint, out, options, imatrix, moments, resume)
@@ -161,7 +165,7 @@ def prepare(model: Path, out: Path, options: Options, *, resume: bool = False) -
         if moments:
             moments.check(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
     checkpoint.check_whole()
-    goal = probing.goal_of(checkpoint, settings, imatrix)
+    goal = probing.goal_of(checkpoint, settings, imatrix, predict)
     job = Job(
         checkpoint,
         out,
@@ -184,7 +188,7 @@ def _settings(
     checkpoint: Original,
     out: Path,
     options: Options,
-    imatrix: Imatrix | None,
+    imatrix: ImatrixFile | None,
     moments: Moments | None,
     resume: bool,
 ) -> JobSettings:

@@ -5,7 +5,6 @@ Pure functions over a model's shapes; nothing is read but headers.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,16 +13,15 @@ from typing import Any
 import torch
 
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.layers import format_layers
 from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS
 from mobe_gguf.factorize.baselines import METHODS, Baseline
 from mobe_gguf.factorize.solver import Settings, block_bytes, cpu_block
 from mobe_gguf.factorize.target import Size, Unit
 from mobe_gguf.formats.moments import Moments
+from mobe_gguf.formats.safetensors import STORED
 from mobe_gguf.models.checkpoint import PLAIN_FLOATS
 from mobe_gguf.models.original import Original
-
-#: Names of the types that factors can be stored in.
-STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 #: What a unit takes is counted by its tensors; of small ones that are gone the allocator keeps some.
 SPARE = 1.05
@@ -234,23 +232,6 @@ def source_dtype(checkpoint: Original) -> str:
     return {v: k for k, v in STORED.items()}.get(dtype, "f32")
 
 
-def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
-    """``"0-3,7"`` -> (0, 1, 2, 3, 7), sorted; UsageError names the ``option`` and shows the form expected.
-
-    Numbers have four digits at most: a range is written out here, before it is known how many layers the model has.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise UsageError(
-                f"{option}: cannot read {part.strip()!r}; expected numbers below 10000 and ranges such as 0-3,7"
-            )
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
-
-
 def parse_projections(text: str) -> tuple[str, ...]:
     """``"up,gate"`` -> ("gate", "up"); UsageError if one is unknown."""
     asked = [part.strip() for part in text.split(",")]
@@ -259,17 +240,6 @@ def parse_projections(text: str) -> tuple[str, ...]:
             known = ",".join(ALL_PROJECTIONS)
             raise UsageError(f"--projections: {name!r} is unknown; expected some of {known}")
     return tuple(p for p in ALL_PROJECTIONS if p in asked)
-
-
-def format_layers(layers: tuple[int, ...]) -> str:
-    """(0, 1, 2, 3, 7) -> ``"0-3,7"``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mobe_gguf.core.atomic import write_json
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import format_size
-from mobe_gguf.factorize.imatrix import Imatrix
 from mobe_gguf.factorize.plan import JobSettings, default_rank, parameters
-from mobe_gguf.factorize.sensitivity import TRUST, layer_shares
 from mobe_gguf.factorize.target import (
     BEYOND,
     MOST,
     Choices,
-    Cost,
     Goal,
     Option,
     Point,
@@ -36,16 +33,73 @@ from mobe_gguf.factorize.target import (
     rank_candidates,
     search,
 )
+from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.original import Original
+from mobe_gguf.models.residual import TRUST, layer_shares
 from mobe_gguf.quant.recipe import Recipe
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job
 
 
-def goal_of(checkpoint: Original, settings: JobSettings, imatrix: Imatrix | None) -> Goal | None:
+class FileSizes(Protocol):
+    """Bytes of a GGUF file: ``plain`` with ordinary experts, ``fixed`` of all that is no factor."""
+
+    @property
+    def plain(self) -> int: ...
+    @property
+    def fixed(self) -> int: ...
+    def unit(self, layer: int, projection: str, bases: int, rank: int) -> int:
+        """Of one unit's factors."""
+
+
+class Predict(Protocol):
+    """How large the file with factors of ``units`` in the types of ``recipe`` will be, at any of ``ranks``: ``export.predict``,
+    which this room does not know."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        units: Iterable[Unit],
+        recipe: Recipe,
+        ranks: Iterable[int],
+        *,
+        groups: int,
+        by_row: bool,
+        activation: str,
+    ) -> FileSizes: ...
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A unit's :data:`Cost` where ``--target`` is a share; another process may be given it."""
+
+    settings: JobSettings
+    projection: str
+    shape: tuple[int, int, int]
+
+    def __call__(self, size: Size) -> int:
+        return parameters(self.settings.solver(size, self.projection), *self.shape)
+
+
+@dataclass(frozen=True)
+class FileBytes:
+    """A unit's :data:`Cost` where ``--target`` is a file's size."""
+
+    file: FileSizes
+    unit: Unit
+
+    def __call__(self, size: Size) -> int:
+        return self.file.unit(*self.unit, size.bases, size.rank)
+
+
+def goal_of(
+    checkpoint: Original, settings: JobSettings, imatrix: ImatrixFile | None, predict: Predict | None
+) -> Goal | None:
     """What ``--target`` asks for; None without it, and for a method that has nothing to choose.
+
+    ``predict`` tells the size of a file, which a target in bytes is one of.
 
     UsageError if no sizes cost so little, or a plain file is no larger; MobeError if the file's size cannot be told.
     """
@@ -57,25 +111,21 @@ def goal_of(checkpoint: Original, settings: JobSettings, imatrix: Imatrix | None
     ranks = _ranks(settings, p, d)
     units = settings.units()
     if isinstance(settings.target, float):
-
-        def count_of(unit: Unit) -> Cost:
-            return lambda size: parameters(settings.solver(size, unit[1]), n, p, d)
-
         budget = int(settings.target * len(units) * n * p * d)
-        goal = Goal(budget, {u: count_of(u) for u in units}, choices, ranks)
+        goal = Goal(budget, {u: Parameters(settings, u[1], (n, p, d)) for u in units}, choices, ranks)
         least = f"{goal.least / (len(units) * n * p * d):.3f}"
     else:
         if not isinstance(checkpoint, Checkpoint):
             raise UsageError(
                 "--target with a size is for Hugging Face directories; give a share, as --target 0.75"
             )
-        from mobe_gguf.export.predict import predict
-
+        if predict is None:
+            raise ValueError("a target in bytes needs `predict`")
         recipe = Recipe(
             settings.quant or "",
             basis=settings.for_basis,
             transform=settings.for_transform,
-            imatrix=(str(imatrix.path),) if imatrix else (),
+            imatrix=(imatrix.path,) if imatrix else (),
         )
         form = dict(groups=step, by_row=settings.mix == "row", activation=settings.activation)
         file = predict(checkpoint, units, recipe, ranks, **form)
@@ -84,11 +134,7 @@ def goal_of(checkpoint: Original, settings: JobSettings, imatrix: Imatrix | None
                 f"--target {format_size(settings.target)}: an ordinary {settings.quant} file takes "
                 f"{format_size(file.plain)}, so there is nothing to factorize"
             )
-
-        def bytes_of(unit: Unit) -> Cost:
-            return lambda size: file.unit(*unit, size.bases, size.rank)
-
-        goal = Goal(settings.target - file.fixed, {u: bytes_of(u) for u in units}, choices, ranks)
+        goal = Goal(settings.target - file.fixed, {u: FileBytes(file, u) for u in units}, choices, ranks)
         least = format_size(file.fixed + goal.least)
     if goal.budget < goal.least or not all(goal.even(unit) for unit in units):
         raise UsageError(

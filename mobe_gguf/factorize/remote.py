@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobe_gguf import __version__
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.factorize import probing
-from mobe_gguf.factorize.imatrix import Imatrix
 from mobe_gguf.factorize.plan import JobSettings, Plan
-from mobe_gguf.factorize.target import Size, Unit
+from mobe_gguf.factorize.target import Goal, Size, Unit
+from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.original import open_original
 
@@ -35,6 +34,7 @@ class JobAddress:
     moments: Path | None
     checksum: str
     token: str
+    goal: Goal | None = field(default=None, compare=False)
     version: str = __version__
 
     @classmethod
@@ -46,10 +46,11 @@ class JobAddress:
             job.settings,
             job.plan,
             None if job.sizes is None else tuple(job.sizes.items()),
-            job.imatrix and job.imatrix.path.absolute(),
+            job.imatrix and Path(job.imatrix.path).absolute(),
             job.moments and job.moments.path.absolute(),
             job.checkpoint.checksum,
             (job.work / "lock").read_text(),
+            job.goal if job.sizes is None else None,
         )
 
     def open(self) -> Job:
@@ -70,7 +71,7 @@ class JobAddress:
             raise MobeError(f"{work}: on {host} this is another folder than the job's. {shared}")
         try:
             checkpoint = open_original(self.model)
-            imatrix = self.imatrix and Imatrix(self.imatrix)
+            imatrix = self.imatrix and ImatrixFile(self.imatrix)
             moments = self.moments and Moments(self.moments)
         except MobeError as e:
             raise MobeError(f"on {host}: {e.message}\n{shared}") from e
@@ -84,7 +85,7 @@ class JobAddress:
                 raise MobeError(
                     f"{name} is another one on {host} (checksum {here}, expected {there}). {shared}"
                 )
-        job = Job(checkpoint, self.out, self.settings, self.plan, imatrix, moments=moments, shared=True)
-        if self.sizes is not None:
-            return replace(job, sizes=dict(self.sizes))
-        return replace(job, goal=probing.goal_of(checkpoint, self.settings, imatrix))
+        sizes = None if self.sizes is None else dict(self.sizes)
+        return Job(
+            checkpoint, self.out, self.settings, self.plan, imatrix, self.goal, sizes, moments, shared=True
+        )

@@ -50,8 +50,8 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.metric import Metric, Roots
 from mobe_gguf.core.names import ACTIVATIONS
+from mobe_gguf.core.projected import Projected, SingularError, fast_products
 from mobe_gguf.factorize.adam import Adam
-from mobe_gguf.factorize.projected import Projected, SingularError, fast_products
 from mobe_gguf.factorize.start import initial_basis, initial_mix
 from mobe_gguf.quant.roundtrip import noise, resolve, rounded, settled
 

@@ -15,10 +15,10 @@ from mobe_gguf.core.metric import Roots
 from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.baselines import Matrices
 from mobe_gguf.factorize.down import fit_down
-from mobe_gguf.factorize.plan import STORED, baseline
+from mobe_gguf.factorize.plan import baseline
 from mobe_gguf.factorize.solver import Factors, Settings, fit
 from mobe_gguf.factorize.target import Size, Unit
-from mobe_gguf.formats.safetensors import Entry, write_safetensors
+from mobe_gguf.formats.safetensors import STORED, Entry, write_safetensors
 
 if TYPE_CHECKING:
     from mobe_gguf.factorize.job import Job

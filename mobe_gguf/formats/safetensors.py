@@ -43,6 +43,10 @@ DTYPES = {
 }
 
 
+#: Names of the types that factors can be stored in.
+STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What a safetensors header says of one tensor; its bytes are ``begin`` to ``end`` of the file ``shard``.

@@ -22,6 +22,7 @@ import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
 from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.models.families import Family
@@ -43,11 +44,6 @@ _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 def family(arch: str) -> Family:
     """Names of a GGUF file's factors: those of a MoBE checkpoint whose MoE blocks are ``blk.L``."""
     return Family(arch, (), block="blk.{layer}")
-
-
-def merged_name(layer: int) -> str:
-    """Gate and up of all experts in one tensor, ``[n, 2p, d]``, gate first."""
-    return f"blk.{layer}.ffn_gate_up_exps.weight"
 
 
 @dataclass(frozen=True)

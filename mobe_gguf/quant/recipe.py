@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.tensors import is_basis, is_down, is_transform
 from mobe_gguf.quant.allocate import Target
 from mobe_gguf.quant.mixture import ATTENTION_V_LIKE, Facts, Mixture, Spec, category_of, in_order
 
@@ -303,16 +304,3 @@ def fit(type_name: str, row: int) -> str:
         return type_name
     smaller = FALLBACK.get(type_name, type_name)
     return smaller if row % BLOCK[smaller] == 0 else "f16"
-
-
-def is_basis(name: str) -> bool:
-    return re.fullmatch(r"blk\.\d+\.ffn_(gate|up|down)_basis\.weight", name) is not None
-
-
-def is_transform(name: str) -> bool:
-    """True for the name that A has where the layer is factorized, and the experts' where it is not; see ``is_down``."""
-    return re.fullmatch(r"blk\.\d+\.ffn_(gate|up)_exps\.weight", name) is not None
-
-
-def is_down(name: str) -> bool:
-    return re.fullmatch(r"blk\.\d+\.ffn_down_exps\.weight", name) is not None

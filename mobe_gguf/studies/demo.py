@@ -24,13 +24,13 @@ from rich.text import Text
 from mobe_gguf import runtime
 from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.files import describe_size
+from mobe_gguf.core.files import amount, describe_size
 from mobe_gguf.core.progress import console
 from mobe_gguf.evaluate import Settings, heldout, perplexity, tool
 from mobe_gguf.export import Recipe, Report, export, parse_quant
-from mobe_gguf.export.report import amount, rows
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import Options, plan_checkpoint, settle
+from mobe_gguf.formats.contents import rows
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.runtime.install import Environment
 

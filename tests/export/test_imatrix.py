@@ -23,10 +23,11 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.export.conversion import Tensor
-from mobe_gguf.export.imatrix import Entry, Imatrix, ImatrixFile
+from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.report import importance_lines
 from mobe_gguf.export.source import Whole
 from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.formats.imatrix import ImatrixFile, Statistics
 from mobe_gguf.quant.recipe import ALIASES, QUANTS, Facts, Spec, plan
 
 #: Rows of whole blocks of 256, so that every type fits; A is as wide as the input, so that no size gives it away.
@@ -88,7 +89,7 @@ def factorized(source: Path, folder: Path) -> Callable[[str], tuple[Path, Path, 
     return get
 
 
-def entries(path: Path) -> dict[str, Entry]:
+def entries(path: Path) -> dict[str, Statistics]:
     file = ImatrixFile(str(path))
     found = {name: file.entry(name) for name in file.names}
     return {name: entry for name, entry in found.items() if entry is not None}
@@ -316,7 +317,7 @@ def test_the_original_models_file_is_enough_for_a(factorized: Any, original: Pat
 def test_what_saw_nothing_weighs_all_alike() -> None:
     """Nor does what was fed zeros alone: weights of zero would leave its encoder nothing to go by."""
     sums = np.array([[2, 4], [0, 0], [3, 6], [0, 0]], np.float32)
-    means = Entry(sums, np.array([[2], [0], [0], [4]], np.float32)).means()
+    means = Statistics(sums, np.array([[2], [0], [0], [4]], np.float32)).means()
     np.testing.assert_array_equal(means, [[1, 2], [1, 1], [1, 1], [1, 1]])
     assert means.dtype == np.float32
 

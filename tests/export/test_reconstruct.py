@@ -27,7 +27,7 @@ from mobe_gguf.core import atomic
 from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS
 from mobe_gguf.export import reconstruct
 from mobe_gguf.export.reconstruct import reconstruct_model
-from mobe_gguf.factorize import writer
+from mobe_gguf.models import writer
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.models.wab import WabCheckpoint, WabFiles

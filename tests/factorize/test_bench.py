@@ -107,7 +107,7 @@ def test_the_work_of_a_step_counts_its_products(bench):
     from torch.utils.flop_counter import FlopCounterMode
 
     from mobe_gguf.core.metric import Metric
-    from mobe_gguf.factorize.projected import Projected
+    from mobe_gguf.core.projected import Projected
 
     shape = bench.Shape(1, 6, 8, 16, 3)
     w = shape.experts(torch.device("cpu"))

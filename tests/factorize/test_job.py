@@ -386,7 +386,7 @@ def test_without_hard_links_the_units_are_copied(model, tmp_path, monkeypatch):
 
 
 def test_many_shards(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mobe_gguf.factorize.writer.MAX_SHARD", 100_000)
+    monkeypatch.setattr("mobe_gguf.models.writer.MAX_SHARD", 100_000)
     factorize(model("mixtral"), tmp_path / "out")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 8 and files[-1].endswith(f"of-{len(files):05d}.safetensors")

@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.layers import format_layers, parse_layers
 from mobe_gguf.factorize.plan import (
     JobSettings,
     Options,
     default_bases,
-    format_layers,
     make_plan,
-    parse_layers,
     plan_checkpoint,
     resume_settings,
     settle,

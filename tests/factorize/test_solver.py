@@ -9,8 +9,8 @@ from formula import combine_groups
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.formula import activate
 from mobe_gguf.core.metric import Metric
+from mobe_gguf.core.projected import SingularError
 from mobe_gguf.factorize import solver
-from mobe_gguf.factorize.projected import SingularError
 from mobe_gguf.factorize.solver import Settings, fit
 
 

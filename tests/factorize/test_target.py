@@ -18,9 +18,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize import unit as units
-from mobe_gguf.factorize.imatrix import Imatrix
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.factorize.sensitivity import layer_shares
 from mobe_gguf.factorize.target import (
     Choices,
     Option,
@@ -33,8 +31,10 @@ from mobe_gguf.factorize.target import (
     rank_candidates,
     search,
 )
+from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.residual import layer_shares
 
 from .test_cli import call, refused
 from .test_job import contents, factorize, names
@@ -269,11 +269,13 @@ def test_a_unit_of_another_size_is_fitted_again(uneven, tmp_path, monkeypatch):
 @pytest.mark.parametrize("quant", ["q8_0", "f16"])
 def test_a_file_of_a_size(quant, uneven, tmp_path):
     from mobe_gguf.export import Recipe, export, parse_quant
+    from mobe_gguf.export.predict import predict
 
     recipe = Recipe(parse_quant(quant))
     plain = export(uneven, tmp_path / "plain.gguf", recipe, allow_dense=True, quiet=True).n_bytes
     target = int(0.96 * plain)
-    result = factorize(uneven, tmp_path / "out", Options(target=target, quant=recipe.quant, steps=3))
+    options = Options(target=target, quant=recipe.quant, steps=3)
+    result = jobs.run(jobs.prepare(uneven, tmp_path / "out", options, predict=predict), quiet=True)
     written = export(tmp_path / "out", tmp_path / "out.gguf", recipe, quiet=True).n_bytes
     basis = 2 * 48 * 64
     assert target - basis <= written <= target
@@ -335,7 +337,7 @@ def test_resume_refuses_another_target(uneven, tmp_path):
 # weights
 
 
-def imatrix(path: Path, inputs: dict[str, torch.Tensor], counts: dict[str, list[float]]) -> Imatrix:
+def imatrix(path: Path, inputs: dict[str, torch.Tensor], counts: dict[str, list[float]]) -> ImatrixFile:
     writer = GGUFWriter(path, "")
     for name, sums in inputs.items():
         writer.add_tensor(f"{name}.in_sum2", sums.float().numpy())
@@ -344,7 +346,7 @@ def imatrix(path: Path, inputs: dict[str, torch.Tensor], counts: dict[str, list[
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Imatrix(path)
+    return ImatrixFile(path)
 
 
 def test_weights_are_shares_of_the_residual_stream(model, tmp_path):

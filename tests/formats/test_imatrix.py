@@ -8,7 +8,8 @@ import torch
 from gguf import GGUFWriter
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.factorize.imatrix import PRIOR, Imatrix
+from mobe_gguf.core.metric import PRIOR
+from mobe_gguf.formats.imatrix import ImatrixFile
 
 
 def write(path, sums, counts, layer=0, projections=("gate", "up")):
@@ -27,7 +28,7 @@ def write(path, sums, counts, layer=0, projections=("gate", "up")):
 
 def test_weights_are_mean_squares_by_use(tmp_path):
     sums, counts = np.array([[8.0, 4.0], [0.0, 0.0], [1.0, 3.0]]), np.array([4.0, 0.0, 2.0])
-    weight = Imatrix(write(tmp_path / "i.gguf", sums, counts)).weight(0, "up", 3, 2)
+    weight = ImatrixFile(write(tmp_path / "i.gguf", sums, counts)).weight(0, "up", 3, 2)
     mean = sums.sum(0) / 6
     expected = (sums + PRIOR * 2 * mean) / 6
     assert weight.shape == (3, 1, 2)
@@ -38,16 +39,16 @@ def test_weights_are_mean_squares_by_use(tmp_path):
 def test_errors(tmp_path):
     path = write(tmp_path / "i.gguf", np.ones((3, 2)), np.ones(3))
     with pytest.raises(MobeError, match="blk.5.ffn_gate_exps.weight.in_sum2"):
-        Imatrix(path).weight(5, "gate", 3, 2)
+        ImatrixFile(path).weight(5, "gate", 3, 2)
     with pytest.raises(MobeError, match="6 sums and 3 counts, expected 4 x 2 and 4"):
-        Imatrix(path).weight(0, "gate", 4, 2)
+        ImatrixFile(path).weight(0, "gate", 4, 2)
     with pytest.raises(MobeError, match="no usable data"):
-        Imatrix(write(tmp_path / "z.gguf", np.ones((3, 2)), np.zeros(3))).weight(0, "gate", 3, 2)
+        ImatrixFile(write(tmp_path / "z.gguf", np.ones((3, 2)), np.zeros(3))).weight(0, "gate", 3, 2)
     with pytest.raises(MobeError, match="no such file"):
-        Imatrix(tmp_path / "absent")
+        ImatrixFile(tmp_path / "absent")
     (tmp_path / "old.dat").write_bytes(b"\x01\x00\x00\x00")
     with pytest.raises(MobeError, match="old .dat format"):
-        Imatrix(tmp_path / "old.dat")
+        ImatrixFile(tmp_path / "old.dat")
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:40])
     with pytest.raises(MobeError, match="the file ends at 40"):
-        Imatrix(tmp_path / "cut.gguf")
+        ImatrixFile(tmp_path / "cut.gguf")

@@ -23,8 +23,8 @@ from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.refit import units_of
 from mobe_gguf.export.refit_solve import BIAS
-from mobe_gguf.export.sensitivity import measure
 from mobe_gguf.export.source import Whole
+from mobe_gguf.export.type_errors import measure
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.quant.allocate import Option, Target, TooSmall, allocate, parse_target

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mobe_gguf.core.layers import format_layers
 from mobe_gguf.evaluate import Estimate
 from mobe_gguf.evaluate.report import with_error
-from mobe_gguf.factorize.plan import format_layers
 from mobe_gguf.studies.ablate.study import Row, Study
 
 

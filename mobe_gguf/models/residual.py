@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.factorize.imatrix import Imatrix
+from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.gguf_source import GgufModel, Stored
 from mobe_gguf.models.original import Original
@@ -40,7 +40,7 @@ TRUST = 0.5
 ROWS = 1024
 
 
-def layer_shares(model: Original, imatrix: Imatrix, layers: tuple[int, ...]) -> dict[int, float] | None:
+def layer_shares(model: Original, imatrix: ImatrixFile, layers: tuple[int, ...]) -> dict[int, float] | None:
     """Weight of each of ``layers``; None if the imatrix has no inputs of a layer's down projections.
 
     Reads all down projections up to the last of them, an expert at a time.
@@ -58,7 +58,7 @@ def layer_shares(model: Original, imatrix: Imatrix, layers: tuple[int, ...]) -> 
     return {layer: shares[layer] for layer in layers}
 
 
-def _routed(model: Original, imatrix: Imatrix, layer: int) -> float | None:
+def _routed(model: Original, imatrix: ImatrixFile, layer: int) -> float | None:
     """Mean square of what the routed experts add for a token, the router's weights summing to one (times its scale)."""
     found = imatrix.inputs(f"blk.{layer}.ffn_down_exps.weight")
     if found is None or found[0].numel() != model.n_expert * model.n_ff_exp:
@@ -77,7 +77,7 @@ def _routed(model: Original, imatrix: Imatrix, layer: int) -> float | None:
     return total / counts * scale**2
 
 
-def _others(model: Original, imatrix: Imatrix, layer: int) -> float:
+def _others(model: Original, imatrix: ImatrixFile, layer: int) -> float:
     """The same of attention, dense and shared feed-forward of a layer; what is not known counts as nothing."""
     total = 0.0
     for name, stem in _writers(model, layer):

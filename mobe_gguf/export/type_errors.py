@@ -7,7 +7,7 @@ An error is the share of the outputs' square that is wrong, on inputs as the imp
 - A: the same with A rounded and the bases as they are; ordinary experts and down: W rounded.
 
 Roundings of different matrices do not know of each other, so their errors add up; those of a layer count by its experts' share
-of the residual stream (``factorize/sensitivity.py``), if the original model and an importance matrix of it are there.
+of the residual stream (``models/residual.py``), if the original model and an importance matrix of it are there.
 Memory: one group's bases twice and SAMPLE experts.  Time: the bases are encoded once in each type of the ladder.
 """
 
@@ -15,23 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
+from mobe_gguf.core.tensors import is_down, is_transform
 from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Imatrix, Importance
 from mobe_gguf.export.refit import Unit, each_decoded
 from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
-from mobe_gguf.factorize.imatrix import Imatrix as Inputs
-from mobe_gguf.factorize.sensitivity import layer_shares
 from mobe_gguf.models.original import Original
+from mobe_gguf.models.residual import layer_shares
 from mobe_gguf.quant.allocate import LADDER, Option
 from mobe_gguf.quant.mixture import layer_of
-from mobe_gguf.quant.recipe import fit, is_down, is_transform, requires_imatrix
+from mobe_gguf.quant.recipe import fit, requires_imatrix
 
 #: Experts of a layer that are measured; they are the first ones, for experts have no order.
 SAMPLE = 4
@@ -141,7 +140,7 @@ def shares_of(
     for file in imatrix.files:
         if original is not None and not file.of_mobe:
             try:
-                return layer_shares(original, Inputs(Path(file.path)), layers)
+                return layer_shares(original, file, layers)
             except MobeError:
                 continue  # of another model: what export itself reads of it is checked elsewhere
     return None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.metric import Metric
-from mobe_gguf.factorize.projected import (
+from mobe_gguf.core.projected import (
     Projected,
     SingularError,
     activated,
