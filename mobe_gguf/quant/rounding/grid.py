@@ -43,6 +43,18 @@ class Grid(ABC):
     def with_scales(self, scale: torch.Tensor, offset: torch.Tensor | None) -> Grid:
         """The same codes under other scales."""
 
+    def units_at(self, codes: torch.Tensor, g: int) -> torch.Tensor:
+        """The units of group ``g`` alone, ``[E, p, group]``, of codes ``[E, p, n / width]``."""
+        n = self.group // self.width
+        return self.units(codes[..., g * n : (g + 1) * n])
+
+    def set_group(self, g: int, scale: torch.Tensor, offset: torch.Tensor | None) -> Grid:
+        """Scale and offset ``[E, p]`` of one group, in place."""
+        self.scale[..., g] = scale
+        if self.offset is not None and offset is not None:
+            self.offset[..., g] = offset
+        return self
+
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 ``[E, p, n]``: what is decoded."""
         x = self.units(codes) * self.scale.repeat_interleave(self.group, -1)
@@ -84,6 +96,10 @@ class Levels(Grid):
 
     def units(self, codes: torch.Tensor) -> torch.Tensor:
         return self.levels[codes.long()]
+
+    def set_group(self, g: int, scale: torch.Tensor, offset: torch.Tensor | None) -> Grid:
+        self.inverse[..., g] = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+        return super().set_group(g, scale, offset)
 
     def with_scales(self, scale: torch.Tensor, offset: torch.Tensor | None) -> Levels:
         return Levels(self.levels, scale, offset, self.group)
