@@ -17,6 +17,7 @@ import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.quant.rounding.grid import Grid
+from mobe_gguf.quant.rounding.native import Kernels
 from mobe_gguf.quant.rounding.scales import Scales
 
 #: Columns between two products with all others.
@@ -59,13 +60,20 @@ class Problem:
         return ((self.w @ self.s) * self.w).sum((1, 2), dtype=torch.float64)
 
 
+def code_type(grid: Grid) -> torch.dtype:
+    """What codes are held in: a byte where a code is a level."""
+    return torch.uint8 if grid.width == 1 else torch.int64
+
+
 def feedback(problem: Problem, r: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes ``[E, p, n / width]`` under the grid's scales, from the last columns to the first; ``r`` as above."""
     w, width = problem.w, grid.width
     _, p, n = w.shape
-    codes = torch.empty(*w.shape[:2], n // width, dtype=torch.int64, device=w.device)
+    codes = torch.empty(*w.shape[:2], n // width, dtype=code_type(grid), device=w.device)
     error = torch.zeros_like(w)
     scale, offset = grid.scale, grid.offset
+    if kernels := Kernels.of(grid, w):
+        return _feedback_native(w, r, grid, kernels)
     for stop in range(n, 0, -OUTER):
         start = max(0, stop - OUTER)
         outer = slice(start, stop)
@@ -98,6 +106,26 @@ def feedback(problem: Problem, r: torch.Tensor, grid: Grid) -> torch.Tensor:
     return codes
 
 
+def _feedback_native(w: torch.Tensor, r: torch.Tensor, grid: Grid, kernels: Kernels) -> torch.Tensor:
+    """:func:`feedback` with the blocks in C."""
+    w, lower = w.contiguous(), r.mT.contiguous()
+    n = w.shape[-1]
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    error = torch.zeros_like(w)
+    step = _outer(grid.group)
+    for start in reversed(range(0, n, step)):
+        outer = slice(start, min(start + step, n))
+        left = error[..., outer.stop :] @ lower[:, outer.stop :, outer]
+        for e in range(len(w)):
+            kernels.feedback(e, outer, lower, w, error, left[e], codes)
+    return codes
+
+
+def _outer(block: int) -> int:
+    """Columns of a block of the outer loop: whole blocks of the type."""
+    return OUTER - OUTER % block or block
+
+
 def _spread(change: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """``change [E, p, w]`` times ``columns [E, b, w]`` transposed."""
     return change @ columns.mT
@@ -110,7 +138,9 @@ def sweep(problem: Problem, codes: torch.Tensor, scales: Scales, grid: Grid, sol
     """
     w, s, width, group = problem.w, problem.s, grid.width, grid.group
     n, one = w.shape[-1], scales.type
-    outer_size = OUTER - OUTER % one.block or one.block
+    if kernels := Kernels.of(grid, w):
+        return _sweep_native(problem, codes, scales, grid, kernels, solve)
+    outer_size = _outer(one.block)
     inner_size = min(group, INNER)
     values = grid.values(codes)
     gradient = (w - values) @ s
@@ -169,4 +199,23 @@ def sweep(problem: Problem, codes: torch.Tensor, scales: Scales, grid: Grid, sol
                     for g in range(span.start // group, span.stop // group):
                         grid = grid.set_group(g, scales.scale(g), scales.offset(g))
         gradient -= (values[..., outer] - before) @ s[:, outer, :]
+    return grid.with_scales(scales.scale(), scales.offset()), changed
+
+
+def _sweep_native(
+    problem: Problem, codes: torch.Tensor, scales: Scales, grid: Grid, kernels: Kernels, solve: bool
+) -> tuple[Grid, int]:
+    """:func:`sweep` with the blocks in C."""
+    w, s = problem.w, problem.s
+    values, changed, step = grid.values(codes), 0, _outer(scales.type.block)
+    gradient = (w - values) @ s
+    for start in range(0, w.shape[-1], step):
+        outer = slice(start, min(start + step, w.shape[-1]))
+        before = values[..., outer].clone()
+        for e in range(len(w)):
+            changed += kernels.sweep(e, outer, s, gradient[e, :, outer], values, codes, scales, solve)
+        # the kernel has brought the block's own columns up to date
+        moved = values[..., outer] - before
+        rest = gradient[..., outer.stop :]
+        rest -= moved @ s[:, outer, outer.stop :]
     return grid.with_scales(scales.scale(), scales.offset()), changed

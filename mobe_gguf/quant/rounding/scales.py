@@ -22,7 +22,7 @@ _LARGEST = 65504.0
 @dataclass
 class Scales:
     """Of a batch of E matrices of p rows: ``d``, ``dmin`` ``[E, p, n / block]`` float32 that float16 holds, ``k``, ``m``
-    ``[E, p, n / group]`` int64; None where the type has none."""
+    ``[E, p, n / group]`` uint8; None where the type has none."""
 
     type: Type
     d: torch.Tensor | None
@@ -45,9 +45,9 @@ class Scales:
     @classmethod
     def of(cls, one: Type, stored: Stored, batch: int, device: torch.device | str, dtype: torch.dtype) -> Scales:
         def shaped(x: np.ndarray | None, to: torch.dtype) -> torch.Tensor | None:
-            return None if x is None else torch.from_numpy(x).view(batch, -1, x.shape[-1]).to(device, to)
+            return None if x is None else torch.tensor(x, device=device).to(to).view(batch, -1, x.shape[-1])
 
-        whole = torch.int64
+        whole = torch.uint8
         return cls(
             one,
             shaped(stored.d, dtype),
@@ -84,9 +84,9 @@ class Scales:
         self, d: torch.Tensor | None, k: torch.Tensor | None, table: torch.Tensor | None, g: int | None
     ) -> torch.Tensor:
         if g is None:
-            factor = 1 if k is None or table is None else table[k]
+            factor = 1 if k is None or table is None else table[k.long()]
             return factor if d is None else d.repeat_interleave(self.groups, -1) * factor
-        factor = 1 if k is None or table is None else table[k[..., g]]
+        factor = 1 if k is None or table is None else table[k[..., g].long()]
         return factor if d is None else d[..., g // self.groups] * factor
 
     def improve_group(
@@ -103,10 +103,10 @@ class Scales:
         assert self.k is not None and self.multipliers is not None
         span = slice(b * self.groups, (b + 1) * self.groups)
         width = self.type.group
-        first = units * self.multipliers[self.k[..., span]].repeat_interleave(width, -1)
+        first = units * self.multipliers[self.k[..., span].long()].repeat_interleave(width, -1)
         second = None
         if self.m is not None and self.minima is not None:
-            second = self.minima[self.m[..., span]].repeat_interleave(width, -1)
+            second = self.minima[self.m[..., span].long()].repeat_interleave(width, -1)
         return self._improve(b, first, second, gradient, metric, True)
 
     def _improve(
@@ -182,7 +182,7 @@ class Scales:
     def _near(
         k: torch.Tensor, d: torch.Tensor | int, table: torch.Tensor, change: torch.Tensor, steps: tuple[int, ...] = (0, -1, 1)
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        now = table[k]
+        now = table[k.long()]
         if isinstance(d, int):
             wanted = now + change
         else:
