@@ -90,6 +90,13 @@ TYPE_OPTIONS = {
     "what it fits.",
 )
 @click.option(
+    "--moments",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Second moments of `mobe-gguf moments`, of the original model: every matrix that they know the inputs of is rounded by what an error "
+    "does to its outputs. Also serves as an importance matrix.",
+)
+@click.option(
     "--refit/--no-refit",
     default=True,
     help="Solve for the transforms and the mix again, for the bases as they are rounded.  [default: refit]",
@@ -213,6 +220,7 @@ def _recipe(model: Path, target: Target | None, given: Mapping[str, Any]) -> Rec
         overrides=tuple(parse_override(text) for text in given["tensor_type"]),
         pure=given["pure"],
         imatrix=given["imatrix"],
+        moments=None if given["moments"] is None else str(given["moments"]),
         target=target,
         **{
             name: None if text is None else parse_type(TYPE_OPTIONS[name], text)
@@ -232,6 +240,8 @@ def _show(report: Report, dry_run: bool) -> None:
             f"{report.needs_imatrix} tensors of these types need an importance matrix: --imatrix FILE"
         )
     lines += report.divided
+    if report.rounded is not None:
+        lines.append(report.rounded.line())
     if report.refit is not None:
         lines.append(report.refit.line())
     if report.copied:

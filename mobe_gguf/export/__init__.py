@@ -20,12 +20,13 @@ from mobe_gguf.core.atomic import check_output, destination
 from mobe_gguf.core.files import check_space, describe_size, parse_size
 from mobe_gguf.core.progress import bar
 from mobe_gguf.export.card import Subject, write_card
-from mobe_gguf.export.encoder import Nearest
+from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.fitted import default_types, mismatch
 from mobe_gguf.export.layout import Layout, Types, choose_types, lay_out
 from mobe_gguf.export.opened import Opened, open_model
 from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
+from mobe_gguf.export.rounding import ByMoments
 from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
 from mobe_gguf.export.write import Copied, Encoded, write_gguf
 from mobe_gguf.formats.contents import original_params
@@ -63,11 +64,12 @@ def write_model(request: ExportRequest) -> Report:
     Raises MobeError if the model is not what it should be, or the file cannot be written.
     """
     started = time.monotonic()
-    options, rounding = request.options, Nearest()
+    options = request.options
     request.check()
     check_output(request.out)
     model = open_model(request)
     types = choose_types(request, model)
+    rounding = _rounding(model, types)
     layout = lay_out(request, model, types, rounding)
     shards = cut(layout.encoded, options.split_max_size, model.conversion.alignment)
     paths = shard_paths(request.out, len(shards))
@@ -89,13 +91,19 @@ def write_model(request: ExportRequest) -> Report:
         "Make room, write elsewhere, or choose a smaller --quant.",
     )
     if not options.dry_run:
-        _write(request, model, parts, shards, report)
+        _write(request, model, parts, shards, report, rounding)
+        report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
         report.refit = layout.refitting and layout.refitting.outcome()
         report.n_bytes = sum(path.stat().st_size for path in paths)
         if options.card:
             report.card = write_card(_subject(request, model, types, report))
     report.seconds = time.monotonic() - started
     return report
+
+
+def _rounding(model: Opened, types: Types) -> Rounding:
+    """By second moments where there are some, else libggml's own."""
+    return Nearest() if model.moments is None else ByMoments(model.moments, frozenset(types.units))
 
 
 def _report(request: ExportRequest, model: Opened, types: Types, layout: Layout, paths: list[Path]) -> Report:
@@ -121,7 +129,12 @@ def _subject(request: ExportRequest, model: Opened, types: Types, report: Report
 
 
 def _write(
-    request: ExportRequest, model: Opened, parts: Parts, shards: list[list[Encoded]], report: Report
+    request: ExportRequest,
+    model: Opened,
+    parts: Parts,
+    shards: list[list[Encoded]],
+    report: Report,
+    rounding: Rounding,
 ) -> None:
     """Write with a progress bar over tensors; without a terminal, a line for every tenth of them."""
     n_tensors = sum(map(len, shards))
@@ -133,6 +146,8 @@ def _write(
             nonlocal n_done
             n_done += 1
             line = f"{done.tensor.name}: {done.type}, {describe_size(done.nbytes)}"
+            if said := rounding.said(done.tensor.name):
+                line = f"{line}, {said}"
             progress.advance(1, line if request.options.verbose or n_done % step == 0 else None)
 
         def head(index: int) -> Any:

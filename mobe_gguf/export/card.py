@@ -359,6 +359,7 @@ def command(subject: Subject) -> str:
     words += ["--pure"] if recipe.pure else []
     words += [recipe.target.option()] if recipe.target else []
     words += [f"--imatrix {Path(path).name}" for path in recipe.imatrix]
+    words += [f"--moments {Path(recipe.moments).name}"] if recipe.moments else []
     words += ["--dense"] if subject.dense else []
     return " ".join([*words, *subject.options])
 

@@ -47,6 +47,9 @@ class Rounding(Protocol):
     def encoder(self, tensor: Tensor, type_name: str, importance: Importance | None) -> Encoder:
         """For ``tensor`` in the ggml type ``type_name``; ``importance``: weights of its columns, if they are known."""
 
+    def said(self, name: str) -> str | None:
+        """What there is to say of a tensor when it has been written."""
+
 
 @dataclass(frozen=True)
 class NearestEncoder:
@@ -75,6 +78,9 @@ class Nearest:
 
     def encoder(self, tensor: Tensor, type_name: str, importance: Importance | None) -> Encoder:
         return NearestEncoder(type_name, importance)
+
+    def said(self, name: str) -> str | None:
+        return None
 
 
 #: Types that GGUF stores as torch has them.

@@ -15,6 +15,7 @@ from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.refit import find_original
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.formats.gguf import number_of
+from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.gguf_factors import FACTORS_NAME, GgufFactors
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
@@ -33,6 +34,7 @@ class Opened:
     checkpoint: Checkpoint
     conversion: Conversion
     imatrix: Imatrix
+    moments: Moments | None
     origin: Origin
     factors: MobeCheckpoint | None
     original: Original | None = None
@@ -47,6 +49,7 @@ def open_model(request: ExportRequest) -> Opened:
     recipe, options = request.recipe, request.options
     checkpoint = _checkpoint(request.model, options)
     imatrix = Imatrix(recipe.imatrix)
+    moments = Moments(Path(recipe.moments)) if recipe.moments else None
     if isinstance(checkpoint, MobeCheckpoint):
         check_factors(checkpoint)
     conversion = _convert(checkpoint, request.out, options)
@@ -65,7 +68,7 @@ def open_model(request: ExportRequest) -> Opened:
     original, why = None, None
     if factors is not None and (options.refit or recipe.target or options.original):
         original, why = find_original(factors, options.original or options.source)
-    return Opened(checkpoint, conversion, imatrix, origin, factors, original, why)
+    return Opened(checkpoint, conversion, imatrix, moments, origin, factors, original, why)
 
 
 def _checkpoint(model: Path, options: ExportOptions) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -71,6 +71,24 @@ class Refit:
         )
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding by second moments came to: mean over ``tensors`` of their squared errors, relative to their size, as libggml rounds by the
+    diagonal alone (``before``) and as was written (``after``).  ``damping``: the largest share of its mean that was added to a diagonal.
+    """
+
+    tensors: int
+    before: float
+    after: float
+    damping: float
+
+    def line(self) -> str:
+        return (
+            f"{self.tensors} tensors rounded by second moments: squared error of their outputs {self.before:.2e} -> {self.after:.2e} "
+            f"(damping {self.damping:g})"
+        )
+
+
 @dataclass
 class Report:
     """A GGUF file, written or to be written.  ``n_bytes`` is the whole file's size, 0 if only planned.
@@ -95,6 +113,7 @@ class Report:
     files_kept: int = 0
     needs_imatrix: int = 0
     refit: Refit | None = None
+    rounded: Rounded | None = None
     divided: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     copied: int = 0
@@ -149,6 +168,7 @@ class Report:
             ],
             "needs_imatrix": self.needs_imatrix,
             "refit": self.refit and self.refit.as_json(),
+            "rounded": self.rounded and asdict(self.rounded),
             "notes": self.notes,
             "copied": self.copied,
             "card": self.card,

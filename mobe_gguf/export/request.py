@@ -66,5 +66,6 @@ class ExportRequest:
 
     def check(self) -> None:
         """UsageError if a file's name cannot go into the metadata or the card."""
-        for path in (self.out, *self.recipe.imatrix):
-            check_name(str(path))
+        for path in (self.out, *self.recipe.imatrix, self.recipe.moments):
+            if path is not None:
+                check_name(str(path))

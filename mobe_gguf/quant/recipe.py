@@ -154,7 +154,8 @@ class Recipe:
     tensor's name counts, as llama-quantize's ``--tensor-type``.  ``basis``, ``transform``, ``down``: types of all B,
     all A and all down projections of experts (where down is factorized, of its A's).  ``output``, ``embedding``: types of ``output.weight`` and
     ``token_embd.weight``.  ``pure``: one type for everything that is quantized at all.  ``imatrix``: files of
-    llama-imatrix, see ``export/imatrix.py``; some rules differ when there is one.  ``target``: choose the types of the
+    llama-imatrix, see ``export/imatrix.py``; some rules differ when there is one.  ``moments``: a file of `mobe-gguf moments`, see
+    ``export/rounding.py``; it stands for an importance matrix, too.  ``target``: choose the types of the
     experts' matrices and bases, where nothing else names one, such that the file takes so much.
     """
 
@@ -168,6 +169,7 @@ class Recipe:
     embedding: str | None = None
     imatrix: tuple[str, ...] = ()
     target: Target | None = None
+    moments: str | None = None
 
     @property
     def base(self) -> str:
@@ -217,7 +219,12 @@ def plan(specs: Iterable[Spec], recipe: Recipe, facts: Facts) -> dict[str, Choic
     """
     specs = in_order(specs)
     state = Mixture(
-        recipe.quant, recipe.base, BLOCK[recipe.base], facts, recipe.output, imatrix=bool(recipe.imatrix)
+        recipe.quant,
+        recipe.base,
+        BLOCK[recipe.base],
+        facts,
+        recipe.output,
+        imatrix=bool(recipe.imatrix or recipe.moments),
     )
     state.n_attention_v = sum(category_of(s.name) in ATTENTION_V_LIKE for s in specs)
     state.tied = all(s.name != "output.weight" for s in specs)

@@ -25,7 +25,7 @@ OUTER = 256
 #: Columns between two products with the block's.
 INNER = 32
 #: Added to S's diagonal, relative to its mean: tried one after the other until S has a Cholesky factor.
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Problem:
     damping: float
 
     @classmethod
-    def of(cls, w: torch.Tensor, s: torch.Tensor, dampings: tuple[float, ...] = DAMPINGS) -> tuple[Problem, torch.Tensor]:
-        """The problem, and R.  MobeError if S is no second moment at any damping."""
+    def of(cls, s: torch.Tensor, dampings: tuple[float, ...] = DAMPINGS) -> tuple[Problem, torch.Tensor]:
+        """The problem of no rows yet, and R.  MobeError if S is no second moment at any damping."""
         diagonal = s.diagonal(dim1=-2, dim2=-1)
         mean = diagonal.mean(-1, keepdim=True)
         if not (torch.isfinite(mean).all() and (mean > 0).all()):
@@ -48,8 +48,14 @@ class Problem:
             damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean)
             r, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed.any() and torch.isfinite(r).all():
-                return cls(w, damped, damping), r
-        raise MobeError(f"the moments are not positive definite, not even with {dampings[-1]:g} of their mean added to the diagonal")
+                return cls(s[..., :0, :], damped, damping), r
+        raise MobeError(
+            f"the moments are not positive definite, not even with {dampings[-1]:g} of their mean added to the diagonal"
+        )
+
+    def of_rows(self, w: torch.Tensor) -> Problem:
+        """The same metric for W ``[E, p, n]``."""
+        return Problem(w, self.s, self.damping)
 
     def cost(self, q: torch.Tensor) -> torch.Tensor:
         """``tr((W - Q) S (W - Q)^T)`` of each matrix, ``[E]``."""
@@ -131,7 +137,9 @@ def _spread(change: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return change @ columns.mT
 
 
-def sweep(problem: Problem, codes: torch.Tensor, scales: Scales, grid: Grid, solve: bool = True) -> tuple[Grid, int]:
+def sweep(
+    problem: Problem, codes: torch.Tensor, scales: Scales, grid: Grid, solve: bool = True
+) -> tuple[Grid, int]:
     """One pass of coordinate descent, in place; the grid with the new scales, and how many codes changed.
 
     ``solve``: also the scales.  The cost never rises.

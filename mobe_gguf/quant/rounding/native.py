@@ -119,7 +119,9 @@ class Kernels:
             "even": int(grid.even),
         }
 
-    def _run(self, name: str, rows: int, arguments: dict[str, Any], strides: dict[str, tuple[str, int]]) -> int:
+    def _run(
+        self, name: str, rows: int, arguments: dict[str, Any], strides: dict[str, tuple[str, int]]
+    ) -> int:
         """Call kernel ``name`` on runs of rows, a thread each: of ``strides``, arrays with a row each, every one gets its part."""
         step = max(_ROWS, -(-rows // self.threads))
         function = getattr(self.lib, name)

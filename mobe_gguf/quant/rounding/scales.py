@@ -43,7 +43,9 @@ class Scales:
         return next(x.device for x in (self.d, self.k) if x is not None)
 
     @classmethod
-    def of(cls, one: Type, stored: Stored, batch: int, device: torch.device | str, dtype: torch.dtype) -> Scales:
+    def of(
+        cls, one: Type, stored: Stored, batch: int, device: torch.device | str, dtype: torch.dtype
+    ) -> Scales:
         def shaped(x: np.ndarray | None, to: torch.dtype) -> torch.Tensor | None:
             return None if x is None else torch.tensor(x, device=device).to(to).view(batch, -1, x.shape[-1])
 
@@ -66,12 +68,22 @@ class Scales:
         whole = flat(codes, like.codes)
         assert whole is not None
         return Stored(
-            whole, flat(self.d, like.d), flat(self.k, like.k), flat(self.dmin, like.dmin), flat(self.m, like.m)
+            whole,
+            flat(self.d, like.d),
+            flat(self.k, like.k),
+            flat(self.dmin, like.dmin),
+            flat(self.m, like.m),
         )
 
     def clone(self) -> Scales:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return Scales(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in parts.items()})
+
+    def resize(self, share: torch.Tensor) -> None:
+        """Multiply every row by ``share`` ``[E, p]``, as far as float16 has room."""
+        for name in ("d", "dmin"):
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, _half(x * share[..., None]))
 
     def scale(self, g: int | None = None) -> torch.Tensor:
         """``[E, p, n / group]``, or of group ``g`` ``[E, p]``."""
@@ -94,7 +106,14 @@ class Scales:
     ) -> torch.Tensor | None:
         """Better ``k`` and ``m`` (or ``d`` and ``dmin`` where a group has its own) of group ``g``: the change of its values ``[E, p, group]``, None if
         nothing changes.  ``units``, ``gradient`` ``[E, p, group]``, ``metric`` ``[E, group, group]``."""
-        return self._improve(g, units, torch.ones_like(units) if self.dmin is not None else None, gradient, metric, self.k is None)
+        return self._improve(
+            g,
+            units,
+            torch.ones_like(units) if self.dmin is not None else None,
+            gradient,
+            metric,
+            self.k is None,
+        )
 
     def improve_block(
         self, b: int, units: torch.Tensor, gradient: torch.Tensor, metric: torch.Tensor
@@ -130,12 +149,18 @@ class Scales:
             a12, a22, b2 = (fm * second).sum(-1), (sm * second).sum(-1), (gradient * second).sum(-1)
             det = a11 * a22 - a12 * a12
             good = det > 1e-6 * a11 * a22
-            ds = torch.where(good, (a22 * b1 - a12 * b2) / det.where(good, torch.ones_like(det)), torch.zeros_like(det))
+            ds = torch.where(
+                good, (a22 * b1 - a12 * b2) / det.where(good, torch.ones_like(det)), torch.zeros_like(det)
+            )
         best = torch.zeros_like(a11)
         change_s, change_o = torch.zeros_like(a11), torch.zeros_like(a11)
         picks = []
         for place, step in self._near_scale(i, ds, halves):
-            other, do = self._near_offset(i, (b2 - a12 * step) / a22.clamp_min(1e-30), halves) if second is not None else (None, a12)
+            other, do = (
+                self._near_offset(i, (b2 - a12 * step) / a22.clamp_min(1e-30), halves)
+                if second is not None
+                else (None, a12)
+            )
             gain = 2 * (step * b1 + do * b2) - step * step * a11 - 2 * step * do * a12 - do * do * a22
             better = gain > best
             best = torch.where(better, gain, best)
@@ -180,7 +205,11 @@ class Scales:
 
     @staticmethod
     def _near(
-        k: torch.Tensor, d: torch.Tensor | int, table: torch.Tensor, change: torch.Tensor, steps: tuple[int, ...] = (0, -1, 1)
+        k: torch.Tensor,
+        d: torch.Tensor | int,
+        table: torch.Tensor,
+        change: torch.Tensor,
+        steps: tuple[int, ...] = (0, -1, 1),
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         now = table[k.long()]
         if isinstance(d, int):

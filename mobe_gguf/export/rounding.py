@@ -1,0 +1,140 @@
+"""Rounding by second moments as a stage of export: what ``--moments`` does.
+
+A matrix that the file of moments has inputs for, in a type whose codes can be chosen, goes through ``quant.rounding``, one run of rows at a
+time; everything else is rounded by libggml, with the moments' diagonal (or an imatrix) as weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.metric import Roots
+from mobe_gguf.export.conversion import Tensor
+from mobe_gguf.export.encoder import Encoder, EncodeRows, Nearest
+from mobe_gguf.export.imatrix import Importance
+from mobe_gguf.export.report import Rounded
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.quant.rounding import TYPES
+from mobe_gguf.quant.rounding.rounder import Outcome, Rounder
+
+
+def matrix(roots: Roots, e: int) -> torch.Tensor:
+    """S of expert ``e``, ``[d, d]`` float32."""
+    s = roots.root[e] @ roots.root[e].T
+    if roots.rest is not None:
+        s.diagonal().add_(roots.rest[e])
+    return s
+
+
+@dataclass
+class ByMoments:
+    """A :class:`~.encoder.Rounding` by a file of second moments; ``outcomes`` by the name of the tensor, as they are written.
+
+    ``factors``: names that A's have, where the file knows the inputs of the experts that they replace.
+    """
+
+    moments: Moments
+    factors: frozenset[str] = frozenset()
+    device: str = "cpu"
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> Hashable:
+        return "moments", self.moments.checksum
+
+    def encoder(self, tensor: Tensor, type_name: str, importance: Importance | None) -> Encoder:
+        if type_name not in TYPES or tensor.name in self.factors or not covers(self.moments, tensor):
+            return Nearest().encoder(tensor, type_name, importance)
+        return MomentsEncoder(self, tensor.name, type_name)
+
+    def said(self, name: str) -> str | None:
+        """What came of a tensor that has been written; None if libggml rounded it."""
+        outcome = self.outcomes.get(name)
+        return None if outcome is None else str(outcome)
+
+    def report(self) -> Rounded | None:
+        """Of all tensors together; their relative errors count alike.  None if there was none."""
+        found = [outcome for outcome in self.outcomes.values() if outcome.size > 0]
+        if not found:
+            return None
+        before, after = (sum(getattr(one, what) / one.size for one in found) for what in ("before", "after"))
+        return Rounded(len(found), before / len(found), after / len(found), max(one.damping for one in found))
+
+
+@dataclass(frozen=True)
+class MomentsEncoder:
+    """Encodes one tensor; one run of rows at a time, for each takes all cores and has the matrix's moments beside it."""
+
+    rounding: ByMoments
+    name: str
+    type: str
+
+    by_matrix = True
+
+    def open(self) -> EncodeRows:
+        roots = self.rounding.moments.find(self.name)
+        assert roots is not None, self.name
+        lock, ready = threading.Lock(), {}
+        outcome = self.rounding.outcomes[self.name] = Outcome()
+
+        def encode(rows: torch.Tensor, number: int, name: str) -> np.ndarray:
+            with lock:
+                e = number if len(roots.root) > 1 else 0
+                if e not in ready:
+                    ready.clear()
+                    ready[e] = self._rounder(roots, e)
+                data, one = ready[e].encode(rows, self.type, name)
+                outcome.add(one)
+                return data
+
+        return encode
+
+    def _rounder(self, roots: Roots, e: int) -> Rounder:
+        try:
+            return Rounder(matrix(roots, e), self.rounding.device)
+        except MobeError as error:
+            where = f"{self.rounding.moments.path}: {self.name}, matrix {e}"
+            raise MobeError(
+                f"{where}: {error.message}; make the moments again, on a longer --text"
+            ) from error
+
+
+def covers(moments: Moments, tensor: Tensor) -> bool:
+    """Whether the file has the inputs of ``tensor``.  MobeError if it has those of a tensor of another shape."""
+    shape = moments.shape(tensor.name)
+    if shape is None:
+        return False
+    *matrices, _, row = tensor.source.shape
+    n = int(np.prod(matrices))
+    if shape[1] != row or shape[0] not in (1, n):
+        raise MobeError(
+            f"{moments.path}: has {shape[0]} x {shape[1]} inputs of {tensor.name}, the model has {n} x {row}: the moments are "
+            "of another model. Make them with: mobe-gguf moments MODEL FILE --text TEXT"
+        )
+    return True
+
+
+def diagonals(moments: Moments, tensors: Mapping[str, Tensor]) -> dict[str, Importance]:
+    """Weights of the columns of all tensors that the file has the inputs of: the moments' diagonals."""
+
+    def reader(name: str, n: int) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            roots = moments.find(name)
+            assert roots is not None, name
+            return np.broadcast_to(roots.channels()[:, 0].float().numpy(), (n, roots.root.shape[1]))
+
+        return read
+
+    found = {}
+    for name, tensor in tensors.items():
+        if len(tensor.source.shape) >= 2 and covers(moments, tensor):
+            n = int(np.prod(tensor.source.shape[:-2]))
+            found[name] = Importance(f"{Path(moments.path).name} (second moments)", reader(name, n))
+    return found

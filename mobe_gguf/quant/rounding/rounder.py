@@ -1,0 +1,141 @@
+"""From values and second moments to the bytes of a type.
+
+    rounder = Rounder(s)                                      # S [n, n] of one matrix
+    data, outcome = rounder.encode(w, "q3_k")                 # W [rows, n] -> uint8 [rows, bytes]
+
+Scales start as libggml's encoder chooses them with S's diagonal as the importance of the columns; codes by error feedback, then
+sweeps of coordinate descent over codes and scales (``engine``), until they gain little.  At last each row is resized such that
+its output keeps its size: least squares leaves it too small by as much as the error, in every row alike, which does not average out in
+the layers that follow.
+
+Rows are independent of each other: any run of rows of a matrix gets the bytes that it gets with all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.quant.rounding.engine import Problem, code_type, feedback, sweep
+from mobe_gguf.quant.rounding.forms import TYPES, Stored, Type
+from mobe_gguf.quant.rounding.scales import Scales
+from mobe_gguf.runtime import ggml
+
+#: Most sweeps, and the least share of the cost that one must have gained for another to follow.
+SWEEPS = 6
+GAIN = 0.01
+#: A row is resized by no more than this, up or down.
+MOST_SIZE = 1.5
+#: Types whose encoder does not search for a scale: the largest value is one of the levels, or signs alone are stored.  Shares of what it says
+#: that are tried, by the square of the error in the diagonal of S.
+SEARCHED = ("tq1_0", "tq2_0", "q2_0")
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.52, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+
+
+@dataclass
+class Outcome:
+    """Squared errors in the metric, summed over rows: ``before`` as libggml rounds with the diagonal of S, ``after``; ``size`` of W.  ``damping``
+    is the largest that was needed."""
+
+    before: float = 0.0
+    after: float = 0.0
+    size: float = 0.0
+    damping: float = 0.0
+
+    def add(self, other: Outcome) -> None:
+        self.before += other.before
+        self.after += other.after
+        self.size += other.size
+        self.damping = max(self.damping, other.damping)
+
+    def __str__(self) -> str:
+        size = self.size or 1.0
+        return f"error {self.before / size:.2e} -> {self.after / size:.2e}"
+
+
+class Rounder:
+    """One matrix's second moments ``[n, n]``, made ready.  MobeError if they are none (``engine.Problem``).
+
+    Holds S and its factor R, 8 n^2 bytes.
+    """
+
+    def __init__(self, s: torch.Tensor, device: torch.device | str = "cpu"):
+        n = s.shape[-1]
+        if s.shape != (n, n):
+            raise MobeError(f"second moments have shape {list(s.shape)}, expected a square")
+        self.device = torch.device(device)
+        self.problem, self.factor = Problem.of(s.to(self.device, torch.float32)[None])
+        self.diagonal = self.problem.s[0].diagonal().cpu().numpy().copy()
+
+    def encode(self, w: torch.Tensor, type_name: str, name: str = "a matrix") -> tuple[np.ndarray, Outcome]:
+        """``w`` ``[rows, n]`` of any float type.  MobeError names ``name`` if a value is NaN, Inf or too large."""
+        one = TYPES[type_name]
+        values = w.to("cpu", torch.float32).contiguous()
+        data = ggml.quantize(values.numpy(), type_name, self.diagonal, name=name)
+        stored = one.unpack(data)
+        problem = self.problem.of_rows(values.to(self.device)[None])
+        if type_name in SEARCHED:
+            stored = _search(one, stored, values, torch.from_numpy(self.diagonal))
+        codes, scales, outcome = round_rows(problem, self.factor, one, stored)
+        outcome.before = float(
+            problem.cost(
+                torch.from_numpy(ggml.dequantize(data, type_name, w.shape[-1])).to(self.device)[None]
+            ).sum()
+        )
+        return one.pack(scales.stored(codes, stored)), outcome
+
+
+def round_rows(
+    problem: Problem, factor: torch.Tensor, one: Type, stored: Stored, sweeps: int = SWEEPS
+) -> tuple[torch.Tensor, Scales, Outcome]:
+    """Codes ``[1, rows, n / width]`` and scales, from the scales of ``stored`` on."""
+    device, size = problem.w.device, float(problem.size().sum())
+    scales = Scales.of(one, stored, 1, device, torch.float32)
+    grid = one.grid(stored, 1, device)
+    first = torch.from_numpy(stored.codes.astype(np.int64)).to(device, code_type(grid))[None]
+    cost = float(problem.cost(grid.values(first)).sum())
+    codes = feedback(problem, factor, grid)
+    fed = float(problem.cost(grid.values(codes)).sum())
+    if not fed < cost:  # scales that are all wrong for most columns: nearest codes were better
+        codes, fed = first, cost
+    cost = fed
+    for _ in range(sweeps):
+        grid, changed = sweep(problem, codes, scales, grid)
+        before, cost = cost, float(problem.cost(grid.values(codes)).sum())
+        if not changed or not before - cost > GAIN * before:
+            break
+    values = grid.values(codes)
+    if scales.d is not None:
+        wanted = ((problem.w @ problem.s) * problem.w).sum(-1)
+        found = ((values @ problem.s) * problem.w).sum(-1)
+        share = torch.where(found > 0, wanted / found.clamp_min(1e-30), torch.ones_like(found))
+        scales.resize(share.clamp(1 / MOST_SIZE, MOST_SIZE))
+        values = grid.with_scales(scales.scale(), scales.offset()).values(codes)
+    after = float(problem.cost(values).sum())
+    if not np.isfinite(after):
+        raise MobeError("rounding by moments gave values that are not finite; these moments cannot be used")
+    return codes, scales, Outcome(after=after, size=size, damping=problem.damping)
+
+
+def _search(one: Type, stored: Stored, w: torch.Tensor, weights: torch.Tensor) -> Stored:
+    """``stored`` with the shares of its scales that cost least in a diagonal metric."""
+    assert stored.d is not None
+    n = w.shape[-1]
+    shape = (len(w), n // one.block, one.block)
+    best, chosen = None, stored.d
+    for share in SHARES:
+        d = (stored.d.astype(np.float32) * share).astype(np.float16)
+        grid = one.grid(stored.replace(d=d))
+        scale = grid.scale.repeat_interleave(one.group, -1)
+        unit = w[None] * grid.inverse.repeat_interleave(one.group, -1)
+        error = (grid.ladder[grid.nearest(unit)] * scale - w[None]).square() * weights
+        cost = error.view(shape).sum(-1).numpy()
+        if best is None:
+            best = cost
+            continue
+        better = cost < best
+        best, chosen = np.where(better, cost, best), np.where(better, d, chosen)
+    return stored.replace(d=chosen)
