@@ -1,0 +1,108 @@
+"""``export --moments``: what is written costs less in the metric of the inputs, and wrong files of moments are said to be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mobe_gguf.calibrate.moments import collect
+from mobe_gguf.cli import main
+from mobe_gguf.core import resources
+from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.export.rounding import matrix
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.quant.rounding import TYPES
+from mobe_gguf.runtime import ggml
+
+Maker = Callable[..., Path]
+
+#: Rows that blocks of 32 divide.
+SIZE = {"moe_intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def moments(model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("moments") / "m.safetensors"
+    collect(
+        model("qwen3_moe", **SIZE), resources.path("models") / "calibration.txt", out, chunks=12, quiet=True
+    )
+    return out
+
+
+def values(path: Path, name: str) -> torch.Tensor:
+    info = read_gguf(path).tensors[name]
+    data = np.fromfile(path, np.uint8, info.n_bytes, offset=info.offset).reshape(*info.shape[:-1], -1)
+    return torch.from_numpy(ggml.dequantize(data, info.type, info.shape[-1]))
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "iq4_nl"])
+def test_every_weighed_tensor_costs_less(model: Maker, moments: Path, tmp_path: Path, quant: str) -> None:
+    path, made = model("qwen3_moe", **SIZE), {}
+    for name, given in (("by-moments", str(moments)), ("nearest", None), ("f32", None)):
+        recipe = Recipe(parse_quant("f32" if name == "f32" else quant), moments=given)
+        made[name] = export(path, tmp_path / f"{name}.gguf", recipe, dense=True, quiet=True)
+    report = made["by-moments"]
+    assert report.rounded is not None and report.rounded.after < report.rounded.before
+    assert made["nearest"].n_bytes == report.n_bytes and made["nearest"].rounded is None
+    known, rounded = Moments(moments), 0
+    for entry in report.entries:
+        if entry.name not in known or entry.type not in TYPES:
+            continue
+        rounded += 1
+        truth, mine, plain = (
+            values(tmp_path / f"{n}.gguf", entry.name) for n in ("f32", "by-moments", "nearest")
+        )
+        roots, costs = known.find(entry.name), []
+        for x in (mine, plain):
+            d = (x - truth).reshape(-1, *truth.shape[-2:])
+            metrics = [matrix(roots, i if len(roots.root) > 1 else 0) for i in range(len(d))]
+            costs.append(sum(float(((e @ s) * e).sum()) for e, s in zip(d, metrics, strict=True)))
+        assert costs[0] < costs[1], entry.name
+    assert rounded == report.rounded.tensors >= 6
+
+
+def test_an_imatrix_is_not_needed(model: Maker, moments: Path, tmp_path: Path) -> None:
+    args = [
+        "export",
+        str(model("qwen3_moe", **SIZE)),
+        str(tmp_path / "out.gguf"),
+        "--dense",
+        "--quant",
+        "q2_k_s",
+    ]
+    done = CliRunner().invoke(main, [*args, "--moments", str(moments), "--no-card"])
+    assert done.exit_code == 0, done.output
+    assert "rounded by second moments" in done.stderr and "m.safetensors (second moments)" in done.stderr
+
+
+def test_moments_of_another_model(model: Maker, moments: Path, tmp_path: Path) -> None:
+    other = model("qwen3_moe", moe_intermediate_size=96)
+    args = [
+        "export",
+        str(other),
+        str(tmp_path / "out.gguf"),
+        "--dense",
+        "--quant",
+        "q4_0",
+        "--moments",
+        str(moments),
+    ]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 1 and "of another model" in done.output
+    assert "blk.0.ffn_down_exps.weight" in done.output and not (tmp_path / "out.gguf").exists()
+
+
+def test_no_file_of_moments(model: Maker, tmp_path: Path) -> None:
+    given = tmp_path / "text.safetensors"
+    shutil.copy(resources.path("models") / "heldout.txt", given)
+    for path, said in ((given, "safetensors"), (tmp_path / "none", "no such file")):
+        args = ["export", str(model("qwen3_moe")), str(tmp_path / "out.gguf"), "--dense", "--quant", "q4_0"]
+        done = CliRunner().invoke(main, [*args, "--moments", str(path)])
+        assert done.exit_code == 1 and said in done.output
