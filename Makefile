@@ -6,7 +6,7 @@
 #   make peers    llama.cpp's and llama-cpp-python's own tests, on the patched build
 #   make sanitize  the operator under ThreadSanitizer and AddressSanitizer
 #   make fuzz     thousands of damaged files through the loader, built with AddressSanitizer
-#   make lint     ruff
+#   make lint     ruff, and which room may import which
 #   make clean    remove what these made; the downloads and objects in ~/.cache/mobe-gguf stay
 
 PYTHON ?= python3
@@ -43,6 +43,7 @@ build: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

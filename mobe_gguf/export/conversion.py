@@ -7,26 +7,14 @@ Two things are a :class:`Conversion`: ``converter.HfConversion``, a Hugging Face
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from mobe_gguf.export.source import Source
+from mobe_gguf.export.origin import Origin
+from mobe_gguf.export.source import Source, Tensor
 from mobe_gguf.export.tokenizer import Recognized
+from mobe_gguf.export.write import Encoded, Head
 from mobe_gguf.quant.recipe import Choice, Recipe
-
-if TYPE_CHECKING:
-    from mobe_gguf.export.origin import Origin
-    from mobe_gguf.export.write import Encoded
-
-
-@dataclass
-class Tensor:
-    """A tensor of the file: its name, and where its values come from.  ``forced``: the ggml type that it must have, if any."""
-
-    name: str
-    source: Source
-    forced: str | None = None
 
 
 class KeyWriter(Protocol):
@@ -35,20 +23,6 @@ class KeyWriter(Protocol):
     def add_uint32(self, key: str, val: int) -> None: ...
 
     def add_string(self, key: str, val: str) -> None: ...
-
-
-class Head(Protocol):
-    """Writes one file: header, keys and tensor table, then the tensors (``gguf.GGUFWriter`` is one)."""
-
-    def write_header_to_file(self, path: Path | None = None) -> None: ...
-
-    def write_kv_data_to_file(self) -> None: ...
-
-    def write_ti_data_to_file(self) -> None: ...
-
-    def write_tensor_data(self, tensor: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Conversion(Protocol):

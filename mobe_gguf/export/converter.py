@@ -24,10 +24,10 @@ import torch
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import tiktoken, tokenizer
-from mobe_gguf.export.conversion import Head, Tensor, add_keys
+from mobe_gguf.export.conversion import add_keys
 from mobe_gguf.export.origin import Origin
-from mobe_gguf.export.source import Lazy, Source, Whole, cast, evaluate
-from mobe_gguf.export.write import Encoded
+from mobe_gguf.export.source import Lazy, Source, Tensor, Whole, cast, evaluate
+from mobe_gguf.export.write import Encoded, Head
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.quant.recipe import Choice, Facts, Recipe, Spec, plan
 

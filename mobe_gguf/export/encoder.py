@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Importance
+from mobe_gguf.export.source import Tensor
 from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.runtime import ggml
 

@@ -13,8 +13,8 @@ import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.export.conversion import Conversion, KeyWriter, Tensor, add_keys
-from mobe_gguf.export.source import Stacked, Whole
+from mobe_gguf.export.conversion import Conversion, KeyWriter, add_keys
+from mobe_gguf.export.source import Stacked, Tensor, Whole
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
 
 

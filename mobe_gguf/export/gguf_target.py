@@ -15,9 +15,8 @@ from typing import IO, Any
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.tensors import merged_name
-from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.origin import Origin
-from mobe_gguf.export.source import Source
+from mobe_gguf.export.source import Source, Tensor
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.gguf import ALIGNMENT, MAGIC, padded
 from mobe_gguf.models.gguf_factors import GgufFactors

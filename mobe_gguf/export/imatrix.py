@@ -26,7 +26,7 @@ import torch
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.tensors import is_basis, is_transform, merged_name
-from mobe_gguf.export.conversion import Tensor
+from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.imatrix import ImatrixFile, Statistics, smoothed
 from mobe_gguf.quant.mixture import layer_of
 from mobe_gguf.quant.recipe import FLOATS, Choice, requires_imatrix

@@ -26,6 +26,15 @@ class Source(Protocol):
         """Tensors of any float type that, one after the other and flattened, are the tensor."""
 
 
+@dataclass
+class Tensor:
+    """A tensor of the file: its name, and where its values come from.  ``forced``: the ggml type that it must have, if any."""
+
+    name: str
+    source: Source
+    forced: str | None = None
+
+
 @dataclass(frozen=True)
 class Whole:
     """A tensor that is in memory."""

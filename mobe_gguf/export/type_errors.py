@@ -22,10 +22,10 @@ import torch
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.tensors import is_down, is_transform
-from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Imatrix, Importance
 from mobe_gguf.export.refit import Unit, each_decoded
 from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
+from mobe_gguf.export.source import Tensor
 from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import layer_shares
 from mobe_gguf.quant.allocate import LADDER, Option

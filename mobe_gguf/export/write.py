@@ -9,20 +9,33 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import FULL
-from mobe_gguf.export.conversion import Head, Tensor
 from mobe_gguf.export.encoder import Encoder, NearestEncoder
 from mobe_gguf.export.imatrix import Importance
-from mobe_gguf.export.source import chunks
+from mobe_gguf.export.source import Tensor, chunks
 from mobe_gguf.formats.gguf import ALIGNMENT, padded
 from mobe_gguf.models.gguf_source import Stored
 from mobe_gguf.runtime import ggml
+
+
+class Head(Protocol):
+    """Writes one file: header, keys and tensor table, then the tensors (``gguf.GGUFWriter`` is one)."""
+
+    def write_header_to_file(self, path: Path | None = None) -> None: ...
+
+    def write_kv_data_to_file(self) -> None: ...
+
+    def write_ti_data_to_file(self) -> None: ...
+
+    def write_tensor_data(self, tensor: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def stored_bytes(shape: Sequence[int], type_name: str, alignment: int = ALIGNMENT) -> int:

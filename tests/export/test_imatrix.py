@@ -22,10 +22,9 @@ from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.report import importance_lines
-from mobe_gguf.export.source import Whole
+from mobe_gguf.export.source import Tensor, Whole
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.formats.imatrix import ImatrixFile, Statistics
 from mobe_gguf.quant.recipe import ALIASES, QUANTS, Facts, Spec, plan

@@ -8,9 +8,8 @@ import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import Recipe, encoder, export, write
-from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.encoder import NearestEncoder
-from mobe_gguf.export.source import Stacked, Whole
+from mobe_gguf.export.source import Stacked, Tensor, Whole
 from mobe_gguf.runtime import ggml
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

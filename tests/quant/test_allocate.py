@@ -19,11 +19,10 @@ from mobe_gguf.cli import main
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.export import Recipe, export
-from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.refit import units_of
 from mobe_gguf.export.refit_solve import BIAS
-from mobe_gguf.export.source import Whole
+from mobe_gguf.export.source import Tensor, Whole
 from mobe_gguf.export.type_errors import measure
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
