@@ -112,6 +112,7 @@ def _report(request: ExportRequest, model: Opened, types: Types, layout: Layout,
     report = Report(str(paths[0]), conversion.arch, request.recipe.quant, entries, original_params(entries))
     report.files, report.needs_imatrix = [str(path) for path in paths], len(types.missing)
     report.divided = types.divided
+    report.notes += conversion.notes
     if model.factors is not None and (note := mismatch(model.factors, types.choices)):
         report.notes.append(note)
     report.copied = sum(isinstance(tensor, Copied) for tensor in layout.encoded)

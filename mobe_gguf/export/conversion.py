@@ -22,6 +22,8 @@ class KeyWriter(Protocol):
 
     def add_uint32(self, key: str, val: int) -> None: ...
 
+    def add_float32(self, key: str, val: float) -> None: ...
+
     def add_string(self, key: str, val: str) -> None: ...
 
 
@@ -31,6 +33,7 @@ class Conversion(Protocol):
     arch: str
     tensors: dict[str, Tensor]
     pre: Recognized | None
+    notes: list[str]
 
     @property
     def writer(self) -> KeyWriter: ...
@@ -62,10 +65,12 @@ class Conversion(Protocol):
         """The head of file ``index`` of ``shards``; the first has the keys."""
 
 
-def add_keys(writer: KeyWriter, values: Mapping[str, str | int]) -> None:
-    """Set keys: texts, and numbers as u32."""
+def add_keys(writer: KeyWriter, values: Mapping[str, str | int | float]) -> None:
+    """Set keys: texts, whole numbers as u32, others as f32."""
     for key, value in values.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
         else:
             writer.add_uint32(key, value)

@@ -29,6 +29,7 @@ from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.source import Lazy, Source, Tensor, Whole, cast, evaluate
 from mobe_gguf.export.write import Encoded, Head
 from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.config_values import for_converter
 from mobe_gguf.quant.recipe import Choice, Facts, Recipe, Spec, plan
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
@@ -46,9 +47,8 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
 }
 
-#: What a family's code implies where its config.json does not say so, and the converter does not know: transformers 5
-#: drops DeepSeek-V3's ``scoring_func``, and llama.cpp would take a softmax.
-IMPLIED = {"deepseek_v3": {"scoring_func": "sigmoid"}}
+#: Architectures whose graph has no output matrix but its own: where the model's is tied to the embeddings, they are written again.
+UNTIED = ("qwen2moe", "olmoe", "bailingmoe")
 
 
 @dataclass
@@ -60,6 +60,8 @@ class HfConversion:
     writer: Any = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     pre: tokenizer.Recognized | None = None
+    own_keys: dict[str, int | float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -103,9 +105,11 @@ class HfConversion:
         with _explained(path, "the tokenizer and metadata"), _no_remote_code(path):
             if origin is None:
                 self.model.prepare_metadata(vocab_only=False)
+                self._set_own_keys()
                 return
             with origin.directory(path) as self.model.dir_model_card:
                 self.model.prepare_metadata(vocab_only=False)
+        self._set_own_keys()
         if said := origin.keys():
             for part in self.writer.kv_data:
                 for key in [key for key in part if key.startswith("general.base_model.")]:
@@ -129,6 +133,10 @@ class HfConversion:
             )
         return writer
 
+    def _set_own_keys(self) -> None:
+        """Keys that the runtime reads and the converter writes otherwise, or not at all."""
+        add_keys(self.writer, {f"{self.arch}.{key}": value for key, value in self.own_keys.items()})
+
 
 def convert(
     checkpoint: Checkpoint, out: Path, tokenizer_pre: str | None = None, verbose: bool = False
@@ -145,12 +153,15 @@ def convert(
         listing = inspect.getsource(conversion.base.TextModel.get_vocab_base_pre)
         pre = tokenizer.check_name(tokenizer_pre, tokenizer.known_names(listing))
     with _explained(checkpoint.path, "the tensors"), torch.inference_mode():
-        hparams = IMPLIED.get(checkpoint.family.name, {}) | conversion.ModelBase.load_hparams(
-            checkpoint.path, False
+        judgement = checkpoint.check_values()
+        hparams = for_converter(
+            checkpoint.family.name, conversion.ModelBase.load_hparams(checkpoint.path, False), judgement
         )
+        if "lm_head.weight" in checkpoint:  # transformers ties no output that the model has
+            hparams["tie_word_embeddings"] = False
         model_class = _model_class(conversion, checkpoint, hparams)
         gguf = conversion.base.gguf
-        result = HfConversion()
+        result = HfConversion(own_keys=judgement.keys, notes=judgement.notes)
         caught: dict[str, Any] = {}
         subclass = _catching(model_class, conversion.base.LazyTorchTensor, caught, result, pre)
         result.model = subclass(checkpoint.path, gguf.LlamaFileType.ALL_F32, out, hparams=hparams)
@@ -159,7 +170,18 @@ def convert(
         result.writer.kv_data = result.model.gguf_writer.kv_data  # some classes set keys when they are made
         result.model.gguf_writer = result.writer
         result.model.prepare_tensors()
+        if result.arch in UNTIED and hparams.get("tie_word_embeddings"):
+            _untie(result)
     return result
+
+
+def _untie(result: HfConversion) -> None:
+    """The embeddings as the output matrix, too."""
+    if "output.weight" not in result.tensors:
+        source = result.tensors["token_embd.weight"].source
+        result.tensors["output.weight"] = Tensor("output.weight", source)
+        n_bytes = 4 * int(np.prod(source.shape, dtype=np.int64))
+        result.writer.add_tensor_info("output.weight", source.shape, np.dtype(np.float32), n_bytes)
 
 
 def _model_class(conversion: Any, checkpoint: Checkpoint, hparams: dict[str, Any]) -> Any:

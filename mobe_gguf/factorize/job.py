@@ -165,6 +165,7 @@ def prepare(
         if moments:
             moments.check(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
     checkpoint.check_whole()
+    checkpoint.check_values()
     goal = probing.goal_of(checkpoint, settings, imatrix, predict)
     job = Job(
         checkpoint,

@@ -30,6 +30,7 @@ from mobe_gguf.formats.safetensors import (
     read_json,
     read_weight_map,
 )
+from mobe_gguf.models.config_values import Judgement, check_values
 from mobe_gguf.models.families import family_of
 
 #: Types of an expert's matrix that can be factorized as they stand; F8_E4M3 besides, with its scales.
@@ -232,6 +233,10 @@ class Checkpoint:
                 f"{self.path}/config.json: 'architectures' must be a list with the name of the model's class, got {found!r}"
             )
         self._fp8_block()
+
+    def check_values(self) -> Judgement:
+        """What config.json says and a GGUF file of the model would not compute by itself.  MobeError if it cannot be carried."""
+        return check_values(self.family.name, self.config, self.path)
 
     def ordinary(self, layer: int) -> tuple[str, ...]:
         """Projections of a MoE layer whose experts are stored as matrices: all."""

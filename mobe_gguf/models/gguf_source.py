@@ -25,6 +25,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
 from mobe_gguf.models.checkpoint import all_finite
+from mobe_gguf.models.config_values import Judgement
 from mobe_gguf.models.families import Family
 from mobe_gguf.runtime import ggml
 
@@ -308,6 +309,10 @@ class GgufModel:
             raise MobeError(
                 f"{self.path}: tensor {missing[0]} is missing. Download or export the file again."
             )
+
+    def check_values(self) -> Judgement:
+        """A GGUF file's keys are those that the runtime reads: nothing to carry or to refuse."""
+        return Judgement()
 
     def check_experts(self, layer: int, projection: str) -> None:
         """MobeError unless the layer's experts exist, of the right shape, in a type that libggml decodes; the head only."""

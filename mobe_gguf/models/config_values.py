@@ -1,0 +1,483 @@
+"""What becomes of each value of config.json in a GGUF file: carried, or refused by name.
+
+llama.cpp's converter drops keys that it does not know, and a graph of the runtime has constants where a model's class reads
+config.json: a file written all the same computes something else and says nothing.  Here is, family by family, what the pinned
+converter (``conversion/*.py``) writes and the pinned graph (``src/models/*.cpp``) reads of the config class (transformers 5.24's
+``configuration_*.py``; the remote code of Kimi-K2 and Ling):
+
+- ``CARRIED``: the file says it, or the shapes of its tensors do;
+- :class:`Only`: the graph computes one thing, so only values that mean it are accepted;
+- a judge: depends on several keys, or is carried by keys that the runtime reads and the converter does not write.
+
+``tests/export/test_config_values.py`` changes every key of every family on a small model: what changes transformers' logits
+changes the file's alike, or is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mobe_gguf.core.errors import MobeError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key of which the runtime computes one value: ``computes`` says what.  ``default``: the config class's, where the key
+    is missing."""
+
+    allowed: tuple[Any, ...]
+    computes: str
+    default: Any = None
+
+
+@dataclass
+class Judgement:
+    """``refused``: what the file would compute otherwise, a line each; ``notes``: what a user should know;
+    ``hparams``: values that the converter is given instead; ``keys``: what is set in the file, without the architecture's
+    prefix."""
+
+    refused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hparams: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, int | float] = field(default_factory=dict)
+
+    def refuse(self, key: str, value: Any, computes: str) -> None:
+        self.refused.append(f"'{key}' is {value!r}, and the runtime {computes}")
+
+
+Judge = Callable[[Config, Judgement], None]
+
+#: Keys that change no logits: training, dropout, caches, output options, names; or of the tokenizer, which is a file of its own.
+INERT = frozenset(
+    "_name_or_path add_cross_attention architectures attention_dropout auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward "
+    "dtype embedding_dropout eos_token_id ep_size finetuning_task id2label initializer_range is_decoder is_encoder_decoder label2id "
+    "model_type output_attentions output_dropout output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type "
+    "return_dict router_aux_loss_coef router_jitter_noise seq_aux task_specific_params torch_dtype transformers_version use_cache "
+    "quantization_config tokenizer_class num_nextn_predict_layers num_mtp_layers".split()
+)
+
+#: What factorizing writes into config.json; read by this package alone.
+OURS = frozenset(("num_B", "activation", "mobe"))
+
+_COMMON = frozenset(
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok rms_norm_eps "
+    "max_position_embeddings rope_parameters rope_scaling rope_theta tie_word_embeddings is_causal".split()
+)
+_SILU = Only(("silu", "swish"), "computes silu", "silu")
+_NO_BIAS = Only((False, None), "has no such biases", False)
+
+
+def _sliding(config: Config, judgement: Judgement, used: bool) -> None:
+    """Windows of attention: the graphs of these families attend to everything."""
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    if used and window is not None and not (_is_int(context) and _is_int(window) and window >= context):
+        judgement.refuse(
+            "sliding_window",
+            window,
+            "attends to all tokens before; where the model was not trained with a window, set it to null",
+        )
+
+
+def sliding_if_used(config: Config, judgement: Judgement) -> None:
+    """Qwen, Bailing: the window counts if ``use_sliding_window`` says so."""
+    _sliding(config, judgement, bool(config.get("use_sliding_window")))
+
+
+def sliding(config: Config, judgement: Judgement) -> None:
+    """Mixtral: a window that is there counts."""
+    _sliding(config, judgement, True)
+
+
+def all_layers_attend(config: Config, judgement: Judgement) -> None:
+    """``layer_types``, of any family: nothing but full attention, or a window that is not used."""
+    types = config.get("layer_types")
+    other = [t for t in types if t != "full_attention"] if isinstance(types, list) else []
+    if other and not (other == ["sliding_attention"] * len(other) and not config.get("sliding_window")):
+        judgement.refuse("layer_types", types, "computes full attention in every layer")
+
+
+def all_layers_moe(config: Config, judgement: Judgement) -> None:
+    """Qwen: no layer may be dense, for the graph has none."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
+    if step not in (1, 0, None):
+        judgement.refuse("decoder_sparse_step", step, "has experts in every layer")
+    if dense:
+        judgement.refuse("mlp_only_layers", dense, "has experts in every layer")
+
+
+def leading_dense(config: Config, judgement: Judgement) -> None:
+    """DeepSeek: dense layers come first, and then no more."""
+    freq = config.get("moe_layer_freq")
+    first, n_layer = config.get("first_k_dense_replace") or 0, config.get("num_hidden_layers")
+    if isinstance(freq, list):
+        if freq[first:n_layer] != [1] * (n_layer - first) or any(freq[:first]):
+            judgement.refuse("moe_layer_freq", freq, f"has experts in every layer from {first} on")
+    elif freq not in (None, 0, 1):
+        judgement.refuse("moe_layer_freq", freq, f"has experts in every layer from {first} on")
+
+
+def heads_fill_width(config: Config, judgement: Judgement) -> None:
+    """Qwen2-MoE, OLMoE: the graph takes heads of hidden_size / num_attention_heads."""
+    head, heads, width = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
+    if head is not None and _is_int(heads) and head * heads != width:
+        judgement.refuse("head_dim", head, f"takes heads of {width} / {heads}, of hidden_size")
+
+
+def equal_heads(config: Config, judgement: Judgement) -> None:
+    """OLMoE: queries and keys are normed over the same width; DeepSeek: keys of each head."""
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if kv_heads is not None and kv_heads != heads:
+        judgement.refuse("num_key_value_heads", kv_heads, f"takes as many as num_attention_heads, {heads}")
+
+
+def some_shared(key: str) -> Judge:
+    """The graph adds a shared expert, which cannot be missing."""
+
+    def judge(config: Config, judgement: Judgement) -> None:
+        value = config.get(key)
+        if not _is_int(value) or value < 1:
+            judgement.refuse(key, value, "adds a shared expert in every layer")
+
+    return judge
+
+
+def olmoe_epsilon(config: Config, judgement: Judgement) -> None:
+    """The converter writes 1e-5 whatever config.json says."""
+    judgement.keys["attention.layer_norm_rms_epsilon"] = float(config.get("rms_norm_eps", 1e-5))
+
+
+def mla_epsilon(config: Config, judgement: Judgement) -> None:
+    """DeepSeek's norms of the compressed queries and keys take 1e-6, the file has one epsilon for all norms."""
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if epsilon > 1e-4:
+        judgement.refuse(
+            "rms_norm_eps",
+            epsilon,
+            "takes it for the norms of compressed queries and keys, too, which have 1e-6",
+        )
+    elif epsilon != 1e-6:
+        judgement.notes.append(
+            f"config.json: 'rms_norm_eps' is {epsilon}; llama.cpp takes it for the norms of compressed queries and keys, too, "
+            "where transformers takes 1e-6"
+        )
+
+
+def query_rank(config: Config, judgement: Judgement) -> None:
+    """DeepSeek: the runtime guesses by the number of layers whether queries are compressed."""
+    n_layer, vocab, rank = (config.get(k) for k in ("num_hidden_layers", "vocab_size", "q_lora_rank"))
+    plain = n_layer in (26, 27) or (n_layer == 48 and vocab == 128256)
+    if plain and rank:
+        judgement.refuse("q_lora_rank", rank, f"reads none in models of {n_layer} layers")
+    elif not plain and not rank:
+        judgement.keys["attention.q_lora_rank"] = 0
+
+
+def rotary_head(config: Config, judgement: Judgement) -> None:
+    """DeepSeek: ``head_dim`` can only repeat ``qk_rope_head_dim``."""
+    head, rotary = config.get("head_dim"), config.get("qk_rope_head_dim")
+    if head is not None and rotary is not None and head != rotary:
+        judgement.refuse("head_dim", head, f"rotates qk_rope_head_dim, {rotary}, dimensions")
+
+
+def scaling_factor(config: Config, judgement: Judgement) -> None:
+    """0 means to the runtime that there is no factor."""
+    if config.get("routed_scaling_factor", 1.0) == 0:
+        judgement.refuse("routed_scaling_factor", 0, "takes 0 for 1")
+
+
+def v2_groups(config: Config, judgement: Judgement) -> None:
+    """DeepSeek-V2 chooses groups by their best expert, the runtime by their two best; "greedy" has no groups at all."""
+    method, groups = config.get("topk_method", "greedy"), config.get("n_group") or 1
+    if config.get("num_hidden_layers") in (47, 48) and config.get("vocab_size") == 154880:
+        judgement.hparams["scoring_func"] = "softmax"  # the runtime would guess another model, with sigmoid
+    if method == "greedy" and groups != 1:
+        judgement.hparams |= {"n_group": None, "topk_group": None}
+    elif groups != 1 and method == "group_limited_greedy":
+        judgement.refuse(
+            "topk_method",
+            method,
+            f"chooses among {groups} groups of experts by their two best, not by the best one",
+        )
+    if method not in ("greedy", "group_limited_greedy"):
+        judgement.refuse("topk_method", method, "knows 'greedy'")
+
+
+def v2_norm(config: Config, judgement: Judgement) -> None:
+    """With ``norm_topk_prob`` transformers' class, DeepSeek's own code and the runtime compute three different things."""
+    if config.get("norm_topk_prob"):
+        judgement.refuse(
+            "norm_topk_prob",
+            config["norm_topk_prob"],
+            "normalizes and then multiplies by routed_scaling_factor; transformers does not normalize, and DeepSeek's own code "
+            "does not multiply",
+        )
+
+
+def v3_groups(config: Config, judgement: Judgement) -> None:
+    """Groups of experts: none are written where all are used, for which the runtime stops with an assertion."""
+    groups, used, n = (config.get(k) for k in ("n_group", "topk_group", "n_routed_experts"))
+    if groups in (None, 1):
+        return
+    if groups == used:
+        judgement.hparams |= {"n_group": None, "topk_group": None}
+    elif not _is_int(groups) or not _is_int(n) or groups < 1 or n % groups or groups >= n:
+        judgement.refuse("n_group", groups, f"needs groups of two or more that divide {n} experts")
+    elif not _is_int(used) or not 1 <= used < groups:
+        judgement.refuse("topk_group", used, f"needs 1 to {groups}, as many groups as there are")
+
+
+def rope_of(config: Config) -> dict[str, Any]:
+    """The rotary parameters, whichever way they are written: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
+    ``rope_scaling``."""
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(said, Mapping):
+        raise MobeError(f"config.json: 'rope_scaling' must be an object, got {said!r}")
+    rope = dict(said)
+    rope.setdefault("rope_type", rope.get("type") or "default")
+    return rope
+
+
+def _magnitude(factor: float, scale: float = 1.0) -> float:
+    """``1 + 0.1 scale ln(factor)``, YaRN's correction of attention."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
+    """What transformers multiplies cosines and sines by (``modeling_rope_utils.py``)."""
+    if (given := rope.get("attention_factor")) is not None:
+        return float(given)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _magnitude(factor, rope["mscale"]) / _magnitude(factor, rope["mscale_all_dim"])
+    return _magnitude(factor)
+
+
+def _rope(*kinds: str, latent: bool = False) -> Judge:
+    """Rotary scaling: ``kinds`` beside none are carried.  ``latent``: DeepSeek's graph, which scales all of attention, too."""
+
+    def judge(config: Config, judgement: Judgement) -> None:
+        rope = rope_of(config)
+        kind, partial = (
+            rope["rope_type"],
+            rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
+        )
+        if partial not in (None, 1, 1.0):
+            judgement.refuse("partial_rotary_factor", partial, "rotates all dimensions")
+        if kind == "dynamic":
+            judgement.notes.append(
+                "config.json: rope scaling 'dynamic' begins beyond max_position_embeddings, the file's context length; llama.cpp "
+                "has none there"
+            )
+            return
+        if kind not in ("default", *kinds):
+            judgement.refuse("rope_type", kind, f"knows {', '.join(kinds) or 'no scaling'} in this family")
+            return
+        if rope.get("truncate") is False and kind == "yarn":
+            judgement.refuse("truncate", False, "rounds the range of YaRN's ramp to whole dimensions")
+        factor = rope.get("factor")
+        if kind in ("linear", "yarn"):
+            if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
+                judgement.refuse("factor", factor, f"needs a number from 1 on for rope_type '{kind}'")
+            elif factor > 1:
+                _scale_attention(rope, float(factor), kind, latent, judgement)
+
+    return judge
+
+
+def _scale_attention(
+    rope: Mapping[str, Any], factor: float, kind: str, latent: bool, judgement: Judgement
+) -> None:
+    """Keys that make the runtime's magnitudes of rotated dimensions and of attention those of transformers.
+
+    ``llama-context.cpp`` multiplies rotated dimensions by ``attn_factor (1 + 0.1 ln factor)``, or with a yarn_log_multiplier L
+    (``src/models/deepseek2.cpp``) by ``attn_factor``, and all of attention by ``(attn_factor (1 + L ln factor))^2``.
+    """
+    rotated = _yarn_magnitude(rope, factor) if kind == "yarn" else 1.0
+    whole = _magnitude(factor)
+    if not latent:
+        if kind == "yarn" and not math.isclose(rotated, whole, rel_tol=1e-7):
+            judgement.keys["rope.scaling.attn_factor"] = rotated / whole
+        return
+    attention = _magnitude(factor, rope["mscale_all_dim"]) if rope.get("mscale_all_dim") else 1.0
+    multiplier = (attention / (rotated if kind == "yarn" else whole) - 1) / math.log(factor)
+    attn_factor = rotated
+    if kind == "yarn" and abs(multiplier) < 1e-9:  # L of 0: the runtime's other branch
+        multiplier, attn_factor = 0.0, rotated / whole
+    judgement.keys["rope.scaling.yarn_log_multiplier"] = multiplier
+    if not math.isclose(attn_factor, 1.0, rel_tol=1e-7):
+        judgement.keys["rope.scaling.attn_factor"] = attn_factor
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Values:
+    """One family: keys that are carried, keys with one value, and judges; ``implied`` is what its class computes where
+    config.json does not say so and the converter would not know."""
+
+    carried: frozenset[str]
+    only: Mapping[str, Only]
+    judges: tuple[Judge, ...]
+    implied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Keys that the family's class reads, and the inert ones: what the converter is given, and nothing else."""
+        return self.carried | frozenset(self.only) | INERT | _COMMON
+
+
+def _keys(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_QWEN = "moe_intermediate_size num_experts num_local_experts head_dim sliding_window use_sliding_window max_window_layers " \
+    "layer_types decoder_sparse_step mlp_only_layers intermediate_size"  # fmt: skip
+_MLA = "moe_intermediate_size n_routed_experts num_experts num_local_experts intermediate_size kv_lora_rank q_lora_rank " \
+    "qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim head_dim n_group topk_group first_k_dense_replace moe_layer_freq " \
+    "n_shared_experts routed_scaling_factor layer_types"  # fmt: skip
+
+_DEEPSEEK_V3 = Values(
+    carried=_keys(_MLA + " norm_topk_prob"),
+    only={
+        "hidden_act": _SILU,
+        "attention_bias": _NO_BIAS,
+        "rope_interleave": Only((True, None), "rotates neighbouring dimensions", True),
+        "scoring_func": Only(("sigmoid",), "is told 'sigmoid', as transformers' class computes", "sigmoid"),
+        "topk_method": Only((None, "noaux_tc"), "chooses experts by 'noaux_tc'"),
+    },
+    judges=(
+        leading_dense, all_layers_attend, mla_epsilon, query_rank, rotary_head, equal_heads, scaling_factor, v3_groups,
+        some_shared("n_shared_experts"), _rope("linear", "yarn", latent=True),
+    ),
+    implied={"scoring_func": "sigmoid"},
+)  # fmt: skip
+
+VALUES: Mapping[str, Values] = {
+    "qwen3_moe": Values(
+        carried=_keys(_QWEN),
+        only={
+            "hidden_act": _SILU,
+            "attention_bias": _NO_BIAS,
+            "norm_topk_prob": Only((True,), "normalizes the routing weights", False),
+        },
+        judges=(all_layers_moe, sliding_if_used, all_layers_attend, _rope("linear", "yarn")),
+    ),
+    "qwen2_moe": Values(
+        carried=_keys(_QWEN + " shared_expert_intermediate_size qkv_bias"),
+        only={
+            "hidden_act": _SILU,
+            "norm_topk_prob": Only((False, None), "does not normalize the routing weights", False),
+        },
+        judges=(
+            all_layers_moe, sliding_if_used, all_layers_attend, heads_fill_width,
+            some_shared("shared_expert_intermediate_size"), _rope("linear", "yarn"),
+        ),
+    ),
+    "deepseek_v2": Values(
+        carried=_keys(_MLA + " topk_method norm_topk_prob"),
+        only={
+            "hidden_act": _SILU,
+            "attention_bias": _NO_BIAS,
+            "mlp_bias": _NO_BIAS,
+            "scoring_func": Only(("softmax",), "is told 'softmax', as transformers' class computes", "softmax"),
+        },
+        judges=(
+            leading_dense, all_layers_attend, mla_epsilon, query_rank, rotary_head, equal_heads, scaling_factor, v2_groups, v2_norm,
+            some_shared("n_shared_experts"), _rope("linear", "yarn", latent=True),
+        ),
+    ),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "olmoe": Values(
+        carried=_keys("intermediate_size num_experts num_local_experts head_dim layer_types"),
+        only={
+            "hidden_act": _SILU,
+            "attention_bias": _NO_BIAS,
+            "clip_qkv": Only((None,), "does not clip queries, keys and values"),
+            "norm_topk_prob": Only((False, None), "does not normalize the routing weights", False),
+        },
+        judges=(olmoe_epsilon, heads_fill_width, equal_heads, all_layers_attend, _rope("linear", "yarn")),
+    ),
+    "mixtral": Values(
+        carried=_keys("intermediate_size num_local_experts num_experts head_dim sliding_window layer_types"),
+        only={"hidden_act": _SILU},
+        judges=(sliding, all_layers_attend, _rope("linear", "yarn", "llama3")),
+    ),
+    "bailing_moe": Values(
+        carried=_keys(
+            "intermediate_size moe_intermediate_size num_experts num_shared_experts head_dim norm_topk_prob norm_head "
+            "first_k_dense_replace moe_layer_freq sliding_window use_sliding_window max_window_layers layer_types"
+        ),
+        only={
+            "hidden_act": _SILU,
+            "use_bias": _NO_BIAS,
+            "use_qkv_bias": _NO_BIAS,
+            "first_k_dense_replace": Only((0, None), "has experts in every layer", 0),
+            "moe_layer_freq": Only((0, 1, None), "has experts in every layer", 1),
+            "norm_softmax": Only((False, None), "takes the softmax over all experts", False),
+            "multi_gate": Only((False, None), "has one router a layer", False),
+        },
+        judges=(sliding_if_used, all_layers_attend, some_shared("num_shared_experts"), _rope()),
+    ),
+}  # fmt: skip
+
+#: Keys of other families, or of forks, that change what a model computes, and the values that do not.  Where a family's class
+#: does not know one, the model's own code may: another value is refused.
+MATTERS: Mapping[str, tuple[Any, ...]] = {
+    key: (None, False, 0, 0.0)
+    for key in (
+        "attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping", "logit_softcapping", "clip_qkv",
+        "swiglu_limit", "query_pre_attn_scalar", "attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "add_qkv_bias",
+        "attn_temperature_tuning", "no_rope_layers", "attention_chunk_size", "use_sliding_window", "mlp_only_layers",
+        "zero_expert_num", "num_zero_experts", "index_topk", "use_gemma_rms_norm", "norm_after_top_k", "sandwich_norm",
+    )
+} | {
+    key: (None, 1, 1.0)
+    for key in (
+        "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier", "scale_emb",
+        "embedding_scale", "lm_head_multiplier", "mup_width_multiplier", "decoder_sparse_step", "routed_scaling_factor",
+    )
+}  # fmt: skip
+
+
+def judge(family: str, config: Config) -> Judgement:
+    """What a file of this model would compute otherwise, and what is done so that it does not."""
+    values, judgement = VALUES[family], Judgement()
+    judgement.hparams |= values.implied
+    for key, only in values.only.items():
+        value = config.get(key, only.default)
+        if not any(value is a or (type(value) is type(a) and value == a) for a in only.allowed):
+            judgement.refuse(key, value if key in config else f"{value} (the default)", only.computes)
+    for check in values.judges:
+        check(config, judgement)
+    for key, value in config.items():
+        if key in MATTERS and key not in values.known and value not in (*MATTERS[key], []):
+            judgement.refuse(key, value, f"knows no such key in the family {family}")
+    return judgement
+
+
+def check_values(family: str, config: Config, where: Any) -> Judgement:
+    """:func:`judge`, with a MobeError that names every key and value that a file cannot carry; ``where``: the model."""
+    judgement = judge(family, config)
+    if judgement.refused:
+        raise MobeError(
+            f"{where}/config.json: {'; '.join(judgement.refused)}. A GGUF file of this model would give other answers than the "
+            "model, so none is written"
+        )
+    return judgement
+
+
+def for_converter(family: str, hparams: Mapping[str, Any], judgement: Judgement) -> dict[str, Any]:
+    """``hparams`` without what the family's class does not read (the converter would write some of it), with what is implied."""
+    known = VALUES[family].known
+    return {k: v for k, v in hparams.items() if k in known} | judgement.hparams
+
+
+def unlisted(family: str, keys: Iterator[str]) -> list[str]:
+    """Those of a config class's ``keys`` that the tables do not know: for the test that notices a new one."""
+    return sorted(set(keys) - VALUES[family].known - OURS)

@@ -1,0 +1,238 @@
+"""What config.json says is what the file computes, or the model is refused with the key and its value.
+
+The net under ``models/config_values.py``: every key of a family's config class is changed on a small model.  What changes
+transformers' logits must change the file's alike, or ``export`` must refuse it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from parity.llama import logits, nmse
+from parity.reference import transformers_logits
+from safetensors.torch import load_file, save_file
+
+from mobe_gguf.cli import main
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.export import Recipe, export
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models import config_values
+
+#: Normalized squared error of the logits: a file of the same model has 2e-13, the smallest change below 1e-4.
+LIMIT = 1e-10
+
+#: More than any window below.
+N_TOKENS = 40
+
+TOKENS = np.random.default_rng(0).integers(tiny._SIZES["vocab_size"], size=N_TOKENS).tolist()
+
+#: Of every model here, so that transformers can run it and it is small.
+BASE = {"num_hidden_layers": 2, "max_position_embeddings": 512}
+OWN = {"mixtral": {"head_dim": 16}}
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+
+#: Changes of several keys, or of values that their type does not suggest.
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"use_sliding_window": True, "sliding_window": 8},
+    {"n_group": 4, "topk_group": 2},
+    {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    {"scoring_func": "sigmoid"},
+    {"scoring_func": "softmax"},
+    {"q_lora_rank": None},
+    {"head_dim": 32},
+    rope("default", partial_rotary_factor=0.5),
+    rope("linear", factor=4.0),
+    rope("dynamic", factor=4.0),
+    rope("yarn", **YARN),
+    rope("yarn", **YARN, attention_factor=1.5),
+    rope("yarn", **YARN, beta_fast=16, beta_slow=2),
+    rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.7),
+    rope("yarn", **YARN, mscale=1.0, mscale_all_dim=0.7),
+    rope("yarn", **YARN, truncate=False),
+    rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    ),
+    rope(
+        "longrope", factor=4.0, short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=16
+    ),
+)  # fmt: skip
+
+#: Keys that are no business of a model's logits, or cannot be changed on their own.
+LEFT = frozenset(
+    "vocab_size hidden_size num_hidden_layers pad_token_id bos_token_id eos_token_id rope_parameters dtype id2label label2id".split()
+)
+
+
+def config_class(family: str) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{tiny._CLASSES[family][0]}Config")
+
+
+def other(key: str, value: Any, default: Any) -> Iterator[Any]:
+    """Values of ``key`` that are not ``value``, of the type that it has."""
+    if key in ("hidden_act", "topk_method"):
+        yield from ("gelu", "relu") if key == "hidden_act" else ("noaux_tc",)
+    elif key in ("mlp_only_layers", "layer_types"):
+        yield [0] if key == "mlp_only_layers" else ["sliding_attention", "full_attention"]
+    elif isinstance(value, bool) or isinstance(default, bool):
+        yield not value
+    elif isinstance(value, int) or isinstance(default, int):
+        yield 2 * value if value else 1
+    elif isinstance(value, float):
+        yield 2 * value if value else 0.5
+    elif value is None:
+        yield from (0.5, 8)
+
+
+def changes(family: str) -> Iterator[dict[str, Any]]:
+    made = config_class(family)(**(tiny._SIZES | tiny._CLASSES[family][1] | BASE | OWN.get(family, {})))
+    defaults = config_class(family)().to_dict()
+    for key, value in made.to_dict().items():
+        if key in LEFT or key in config_values.INERT:
+            continue
+        yield from ({key: changed} for changed in other(key, value, defaults.get(key)))
+    known = config_values.VALUES[family].known
+    yield from (change for change in CHANGES if known.issuperset(change))
+
+
+def truth(model: Path) -> np.ndarray | None:
+    """transformers' logits; None where its own classes cannot run such a config."""
+    try:
+        return transformers_logits(model, TOKENS)
+    except Exception:
+        return None
+
+
+def outcome(family: str, change: dict[str, Any], base: np.ndarray, folder: Path) -> str:
+    """``refused``, ``same`` (logits do not change), ``alike``, ``impossible`` (no such model), or what is wrong."""
+    try:
+        model = tiny.make_model(family, folder / "m", seed=1, **(BASE | OWN.get(family, {}) | change))
+    except Exception:
+        return "impossible"
+    expected = truth(model)
+    if expected is None:
+        return "impossible"
+    try:
+        export(model, folder / "m.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    except MobeError as e:
+        return "refused" if "config.json" in str(e) else str(e)
+    got = logits(folder / "m.gguf", TOKENS, [N_TOKENS])[N_TOKENS]
+    if (error := nmse(expected, got)) > LIMIT:
+        return f"the file's logits are off by {error:.1e}"
+    return "same" if nmse(base, expected) < LIMIT else "alike"
+
+
+#: Outcomes at least to be seen, so that the net does not pass because nothing could be run.
+LEAST = {"alike": 8, "refused": 4}
+
+
+@pytest.mark.parametrize("family", tiny._CLASSES)
+def test_every_value(family: str, tmp_path: Path) -> None:
+    base = truth(tiny.make_model(family, tmp_path / "base", seed=1, **(BASE | OWN.get(family, {}))))
+    found: dict[str, str] = {}
+    for number, change in enumerate(changes(family)):
+        found[str(change)] = outcome(family, change, base, tmp_path / str(number))
+    wrong = {c: o for c, o in found.items() if o not in ("refused", "same", "alike", "impossible")}
+    assert not wrong, wrong
+    seen = list(found.values())
+    assert all(seen.count(kind) >= n for kind, n in LEAST.items()), found
+
+
+@pytest.mark.parametrize("family", tiny._CLASSES)
+def test_tables_are_complete(family: str) -> None:
+    """A key that a later transformers adds to the class is noticed here, and so is a default that changed."""
+    config = config_class(family)()
+    fields = [key for key in config.to_dict() if key not in LEFT]
+    assert not config_values.unlisted(family, fields)
+    for key, only in config_values.VALUES[family].only.items():
+        if key in config.to_dict():
+            assert getattr(config, key) == only.default, key
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, "'norm_topk_prob' is False, and the runtime normalizes"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "'norm_topk_prob' is True, and the runtime does not normalize"),
+        ("olmoe", {"norm_topk_prob": True}, "'norm_topk_prob' is True, and the runtime does not normalize"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "'norm_topk_prob' is True, and the runtime normalizes"),
+        ("mixtral", {"sliding_window": 16}, "'sliding_window' is 16, and the runtime attends to all tokens"),
+        ("mixtral", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', and the runtime computes silu"),
+        ("olmoe", {"clip_qkv": 0.5}, "'clip_qkv' is 0.5, and the runtime does not clip"),
+        ("bailing_moe", {"use_bias": True}, "'use_bias' is True, and the runtime has no such biases"),
+        ("qwen3_moe", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is 30.0"),
+    ],
+)  # fmt: skip
+def test_refused_by_name(
+    family: str, change: dict[str, Any], said: str, model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In ``export``, ``export --dense`` and ``factorize --dry-run``; ``moments`` runs the model itself and refuses nothing."""
+    source = str(model(family, **change))
+    for command in (
+        ["factorize", source, str(tmp_path / "out"), "--dry-run"],
+        ["factorize", source, str(tmp_path / "out"), "--steps", "1"],
+        ["export", source, str(tmp_path / "out.gguf"), "--dense", "--quant", "f32"],
+        ["export", source, str(tmp_path / "out.gguf"), "--dense", "--quant", "f32", "--dry-run"],
+    ):
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 1 and said in done.stderr.replace("\n", " "), (command, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_key_is_the_default(own_model: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers takes False where Qwen3-MoE's config.json does not say ``norm_topk_prob``."""
+    source = own_model("qwen3_moe")
+    config = json.loads((source / "config.json").read_text())
+    del config["norm_topk_prob"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MobeError, match=r"'norm_topk_prob' is 'False \(the default\)'"):
+        export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+
+
+def test_keys_of_other_families_do_not_count(model: Callable[..., Path], tmp_path: Path) -> None:
+    """The converter would write groups for any family, and the runtime would route by them."""
+    export(
+        model("olmoe", n_group=4, topk_group=2, scoring_func="sigmoid"), tmp_path / "out.gguf", Recipe("f32"),
+        allow_dense=True, quiet=True,
+    )  # fmt: skip
+    keys = read_gguf(tmp_path / "out.gguf").keys
+    assert not [key for key in keys if "group" in key or "gating" in key]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("equal", [True, False])
+def test_tied_with_an_output(
+    family: str, equal: bool, own_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """``tie_word_embeddings`` beside a ``lm_head.weight`` of its own: what transformers does."""
+    source = own_model(family, tie_word_embeddings=True, num_hidden_layers=2)
+    tensors = load_file(source / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    generator = torch.Generator().manual_seed(3)
+    head = embedding.clone() if equal else torch.randn(embedding.shape, generator=generator)
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors", {"format": "pt"})
+    expected = transformers_logits(source, TOKENS)
+    export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    assert nmse(expected, logits(tmp_path / "out.gguf", TOKENS, [N_TOKENS])[N_TOKENS]) < LIMIT
+
+
+def test_notes(model: Callable[..., Path], tmp_path: Path) -> None:
+    """What differs by less than any rounding is said, not refused."""
+    source = model("deepseek_v3", rms_norm_eps=1e-5)
+    report = export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    assert any("rms_norm_eps" in note and "1e-06" not in note for note in report.notes), report.notes
