@@ -27,7 +27,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import check_space, describe_size, why_not_written
 from mobe_gguf.core.memory import free_memory
 from mobe_gguf.core.metric import PRIOR
-from mobe_gguf.core.progress import bar, console
+from mobe_gguf.core.progress import bar, say
 from mobe_gguf.formats.moments import KEY, KEY_WEIGHS, VERSION
 from mobe_gguf.formats.safetensors import Entry, read_header, read_metadata, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
@@ -83,11 +83,9 @@ def collect(
     }
     per_expert = tokens.numel() * checkpoint.n_expert_used // checkpoint.n_expert
     if per_expert < 2 * checkpoint.n_embd and not quiet:
-        console.print(
+        say(
             f"warning: {tokens.numel()} tokens are {per_expert} an expert on average, few for {checkpoint.n_embd} channels: give a "
-            "longer --text",
-            highlight=False,
-            soft_wrap=True,
+            "longer --text"
         )
     budget = settings.memory or int(SHARE * _free(device))
     work = Workspace(destination(out))

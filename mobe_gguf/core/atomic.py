@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.locks import Busy, locked
 
 #: Seconds that a writer waits for another of the same file: small ones take their turns, of a large one it is told.
 PATIENCE = 5.0
-
-#: What flock says on a file system that has no locks.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 KINDS = {
     stat.S_IFDIR: "directory",
@@ -70,41 +66,18 @@ def check_output(out: Path) -> None:
 
 @contextlib.contextmanager
 def held(lock: Path, out: Path) -> Iterator[bool]:
-    """Hold ``lock``, a file that is made if need be, so that no other process nor thread writes ``out``.
+    """Hold ``lock``, see ``locks``, so that no other process nor thread writes ``out``.  Its holder may rename or remove it.
 
-    The lock is the kernel's (flock): that of a killed process is gone.  Its holder may rename or remove the file.
     Yields False, and holds nothing, on a file system without locks.  MobeError if another holds it for PATIENCE seconds.
     """
-    until = time.monotonic() + PATIENCE
-    while (fd := _try_lock(lock)) is None:
-        if time.monotonic() > until:
-            raise MobeError(f"{out}: another run is writing it; wait for that one, or choose another OUT")
-        time.sleep(0.02)
-    try:
-        yield fd >= 0
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def _try_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock; None if another holds it, -1 if there are no locks."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    mine = False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # whoever held it before may have renamed or removed the file since it was opened: then this lock guards nothing
-        mine = os.path.samestat(os.fstat(fd), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as e:
-        if e.errno not in NO_LOCKS:
-            raise
-        return -1
-    finally:
-        if not mine:
-            os.close(fd)
-    return fd if mine else None
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = stack.enter_context(locked(lock, PATIENCE))
+        except Busy as e:
+            raise MobeError(
+                f"{out}: another run is writing it; wait for that one, or choose another OUT"
+            ) from e
+        yield fd is not None
 
 
 @contextlib.contextmanager

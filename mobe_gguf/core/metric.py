@@ -121,7 +121,8 @@ class Metric:
         """``R^-T x`` for x ``[n, d, a]``: undoes :meth:`apply_rows`."""
         if self.root is None:
             return x
-        assert self.root.dim() < 3 or self.rest is None, "such a root has no inverse"
+        if self.root.dim() == 3 and self.rest is not None:
+            raise ValueError("the root [root, diag(rest)] of a metric has no inverse")
         if self._is_full:
             return torch.linalg.solve(self.root.mT, x)
         return x / self.root[..., None]

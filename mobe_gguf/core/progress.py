@@ -1,4 +1,7 @@
-"""Progress on stderr: a bar on a terminal, one line a unit elsewhere."""
+"""Progress on stderr: a bar on a terminal, one line a unit elsewhere.
+
+Only this module, ``cli/`` and the ``report`` modules print.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,11 @@ VERBATIM: dict[str, Any] = dict(markup=False, emoji=False)
 
 #: Logs, tables and bars meant for a person go here; data goes to stdout.
 console = Console(stderr=True, **VERBATIM)
+
+
+def say(line: str) -> None:
+    """One line of the log, on stderr, as it is: what a library function is doing, or a warning.  Never a result."""
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 class Bar:

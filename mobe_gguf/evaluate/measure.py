@@ -13,7 +13,7 @@ from mobe_gguf.core import resources
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size
-from mobe_gguf.core.progress import Bar, bar, console
+from mobe_gguf.core.progress import Bar, bar, say
 from mobe_gguf.evaluate import logits, parse, tool
 from mobe_gguf.evaluate.facts import Facts, facts_of
 from mobe_gguf.evaluate.parse import Divergence, Estimate
@@ -90,7 +90,7 @@ def compare(
     n_vocab = _check_vocabularies(reference, files, quiet)
     chunks = _chunks(reference, text, settings)
     if origin.context is not None and settings.ctx > origin.context and not quiet:
-        _say(
+        say(
             f"warning: chunks of {settings.ctx} tokens, but {reference} was trained on {origin.context} at most; "
             f"ask for --ctx {origin.context}"
         )
@@ -141,7 +141,7 @@ def _check_vocabularies(reference: Path, files: list[Path], quiet: bool) -> int:
         found = read_vocabulary(file)
         found.check_same(expected)
         if found.begin != expected.begin and not quiet:
-            _say(
+            say(
                 f"warning: {file} begins a text with token {found.begin}, {reference} with {expected.begin}: the "
                 "numbers include what that changes"
             )
@@ -211,7 +211,3 @@ def _divergence(
         raise done.failure(f"{TOOL} -m {file}: {e} after {count.last} of {layout.chunks} chunks:") from e
     progress.advance(layout.chunks - count.last)
     return found
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)

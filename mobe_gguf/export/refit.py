@@ -234,7 +234,7 @@ class Solved(Encoded):
                         new = resized(w, stored, zm), alpha, zm
                     else:
                         new = solve(w, stored, zm, z, alpha, kept_basis, metric, unit.activation)
-                    data, alpha = self._better(w, zm, alpha, data, values, new, weights, s, outcome)
+                    data, alpha = self._better(w, zm, alpha, (data, values), new, weights, s, outcome)
                 outcome.matrices += len(alpha)
                 mixes.append(alpha[:, :, 0] if alpha.dim() == 4 else alpha)
                 yield from data
@@ -262,16 +262,15 @@ class Solved(Encoded):
         w: torch.Tensor,
         zm: torch.Tensor,
         alpha: torch.Tensor,
-        data: list[np.ndarray],
-        values: torch.Tensor,
+        stored: tuple[list[np.ndarray], torch.Tensor],
         solved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         collected: np.ndarray | None,
         s: slice,
         outcome: Refit,
     ) -> tuple[list[np.ndarray], torch.Tensor]:
-        """Bytes and alpha of the block's experts, of each the better of what is there (A in ``data``, whose values are ``values``,
-        for Z ``zm`` and ``alpha``) and ``solved``: A, alpha and Z."""
-        unit = self.unit
+        """Bytes and alpha of the block's experts, of each the better of what is ``stored`` (A encoded, and its values, for
+        Z ``zm`` and ``alpha``) and ``solved``: A, alpha and Z."""
+        unit, (data, values) = self.unit, stored
         a, new_alpha, new_zm = solved
         new = unit.turn(unit.unscaled(a, s))
         new_data, new_values = each_decoded(

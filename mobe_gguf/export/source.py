@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from mobe_gguf.core.errors import MobeError
+
 #: Values converted and encoded at a time (4 MiB of float32): small, for every core holds two such pieces.
 CHUNK = 1 << 20
 
@@ -143,4 +145,7 @@ def chunks(
             start = stop
         total += n
     expected = math.prod(source.shape[:-1])
-    assert total == expected, f"source gave {total} rows of {expected}"
+    if total != expected:
+        raise MobeError(
+            f"a tensor of {expected} rows of {row} values gave {total} rows; its file changed or is damaged"
+        )

@@ -8,7 +8,6 @@ When all units are there OUT is assembled and the work directory goes.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -26,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from mobe_gguf.core.atomic import write_json
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import FULL, describe_sizes
-from mobe_gguf.core.progress import Bar, bar, console
+from mobe_gguf.core.locks import Busy, locked
+from mobe_gguf.core.progress import Bar, bar, say
 from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.distributed import await_file, cluster
 from mobe_gguf.factorize.plan import (
@@ -293,7 +293,7 @@ def _choose_sizes(job: Job, place: Place, quiet: bool) -> Job:
         probe({unit: [] for unit in units if unit not in probes}, progress)
     weights, why = probing.layer_weights(job)
     if not quiet:
-        console.print(why, highlight=False, soft_wrap=True)
+        say(why)
     again = probing.to_probe_again(job, {unit: probes[unit] for unit in units}, weights)
     with bar("probe again", sum(1 for sizes in again.values() if sizes), quiet) as progress:
         left = {unit: sizes for unit, sizes in again.items() if sizes and probes[unit].again is None}
@@ -356,17 +356,20 @@ def _check_space(job: Job, done: dict[tuple[int, str], UnitResult | None]) -> No
 def _lock(job: Job) -> Iterator[None]:
     """Hold the work directory against a second run; removes it again if nothing was finished in it."""
     (job.work / "units").mkdir(parents=True, exist_ok=True)
-    with open(job.work / "lock", "a+") as f:
+    lock = job.work / "lock"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+            held = stack.enter_context(locked(lock))
+        except Busy as e:
             raise MobeError(
                 f"{job.work}: another run is working on it; wait for it or choose another OUT"
             ) from e
-        f.truncate(0)
-        f.write(uuid.uuid4().hex)  # by which workers of this run know the directory
-        f.flush()
-        os.fsync(f.fileno())
+        if held is None:
+            say(f"note: {job.work} is on a file system without locks: start one run at a time")
+        with open(lock, "w") as f:  # not atomically: the lock is on this very file
+            f.write(uuid.uuid4().hex)  # by which workers of this run know the directory
+            f.flush()
+            os.fsync(f.fileno())
         try:
             yield
         except BaseException:

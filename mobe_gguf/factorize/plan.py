@@ -326,6 +326,7 @@ def unit_memory(settings: Settings, n: int, p: int, d: int, directions: int | No
     return int(SPARE * 4 * (always + max(steps, end, results)))
 
 
+# wide: the sizes that a job is asked for, none of which follows from another
 def make_plan(
     settings: Settings,
     *,

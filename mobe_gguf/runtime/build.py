@@ -15,7 +15,6 @@ name: when they change, the files that differ are replaced and Ninja recompiles 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,10 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf.core import resources
+from mobe_gguf.core import locks, resources
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import sha256
+from mobe_gguf.core.progress import say
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime import install, patch, source
 from mobe_gguf.runtime.compile import Options
@@ -148,7 +148,10 @@ def build(
             f"the build stopped: {error.filename or cache}: {error.strerror or error}; "
             "mend that and run mobe-gguf build again, it goes on from where it was"
         ) from error
-    assert stamp, "an installation must be whole when it has just been made"
+    if not stamp:
+        raise MobeError(
+            f"{environment.libraries}: the runtime is not whole right after it was installed; build again: mobe-gguf build --force"
+        )
     return Result(stamp, False, steps, time.monotonic() - start)
 
 
@@ -166,7 +169,7 @@ def _build(
     jobs: int | None,
     force: bool,
     env: dict[str, str],
-    lock: int,
+    lock: int | None,
 ) -> int:
     """The steps of a build below ``work``; returns Ninja's count."""
     if force:
@@ -181,7 +184,7 @@ def _build(
     kernels = work / "ggml_mobe"
     copy_kernels(recipe, work, kernels)
 
-    source.say(f"configuring (log: {log})")
+    say(f"configuring (log: {log})")
     values = recipe.definitions()
     if recipe.kernels is not None:
         values["GGML_MOBE_DIR"] = str(kernels)
@@ -201,7 +204,7 @@ def _build(
         "patches": [path.name for path in recipe.patches],
         "options": asdict(recipe.options),
     }
-    source.say(f"installing into {environment.libraries}")
+    say(f"installing into {environment.libraries}")
     install.install(environment, tree, built, recipe.pin, recipe.version, recipe.options, stamp)
     return steps
 
@@ -213,7 +216,7 @@ def patched_tree(recipe: Recipe, work: Path, env: Mapping[str, str]) -> Path:
     if marker.is_file() and marker.read_text(encoding="utf-8") == key:
         return tree
     archive = source.fetch(recipe.pin, work.parent, env)
-    source.say(f"unpacking and applying {len(recipe.patches)} patches")
+    say(f"unpacking and applying {len(recipe.patches)} patches")
     source.remove(fresh)
     source.unpack(archive, recipe.pin, fresh)
     patch.apply(fresh, recipe.patches, env)
@@ -239,15 +242,13 @@ def copy_kernels(recipe: Recipe, work: Path, target: Path) -> None:
 
 
 @contextmanager
-def locked(cache: Path) -> Iterator[int]:
-    """Hold the cache's lock, waiting for another build to end; yields the lock's file descriptor."""
-    with open(cache / "lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            source.say(f"another build is at work in {cache}, waiting for it")
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield f.fileno()
+def locked(cache: Path) -> Iterator[int | None]:
+    """Hold the cache's lock, waiting for another build to end; yields its descriptor, None where there are no locks."""
+    waiting = f"another build is at work in {cache}, waiting for it"
+    with locks.locked(cache / "lock", None, lambda: say(waiting)) as fd:
+        if fd is None:
+            say(f"{cache} is on a file system without locks: run one build at a time")
+        yield fd
 
 
 def _digest(*parts: Any) -> str:

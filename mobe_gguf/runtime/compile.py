@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.core.progress import bar, console
-from mobe_gguf.runtime.source import say
+from mobe_gguf.core.progress import bar, console, say
 
 #: Installed on the PATH.
 TOOLS = (
@@ -252,7 +251,7 @@ def _cmake(tree: Path, build: Path, values: Mapping[str, str], env: Mapping[str,
 
 
 def configure(
-    tree: Path, build: Path, values: Mapping[str, str], env: Mapping[str, str], log: Path, lock: int
+    tree: Path, build: Path, values: Mapping[str, str], env: Mapping[str, str], log: Path, lock: int | None
 ) -> None:
     """Run CMake on ``tree`` into ``build``.  Raises ``MobeError`` with the end of its output."""
     values = dict(values)
@@ -266,7 +265,7 @@ def configure(
 
 
 def compile_targets(
-    build: Path, targets: Sequence[str], jobs: int, env: Mapping[str, str], log: Path, lock: int
+    build: Path, targets: Sequence[str], jobs: int, env: Mapping[str, str], log: Path, lock: int | None
 ) -> int:
     """Build ``targets`` with Ninja; return how many steps it took (0: all was up to date).
 
@@ -324,7 +323,7 @@ def _show(total: int, match: re.Match[str], output: Iterator[str], lines: list[s
 
 @contextmanager
 def _run(
-    command: Sequence[str], env: Mapping[str, str], log: Path, lock: int
+    command: Sequence[str], env: Mapping[str, str], log: Path, lock: int | None
 ) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
     """Run ``command``, yielding the process and its output's lines, which are appended to ``log`` as well.
 
@@ -341,7 +340,7 @@ def _run(
             text=True,
             errors="replace",
             env=dict(env),
-            pass_fds=(lock,),
+            pass_fds=() if lock is None else (lock,),
         )
         try:
             yield process, _logged(process.stdout, sink)

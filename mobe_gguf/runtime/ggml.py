@@ -176,7 +176,10 @@ def quantize(
         _check_values(part, first, limit, info, name)
         source, target = ffi.from_buffer("float[]", part), ffi.from_buffer(out[first:last])
         written = lib.ggml_quantize_chunk(info.id, source, target, 0, last - first, n, weights)
-        assert written == (last - first) * row_bytes, f"{info.name}: {written} bytes"
+        if written != (last - first) * row_bytes:
+            raise MobeError(
+                f"{name}: libggml wrote {written} bytes of {info.name}, expected {(last - first) * row_bytes}"
+            )
 
     _in_parallel(encode, len(rows), n, threads)
     return out.reshape(*array.shape[:-1], row_bytes)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import sha256
-from mobe_gguf.core.progress import bar, console
+from mobe_gguf.core.progress import bar, say
 
 #: Names the cache directory; without it, ``$XDG_CACHE_HOME/mobe-gguf`` or ``~/.cache/mobe-gguf``.
 CACHE_VARIABLE = "MOBE_GGUF_CACHE"
@@ -49,11 +49,6 @@ LLAMA_CPP = Pin(
     sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
     size=76_589_250,
 )
-
-
-def say(text: str) -> None:
-    """One line of the log, on stderr, as it is."""
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 def cache_dir() -> Path:

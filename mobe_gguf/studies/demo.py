@@ -25,7 +25,7 @@ from mobe_gguf import runtime
 from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import amount, describe_size
-from mobe_gguf.core.progress import console
+from mobe_gguf.core.progress import say
 from mobe_gguf.evaluate import Settings, heldout, perplexity, tool
 from mobe_gguf.export import Recipe, Report, export, parse_quant
 from mobe_gguf.factorize import job as jobs
@@ -151,7 +151,7 @@ def factorize(model: Path, out: Path, options: Options) -> None:
                 f"{out} is in the way and was not made by mobe-gguf; move it, or name another directory"
             )
         if {key: found.get(key) for key in wanted} == wanted:
-            _say(f"{out}: factors of an earlier run, with the same settings")
+            say(f"{out}: factors of an earlier run, with the same settings")
             return
         shutil.rmtree(out)
     try:
@@ -161,7 +161,7 @@ def factorize(model: Path, out: Path, options: Options) -> None:
             raise
         shutil.rmtree(jobs.work_directory(out))  # a stopped job with other settings
         job = jobs.prepare(model, out, options)
-    _say(
+    say(
         f"factorize {model.name}: {len(settings.units())} units of {checkpoint.n_expert} experts, "
         f"{settings.steps} steps each"
     )
@@ -169,7 +169,7 @@ def factorize(model: Path, out: Path, options: Options) -> None:
     done = [unit for unit in result.units if unit.seconds is not None]
     if done:
         a_step = sum(unit.seconds or 0 for unit in done) / sum(unit.steps for unit in done)
-        _say(f"{out}: made in {result.seconds:.0f} s, {1000 * a_step:.1f} ms a step of one unit")
+        say(f"{out}: made in {result.seconds:.0f} s, {1000 * a_step:.1f} ms a step of one unit")
 
 
 def _description(mobe: Path) -> dict[str, Any] | None:
@@ -192,7 +192,7 @@ def measure(model: str, source: Path, quant: str, directory: Path, text: Path, e
         written, speed = complete(path, effort.tokens)
         measured = replace(measured, text=written, speed=speed)
     spent = time.monotonic() - started
-    _say(f"{path}: {describe_size(report.n_bytes)}, perplexity {found.value:.2f}, {spent:.1f} s")
+    say(f"{path}: {describe_size(report.n_bytes)}, perplexity {found.value:.2f}, {spent:.1f} s")
     return measured
 
 
@@ -212,10 +212,6 @@ def complete(gguf: Path, tokens: int) -> tuple[str, float]:
             text = PROMPT + done.stdout.strip("\n").removesuffix(" [end of text]")
             return text.rstrip(), float(speed[1])
     raise done.failure(f"llama-completion -m {gguf} did not say how fast it was:")
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
 
 
 # what a person sees

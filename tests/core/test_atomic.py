@@ -17,6 +17,7 @@ import pytest
 from mobe_gguf.core import atomic
 from mobe_gguf.core.atomic import atomic_path, check_output, destination
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.locks import Busy, locked
 
 
 def write(path: Path, text: str = "new") -> None:
@@ -204,3 +205,18 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert str(os.getpid()) in part.name
         part.write_text("new")
     assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_no_locks_are_not_another_holder(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "lock") as fd:
+        assert fd is None
+    monkeypatch.undo()
+    with locked(tmp_path / "lock") as fd:
+        assert fd is not None
+        with pytest.raises(Busy), locked(tmp_path / "lock"):
+            pass

@@ -77,3 +77,13 @@ def test_what_is_not_finite_is_refused(type_name, value):
     values[2, 7] = value
     with pytest.raises(MobeError, match=r"tensor t, .* row 2, column 7 is not finite"):
         encoded(values, type_name)
+
+
+def test_what_is_not_whole_is_refused(tmp_path):
+    """A source with fewer rows than its shape says; a tensor of another size than the tensor table has."""
+    short = Stacked((4, 8, 32), lambda i: torch.zeros(7, 32))
+    with pytest.raises(MobeError, match="32 rows of 32 values gave 28"):
+        list(write.encode(Tensor("t", short), NearestEncoder("f16", None)))
+    wrong = write.Encoded(Tensor("t", Whole(torch.zeros(4, 32))), "f16", 255)
+    with open(tmp_path / "out", "wb") as file, pytest.raises(MobeError, match="t: 256 bytes.*255"):
+        wrong.tofile(file)

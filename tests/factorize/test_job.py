@@ -319,6 +319,18 @@ def test_two_runs_at_once(half_done):
     assert job.work.exists()
 
 
+def test_without_locks_it_runs(half_done, monkeypatch, capsys):
+    """A file system without locks is not another run."""
+
+    def flock(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    source, out = half_done
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run(prepare(source, out, Options(), resume=True), quiet=True)
+    assert (out / "config.json").is_file() and "without locks" in capsys.readouterr().err
+
+
 # disks
 
 

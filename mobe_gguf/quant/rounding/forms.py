@@ -88,7 +88,8 @@ class Type(ABC):
 
     def make_grid(self, scale: torch.Tensor, offset: torch.Tensor | None) -> Grid:
         """A grid for given scales and offsets ``[batch, rows, n / group]``; codebooks whose codes hold more have their own."""
-        assert self.width == 1, f"{self.name} needs a make_grid of its own"
+        if self.width != 1:
+            raise NotImplementedError(f"{self.name} needs a make_grid of its own")
         return levels_grid(torch.from_numpy(self.points[:, 0]), scale, offset, self.group)
 
     def decode(self, stored: Stored, n: int) -> np.ndarray:

@@ -28,7 +28,9 @@ def halves(part: np.ndarray) -> np.ndarray:
 
 def raw(values: np.ndarray | None) -> np.ndarray:
     """float16 ``[rows, blocks]`` as bytes ``[rows, blocks, 2]``."""
-    assert values is not None and values.dtype == np.float16
+    assert values is not None
+    if values.dtype != np.float16:
+        raise TypeError(f"scales of a block are float16, got {values.dtype}")
     return np.ascontiguousarray(values)[..., None].view(np.uint8)
 
 

@@ -1,0 +1,94 @@
+"""Rules that the whole package keeps, read from its source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mobe_gguf"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+#: A function longer than this, or with more parameters, says why in a comment right above it: ``# long: ...``, ``# wide: ...``.
+LINES, PARAMETERS = 80, 8
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def place(path: Path, node: ast.stmt | ast.expr) -> str:
+    return f"{path.relative_to(PACKAGE.parent)}:{node.lineno}"
+
+
+def narrows(test: ast.expr) -> bool:
+    """``x is not None``, ``isinstance(x, T)``, or several of these: what they rule out fails in the next line anyway."""
+    if isinstance(test, ast.BoolOp):
+        return all(map(narrows, test.values))
+    if isinstance(test, ast.Compare):
+        return isinstance(test.ops[0], ast.IsNot) and ast.unparse(test.comparators[0]) == "None"
+    return isinstance(test, ast.Call) and ast.unparse(test.func) == "isinstance"
+
+
+def is_checked(source: str) -> bool:
+    statement = ast.parse(source).body[0]
+    return isinstance(statement, ast.Assert) and not narrows(statement.test)
+
+
+def test_nothing_is_checked_by_assert() -> None:
+    """``python -O`` leaves asserts out: data are checked by ``raise``, asserts only tell the type checker what is known."""
+    assert is_checked("assert written == n") and is_checked("assert x is not None and x > 1")
+    assert not is_checked("assert x is not None and isinstance(y, int), 'why'")
+    found = [
+        place(path, node)
+        for path in MODULES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Assert) and not narrows(node.test)
+    ]
+    assert not found
+
+
+def prints(path: Path) -> Iterator[str]:
+    for node in ast.walk(tree(path)):
+        name = node.func if isinstance(node, ast.Call) else None
+        if name is not None and ast.unparse(name) in ("print", "console.print", "click.echo"):
+            yield place(path, node)
+
+
+def test_only_the_command_line_prints() -> None:
+    """Library code raises and returns; its progress and warnings go through ``core/progress``."""
+    allowed = {
+        PACKAGE / "core" / "progress.py",
+        *PACKAGE.rglob("report.py"),
+        *(PACKAGE / "cli").rglob("*.py"),
+    }
+    assert any(map(list, map(prints, allowed)))
+    assert not [line for path in MODULES if path not in allowed for line in prints(path)]
+
+
+def too_much(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """``long``, ``wide`` or both; a docstring is no line of code, ``self`` no parameter."""
+    first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+    named = [*node.args.posonlyargs, *node.args.args]
+    own = named[1:] if named and named[0].arg in ("self", "cls") else named
+    n_lines, n_parameters = (node.end_lineno or 0) - first.lineno + 1, len(own) + len(node.args.kwonlyargs)
+    return ["long"] * (n_lines > LINES) + ["wide"] * (n_parameters > PARAMETERS)
+
+
+def is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A click command's parameters are its options, of which click gives each by its name."""
+    return any(ast.unparse(d).startswith("click.command") for d in node.decorator_list)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_are_short_and_narrow(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for what in too_much(node):
+                if what == "wide" and is_command(node):
+                    continue
+                above = min([node, *node.decorator_list], key=lambda n: n.lineno).lineno - 2
+                assert f"# {what}: " in lines[above], f"{place(path, node)}: {node.name} is too {what}"
