@@ -1,40 +1,6 @@
 """Fitting the factors of one stack of experts: Adam on basis and mix of the projected problem.
 
-What was tried and measured, relative error on (a) slices of a real FFN (SmolLM2-135M-Instruct layer 10 gate as 12 experts of
-128 x 576, m 4, r 128) and (b) layer 0 gate of the shipped MoE (24 experts of 96 x 256, m 6, r 96); tanh, start at 0.25:
-
-- The schedule matters most.  100 steps at rate 0.2: cosine (a) 0.159, (b) 0.059; constant with a linear fall over the last 40, 30,
-  20 % 0.151, 0.151, 0.151 (b: 0.055); a squared fall 0.153; inverse root 0.162 and worse.
-- A slow rise pays as well: the bases grow through the nearly linear range of tanh first.  300 steps, (a) / (b): constant 0.2
-  0.137 / 0.0470; rising over two thirds to 0.3 0.134 / 0.0467; over one half 0.133 / 0.0464.  100 steps: over two thirds
-  0.152 / 0.0555, over one half 0.150 / 0.0545.
-- Longer runs want a lower rate.  Constant, 600 steps: (a) 0.133 at 0.2, 0.130 at 0.1, 0.131 at 0.05.  Rising, 1,000 steps, 0.15:
-  0.126 / 0.0424; 0.3 stalls, (a) 0.130.
-- Betas, 300 steps, cosine, rate 0.1: Adam's own (a) 0.148, (0.9, 0.95) 0.144, (0.8, 0.95) 0.139, (0.5, 0.95) 0.141; 0.9 and 0.7 for
-  the first are worse with the new schedule too, 0.9 for the second equal.
-- Preconditioning.  100 steps, cosine (Adam 0.159 / 0.059): rows of B by the Gauss-Newton matrix sum_i alpha_ij^2 A_i^T A_i, Adam in its
-  eigenbasis (SOAP) 0.162; gradient times its power -1/2, one scale for a basis, 0.156 / 0.056; the same of the gradients' own
-  covariance (Shampoo, Muon) 0.156.  At 300 steps all of them are behind Adam (0.140 / 0.048 against 0.138 / 0.048), with the
-  better schedule at 100 too.  The matrix is no lever: with its diagonal scaled to 1 its condition number is about 30.
-- L-BFGS from 100 such steps on, with that preconditioner: 100 evaluations take (a) from 0.159 to 0.145 and (b) from 0.059 to 0.050,
-  where going on with Adam gives 0.140 and 0.049; without it 0.150 and 0.055.
-- A solved for in every second or third step only, a quarter of the products in the others: (a) 0.184 and 0.201, for 0.151.
-- Weight decay, bounds on B, cautious or Nesterov steps, other rates for the mix, seeds, orders of the experts: within 1 %, or worse.
-- Time of a step on (a), one Zen 5 core: 27 ms before, about 13 after oneDNN's products (MKL's take twice as long), tanh from
-  sigmoid (0.6 ms for 2.5), A by the inverse (1.5 for 3.2).  bfloat16 operands in the gradient's two products: no change in error, 1.5
-  ms less, not taken: a second path for a tenth.
-
-Rounded factors, (b), 100 steps, error of the rounded factors for q4_k (A: q5_0) / q3_k (A: q4_0); unrounded 0.054:
-
-- with the schedule above 0.0802 / 0.1148, with the cosine 0.0844 / 0.1186 in the same run; what follows, with the cosine, is older:
-- rounded as they are 0.122 / 0.345; A solved again for the rounded bases 0.091 / 0.164;
-- bases rounded in the steps from 0, 15, 30, 50, 70 % on: 0.0776, 0.0759, 0.0750, 0.0743, 0.0763 / 0.1106, 0.1054, 0.1045,
-  0.1055, 0.1109;
-- A is not rounded in them but solved with a ridge of its rounding's size (see ``_rounding_ridge``): doing both
-  0.0751 / 0.1044, rounding A without the ridge 0.0754 / 0.1065.  A last stretch of steps with the bases fixed: worse;
-- by what the error is weighed matters far more: see ``moments``;
-- A rounded column by column, the others making up for it (GPTQ with the scales of the first rounding): 0.0736 for 0.0745 / 0.1034
-  for 0.1051, and only for the legacy types: not done.  The bases' rounding is most of the loss, 0.0713 of 0.0745.
+What was tried and measured, and what did not help: docs/experiments.md.
 """
 
 from __future__ import annotations
