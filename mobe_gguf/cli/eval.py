@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mobe_gguf.cli import options
 from mobe_gguf.core.errors import Interrupted, MobeError, UsageError
+
+if TYPE_CHECKING:  # imports that take their time
+    from mobe_gguf.evaluate import Row, Settings
+    from mobe_gguf.evaluate.facts import Facts
 
 
 @click.command()
@@ -80,7 +86,7 @@ def command(
     Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage; 130: stopped.
     """
     from mobe_gguf.core.progress import console
-    from mobe_gguf.evaluate import Row, Settings, compare, facts_of, heldout
+    from mobe_gguf.evaluate import Settings, compare, facts_of, heldout
 
     options.check_stdout()
     if plot is not None:
@@ -125,7 +131,7 @@ def _check_cards(files: tuple[Path, ...]) -> None:
         )
 
 
-def _note(reference, rows, text: Path, quiet: bool) -> None:  # noqa: ANN001, imported late
+def _note(reference: Facts, rows: Sequence[Row], text: Path, quiet: bool) -> None:
     from mobe_gguf.core.progress import console
     from mobe_gguf.evaluate import report
     from mobe_gguf.export.card import card_of, note
@@ -150,7 +156,7 @@ def _placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> 
     )
 
 
-def _show(reference, rows, text: Path, settings, as_json: bool) -> None:  # noqa: ANN001, imported late
+def _show(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings, as_json: bool) -> None:
     from rich.console import Console
 
     from mobe_gguf.core.progress import VERBATIM
@@ -164,7 +170,7 @@ def _show(reference, rows, text: Path, settings, as_json: bool) -> None:  # noqa
     out.print(report.table(reference, rows, text, settings))
 
 
-def _plot(rows, path: Path, quiet: bool) -> None:  # noqa: ANN001
+def _plot(rows: Sequence[Row], path: Path, quiet: bool) -> None:
     from mobe_gguf.core.progress import console
     from mobe_gguf.evaluate.plot import plot
 

@@ -51,13 +51,13 @@ class Bar:
 
     def update(self, label: str) -> None:
         """Change the text beside the bar (terminal only)."""
-        if self._progress is not None:
+        if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=label)
 
     def advance(self, amount: float = 1.0, line: str | None = None) -> None:
         """Count ``amount`` units done; ``line`` is printed, above the bar or alone where there is none."""
         self._done += amount
-        if self._progress is not None:
+        if self._progress is not None and self._task is not None:
             self._progress.update(self._task, advance=amount)
             if line:
                 self._progress.console.print(line, highlight=False, soft_wrap=True)

@@ -129,7 +129,7 @@ def describe_gguf(file: GgufFile) -> Description:
     if factorized and (not is_count(version) or version not in (names.MOBE_VERSION, names.MOBE_VERSION_DOWN)):
         known = f"{names.MOBE_VERSION} and {names.MOBE_VERSION_DOWN}"
         problems.append(f"key {key} is {shown(version)}, this program knows {known}")
-    elif "down" in factorized and version < names.MOBE_VERSION_DOWN:
+    elif "down" in factorized and is_count(version) and version < names.MOBE_VERSION_DOWN:
         problems.append(f"key {key} is {version}, bases of down need {names.MOBE_VERSION_DOWN}")
     return Description(
         path=str(file.path),
@@ -387,8 +387,11 @@ def _runs(layers: list[Layer]) -> list[tuple[int, int, str, Projection]]:
     runs: list[list[Layer]] = []
     for layer in layers:
         previous = runs[-1][-1] if runs else None
-        same = previous and all(getattr(previous, p) == getattr(layer, p) for p in names.ALL_PROJECTIONS)
-        if same and layer.index == previous.index + 1:
+        if (
+            previous is not None
+            and layer.index == previous.index + 1
+            and all(getattr(previous, p) == getattr(layer, p) for p in names.ALL_PROJECTIONS)
+        ):
             runs[-1].append(layer)
         else:
             runs.append([layer])

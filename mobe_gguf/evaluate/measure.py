@@ -84,10 +84,10 @@ def compare(
     Raises MobeError if a file is not a model of the reference's vocabulary, the text is too short, there is no room for
     the logits, or llama-perplexity fails.
     """
-    reference, text, files = Path(reference), Path(text), [Path(file) for file in files]
+    reference, text, paths = Path(reference), Path(text), [Path(file) for file in files]
     runtime.tool(TOOL)
-    origin, facts = facts_of(reference), [facts_of(file) for file in files]
-    n_vocab = _check_vocabularies(reference, files, quiet)
+    origin, facts = facts_of(reference), [facts_of(file) for file in paths]
+    n_vocab = _check_vocabularies(reference, paths, quiet)
     chunks = _chunks(reference, text, settings)
     if origin.context is not None and settings.ctx > origin.context and not quiet:
         say(
@@ -98,7 +98,7 @@ def compare(
     rows = []
     with (
         logits.place(layout, Path(keep_logits) if keep_logits is not None else None) as base,
-        bar("eval", chunks * (1 + len(files)), quiet) as progress,
+        bar("eval", chunks * (1 + len(paths)), quiet) as progress,
     ):
         if reuse_logits:
             layout.check(base)

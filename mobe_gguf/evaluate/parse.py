@@ -88,7 +88,8 @@ def divergence(stdout: str) -> Divergence:
     missing = [name for name, value in (*values.items(), *percentiles.items()) if value is None]
     if missing:
         raise ParseError(f"it printed no value of {', '.join(missing)}")
-    return Divergence(percentiles=percentiles, **values)
+    found = {name: value for name, value in values.items() if value is not None}
+    return Divergence(percentiles={k: v for k, v in percentiles.items() if v is not None}, **found)
 
 
 def perplexity(output: str) -> Estimate | None:

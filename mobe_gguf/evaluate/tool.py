@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import re
 import subprocess
@@ -55,8 +56,13 @@ def run(name: str, *arguments: str, on_stdout: Callable[[str], None] | None = No
 
 def _run(command: list[str], on_stdout: Callable[[str], None] | None) -> tuple[int, str, str]:
     """Exit code and both streams."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=_environment(os.environ), **pipes) as process:
+    with subprocess.Popen(
+        command,
+        env=_environment(os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         try:
             stdout, stderr = _read(process, on_stdout)
         except BaseException:
@@ -67,12 +73,14 @@ def _run(command: list[str], on_stdout: Callable[[str], None] | None) -> tuple[i
 
 def _read(process: subprocess.Popen[bytes], on_stdout: Callable[[str], None] | None) -> tuple[str, str]:
     """All of both streams; the second is drained by a thread, so that neither pipe can fill up."""
+    out, err = process.stdout, process.stderr
+    assert isinstance(out, io.BufferedReader) and err is not None
     errors: list[bytes] = []
-    drain = threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True)
+    drain = threading.Thread(target=lambda: errors.append(err.read()), daemon=True)
     drain.start()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pieces = []
-    while chunk := process.stdout.read1(1 << 16):
+    while chunk := out.read1(1 << 16):
         pieces.append(decoder.decode(chunk))
         if on_stdout is not None:
             on_stdout(pieces[-1])

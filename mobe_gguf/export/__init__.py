@@ -93,7 +93,7 @@ def write_model(request: ExportRequest) -> Report:
     if not options.dry_run:
         _write(request, model, parts, shards, report, rounding)
         report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
-        report.refit = layout.refitting and layout.refitting.outcome()
+        report.refit = None if layout.refitting is None else layout.refitting.outcome()
         report.n_bytes = sum(path.stat().st_size for path in paths)
         if options.card:
             report.card = write_card(_subject(request, model, types, report))

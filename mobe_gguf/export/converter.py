@@ -30,7 +30,8 @@ from mobe_gguf.export.source import Lazy, Source, Tensor, Whole, cast, evaluate
 from mobe_gguf.export.write import Encoded, Head
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.config_values import for_converter
-from mobe_gguf.quant.recipe import Choice, Facts, Recipe, Spec, plan
+from mobe_gguf.quant.mixture import Facts, Spec
+from mobe_gguf.quant.recipe import Choice, Recipe, plan
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
 FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")
@@ -327,11 +328,11 @@ def _no_remote_code(path: Path) -> Iterator[None]:
                 "that form on the hub."
             ) from e
 
-    AutoTokenizer.from_pretrained = from_pretrained
+    AutoTokenizer.from_pretrained = from_pretrained  # type: ignore[method-assign]
     try:
         yield
     finally:
-        AutoTokenizer.from_pretrained = original
+        AutoTokenizer.from_pretrained = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

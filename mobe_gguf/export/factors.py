@@ -102,7 +102,7 @@ def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
 
 def add_mobe_keys(writer: KeyWriter, arch: str, version: int, activation: str, groups: int) -> None:
     """All keys that a file with factors has."""
-    values = {
+    values: dict[str, str | int] = {
         names.key_version(arch): version,
         names.key_activation(arch): activation,
         names.key_group_count(arch): groups,

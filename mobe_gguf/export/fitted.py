@@ -43,14 +43,14 @@ def default_types(model: Path) -> tuple[str, str, str]:
             f"--quant is needed: {model} does not say which type its factors were fitted for (factorize --for TYPE). "
             "For instance --quant q4_k"
         )
-    if basis != transform or ALIASES.get(basis, basis) not in QUANTS:
+    if basis is None or basis != transform or ALIASES.get(basis, basis) not in QUANTS:
         raise UsageError(
             f"--quant is needed: the factors in {model} were fitted for bases of {basis or 'no type'} and A's of "
             f"{transform or 'no type'}, which does not say what the other tensors are to be. For instance --quant q4_k"
             + (f" --basis-type {basis}" if basis else "")
             + (f" --transform-type {transform}" if transform else "")
         )
-    return ALIASES.get(basis, basis), basis, transform
+    return ALIASES.get(basis, basis), basis, basis
 
 
 def mismatch(checkpoint: MobeCheckpoint, choices: Mapping[str, Choice]) -> str | None:

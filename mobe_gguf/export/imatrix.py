@@ -82,7 +82,7 @@ class Imatrix:
                 stems = [experts]  # of down this is what A multiplies
             name = next((stem for stem in stems if stem in file.names), None)
             entry = None if name is None else file.entry(name)
-            if entry is None or not entry.counts.any() or not entry.sums.any():
+            if name is None or entry is None or not entry.counts.any() or not entry.sums.any():
                 continue
             if entry.sums.shape != (n, d):
                 raise _other_model(file, name, entry, (n, d))

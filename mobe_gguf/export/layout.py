@@ -52,7 +52,8 @@ def choose_types(request: ExportRequest, model: Opened) -> Types:
     ``divide``.
     """
     conversion, imatrix, recipe = model.conversion, model.imatrix, request.recipe
-    choices, divided = conversion.choose(recipe), []
+    choices = conversion.choose(recipe)
+    divided: list[str] = []
     if recipe.target is not None:
         choices, divided = divide(request, model, choices, _head(conversion, choices))
     encoded_here = {n: c for n, c in choices.items() if not conversion.is_copied(n, c)}
@@ -85,7 +86,8 @@ def _tensors(
     weights: Mapping[str, Importance],
     rounding: Rounding,
 ) -> tuple[list[Encoded], list[ListedTensor]]:
-    encoded, entries = [], []
+    encoded: list[Encoded] = []
+    entries = []
     for tensor in conversion.tensors.values():
         choice, shape = choices[tensor.name], tensor.source.shape
         n_bytes = ggml.type_info(choice.type).tensor_bytes(shape)

@@ -19,7 +19,8 @@ from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.write import head_bytes, stored_bytes
 from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.quant.recipe import Facts, Recipe, Spec, plan
+from mobe_gguf.quant.mixture import Facts, Spec
+from mobe_gguf.quant.recipe import Recipe, plan
 
 
 @dataclass(frozen=True)

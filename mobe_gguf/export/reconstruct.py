@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def _entries(checkpoint: MobeCheckpoint, target: torch.dtype, convert_all: bool)
         for e in range(checkpoint.n_expert):
             name = checkpoint.family.expert_weight(layer.index, e, projection)
             shape = checkpoint.expert_shape(projection)
-            yield _computed(name, shape, target, lambda read=read, e=e: read(e))
+            yield _computed(name, shape, target, partial(read, e))
 
 
 def _computed(

@@ -202,7 +202,7 @@ class Solved(Encoded):
     mix: torch.Tensor | None = None
 
     def tofile(self, file: IO[bytes]) -> None:
-        self.check(sum(file.write(memoryview(data).cast("B")) for data in self._solve()))
+        self.check(sum(file.write(data.data.cast("B")) for data in self._solve()))
 
     def solved_mix(self) -> torch.Tensor:
         """alpha that belongs to the A's: ``[n, m/g]`` or ``[n, m/g, r]``; solves for them if that was not done yet."""

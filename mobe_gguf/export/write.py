@@ -106,9 +106,9 @@ def encode(tensor: Tensor, encoder: Encoder) -> Iterator[memoryview]:
                 name = f"tensor {tensor.name}, counted from its row {first}"
                 pending.append(pool.submit(run, chunk, first // within if within else 0, name))
                 if len(pending) > workers:
-                    yield memoryview(pending.popleft().result()).cast("B")
+                    yield pending.popleft().result().data.cast("B")
             while pending:
-                yield memoryview(pending.popleft().result()).cast("B")
+                yield pending.popleft().result().data.cast("B")
         finally:
             pool.shutdown(cancel_futures=True)
 

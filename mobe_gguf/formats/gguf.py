@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats import types
@@ -139,7 +139,7 @@ def number_of(keys: Mapping[str, Any], key: str, default: int) -> int:
     return value
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Whether a key's value is an integer that is not negative."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

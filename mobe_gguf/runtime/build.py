@@ -86,18 +86,18 @@ class Recipe:
 
     def key(self) -> str:
         """Changes whenever the installed runtime would."""
-        kernels = [(path.as_posix(), sha256(self.kernels / path)) for path in self.kernel_files()]
+        kernels = [(path.as_posix(), sha256(file)) for path, file in self.kernel_files().items()]
         return _digest(self.variant(), self.source_key(), self.definitions(), self.options.tools, kernels)
 
-    def kernel_files(self) -> list[Path]:
-        """Paths of the kernel sources, relative to ``kernels``."""
+    def kernel_files(self) -> dict[Path, Path]:
+        """The kernel sources: path relative to ``kernels`` -> file."""
         if self.kernels is None or not self.kernels.is_dir():
-            return []
-        return sorted(
-            path.relative_to(self.kernels)
-            for path in self.kernels.rglob("*")
+            return {}
+        return {
+            path.relative_to(self.kernels): path
+            for path in sorted(self.kernels.rglob("*"))
             if path.is_file() and not path.name.startswith(".") and "__pycache__" not in path.parts
-        )
+        }
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,10 @@ def copy_kernels(recipe: Recipe, work: Path, target: Path) -> None:
     fresh = work / "ggml_mobe.new"
     source.remove(fresh)
     fresh.mkdir()
-    for name in recipe.kernel_files():
+    for name, file in recipe.kernel_files().items():
         copy = fresh / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes((recipe.kernels / name).read_bytes())
+        copy.write_bytes(file.read_bytes())
     patch.mirror(fresh, target)
     source.remove(fresh)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.progress import bar, console, say
@@ -257,7 +257,7 @@ def configure(
     values = dict(values)
     if values.get("GGML_CUDA") == "ON":
         values["CMAKE_CUDA_COMPILER"] = _nvcc(env) or "nvcc"
-    lines = []
+    lines: list[str] = []
     with _run(_cmake(tree, build, values, env), env, log, lock) as (process, output):
         lines += output
     if process.returncode != 0:
@@ -342,6 +342,7 @@ def _run(
             env=dict(env),
             pass_fds=() if lock is None else (lock,),
         )
+        assert process.stdout is not None
         try:
             yield process, _logged(process.stdout, sink)
             process.wait()
@@ -352,7 +353,7 @@ def _run(
             process.stdout.close()
 
 
-def _logged(stream: TextIO, sink: TextIO) -> Iterator[str]:
+def _logged(stream: IO[str], sink: IO[str]) -> Iterator[str]:
     for line in stream:
         sink.write(line)
         sink.flush()

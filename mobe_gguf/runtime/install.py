@@ -194,7 +194,7 @@ def _uninstall(environment: Environment, pin: Pin) -> None:
     """Remove the files of any llama-cpp-python that is installed in the environment."""
     for distribution in metadata.distributions(name=pin.name, path=[str(environment.libraries)]):
         for file in distribution.files or ():
-            path = Path(os.path.normpath(distribution.locate_file(file)))
+            path = Path(os.path.normpath(str(distribution.locate_file(file))))
             if path.is_relative_to(environment.libraries) or path.is_relative_to(environment.scripts):
                 path.unlink(missing_ok=True)
     for info in environment.libraries.glob(f"{pin.name.replace('-', '_')}-*.dist-info"):
