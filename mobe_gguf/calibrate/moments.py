@@ -36,6 +36,7 @@ from mobe_gguf.models.checkpoint import Checkpoint
 FEW = 128
 
 
+# wide: what a user may choose, all of it optional
 def collect(
     model: Path,
     text: Path | Sequence[Path],
