@@ -18,6 +18,7 @@ from mobe_gguf.core.files import check_name
 #: Subcommand -> one line of help, in the order of use.  The module of the same name holds ``command``.
 COMMANDS = {
     "build": "Get, patch, compile and install the llama.cpp runtime.",
+    "plan": "Show what fits this machine, how good and how fast: plain and factorized files.",
     "moments": "Gather what each expert is fed on a text, to factorize by.",
     "factorize": "Turn a MoE checkpoint into MoBE factors.",
     "export": "Write a MoBE checkpoint as one GGUF file.",

@@ -33,10 +33,11 @@ ALLOWED = (
 IGNORED = ("*/*", "consolidated*")
 
 
-def resolve(model: Path, quiet: bool = False) -> Path:
+def resolve(model: Path, quiet: bool = False, headers_only: bool = False) -> Path:
     """``model`` itself if it exists or is no id, else the local copy of the hub's, downloaded as far as it is not there.
 
-    A path whose folder exists is taken for one that was misspelled: then ``hf:`` says that the hub is meant.  MobeError if
+    ``headers_only``: config.json, tokenizer and the like, no weights.  A path whose folder exists is taken for one that was
+    misspelled: then ``hf:`` says that the hub is meant.  MobeError if
     the hub has no such model, or cannot be asked.
     """
     match = _ID.fullmatch(str(model))
@@ -50,6 +51,10 @@ def resolve(model: Path, quiet: bool = False) -> Path:
         return model
     if not match["hf"] and model.parent.exists():
         raise MobeError(f"{model}: no such file or directory. If a model of the hub is meant: hf:{model}")
+    if match["file"] and headers_only:
+        raise MobeError(
+            f"{model}: a GGUF file of the hub has to be here whole; download it, or name the model's repository"
+        )
     if match["file"]:
         file = match["file"][1:]
         split = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", file)
@@ -58,7 +63,8 @@ def resolve(model: Path, quiet: bool = False) -> Path:
         return _present(
             folder / file, f"{match['repo']}: has no file {file} (or it is not in the cache, offline)"
         )
-    folder = _download(model, match["repo"], match["revision"], list(ALLOWED), list(IGNORED), quiet)
+    wanted = [pattern for pattern in ALLOWED if not (headers_only and pattern.endswith(".safetensors"))]
+    folder = _download(model, match["repo"], match["revision"], wanted, list(IGNORED), quiet)
     _present(
         folder / "config.json",
         f"{match['repo']}: no config.json; if its models are GGUF files, name one: {match['repo']}/NAME.gguf",

@@ -1,0 +1,151 @@
+"""What each form takes on a machine: where its bytes lie, what a token reads of them, tokens a second, how good it may be.
+
+A token reads everything once but the embeddings (a row) and the experts (k of n).  ``seconds = bytes in VRAM / its bandwidth +
+bytes in RAM by type / the CPU's measured rate of the type + nodes of the graph``.  Routed experts go to system memory first,
+a layer at a time, as llama.cpp's ``--n-cpu-moe`` has them; bases stay with the rest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
+
+from mobe_gguf.plan.forms import Form
+from mobe_gguf.plan.layout import Layout
+from mobe_gguf.plan.machine import GPU_SHARE, Machine
+from mobe_gguf.plan.memory import Beside
+
+#: Nodes of a decoder layer's graph that all threads meet behind, of a mixture of experts.
+NODES = 40
+#: Memory that is left to the system and other programs.
+RESERVE = 0.5e9
+
+EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
+
+#: KL divergence a unit of relative squared error of gate and up, and what rounding by moments leaves of it: the shipped model
+#: (docs/quality.md), its q4_k, q3_k and q2_k files alike within a fifth.
+KL_OF_ERROR, ROUNDED_BY_MOMENTS = 0.155, 0.5
+#: KL divergence of factors that are not rounded, by the share of gate and up that they keep: shipped model, 2 to 4 wide bases.
+KL_OF_KEPT = ((0.5, 0.0065), (0.625, 0.0022), (0.75, 0.0009))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one form: bytes in VRAM and RAM, KV cache included; read of each a token; ``cpu_layers`` with experts in RAM."""
+
+    form: Form
+    vram: int
+    ram: int
+    read_vram: int
+    read_ram: int
+    tokens_per_second: float
+    cpu_layers: int
+    fits: bool
+    kl: float
+
+    @property
+    def limit(self) -> str:
+        """What a token waits for most."""
+        return "VRAM" if self.read_vram > self.read_ram else "RAM"
+
+
+def read_per_token(layout: Layout, form: Form, name: str) -> float:
+    """Bytes of a tensor that a token reads."""
+    n_bytes = form.tensor_bytes(name)
+    layer = re.match(r"blk\.(\d+)\.", name)
+    if layer and int(layer[1]) >= layout.n_layer:
+        return 0  # multi-token prediction
+    if EXPERTS.fullmatch(name):
+        return n_bytes * layout.n_expert_used / layout.n_expert
+    if name == "token_embd.weight" and "output.weight" in form.shapes:
+        return n_bytes / form.shapes[name][0]
+    return n_bytes
+
+
+def cost(layout: Layout, form: Form, machine: Machine, beside: Beside) -> Cost:
+    """With as many layers' experts in VRAM as it holds; without a GPU all is in RAM."""
+    layers = layout.expert_layers
+    experts: dict[int, list[str]] = defaultdict(list)
+    rest = []
+    for name in form.shapes:
+        if found := EXPERTS.fullmatch(name):
+            experts[int(found[1])].append(name)
+        else:
+            rest.append(name)
+    size = {layer: sum(form.tensor_bytes(name) for name in experts[layer]) for layer in layers}
+    lookup = form.tensor_bytes("token_embd.weight")  # llama.cpp keeps the input embeddings in system memory
+    common = sum(form.tensor_bytes(name) for name in rest) - lookup
+    on_gpu = common + beside.states + beside.compute
+    cpu_layers, in_vram = len(layers), []
+    if machine.vram >= on_gpu:
+        for layer in reversed(layers):  # --n-cpu-moe keeps the first layers' experts in system memory
+            if on_gpu + size[layer] > machine.vram:
+                break
+            on_gpu += size[layer]
+            in_vram.append(layer)
+        cpu_layers = len(layers) - len(in_vram)
+        vram_names = [n for n in rest if n != "token_embd.weight"] + [
+            n for layer in in_vram for n in experts[layer]
+        ]
+        ram = lookup + sum(size.values()) - sum(size[layer] for layer in in_vram)
+    else:
+        on_gpu, vram_names = 0, []
+        ram = common + lookup + sum(size.values()) + beside.states + beside.compute
+    in_gpu = set(vram_names)
+    read_vram = sum(read_per_token(layout, form, name) for name in vram_names)
+    by_type: dict[str, float] = defaultdict(float)
+    for name in form.shapes:
+        if name not in in_gpu:
+            by_type[form.types[name]] += read_per_token(layout, form, name)
+    seconds = read_vram / (machine.vram_bandwidth * GPU_SHARE)
+    seconds += sum(n_bytes / machine.cpu_rate(kind) for kind, n_bytes in by_type.items() if n_bytes)
+    seconds += NODES * machine.node * (layout.n_layer if not vram_names else cpu_layers)
+    fits = ram + RESERVE <= machine.ram and on_gpu <= max(machine.vram, 0)
+    return Cost(
+        form,
+        round(on_gpu),
+        round(ram),
+        round(read_vram),
+        round(sum(by_type.values())),
+        1 / seconds,
+        cpu_layers,
+        fits,
+        expected_kl(layout, form),
+    )
+
+
+def expected_kl(layout: Layout, form: Form) -> float:
+    """KL divergence that the shipped model would have with experts in these types: to put files in order, no promise."""
+    total = sum(math.prod(s) for name, s in form.shapes.items() if EXPERTS.fullmatch(name))
+    error = sum(
+        math.prod(shape) / total * noise(form.types[name])
+        for name, shape in form.shapes.items()
+        if EXPERTS.fullmatch(name)
+    )
+    return KL_OF_ERROR * ROUNDED_BY_MOMENTS * error * 1.5 + (
+        kl_of_kept(form.kept) if form.factorized else 0.0
+    )
+
+
+def kl_of_kept(kept: float) -> float:
+    """Log-linear between the measured points."""
+    (x0, y0), (x1, y1) = next(
+        ((a, b) for a, b in zip(KL_OF_KEPT, KL_OF_KEPT[1:], strict=False) if kept <= b[0]), KL_OF_KEPT[-2:]
+    )
+    return y0 * (y1 / y0) ** ((kept - x0) / (x1 - x0))
+
+
+@cache
+def noise(type_name: str) -> float:
+    """Relative squared error of a type on Gaussian rows, all columns weighing alike."""
+    import numpy as np
+
+    from mobe_gguf.runtime import ggml
+
+    x = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)
+    weights = np.ones(256, np.float32) if ggml.type_info(type_name).requires_imatrix else None
+    data = ggml.quantize(x, type_name, weights, name="noise", threads=1)
+    return float(np.square(x - ggml.dequantize(data, type_name, 256)).sum() / np.square(x).sum())

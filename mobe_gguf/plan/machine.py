@@ -1,0 +1,75 @@
+"""What there is to run on: memory, GPUs, and how fast weights are read; measured once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mobe_gguf.core.atomic import write_json
+from mobe_gguf.core.memory import free_memory, usable_cpus
+from mobe_gguf.runtime import speed
+from mobe_gguf.runtime.source import cache_dir
+
+#: Bytes a second of a GPU's memory where nothing says more, and the share of them that a matrix product reaches.
+VRAM_BANDWIDTH = 600e9
+GPU_SHARE = 0.7
+
+
+@dataclass
+class Machine:
+    """``ram``, ``vram``: bytes.  ``rates``: type -> bytes a second of a matrix times a vector, on the CPU; ``node`` seconds a
+    node of the graph.  ``ram_bandwidth``: of another machine, given instead of what is measured here."""
+
+    ram: int
+    vram: int = 0
+    vram_bandwidth: float = VRAM_BANDWIDTH
+    ram_bandwidth: float | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    node: float = 0.0
+    gpu: str = ""
+
+    def cpu_rate(self, type_name: str) -> float:
+        """Bytes a second in which the CPU goes through weights of a type."""
+        return self.ram_bandwidth or self.rates[type_name]
+
+
+def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
+    """What this process may use, speeds of ``types`` measured where the cache has none of this processor and runtime."""
+    threads = usable_cpus()
+    cache = cache or cache_dir() / "machine.json"
+    key = f"{_processor()} x{threads}"
+    try:
+        known = json.loads(cache.read_text())
+        known = known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        known = {}
+    entry = known.get(key) if isinstance(known.get(key), dict) else {}
+    missing = [name for name in dict.fromkeys(types) if not isinstance(entry.get(name), float)]
+    for name in missing:
+        entry[name] = speed.matrix_rate(name, threads)
+    if not isinstance(entry.get("node"), float):
+        entry["node"] = speed.node_seconds(threads)
+        missing.append("node")
+    if missing:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache, known | {key: entry})
+    found = speed.devices()
+    return Machine(
+        ram=free_memory(),
+        vram=sum(size for _, size in found),
+        rates={name: entry[name] for name in entry if name != "node"},
+        node=entry["node"],
+        gpu=", ".join(name for name, _ in found),
+    )
+
+
+def _processor() -> str:
+    """Its name as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,190 @@
+"""The plan as a table for a person, and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mobe_gguf.core.files import describe_size
+from mobe_gguf.plan.cost import Cost
+from mobe_gguf.plan.layout import Layout
+from mobe_gguf.plan.machine import Machine
+from mobe_gguf.plan.memory import Beside
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for: the largest file, the slowest speed."""
+
+    size: int | None = None
+    tokens_per_second: float | None = None
+    ctx: int = 32768
+
+
+def order(costs: Sequence[Cost], wishes: Wishes) -> list[Cost]:
+    """What fits and meets the wishes first, the best of them at the top; then the rest by size."""
+    good = [c for c in costs if meets(c, wishes)]
+    rest = [c for c in costs if not meets(c, wishes)]
+    return sorted(good, key=lambda c: (c.kl, -c.tokens_per_second)) + sorted(
+        rest, key=lambda c: c.form.n_bytes
+    )
+
+
+def meets(cost: Cost, wishes: Wishes) -> bool:
+    """Whether it fits and is as small and as fast as was asked for."""
+    small = wishes.size is None or cost.form.n_bytes <= wishes.size
+    return cost.fits and small and cost.tokens_per_second >= (wishes.tokens_per_second or 0)
+
+
+def table(model: str, layout: Layout, costs: Sequence[Cost], wishes: Wishes) -> Table:
+    """Best first; fits 100 columns."""
+    out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    out.add_column("form", overflow="fold")
+    for column in ("file", "bits", "in VRAM", "in RAM", "read/token", "tokens/s", "KL (table)", ""):
+        out.add_column(column, justify="right", no_wrap=True)
+    for c in costs:
+        read = describe_size(c.read_vram + c.read_ram)
+        out.add_row(
+            Text(c.form.name),
+            describe_size(c.form.n_bytes),
+            f"{8 * c.form.n_bytes / layout.parameters:.2f}",
+            describe_size(c.vram) if c.vram else "-",
+            describe_size(c.ram),
+            read,
+            f"{c.tokens_per_second:.1f}",
+            f"{c.kl:.4f}",
+            "" if meets(c, wishes) else ("too slow" if c.fits and _small(c, wishes) else "too large"),
+        )
+    return out
+
+
+def _small(cost: Cost, wishes: Wishes) -> bool:
+    return wishes.size is None or cost.form.n_bytes <= wishes.size
+
+
+def head(layout: Layout, machine: Machine, beside: Beside, wishes: Wishes) -> str:
+    """What is planned for: the model and the machine, a line each."""
+    n, p, d = layout.expert_shape()
+    size = (
+        ""
+        if not layout.vocabulary_bytes
+        else "; no tokenizer here, so sizes leave out its exact keys (some MB)"
+    )
+    memory = (
+        f"RAM {describe_size(machine.ram)}, VRAM {describe_size(machine.vram) if machine.vram else 'none'}"
+    )
+    return (
+        f"{layout.name}: {layout.parameters / 1e9:.2f} G parameters, {len(layout.expert_layers)} layers of {n} experts "
+        f"({p} x {d}), {layout.n_expert_used} used by a token ({layout.origin}{size}).\n"
+        f"Machine: {memory}. Context {wishes.ctx}: {describe_size(beside.states)} of KV cache, "
+        f"{describe_size(beside.compute)} of buffers."
+    )
+
+
+def advice(model: str, layout: Layout, costs: Sequence[Cost], wishes: Wishes, no_factors: str | None) -> str:
+    """Which to take, why not factors, and the command."""
+    lines = []
+    if no_factors:
+        lines.append(f"MoBE is not the answer here. {no_factors}")
+    good = [c for c in costs if meets(c, wishes)]
+    if not good:
+        smallest = min(costs, key=lambda c: c.form.n_bytes)
+        needed = smallest.ram + smallest.vram
+        lines.append(
+            f"Nothing fits. The smallest ({smallest.form.name}) needs {describe_size(needed)} of memory in all; a shorter "
+            "--ctx saves KV cache."
+        )
+        return "\n".join(lines)
+    best = good[0]
+    plain = next((c for c in good if not c.form.factorized), None)
+    if not no_factors and not best.form.factorized and any(c.form.factorized for c in costs):
+        lines.append("A plain file that fits is expected to be better than every factorized one here.")
+    elif best.form.factorized and plain:
+        lines.append(
+            f"Expected to be better than the best plain file that fits ({plain.form.name}); --probe measures it."
+        )
+    where = f" -ngl 99 --n-cpu-moe {best.cpu_layers}" if best.vram else ""
+    lines.append(f"Best: {best.form.name}. A token waits mostly for {best.limit}.")
+    lines.append(f"  mobe-gguf compress {model} {layout.name}.gguf {best.form.options}")
+    lines.append(f"  llama-cli -m {layout.name}.gguf -c {wishes.ctx}{where}")
+    return "\n".join(lines)
+
+
+LEGEND = (
+    "bits: of the file, per weight of the original. KL (table): KL divergence of the shipped small model with experts of these "
+    "types, rounded by moments; it puts files in order, it is no promise for this model. tokens/s: writing, short context; from "
+    "bytes read and this machine's measured rates."
+)
+
+
+def page(
+    model: str,
+    layout: Layout,
+    machine: Machine,
+    beside: Beside,
+    costs: Sequence[Cost],
+    wishes: Wishes,
+    no: str | None,
+) -> RenderableType:
+    """All of it, for a terminal."""
+    parts = (head(layout, machine, beside, wishes), "", table(model, layout, costs, wishes), "", LEGEND, "")
+    return Group(
+        *(Text(part) if isinstance(part, str) else part for part in parts),
+        Text(advice(model, layout, costs, wishes, no)),
+    )
+
+
+def as_json(
+    model: str,
+    layout: Layout,
+    machine: Machine,
+    beside: Beside,
+    costs: Sequence[Cost],
+    wishes: Wishes,
+    no: str | None,
+) -> dict[str, Any]:
+    """The same as numbers: bytes, tokens a second."""
+    n, p, d = layout.expert_shape()
+    return {
+        "model": layout.name,
+        "origin": layout.origin,
+        "parameters": layout.parameters,
+        "experts": {
+            "n": n,
+            "used": layout.n_expert_used,
+            "p": p,
+            "d": d,
+            "layers": len(layout.expert_layers),
+        },
+        "vocabulary_known": layout.vocabulary_bytes == 0,
+        "machine": {"ram": machine.ram, "vram": machine.vram, "gpu": machine.gpu},
+        "ctx": wishes.ctx,
+        "beside": asdict(beside),
+        "why_not_factorized": no,
+        "forms": [
+            {
+                "name": c.form.name,
+                "bytes": c.form.n_bytes,
+                "bits_per_weight": 8 * c.form.n_bytes / layout.parameters,
+                "factorized": c.form.factorized,
+                "vram": c.vram,
+                "ram": c.ram,
+                "read_vram": c.read_vram,
+                "read_ram": c.read_ram,
+                "tokens_per_second": c.tokens_per_second if math.isfinite(c.tokens_per_second) else None,
+                "n_cpu_moe": c.cpu_layers,
+                "kl_estimate": c.kl,
+                "kl_basis": "table of the shipped model",
+                "fits": c.fits,
+                "meets_wishes": meets(c, wishes),
+                "command": f"mobe-gguf compress {model} {layout.name}.gguf {c.form.options}",
+            }
+            for c in costs
+        ],
+    }
