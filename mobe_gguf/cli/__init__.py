@@ -19,14 +19,14 @@ from mobe_gguf.core.files import check_name
 COMMANDS = {
     "build": "Get, patch, compile and install the llama.cpp runtime.",
     "plan": "Show what fits this machine, how good and how fast: plain and factorized files.",
-    "moments": "Gather what each expert is fed on a text, to factorize by.",
+    "moments": "Run a text through a model and sum the second moments of its inputs.",
     "factorize": "Turn a MoE checkpoint into MoBE factors.",
-    "export": "Write a MoBE checkpoint as one GGUF file.",
+    "export": "Write a MoBE checkpoint as a GGUF file.",
     "reconstruct": "Write a MoBE checkpoint as an ordinary model directory.",
     "inspect": "Show what a model directory or GGUF file holds.",
-    "verify": "Check that a GGUF file is whole: structure, shapes, finite values.",
+    "verify": "Check a GGUF file: structure, shapes, finite values.",
     "eval": "Compare GGUF files with the original: KL divergence, perplexity, size.",
-    "ablate": "Repeat the paper's studies on a model: bases, activations, error against KL divergence.",
+    "ablate": "Repeat the paper's studies on a model: bases, activations, error and KL divergence.",
     "demo": "Run the whole path on the tiny model that ships with the project.",
 }
 

@@ -19,25 +19,31 @@ from mobe_gguf.core.errors import Interrupted, UsageError
 @click.option(
     "--bases",
     metavar="LIST",
-    help="Numbers of bases to try, as 16,32.  [default: n/8, n/4, n/2 of n experts]",
+    help="Numbers of bases to try, for instance 16,32.  [default: n/8, n/4, n/2 of n experts]",
 )
-@click.option("--activations", metavar="LIST", help="Of none,silu,tanh, each with n/4 bases.  [default: all]")
+@click.option(
+    "--activations",
+    metavar="LIST",
+    help="Activations to try, of none,silu,tanh, each with n/4 bases.  [default: all]",
+)
 @options.steps(100)
 @options.imatrix
-@click.option("--no-kl", is_flag=True, help="Leave out KL divergence: no GGUF files, no runtime.")
+@click.option(
+    "--no-kl", is_flag=True, help="Leave out the KL divergence. Needs no GGUF files and no runtime."
+)
 @click.option(
     "--text",
     "-f",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Plain text for KL divergence.  [default: the project's held-out text]",
+    help="Plain text for the KL divergence.  [default: the project's held-out text]",
 )
 @options.ctx
 @options.chunks(16)
 @options.threads
 @options.device
 @options.seed()
-@click.option("--no-plot", is_flag=True, help="Draw nothing.")
+@click.option("--no-plot", is_flag=True, help="Draw no figures.")
 @options.resume
 @options.as_json
 @options.quiet
@@ -62,14 +68,14 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Repeat the studies of MoBE's paper on a model: how many bases, which activation, what errors mean.
+    """Repeat the studies of MoBE's paper on a model: number of bases, activation, error and KL divergence.
 
-    A few layers of MODEL (a Hugging Face directory) are factorized with several numbers of bases, and with each
-    activation. OUT gets ablation.json and four figures: error against the number of bases, error of the activations, how
-    values are distributed before and after them, and KL divergence from the original against error. The defaults
-    are a quick look, not the paper's effort: say --layers and --steps for more.
+    A few layers of MODEL, a Hugging Face directory, are factorized with several numbers of bases and with each activation. OUT
+    gets ablation.json and four figures: error against the number of bases, error of each activation, the distribution of values
+    before and after it, and KL divergence against error. The defaults are a quick look. For the paper's effort, raise --layers
+    and --steps.
 
-    KL divergence takes the whole model as GGUF, original and factorized, one at a time, beside OUT.
+    The KL divergence needs disk space beside OUT for the whole model as GGUF, original and factorized, one at a time.
 
     \b
     Examples:

@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import click
 
+from mobe_gguf.core.progress import say
 from mobe_gguf.runtime.build import Recipe, build, describe, inherited
 from mobe_gguf.runtime.install import Environment
-from mobe_gguf.runtime.source import say
 
 
 @click.command()
 @click.option(
     "--cuda/--no-cuda",
     default=None,
-    help="Also compile the CUDA backend.  [default: as the installed runtime, else no]",
+    help="Compile the CUDA backend, too.  [default: as in the installed runtime, else no]",
 )
 @click.option(
     "--cuda-arch",
     metavar="LIST",
-    help="GPU architectures to compile for, such as 90 or '80;90'.  [default: this machine's GPUs]",
+    help="GPU architectures to compile for, for instance 90 or '80;90'.  [default: this machine's GPUs]",
 )
 @click.option(
     "--vulkan/--no-vulkan",
     default=None,
-    help="Also compile the Vulkan backend.  [default: as the installed runtime, else no]",
+    help="Compile the Vulkan backend, too.  [default: as in the installed runtime, else no]",
 )
 @click.option(
     "--portable/--no-portable",
     default=None,
-    help="Compile for any CPU of this kind, chosen at run time, instead of for this machine's only.",
+    help="Compile for every CPU of this architecture; the fastest code is chosen at run time. Otherwise for this machine's CPU alone.",
 )
 @click.option(
     "--test-tools/--no-test-tools",
     default=None,
-    help="Also compile llama.cpp's test-backend-ops, which compares a GPU's results with the CPU's.",
+    help="Compile llama.cpp's test-backend-ops, too. It compares a GPU's results with the CPU's.",
 )
 @click.option(
-    "--jobs", "-j", type=click.IntRange(min=1), help="Compile that many files at a time.  [default: cores]"
+    "--jobs", "-j", type=click.IntRange(min=1), help="Number of files to compile at a time.  [default: cores]"
 )
 @click.option("--force", is_flag=True, help="Compile everything again.")
 def command(
@@ -50,11 +50,11 @@ def command(
 ) -> None:
     """Get, patch, compile and install the llama.cpp runtime.
 
-    Downloads the pinned source with pip, applies this project's patches, compiles it once, and installs
-    llama-cli, llama-server and the other tools, the libraries and the llama_cpp Python package into the
-    environment that mobe-gguf runs in.  Done again with nothing changed, it returns at once.
+    pip downloads the pinned source. This project's patches are applied and the source is compiled once. llama-cli, llama-server,
+    the other tools, the libraries and the Python package llama_cpp go into the environment that mobe-gguf runs in. A second run
+    with nothing changed returns at once.
 
-    An option left out keeps the value it had when the installed runtime was built.
+    An option that is left out keeps the value of the installed runtime.
     """
     environment = Environment.active()
     options = inherited(

@@ -16,8 +16,8 @@ from mobe_gguf.core.errors import Interrupted
 def command(directory: Path) -> None:
     """Run the whole path on the tiny model that ships with the project.
 
-    Factorizes it, exports the original and the MoBE checkpoint, and shows sizes, held-out perplexity and text of
-    both. All files stay in DIR (default: demo). Done again, factors with the same settings are kept.
+    The model is factorized, the original and the MoBE checkpoint are exported, and sizes, held-out perplexity and generated text of
+    both are shown. All files stay in DIR (default: demo). A second run reuses factors with the same settings.
     """
     from rich.console import Console
 

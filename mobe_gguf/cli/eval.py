@@ -27,27 +27,33 @@ if TYPE_CHECKING:  # imports that take their time
     "-f",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Plain text to predict.  [default: the project's held-out text, which says something of its tiny model only]",
+    help="Plain text to predict.  [default: the project's held-out text, which is meant for its tiny model alone]",
 )
 @options.ctx
 @options.chunks()
 @click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw KL against file size."
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Plot KL divergence against file size.",
 )
 @click.option(
-    "--card", is_flag=True, help="Note each FILE's results in the README.md that export wrote beside it."
+    "--card", is_flag=True, help="Add each FILE's results to the README.md that export wrote beside it."
 )
 @click.option(
     "--keep-logits",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Keep what llama-perplexity --kl-divergence-base wrote of REFERENCE.",
+    help="Keep REFERENCE's predictions, as llama-perplexity --kl-divergence-base writes them.",
 )
 @options.threads
 @click.option("--gpu-layers", "-ngl", metavar="N", help="Layers in GPU memory: a number, auto or all.")
 @click.option("--cpu-moe", is_flag=True, help="Keep the experts in system memory.")
 @click.option(
-    "--n-cpu-moe", type=click.IntRange(min=0), metavar="N", help="Keep the first N layers' experts there."
+    "--n-cpu-moe",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Keep the experts of the first N layers in system memory.",
 )
 @options.as_json
 @options.quiet
@@ -67,15 +73,15 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compare the predictions of GGUF files with those of the model that they were made of.
+    """Compare the predictions of GGUF files with the original model's.
 
-    REFERENCE is the original, as little quantized as the machine can run; each FILE is any GGUF file with the same
-    vocabulary, plain or MoBE. llama-perplexity runs REFERENCE once over the text, then every FILE: KL divergence
-    (mean with its standard error, percentiles), how often both find the same token likeliest, perplexities, sizes.
-    Of each chunk of text the second half is evaluated.
+    REFERENCE is the original, quantized as little as the machine can run. Each FILE is a GGUF file with the same vocabulary, plain
+    or MoBE. llama-perplexity runs REFERENCE once over the text, then every FILE. The result is the KL divergence (mean with
+    standard error, percentiles), how often both predict the same token, perplexities and sizes. The second half of each chunk is
+    evaluated.
 
-    REFERENCE's predictions go to a temporary file of 2 bytes for each evaluated token and entry of the vocabulary: a
-    chunk of 512 tokens with a vocabulary of 150,000 takes 77 MB. TMPDIR says where.
+    REFERENCE's predictions go to a temporary file in TMPDIR, 2 bytes for each evaluated token and entry of the vocabulary: 77 MB
+    for a chunk of 512 tokens and a vocabulary of 150,000.
 
     \b
     Examples:

@@ -49,17 +49,15 @@ TYPE_OPTIONS = {
 @click.option(
     "--quant",
     metavar="TYPE",
-    help="What llama-quantize calls it: f16, q8_0, q4_k, q4_k_s, ...  [default: the type that MODEL was factorized --for]",
+    help="Types, by llama-quantize's name: f16, q8_0, q4_k, q4_k_s, ...  [default: the type that MODEL was factorized --for]",
 )
 @click.option(
     "--target-size",
     metavar="SIZE",
-    help="Size of the file (4.6M, 12G; powers of ten): the types of bases, transforms and experts that no option names are chosen, layer by "
-    "layer, by what they cost and what they take.",
+    help="Size of the file (4.6M, 12G; powers of ten). The types of bases, transforms and experts are chosen layer by layer, by "
+    "error and size, unless an option names them.",
 )
-@click.option(
-    "--target-bpw", type=float, metavar="BITS", help="The same, by bits per weight of the file's tensors."
-)
+@click.option("--target-bpw", type=float, metavar="BITS", help="The same, in bits per weight.")
 @click.option("--basis-type", metavar="TYPE", help="Type of the bases B, instead of what --quant gives them.")
 @click.option(
     "--transform-type", metavar="TYPE", help="Type of the transforms A, instead of what --quant gives them."
@@ -67,27 +65,27 @@ TYPE_OPTIONS = {
 @click.option(
     "--down-type",
     metavar="TYPE",
-    help="Type of the experts' down projections (of their A's where down is factorized), instead of what --quant or "
-    "--transform-type gives them.",
+    help="Type of the experts' down projections (of their A's where down is factorized), instead of --quant or "
+    "--transform-type.",
 )
 @click.option(
     "--tensor-type",
     multiple=True,
     metavar="REGEX=TYPE",
-    help="Type of the tensors in whose GGUF name REGEX is found, before the options above. Repeatable, the first that "
-    "fits counts.",
+    help="Type of the tensors whose GGUF name contains REGEX. Overrides the options above. Repeatable; the first match "
+    "counts.",
 )
-@click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight, before --tensor-type.")
+@click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight. Overrides --tensor-type.")
 @click.option(
-    "--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight, before --tensor-type."
+    "--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight. Overrides --tensor-type."
 )
-@click.option("--pure", is_flag=True, help="One type for all matrices, no mixture.")
+@click.option("--pure", is_flag=True, help="Give all matrices one type, not a mixture.")
 @click.option(
     "--imatrix",
     multiple=True,
     metavar="FILE",
-    help="Importance matrix of llama-imatrix: of the original model, or of the MoBE model. Repeatable, each is used for "
-    "what it fits.",
+    help="Importance matrix from llama-imatrix, of the original or of the MoBE model. Repeatable; each is used where it "
+    "fits.",
 )
 @click.option(
     "--moments",
@@ -99,61 +97,63 @@ TYPE_OPTIONS = {
 @click.option(
     "--refit/--no-refit",
     default=True,
-    help="Solve for the transforms and the mix again, for the bases as they are rounded.  [default: refit]",
+    help="Solve for the transforms and the mix again, for the rounded bases.  [default: refit]",
 )
 @click.option(
     "--original",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The model that MODEL was made of, for --refit, if it is not where it was.",
+    help="The original model, for --refit, if it has moved.",
 )
 @click.option(
     "--split-max-size",
     metavar="SIZE",
-    help="Write several files of at most so many bytes of tensors each (500M, 50G; powers of ten), named "
-    "OUT-00001-of-0000N.gguf. An interrupted export goes on with the file that it was at.",
+    help="Write several files, OUT-00001-of-0000N.gguf, each with at most SIZE of tensors (500M, 50G; powers of ten). An "
+    "interrupted export resumes at the unfinished file.",
 )
 @click.option(
-    "--experts-used", type=int, metavar="K", help="Experts that a token uses, instead of what MODEL says."
+    "--experts-used", type=int, metavar="K", help="Experts that a token uses, instead of MODEL's own number."
 )
 @click.option(
     "--dense",
     is_flag=True,
-    help="Write ordinary experts, the factors multiplied out: a file for any llama.cpp, of the original's size. Also "
-    "takes an ordinary MODEL.",
+    help="Multiply the factors out and write ordinary experts. The file has the original's size and runs in any llama.cpp. "
+    "MODEL may be an ordinary model.",
 )
 @wab_options
 @click.option(
     "--source",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The GGUF file that MODEL holds factors of, if it is not where it was.",
+    help="The GGUF file that MODEL holds factors of, if it has moved.",
 )
 @click.option(
     "--base-model",
     metavar="ID",
-    help="The original's id on the hub, as Qwen/Qwen3-30B-A3B, for the metadata and the card.  [default: what is known]",
+    help="The original's id on the hub (Qwen/Qwen3-30B-A3B), for the metadata and the card.  [default: as recorded]",
 )
 @click.option("--no-card", is_flag=True, help="Write no README.md beside the file.")
-@click.option("--tokenizer-pre", metavar="NAME", help="llama.cpp's pre-tokenizer, if it is not recognized.")
+@click.option(
+    "--tokenizer-pre", metavar="NAME", help="Name of llama.cpp's pre-tokenizer, if it is not recognized."
+)
 @options.dry_run
 @options.as_json
-@click.option("-v", "--verbose", is_flag=True, help="Show every tensor, and what llama.cpp's converter says.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Show every tensor and the output of llama.cpp's converter."
+)
 @options.quiet
 def command(model: Path, out: Path, as_json: bool, **given: Any) -> None:
     """Write the MoBE checkpoint MODEL as a GGUF file.
 
-    MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint, also by its id on the Hugging Face hub
-    (ORG/NAME, which is downloaded). Each tensor gets the type that llama-quantize would give it for the same TYPE
-    (so q4_k means q4_k_m); router, norms and mixing weights stay f32. An existing OUT.gguf (of a
-    symbolic link, what it points to) is replaced when the new one is whole.
+    MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint. It may be an id on the Hugging Face hub (ORG/NAME),
+    which is downloaded. Each tensor gets the type that llama-quantize would give it for the same TYPE, so q4_k means q4_k_m.
+    Router, norms and mixing weights stay f32. An existing OUT.gguf is replaced when the new one is whole.
 
-    Where bases are quantized, the transforms and the mix are solved for again: for the original model's matrices, if it is
-    where factorize found it or --original says, else for what the factors stand for.
+    Where bases are quantized, the transforms and the mix are solved for again. They come near to the original model's matrices if
+    the original is where factorize found it, or where --original says. Otherwise they come near to what the factors stand for.
 
-    Where MODEL holds factors of a GGUF file, --quant gives the types of the factors alone. All other tensors pass
-    through from that file as they are, but for those that --tensor-type, --down-type, --output-tensor-type or
-    --token-embedding-type name.
+    Where MODEL holds factors of a GGUF file, --quant applies to the factors alone. All other tensors are copied from that
+    file, except those that --tensor-type, --down-type, --output-tensor-type or --token-embedding-type name.
 
     \b
     Examples:

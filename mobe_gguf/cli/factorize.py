@@ -20,7 +20,7 @@ from mobe_gguf.core.names import ACTIVATIONS
     "--bases",
     type=click.IntRange(min=1),
     metavar="M",
-    help="Basis matrices of a layer.  [default: a quarter of the experts]",
+    help="Basis matrices in a layer.  [default: a quarter of the experts]",
 )
 @click.option(
     "--rank",
@@ -31,28 +31,28 @@ from mobe_gguf.core.names import ACTIVATIONS
 @click.option(
     "--target",
     metavar="SHARE|SIZE",
-    help="Instead of --bases: the share of the parameters to keep, as 0.75, or with --quant the size of the GGUF file, as "
-    "12.5GB (powers of ten). Bases (and rank) of each layer and projection follow from short fits: more where they take off "
-    "more error.",
+    help="Instead of --bases: the share of the parameters to keep (0.75), or, with --quant, the size of the GGUF file (12.5GB; "
+    "powers of ten). Short fits choose the bases and the rank of each layer and projection: more where they reduce the error "
+    "more.",
 )
-@click.option("--quant", metavar="TYPE", help="With --target SIZE: what export will be given as --quant.")
+@click.option("--quant", metavar="TYPE", help="With --target SIZE: the --quant that export will get.")
 @click.option(
     "--method",
     type=click.Choice(["mobe", "svd", "molae", "d2moe"]),
-    help="mobe, or one that it is compared with, at as many parameters: each expert's own SVD, one latent basis for all "
-    "(MoLAE), a shared base and low-rank differences (D2-MoE).  [default: mobe]",
+    help="mobe, or a method to compare it with at as many parameters: an SVD of each expert (svd), one basis for all (molae), "
+    "or a shared matrix with low-rank differences (d2moe).  [default: mobe]",
 )
 @click.option(
     "--groups",
     type=click.IntRange(min=1),
     metavar="G",
-    help="Groups of experts, each with its own M/G bases.  [default: 1]",
+    help="Groups of experts; each has M/G bases of its own.  [default: 1]",
 )
 @click.option(
     "--activation",
     type=click.Choice(sorted(ACTIVATIONS)),
-    help="Function on the mixed bases. 'none' is cheapest to run: a token's experts share the products of the bases with it, if "
-    "--mix is scalar and --groups 1.  [default: tanh]",
+    help="Function on the mixed bases. 'none' is the fastest to run, with --mix scalar and --groups 1: a token's experts then "
+    "share the products with the bases.  [default: tanh]",
 )
 @click.option(
     "--mix",
@@ -63,15 +63,15 @@ from mobe_gguf.core.names import ACTIVATIONS
     "--mix-terms",
     type=click.IntRange(min=1),
     metavar="S",
-    help="Bases that an expert mixes at most: fewer run faster where not all experts are in use, on CPUs above all. Fitted "
-    "with --moments and --for, 2 terms of 6 cost the shipped model 3 % of its layer error.  [default: all]",
+    help="Most bases that one expert mixes. Fewer run faster, above all on a CPU. With --moments and --for, 2 terms of 6 "
+    "raise the shipped model's layer error by 3 %.  [default: all]",
 )
 @options.steps(500, unset=True)
 @click.option(
     "--objective",
     type=click.Choice(["mse", "activation"]),
-    help="Error of the matrices, or of their outputs on the inputs that --moments or --imatrix saw.  "
-    "[default: activation with one of these, else mse]",
+    help="What to minimize: the error of the weights (mse), or of the outputs on the inputs that --moments or --imatrix saw "
+    "(activation).  [default: activation with one of these, else mse]",
 )
 @options.imatrix
 @click.option(
@@ -85,10 +85,12 @@ from mobe_gguf.core.names import ACTIVATIONS
     "--for",
     "for_both",
     metavar="TYPE",
-    help="ggml type that the factors will be exported in, as q4_k: they are fitted so that rounding costs little.",
+    help="ggml type that the factors will be exported in, for instance q4_k. Rounding to it then costs little.",
 )
-@click.option("--for-basis", metavar="TYPE", help="The same for the bases alone.  [default: that of --for]")
-@click.option("--for-transform", metavar="TYPE", help="The same for the A's alone.  [default: that of --for]")
+@click.option("--for-basis", metavar="TYPE", help="The type of the bases alone.  [default: that of --for]")
+@click.option(
+    "--for-transform", metavar="TYPE", help="The type of the transforms A alone.  [default: that of --for]"
+)
 @options.layers("all")
 @options.projections
 @click.option(
@@ -101,14 +103,14 @@ from mobe_gguf.core.names import ACTIVATIONS
     default="cpu",
     show_default=True,
     metavar="DEVICE",
-    help="cpu, cuda or cuda:N; or several, as cuda:0,cuda:1, each with a process of its own that takes one unit (layer and "
-    "projection) after the other.",
+    help="cpu, cuda, cuda:N, or several (cuda:0,cuda:1). Each device gets a process, which fits one unit (one projection of "
+    "one layer) after the other.",
 )
 @click.option(
     "--ray",
     metavar="ADDRESS",
-    help="Fit the units on a Ray cluster: HOST:PORT, auto (the one that runs here) or local (one of this machine alone); "
-    "--device is cpu or cuda then. All machines must have mobe-gguf[ray] and see MODEL and OUT under the same paths.",
+    help="Fit the units on a Ray cluster: HOST:PORT, auto (the cluster that runs here) or local (this machine alone). "
+    "--device is then cpu or cuda. All machines need mobe-gguf[ray] and the same paths for MODEL and OUT.",
 )
 @options.seed(unset=True)
 @options.resume
@@ -137,15 +139,14 @@ def command(
 ) -> None:
     """Replace the gate and up matrices of a MoE's experts by shared bases.
 
-    MODEL is a Hugging Face model directory (config.json, safetensors); OUT becomes a MoBE checkpoint of the same
-    kind, to be written as GGUF by `mobe-gguf export`. Or a GGUF file of any MoE (of a split one the first): OUT then
-    has the factors alone, and `mobe-gguf export` puts them back into that file. Or the id of such a model on the
-    Hugging Face hub, ORG/NAME, which is downloaded (also for --dry-run). Each expert's matrix W becomes A f(sum of
-    alpha B): A is the expert's own, the M bases B are shared. Kept of gate and up: R/d + M/n (d: hidden size, n:
-    experts).
+    Each expert's matrix W becomes A f(sum of alpha B). Every expert has its own A; the M bases B are shared. Of the gate and up
+    parameters R/d + M/n remain (d: hidden size, n: experts).
 
-    Finished units stay in OUT.work until OUT is whole, so a stopped job costs at most one unit: run the same command
-    with --resume.
+    MODEL is one of three things. A Hugging Face directory (config.json, safetensors): OUT becomes a MoBE checkpoint, which
+    `mobe-gguf export` writes as GGUF. A GGUF file of any MoE (the first file of a split one): OUT holds the factors alone, and
+    `mobe-gguf export` puts them back into that file. An id on the Hugging Face hub, ORG/NAME: it is downloaded, also for --dry-run.
+
+    Finished units stay in OUT.work until OUT is whole. A stopped job loses at most one unit: run the same command with --resume.
 
     \b
     Examples:

@@ -17,8 +17,8 @@ from mobe_gguf.cli import options
 def command(path: Path, as_json: bool) -> None:
     """Show what a GGUF file, a MoBE checkpoint or a Hugging Face MoE model holds.
 
-    Layers, experts (n, k of them used by a token; d hidden size, p intermediate size), bases (m of rank r),
-    types, sizes, recorded errors. Reads headers only.
+    Prints layers, experts (n, of which a token uses k; hidden size d, intermediate size p), bases (m of rank r), types, sizes and
+    recorded errors. Only headers are read.
     """
     from rich.console import Console
 

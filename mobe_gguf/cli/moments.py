@@ -22,8 +22,8 @@ from mobe_gguf.core.errors import Interrupted
     metavar="FILE",
     multiple=True,
     required=True,
-    help="Text of the kind that the model will be used on: some hundred thousand tokens. Plain, or .jsonl with a chat a line, "
-    "run through the model's chat template. May be given several times.",
+    help="Text of the kind that the model will be used on, some hundred thousand tokens. Plain text, or .jsonl with one chat a "
+    "line, to which the model's chat template is applied. Repeatable.",
 )
 @options.ctx
 @options.chunks()
@@ -31,19 +31,19 @@ from mobe_gguf.core.errors import Interrupted
     "--keep",
     type=float,
     metavar="SHARE",
-    help="Keep as many directions of a layer's moments as hold this share of their energy, the rest as a diagonal; all, where that "
-    "is more than half of them.  [default: 0.999]",
+    help="Keep the strongest directions of a layer's moments that hold this share of their energy, and a diagonal for the rest. If "
+    "that is more than half of them, keep all.  [default: 0.999]",
 )
 @click.option(
     "--rank",
     type=int,
     metavar="K",
-    help="Keep K directions instead (of down's inputs all): OUT takes 2 n d K bytes a layer for n experts with d inputs.",
+    help="Keep K directions instead; of down's inputs all are kept. OUT takes 2 n d K bytes a layer for n experts with d inputs.",
 )
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="Memory to use, beside what torch itself takes, as 32G.  [default: 0.8 of what this process may use]",
+    help="Memory to use (32G), beside torch's own.  [default: 0.8 of what this process may use]",
 )
 @options.device
 @options.resume
@@ -59,13 +59,12 @@ def command(
     as_json: bool,
     **settings: object,
 ) -> None:
-    """Gather what each matrix is fed on a text, for `mobe-gguf factorize --moments`.
+    """Run a text through MODEL and sum the second moments of every matrix's inputs, for `--moments` of factorize and export.
 
-    MODEL is a Hugging Face model directory. transformers (version 5) runs it over the text one layer at a time, so it need not
-    fit into memory: a layer does, and where its experts do not, they are read one after the other. FP8 weights are dequantized.
-    The second moments of the inputs of every matrix are summed, those of experts weighted by the router. What is finished is in
-    OUT.work, also the states of all tokens behind the last finished layer (2 bytes a token and channel); --resume goes on from
-    there. Memory and time by model: docs/calibration.md.
+    MODEL is a Hugging Face model directory. transformers (version 5) runs one layer at a time, so the model need not fit into
+    memory. One layer must; if its experts do not, they are read one after the other. FP8 weights are dequantized. The inputs of
+    experts are weighted by the router. Finished layers stay in OUT.work, with the states of all tokens after the last of them
+    (2 bytes a token and channel). --resume continues from there. Memory and time by model: docs/calibration.md.
 
     \b
     Example:

@@ -27,29 +27,35 @@ def layers(default: str) -> Decorator:
 projections = click.option(
     "--projections",
     metavar="LIST",
-    help="Of gate,up,down; down has its bases on the output side, as many and of the same rank.  [default: gate,up]",
+    help="Projections to factorize, of gate,up,down. Down has as many bases of the same rank, on its output side.  [default: gate,up]",
 )
 
 
 def steps(default: int, *, unset: bool = False) -> Decorator:
-    return _number("--steps", "Optimizer steps for each unit.", default, unset, click.IntRange(min=1))
+    return _number(
+        "--steps",
+        "Optimizer steps for each unit (one projection of one layer).",
+        default,
+        unset,
+        click.IntRange(min=1),
+    )
 
 
 def seed(*, unset: bool = False) -> Decorator:
-    return _number("--seed", "Same seed, same factors.", 0, unset)
+    return _number("--seed", "Seed of the start values: same seed, same factors.", 0, unset)
 
 
 imatrix = click.option(
     "--imatrix",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="File of llama-imatrix for the original model: errors are those of the outputs then.",
+    help="Importance matrix of the original model, from llama-imatrix. Minimize output error instead of weight error.",
 )
 
 # text
 
 ctx = click.option(
-    "--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens of a chunk of text."
+    "--ctx", "-c", type=int, default=512, show_default=True, metavar="N", help="Tokens in a chunk of text."
 )
 
 
@@ -66,7 +72,7 @@ device = click.option(
 threads = click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama-perplexity."
 )
-resume = click.option("--resume", is_flag=True, help="Go on with what OUT.work holds, if it is there.")
+resume = click.option("--resume", is_flag=True, help="Resume from OUT.work, if it is there.")
 dry_run = click.option(
     "--dry-run", is_flag=True, help="Check everything, show what would be written, and write nothing."
 )
@@ -91,7 +97,7 @@ as_json = click.option(
     callback=_check_stdout,
     help="Print the result as JSON on stdout.",
 )
-quiet = click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but errors.")
+quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 
 
 def _number(name: str, text: str, default: int, unset: bool, kind: click.ParamType | type = int) -> Decorator:

@@ -19,14 +19,14 @@ from mobe_gguf.core.progress import console
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "f16", "f32"]),
-    help="Type of all matrices.  [default: what config.json says for the experts, other tensors as they are]",
+    help="Type of all matrices.  [default: config.json's for the experts; other tensors keep theirs]",
 )
 @click.option(
     "--max-shard-size",
     default="5G",
     show_default=True,
     metavar="SIZE",
-    help="Bytes of a safetensors file at most, as 5G or 500M; powers of ten.",
+    help="Largest size of a safetensors file (5G, 500M; powers of ten).",
 )
 @wab_options
 @options.dry_run
@@ -44,10 +44,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Multiply the MoBE checkpoint MODEL out: OUT is an ordinary model directory, for transformers, vLLM, lm-eval.
+    """Multiply the MoBE checkpoint MODEL out into an ordinary model directory, for transformers, vLLM or lm-eval.
 
-    MODEL may be an id on the Hugging Face hub. OUT has the original's architecture and size, and the factors' errors. Experts are computed one after the other; an
-    interrupted run goes on with the shard that it was at. OUT appears when it is whole.
+    MODEL may be an id on the Hugging Face hub. OUT has the original's architecture and size; the factors' errors remain. Experts
+    are computed one after the other. An interrupted run resumes at the unfinished shard. OUT appears when it is whole.
 
     \b
     Examples:

@@ -16,15 +16,15 @@ from mobe_gguf.cli import options
 @click.option(
     "--sums",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Compare with these checksums: a file as `sha256sum *.gguf` prints it.",
+    help="Compare with the checksums in this file, which `sha256sum *.gguf` printed.",
 )
 @options.as_json
 @options.quiet
 def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
-    """Check that a GGUF file is whole: structure, shapes, finite values.
+    """Check a GGUF file: structure, shapes, finite values.
 
-    FILE is any GGUF file, or the first one of a split model (all its files are checked then). Everything that is
-    wrong is named, with the tensor and the reason; the exit code is 1 then.
+    FILE is any GGUF file. For the first file of a split model, all its files are checked. Every fault is listed with its tensor
+    and the reason, and the exit code is 1.
     """
     from mobe_gguf.core.files import describe_size
     from mobe_gguf.evaluate.verify import read_sums, verify

@@ -23,18 +23,17 @@ def wab_options(command: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             type=click.Path(path_type=Path),
             metavar="DIR",
-            help="Directory with the *_WAB.pth files that the authors' training wrote; MODEL is the original then. "
-            "Repeatable.",
+            help="Directory of the *_WAB.pth files that the authors' training wrote. MODEL is then the original. Repeatable.",
         ),
         click.option(
             "--activation",
             type=click.Choice(WAB_ACTIVATIONS),
-            help="What the files of --wab were trained with; they do not say it.",
+            help="Activation that the files of --wab were trained with; they do not record it.",
         ),
         click.option(
             "--wab-layers",
             metavar="LIST",
-            help="MoE layers to take from --wab, as 0-3,7; the others stay ordinary.  [default: all]",
+            help="MoE layers to take from --wab, as 0-3,7. The others stay ordinary.  [default: all]",
         ),
     )
     for option in reversed(options):
