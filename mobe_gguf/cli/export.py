@@ -73,7 +73,7 @@ TYPE_OPTIONS = {
     multiple=True,
     metavar="REGEX=TYPE",
     help="Type of the tensors whose GGUF name contains REGEX. Overrides the options above. Repeatable; the first match "
-    "counts.",
+    "counts, also with --pure, as in llama-quantize. Unlike there, it works with --quant f16, and case matters.",
 )
 @click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight. Overrides --tensor-type.")
 @click.option(

@@ -24,7 +24,7 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
     """Check a GGUF file: structure, shapes, finite values.
 
     FILE is any GGUF file. For the first file of a split model, all its files are checked. Every fault is listed with its tensor
-    and the reason, and the exit code is 1.
+    and the reason, and the exit code is 1. Tensors whose values are too small for their type are mentioned.
     """
     from mobe_gguf.core.files import describe_size
     from mobe_gguf.evaluate.verify import read_sums, verify
@@ -38,6 +38,7 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
             "tensors": verdict.n_tensors,
             "bytes": verdict.n_bytes,
             "problems": [{"where": where, "problem": problem} for where, problem in verdict.problems],
+            "notes": verdict.notes,
             "sha256": verdict.sums,
         }
         click.echo(json.dumps(found, indent=2))
@@ -45,6 +46,9 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
         count = f"{len(verdict.files)} files, " if len(verdict.files) > 1 else ""
         sizes = f"{count}{verdict.n_tensors} tensors, {describe_size(verdict.n_bytes)}"
         click.echo(f"{file}: whole: {sizes}{', checksums as expected' if sums else ''}")
+    if not as_json and not quiet:
+        for note in verdict.notes:
+            click.echo(f"{file}: {note}", err=True)
     if verdict.problems and not as_json:
         for where, problem in verdict.problems:
             click.echo(f"{where}: {problem}" if where != str(file) else f"{file}: {problem}", err=True)

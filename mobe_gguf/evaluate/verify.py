@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError, UsageError
@@ -20,18 +21,24 @@ from mobe_gguf.core.files import CHUNK, sha256
 from mobe_gguf.core.progress import bar
 from mobe_gguf.evaluate.inspect import describe_gguf
 from mobe_gguf.formats.gguf import GgufFile, TensorInfo, join, padded, read_parts
+from mobe_gguf.quant.small import LEAST, Squares, is_small, small_line
 from mobe_gguf.runtime import ggml
+
+#: Values of each piece of a tensor that are decoded to see how large they are.
+SAMPLE = 1 << 14
 
 
 @dataclass
 class Verdict:
-    """``problems``: ``(what, why)``, where what is a tensor's name, a key or a file.  ``sums``: sha256 by file name."""
+    """``problems``: ``(what, why)``, where what is a tensor's name, a key or a file.  ``notes``: what a whole file's maker should
+    know.  ``sums``: sha256 by file name."""
 
     path: Path
     files: list[Path] = field(default_factory=list)
     n_tensors: int = 0
     n_bytes: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     sums: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,12 +74,21 @@ def verify(
     for head in heads:
         verdict.problems += _layout(head)
     verdict.problems += _keys(model)
+    small: list[tuple[str, str, float]] = []
     with bar("values", round(model.size / 1e6), quiet) as progress:
         for head in heads:
             for info in head.tensors.values():
                 progress.update(info.name)
-                verdict.problems += [(info.name, problem) for problem in _values(info)]
+                squares = Squares()
+                verdict.problems += [(info.name, problem) for problem in _values(info, squares)]
+                scaled = (
+                    info.name.replace(".weight", ".scale") in model.tensors
+                )  # nvfp4 with a scale of the tensor
+                if is_small(info.type, squares.rms) and not scaled:
+                    small.append((info.name, info.type, squares.rms))
                 progress.advance(info.n_bytes / 1e6)
+    if small:
+        verdict.notes.append(small_line(small))
     if sums is not None:
         verdict.problems += _checksums(verdict, sums)
     return verdict
@@ -105,8 +121,9 @@ def _keys(model: GgufFile) -> Iterator[tuple[str, str]]:
             yield names.key_activation(model.arch), f"it is {activation!r}, expected one of {known}"
 
 
-def _values(info: TensorInfo) -> Iterator[str]:
-    """What is wrong with a tensor's values: at most one line."""
+def _values(info: TensorInfo, squares: Squares) -> Iterator[str]:
+    """What is wrong with a tensor's values: at most one line.  Of each piece some rows are added to ``squares``, where the type
+    has a smallest size."""
     kind = ggml.type_info(info.type)
     row_bytes = kind.row_bytes(info.shape[-1])
     step = max(1, CHUNK // row_bytes) * row_bytes
@@ -117,6 +134,9 @@ def _values(info: TensorInfo) -> Iterator[str]:
             if not ggml.is_valid(data, info.type):
                 yield _where(data.reshape(-1, row_bytes), info, begin // row_bytes)
                 return
+            if info.type in LEAST:
+                rows = data[: max(1, SAMPLE // info.shape[-1]) * row_bytes].reshape(-1, row_bytes)
+                squares.add(torch.from_numpy(ggml.dequantize(rows, info.type, info.shape[-1], threads=1)))
 
 
 def _where(rows: np.ndarray, info: TensorInfo, first: int) -> str:

@@ -32,6 +32,7 @@ from mobe_gguf.export.write import Copied, Encoded, write_gguf
 from mobe_gguf.formats.contents import original_params
 from mobe_gguf.quant.allocate import parse_target
 from mobe_gguf.quant.recipe import Recipe, parse_override, parse_quant, parse_type
+from mobe_gguf.quant.small import is_small, small_line
 
 __all__ = [
     "ExportOptions",
@@ -95,6 +96,9 @@ def write_model(request: ExportRequest) -> Report:
         report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
         report.refit = None if layout.refitting is None else layout.refitting.outcome()
         report.n_bytes = sum(path.stat().st_size for path in paths)
+        sizes = [(e.tensor.name, e.type, e.squares.rms) for e in layout.encoded]
+        if small := [found for found in sizes if is_small(*found[1:])]:
+            report.notes.append(small_line(small))
         if options.card:
             report.card = write_card(_subject(request, model, types, report))
     report.seconds = time.monotonic() - started

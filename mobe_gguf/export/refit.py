@@ -39,6 +39,7 @@ from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, recorded
 from mobe_gguf.models.original import Original, open_original
 from mobe_gguf.models.wab import WabCheckpoint
 from mobe_gguf.quant.recipe import FLOATS, Choice
+from mobe_gguf.quant.small import Squares
 from mobe_gguf.runtime import ggml
 
 #: Bytes that a block of experts may take, if it is more than one.  It is fixed, for sums depend on it in their last bits.
@@ -213,7 +214,7 @@ class Solved(Encoded):
         return self.mix
 
     def _solve(self) -> Iterator[np.ndarray]:
-        unit, outcome, mixes = self.unit, Refit(), []
+        unit, outcome, mixes, self.squares = self.unit, Refit(), [], Squares()
         weights = self.importance.read() if self.collected and self.importance else None
         for experts, mix, basis, kept_basis in unit.groups():
             same = torch.equal(basis, kept_basis)
@@ -222,6 +223,7 @@ class Solved(Encoded):
                 stored = torch.stack(
                     [unit.layer.transform(unit.projection, e) for e in range(s.start, s.stop)]
                 )
+                self.squares.add(stored)
                 z = activate(combine(alpha, kept_basis), unit.activation)
                 metric = unit.metric.slice(s, z)
                 zm = metric.apply(z)

@@ -20,7 +20,9 @@ from mobe_gguf.export.encoder import Encoder, NearestEncoder
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import Tensor, chunks
 from mobe_gguf.formats.gguf import ALIGNMENT, padded
+from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.models.gguf_source import Stored
+from mobe_gguf.quant.small import Squares
 from mobe_gguf.runtime import ggml
 
 
@@ -58,7 +60,8 @@ def head_bytes(writer: Head, alignment: int = ALIGNMENT) -> int:
 class Encoded:
     """A tensor for ``GGUFWriter.write_tensor_data``: it asks for ``nbytes`` and calls ``tofile``.
 
-    ``importance``: weights of its columns; ``encoder``: what makes its bytes, libggml's own if None.
+    ``importance``: weights of its columns; ``encoder``: what makes its bytes, libggml's own if None.  ``squares``: of the values
+    that were encoded, when they were.
     """
 
     tensor: Tensor
@@ -66,11 +69,13 @@ class Encoded:
     nbytes: int
     importance: Importance | None = None
     encoder: Encoder | None = field(default=None, kw_only=True)
+    squares: Squares = field(default_factory=Squares, kw_only=True)
 
     def tofile(self, file: IO[bytes]) -> None:
         """Write the tensor's bytes.  MobeError as :func:`encode`."""
         encoder = self.encoder or NearestEncoder(self.type, self.importance)
-        self.check(sum(file.write(block) for block in encode(self.tensor, encoder)))
+        self.squares = Squares()
+        self.check(sum(file.write(block) for block in encode(self.tensor, encoder, self.type, self.squares)))
 
     def check(self, written: int) -> None:
         """MobeError if not as many bytes were ``written`` as the tensor table says: all that follows would be misread."""
@@ -87,11 +92,26 @@ class Copied(Encoded):
         source = self.tensor.source
         if not isinstance(source, Stored):
             raise TypeError(f"{self.tensor.name}: only what is stored in a GGUF file can be copied")
-        self.check(sum(file.write(block) for block in source.blocks()))
+        self.check(sum(file.write(block) for block in _valid_blocks(source)))
 
 
-def encode(tensor: Tensor, encoder: Encoder) -> Iterator[memoryview]:
-    """The bytes of ``tensor``, piece by piece.
+def _valid_blocks(source: Stored) -> Iterator[bytes]:
+    """The bytes of ``source``; MobeError if they hold a value or a scale that is not finite."""
+    for block in source.blocks():
+        if not ggml.is_valid(np.frombuffer(block, np.uint8), source.type):
+            raise MobeError(
+                f"{source.file}: tensor {source.name} holds values that are NaN or Inf. The file is damaged; see where:\n"
+                f"  mobe-gguf verify {source.file}"
+            )
+        yield block
+
+
+def encode(
+    tensor: Tensor, encoder: Encoder, type_name: str, squares: Squares | None = None
+) -> Iterator[memoryview]:
+    """The bytes of ``tensor``, which is to have the ggml type ``type_name``, piece by piece; ``squares`` is added to.
+
+    Values are checked here, whatever the encoder: of a NaN most make finite, valid blocks without a word.
 
     libggml encodes outside Python's lock, so each core encodes a piece while the next is read; no more than one
     piece a core and one besides are in memory.  MobeError names the tensor if a value is NaN, Inf or too large.
@@ -104,6 +124,10 @@ def encode(tensor: Tensor, encoder: Encoder) -> Iterator[memoryview]:
         try:
             for first, chunk in chunks(tensor.source, within=within):
                 name = f"tensor {tensor.name}, counted from its row {first}"
+                if not all_finite(chunk):
+                    ggml.check_values(chunk.float().reshape(-1, chunk.shape[-1]).numpy(), type_name, name)
+                if squares is not None:
+                    squares.add(chunk)
                 pending.append(pool.submit(run, chunk, first // within if within else 0, name))
                 if len(pending) > workers:
                     yield pending.popleft().result().data.cast("B")

@@ -105,8 +105,9 @@ class Stored:
             yield self._decoded(raw)
 
     def blocks(self) -> Iterator[bytes]:
-        """The bytes as they are stored, without what lies between the matrices."""
-        yield from self._blocks(CHUNK)
+        """The bytes as they are stored, without what lies between the matrices; whole blocks of the type at a time."""
+        size = ggml.type_info(self.type).bytes
+        yield from self._blocks(CHUNK // size * size)
 
     def _blocks(self, step: int) -> Iterator[bytes]:
         whole = self.stride == self.matrix_bytes

@@ -246,11 +246,23 @@ def plan(specs: Iterable[Spec], recipe: Recipe, facts: Facts) -> dict[str, Choic
             )
         choices[spec.name] = Choice(fit(wanted, spec.row), wanted)
     if unused:
-        raise UsageError(
-            f"--tensor-type {sorted(unused)[0]}=...: no tensor that can be quantized has a name like that. "
+        raise _without_effect(sorted(unused)[0], recipe, [s.name for s in specs if allows_quantization(s)])
+    return choices
+
+
+def _without_effect(pattern: str, recipe: Recipe, names: list[str]) -> UsageError:
+    """What is wrong with the pattern of an override that gave no tensor of ``names`` its type."""
+    name = next((name for name in names if re.search(pattern, name)), None)
+    if name is None:
+        return UsageError(
+            f"--tensor-type {pattern}=...: no tensor that can be quantized has a name like that. "
             "Names look like blk.0.ffn_gate_exps.weight, blk.0.ffn_gate_basis.weight, blk.0.attn_q.weight."
         )
-    return choices
+    earlier, type_name = next(pair for pair in recipe.overrides if re.search(pair[0], name))
+    return UsageError(
+        f"--tensor-type {pattern}=...: every tensor that it fits has its type by an earlier one, {name} for instance by "
+        f"{earlier}={type_name}. The first that fits counts: put this one before it, or leave it out."
+    )
 
 
 def _asked_for(spec: Spec, recipe: Recipe, unused: set[str], has_basis: bool) -> str | None:

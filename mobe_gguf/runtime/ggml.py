@@ -165,7 +165,6 @@ def quantize(
         weights = ffi.from_buffer("float[]", imatrix)
     elif info.requires_imatrix:
         raise MobeError(f"{name}: type {info.name} needs an importance matrix: give one with --imatrix FILE")
-    limit = np.inf if info.name in ("f32", "bf16") else _LARGEST
 
     rows = array.reshape(-1, n)
     out = np.empty((len(rows), row_bytes), np.uint8)
@@ -173,7 +172,7 @@ def quantize(
 
     def encode(first: int, last: int) -> None:
         part = np.ascontiguousarray(rows[first:last])
-        _check_values(part, first, limit, info, name)
+        check_values(part, info.name, name, first)
         source, target = ffi.from_buffer("float[]", part), ffi.from_buffer(out[first:last])
         written = lib.ggml_quantize_chunk(info.id, source, target, 0, last - first, n, weights)
         if written != (last - first) * row_bytes:
@@ -271,13 +270,19 @@ def _check_imatrix(imatrix: np.ndarray, n: int, name: str) -> np.ndarray:
     return imatrix
 
 
-def _check_values(part: np.ndarray, first: int, limit: float, info: TypeInfo, name: str) -> None:
-    """``part`` holds rows ``first`` and following; the encoders abort the process on a NaN."""
-    largest = max(part.max(), -part.min())  # NaN if there is one, for either is NaN then
+def check_values(rows: np.ndarray, type: str, name: str, first: int = 0) -> None:
+    """MobeError, which calls them ``name``, unless all values of float32 ``rows`` ``[r, n]``, of which the first is row ``first``,
+    can be encoded as ``type``: are finite and, in a type with float16 scales, at most 65504.
+
+    Every encoder is to be called after this.  Of a NaN libggml's make valid blocks of finite values in most types, and of some
+    the process is aborted.
+    """
+    limit = np.inf if type in ("f32", "bf16") else _LARGEST
+    largest = max(rows.max(), -rows.min())  # NaN if there is one, for either is NaN then
     if largest <= limit and np.isfinite(largest):
         return
-    wrong = ~(np.abs(part) <= limit) | ~np.isfinite(part)
+    wrong = ~(np.abs(rows) <= limit) | ~np.isfinite(rows)
     row, column = np.argwhere(wrong)[0]
-    value = part[row, column]
-    why = "not finite" if not np.isfinite(value) else f"too large for type {info.name} (at most {limit:g})"
+    value = rows[row, column]
+    why = "not finite" if not np.isfinite(value) else f"too large for type {type} (at most {limit:g})"
     raise MobeError(f"{name}: value {value:g} at row {first + row}, column {column} is {why}")

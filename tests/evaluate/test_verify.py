@@ -235,3 +235,46 @@ def test_a_directory(whole: Path, tmp_path: Path) -> None:
     assert code == 2 and f"{whole.parent} is a directory; expected a GGUF file" in err
     assert f"mobe-gguf verify {whole}" in err
     assert f"mobe-gguf inspect {tmp_path}" in run(tmp_path)[2]
+
+
+def test_what_llama_cpps_tools_make_of_another_alignment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sound file whose data are padded to 256 they write, exit code 0, files that are none: found before anyone loads one."""
+    import subprocess
+
+    import gguf
+
+    class Writer(gguf.GGUFWriter):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            self.data_alignment = 256
+
+    monkeypatch.setattr(gguf, "GGUFWriter", Writer)
+    file = qwen3moe()
+    file.keys["general.alignment"] = 256
+    source = file.write(tmp_path / "source.gguf")
+    assert run(source)[0] == 0
+    quantized, part = tmp_path / "quantized.gguf", tmp_path / "part"
+    subprocess.run(
+        [runtime.tool("llama-quantize"), source, quantized, "Q8_0"], check=True, capture_output=True
+    )
+    command = [runtime.tool("llama-gguf-split"), "--split", "--split-max-tensors", "20", source, part]
+    subprocess.run(command, check=True, capture_output=True)
+    for broken in (quantized, tmp_path / "part-00001-of-00002.gguf"):
+        code, _, err = run(broken)
+        assert code == 1 and "off the alignment" in err, "the tool was mended: docs/parts.md"
+
+
+def test_values_that_are_too_small_for_their_type(whole: Path, tmp_path: Path) -> None:
+    file = good()
+    for name in file.tensors:
+        if "ffn_down_exps" in name:
+            file.tensors[name] = (file.tensors[name] / file.tensors[name].std() * 1e-5).astype(np.float16)
+    path = file.write(tmp_path / "small.gguf")
+    found = json.loads(run(path, "--json")[1])
+    assert found["whole"] and not json.loads(run(whole, "--json")[1])["notes"]
+    (note,) = found["notes"]
+    assert "ffn_down_exps.weight and 1 more tensors: values around 1.0e-05 are too small for f16" in note
+    result = CliRunner().invoke(main, ["verify", str(path)])
+    assert result.exit_code == 0 and note in result.stderr

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.export import Recipe, encoder, export, write
+from mobe_gguf.export import Recipe, encoder, export, refit, write
 from mobe_gguf.export.encoder import NearestEncoder
 from mobe_gguf.export.source import Stacked, Tensor, Whole
+from mobe_gguf.models.gguf_source import Stored
+from mobe_gguf.quant import roundtrip
+from mobe_gguf.quant.recipe import BLOCK, NEED_IMATRIX
 from mobe_gguf.runtime import ggml
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -18,7 +24,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 def encoded(values: torch.Tensor, type_name: str, source: type = Whole) -> bytes:
     given = Whole(values) if source is Whole else Stacked(tuple(values.shape), lambda i: values[i])
     return b"".join(
-        bytes(block) for block in write.encode(Tensor("t", given), NearestEncoder(type_name, None))
+        bytes(block) for block in write.encode(Tensor("t", given), NearestEncoder(type_name, None), type_name)
     )
 
 
@@ -83,7 +89,73 @@ def test_what_is_not_whole_is_refused(tmp_path):
     """A source with fewer rows than its shape says; a tensor of another size than the tensor table has."""
     short = Stacked((4, 8, 32), lambda i: torch.zeros(7, 32))
     with pytest.raises(MobeError, match="32 rows of 32 values gave 28"):
-        list(write.encode(Tensor("t", short), NearestEncoder("f16", None)))
+        list(write.encode(Tensor("t", short), NearestEncoder("f16", None), "f16"))
     wrong = write.Encoded(Tensor("t", Whole(torch.zeros(4, 32))), "f16", 255)
     with open(tmp_path / "out", "wb") as file, pytest.raises(MobeError, match="t: 256 bytes.*255"):
         wrong.tofile(file)
+
+
+class Anything:
+    """An encoder of somebody else's, which looks at nothing."""
+
+    by_matrix = False
+
+    def open(self):
+        return lambda rows, matrix, name: np.zeros(rows.shape, np.uint8)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("type_name", sorted(BLOCK))
+def test_every_type_and_path_is_checked_before_its_encoder(type_name, value, monkeypatch):
+    """libggml turns such values into valid blocks without a word (or stops the process): it is never asked."""
+    values = torch.zeros(4, 256)
+    values[2, 7] = value
+    monkeypatch.setattr(ggml, "_in_parallel", lambda work, rows, *_: work(0, rows))
+    where = r"row 2, column 7 is not finite"
+    ones = np.ones(256, np.float32)
+    calls = [lambda: list(write.encode(Tensor("t", Whole(values)), Anything(), type_name))]
+    if type_name[:3] not in (
+        "iq1",
+        "iq2",
+    ):  # their encoders prepare tables for half a minute before they look
+        calls.append(lambda: ggml.quantize(values.numpy(), type_name, ones))
+        calls.append(lambda: refit.decoded(values, type_name, ones, "t"))
+    if type_name not in NEED_IMATRIX:
+        calls.append(lambda: roundtrip.rounded(values, type_name))
+    for call in calls:
+        with pytest.raises(MobeError, match=where):
+            call()
+
+
+@pytest.mark.parametrize("type_name", ["q8_0", "q4_k", "bf16", "f32"])
+def test_what_passes_through_a_gguf_file_is_checked(type_name, tmp_path):
+    data = ggml.quantize(np.ones((2, 8, 256), np.float32), type_name)
+    path = tmp_path / "source.gguf"
+    kind = ggml.type_info(type_name)
+    stored = Stored("t", path, type_name, (2, 8, 256), 0, data.nbytes // 2)
+    for damage in (False, True):
+        raw = bytearray(data.tobytes())
+        if damage:  # the last block's scale, or the last value
+            at = len(raw) - kind.bytes + (2 if type_name == "f32" else 0)
+            raw[at : at + 2] = (0x7FFF).to_bytes(2, "little")
+        path.write_bytes(raw)
+        out, tensor = io.BytesIO(), write.Copied(Tensor("t", stored), type_name, len(raw))
+        if damage:
+            with pytest.raises(MobeError, match=r"source.gguf: tensor t holds values that are NaN or Inf"):
+                tensor.tofile(out)
+        else:
+            tensor.tofile(out)
+            assert out.getvalue() == raw
+
+
+def test_values_that_are_too_small_are_mentioned(mobe, tmp_path):
+    source = mobe("olmoe", dtype=torch.float32)
+    assert not any(
+        "too small" in note for note in export(source, tmp_path / "a", Recipe("f16"), quiet=True).notes
+    )
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        tensors[name] = tensor * 1e-5 if "q_proj" in name else tensor
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (note,) = export(source, tmp_path / "b", Recipe("f16"), quiet=True).notes
+    assert note.startswith("blk.0.attn_q.weight") and "too small for f16" in note

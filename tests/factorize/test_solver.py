@@ -11,7 +11,9 @@ from mobe_gguf.core.formula import activate
 from mobe_gguf.core.metric import Metric
 from mobe_gguf.core.projected import SingularError
 from mobe_gguf.factorize import solver
+from mobe_gguf.factorize.scale import USUAL, balance
 from mobe_gguf.factorize.solver import Settings, fit
+from mobe_gguf.quant.small import LEAST
 
 
 def shared_structure(n=12, p=24, d=40, m=3, r=24, activation="tanh", noise=0.1, seed=0):
@@ -233,3 +235,29 @@ def test_the_terms_kept_are_those_of_the_largest_products():
     assert solver._strongest(mix, basis, 2).tolist() == [[1, 1, 0], [1, 1, 0]]
     by_rows = torch.stack([mix, torch.tensor([[0.0, 0.0, 200.0], [0.0, 0.0, 0.0]])], -1)
     assert solver._strongest(by_rows, basis, 1)[..., 0].tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("mix", ["scalar", "row"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_linear_form_keeps_its_size_out_of_what_is_rounded(mix, transposed):
+    """However small the experts are: their A has the size of ordinary weights, far above where scales become coarse."""
+    w = shared_structure(activation="none") * 2.0**-10
+    w[5] *= 2.0**-6
+    w[7] = 0
+    f = fit(w, Settings(3, 32, activation="none", mix=mix, steps=5, transposed=transposed))
+    sizes = f.transform.square().mean((1, 2)).sqrt()
+    usual = torch.arange(12) != 7
+    assert (sizes[usual] > USUAL / 1.5).all() and (sizes[usual] < USUAL * 1.5).all()
+    assert min(USUAL, f.basis.square().mean().sqrt()) > 8 * max(
+        least for name, least in LEAST.items() if name != "nvfp4"
+    )
+    assert f.transform.isfinite().all() and f.mix.isfinite().all() and not f.transform[7].any()
+
+
+def test_balance_changes_no_product():
+    g = torch.Generator().manual_seed(3)
+    a, alpha, basis = (torch.randn(*s, generator=g) for s in ((4, 6, 8), (4, 2), (2, 8, 10)))
+    before = (a * 1e-3).bmm(combine_groups(alpha, basis, 1))
+    new = a * 1e-3
+    changed = balance(new, alpha)
+    assert torch.equal(before, new.bmm(combine_groups(changed, basis, 1))) and not torch.equal(changed, alpha)

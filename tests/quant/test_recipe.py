@@ -255,6 +255,10 @@ def test_fallbacks(wanted: str, row: int, got: str) -> None:
         (lambda: parse_override("a(=q4_k"), ["regular expression"]),
         (lambda: parse_override("a=q9"), ["q9", "q8_0"]),
         (lambda: plan(SPECS, Recipe("q8_0", overrides=(("mix", "q4_0"),)), FACTS), ["mix", "no tensor"]),
+        (
+            lambda: plan(SPECS, Recipe("q8_0", overrides=(("gate_", "q4_0"), ("gate_exps", "q5_0"))), FACTS),
+            ["gate_exps=...", "by gate_=q4_0", "before it"],
+        ),
     ],
 )
 def test_wrong_usage(call: Callable[[], object], words: list[str]) -> None:
