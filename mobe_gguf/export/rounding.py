@@ -21,8 +21,7 @@ from mobe_gguf.export.encoder import Encoder, EncodeRows, Nearest
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.report import Rounded
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.quant.rounding import TYPES
-from mobe_gguf.quant.rounding.rounder import Outcome, Rounder
+from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 
 def matrix(roots: Roots, e: int) -> torch.Tensor:
@@ -50,7 +49,7 @@ class ByMoments:
         return "moments", self.moments.checksum
 
     def encoder(self, tensor: Tensor, type_name: str, importance: Importance | None) -> Encoder:
-        if type_name not in TYPES or tensor.name in self.factors or not covers(self.moments, tensor):
+        if type_name not in ROUNDED or tensor.name in self.factors or not covers(self.moments, tensor):
             return Nearest().encoder(tensor, type_name, importance)
         return MomentsEncoder(self, tensor.name, type_name)
 

@@ -8,7 +8,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.quant.rounding import TYPES, engine, reference
 from mobe_gguf.quant.rounding.engine import Problem, feedback, sweep
 from mobe_gguf.quant.rounding.native import Kernels, library
-from mobe_gguf.quant.rounding.rounder import Rounder
+from mobe_gguf.quant.rounding.rounder import ROUNDED, Rounder
 from mobe_gguf.quant.rounding.scales import Scales
 from mobe_gguf.runtime import ggml
 
@@ -89,7 +89,7 @@ def test_a_sweep_never_costs(name: str) -> None:
     assert np.allclose(decoded, grid.values(codes)[0].numpy(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(TYPES))
+@pytest.mark.parametrize("name", sorted(ROUNDED))
 def test_errors_in_the_metric_fall(name: str) -> None:
     s, w = moments(), matrix()
     data, outcome = Rounder(s).encode(w, name)

@@ -3,9 +3,10 @@
     stored = TYPES["q3_k"].unpack(ggml.quantize(w, "q3_k", imatrix))      scales as libggml chooses them
     data = TYPES["q3_k"].pack(stored)                                     the same bytes
 
-``forms``: what a type stores, codes and scales apart, the same for all types; ``grid``: what codes stand for while the scales
-are held, and which of them is nearest.  ``legacy``, ``ternary``, ``kquants`` and ``codebook*`` know the types' bytes, a family
-a module.  ``gptq`` and ``descent`` choose codes and scales by ``tr(D S D^T)``, S the second moments of the inputs.
+``rounder``: the door, values and moments to bytes.  ``forms``: what a type stores, codes and scales apart, the same for all types but those
+with codebooks; ``grid``: what codes stand for while the scales are held, and which of them is nearest.  ``legacy``, ``ternary`` and
+``kquants`` know the types' bytes.  ``engine`` (``native`` the same in C, ``reference`` without blocks) and ``scales`` choose codes and scales
+by ``tr(D S D^T)``, S the second moments of the inputs.  ``codebook*``: all of it for the types with codebooks.
 
 A new type is a subclass of :class:`forms.Type` with ``unpack`` and ``pack``, registered by :func:`forms.register`.
 """

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.quant.rounding import codebook
+from mobe_gguf.quant.rounding.codebook_blocks import CODEBOOKS
 from mobe_gguf.quant.rounding.engine import Problem, code_type, feedback, sweep
 from mobe_gguf.quant.rounding.forms import TYPES, Stored, Type
 from mobe_gguf.quant.rounding.scales import Scales
@@ -56,6 +58,10 @@ class Outcome:
         return f"error {self.before / size:.2e} -> {self.after / size:.2e}"
 
 
+#: Types that a rounder takes.
+ROUNDED = frozenset((*TYPES, *CODEBOOKS))
+
+
 class Rounder:
     """One matrix's second moments ``[n, n]``, made ready.  MobeError if they are none (``engine.Problem``).
 
@@ -72,8 +78,10 @@ class Rounder:
 
     def encode(self, w: torch.Tensor, type_name: str, name: str = "a matrix") -> tuple[np.ndarray, Outcome]:
         """``w`` ``[rows, n]`` of any float type.  MobeError names ``name`` if a value is NaN, Inf or too large."""
-        one = TYPES[type_name]
         values = w.to("cpu", torch.float32).contiguous()
+        if type_name in CODEBOOKS:
+            return self._by_codebook(values, type_name, name)
+        one = TYPES[type_name]
         data = ggml.quantize(values.numpy(), type_name, self.diagonal, name=name)
         stored = one.unpack(data)
         problem = self.problem.of_rows(values.to(self.device)[None])
@@ -86,6 +94,13 @@ class Rounder:
             ).sum()
         )
         return one.pack(scales.stored(codes, stored)), outcome
+
+    def _by_codebook(self, w: torch.Tensor, type_name: str, name: str) -> tuple[np.ndarray, Outcome]:
+        whole = w.to(self.device)[None]
+        found = codebook.round_matrices(whole, self.problem.s, type_name, name=name)
+        size = float(self.problem.of_rows(whole).size().sum())
+        errors = list(found.errors.values())
+        return found.data[0], Outcome(errors[0] * size, errors[-1] * size, size, self.problem.damping)
 
 
 def round_rows(
