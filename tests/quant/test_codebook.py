@@ -8,7 +8,9 @@ import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.quant.rounding import codebook
+from mobe_gguf.quant.rounding import codebook_native as native
 from mobe_gguf.quant.rounding.codebook_blocks import CODEBOOKS
+from mobe_gguf.quant.rounding.rounder import Rounder
 from mobe_gguf.runtime import ggml
 
 
@@ -81,3 +83,33 @@ def test_values_that_are_not_finite():
     w[1, 2, 3] = float("nan")
     with pytest.raises(MobeError, match="blk.0.ffn_up_exps.weight: value nan at row 2, column 3"):
         codebook.round_matrices(w, s, "iq2_xs", name="blk.0.ffn_up_exps.weight")
+
+
+@pytest.mark.parametrize("name", ["iq1_m", "iq2_xs", "iq2_s", "iq3_xxs"])
+def test_the_compiled_search_and_torchs_agree(name, monkeypatch):
+    if not native.available(torch.zeros(1)):
+        pytest.skip("there is no C compiler")
+    w, s = stack(rows=6)
+    done = codebook.round_matrices(w, s, name, sweeps=1)
+    monkeypatch.setattr(native, "available", lambda like: False)
+    expected = codebook.round_matrices(w, s, name, sweeps=1)
+    # sums are taken in another order, so a tie may go the other way and pull what follows
+    assert (done.data == expected.data).mean() > 0.95
+    assert list(done.errors.values()) == pytest.approx(list(expected.errors.values()), rel=0.01)
+
+
+def test_rows_do_not_depend_on_each_other():
+    w, s = stack(rows=6)
+    whole = codebook.round_matrices(w, s, "iq2_xs", sweeps=1).data
+    part = codebook.round_matrices(w[:, 2:4], s, "iq2_xs", sweeps=1).data
+    assert (whole[:, 2:4] == part).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["iq1_s", "iq3_s"])
+def test_what_export_calls(name):
+    w, s = stack(experts=1)
+    data, outcome = Rounder(s[0]).encode(w[0], name)
+    assert data.shape == (w.shape[1], ggml.type_info(name).row_bytes(256))
+    assert outcome.after < 0.8 * outcome.before < 0.8 * outcome.size
+    damped = s + outcome.damping * torch.eye(256)
+    assert outcome.after / outcome.size == pytest.approx(relative(w, damped, data[None], name), rel=1e-2)

@@ -2,10 +2,10 @@
 
 E experts with R rows of n columns each.  Scales start as libggml chooses them with the diagonal of S as its imatrix.  Then
 
-1. a pass with error feedback (GPTQ, arXiv 2210.17323, a span of columns at a time): codes of a span are chosen in the metric that
-   is left of S when all later columns adapt to them, and the later columns' targets take up its error;
+1. a pass with error feedback (GPTQ, arXiv 2210.17323, a span of columns at a time, the last first): codes of a span are chosen in the
+   metric that is left of S when all columns before it adapt to them, and those columns' targets take up its error;
 2. sweeps of coordinate descent: codes, level and shift of each span given all other columns, then each block's ``d`` by least
-   squares, until the error falls by less than ``SETTLED``;
+   squares, until the error falls by less than ``GAIN``;
 3. each row's ``d`` is multiplied such that its outputs keep their size, ``q S q^T = w S w^T``.
 
 A span is the smallest run of columns that share a level and signs: 16 or 32.  Time is O(E R n (n + entries)) a sweep, memory
@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mobe_gguf.quant.rounding import codebook_native as native
 from mobe_gguf.quant.rounding import codebook_search as search
 from mobe_gguf.quant.rounding.codebook_blocks import BLOCK, SHIFT, Codebook, Codes, codebook, pack, unpack
 from mobe_gguf.quant.rounding.codebook_search import UNIT, Pick, Table
 from mobe_gguf.runtime import ggml
 
-#: Added to S's diagonal, relative to its mean, for the pass with error feedback alone.
-DAMP = 0.01
-#: A sweep that takes less than this off the error, relative, is the last.
-SETTLED = 0.002
+#: Most sweeps, and the least share of the cost that one must have taken off for another to follow.
+SWEEPS = 3
+GAIN = 0.01
 
 
 @dataclass
@@ -86,11 +86,17 @@ class State:
 
 @dataclass
 class Rounded:
-    """``data`` uint8 ``[E, R, row_bytes(n)]``; relative errors in the metric: of libggml's codes, after the pass with feedback, after each
-    sweep, and with the outputs' size kept."""
+    """``data`` uint8 ``[E, R, row_bytes(n)]``; ``costs``, errors in the metric summed over rows: of libggml's codes, after the pass with
+    feedback, after each sweep, and with the outputs' size kept; ``size``, what the cost of zeros would be."""
 
     data: np.ndarray
-    errors: dict[str, float]
+    costs: dict[str, float]
+    size: float
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The costs, relative to the size."""
+        return {name: cost / self.size for name, cost in self.costs.items()}
 
 
 @torch.no_grad()
@@ -99,40 +105,40 @@ def round_matrices(
     s: torch.Tensor,
     type_name: str,
     *,
-    sweeps: int = 6,
+    factor: torch.Tensor | None = None,
+    sweeps: int = SWEEPS,
     reach: int = 1,
     keep_size: bool = True,
     name: str = "array",
 ) -> Rounded:
-    """Codes of ``w`` ``[E, R, n]`` float32 in the metric ``s`` ``[E, n, n]``.
+    """Codes of ``w`` ``[E, R, n]`` float32 in the metric ``s`` ``[E, n, n]``, positive definite, ``factor`` its :func:`feedback`'s R.
 
     ``reach``: how many levels up and down are tried for each span.  Raises ``MobeError`` as :func:`ggml.quantize`, which the start is
     of.
     """
     experts, rows, n = w.shape
-    s = (s / s.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]).float()
+    factor = torch.linalg.cholesky(s, upper=True) if factor is None else factor
     state = State.of(type_name, _start(w, s, type_name, name), experts, n, w.device)
     sw = torch.bmm(w, s)
     size = (sw * w).sum(-1)
-    errors = {"libggml": _error(state.values(), s, sw, size)}
+    costs = {"libggml": _cost(state.values(), s, sw, size)}
     before = _copy(state)
-    feedback(w, s, state, reach)
-    errors["feedback"] = _error(state.values(), s, sw, size)
-    if errors["feedback"] > errors["libggml"]:
+    feedback(w, factor, state, reach)
+    costs["feedback"] = _cost(state.values(), s, sw, size)
+    if costs["feedback"] > costs["libggml"]:
         state = before
-    last = min(errors.values())
+    last = min(costs.values())
     for sweep in range(sweeps):
         descend(s, sw, state, reach)
         solve_scales(s, sw, state)
-        error = errors[f"sweep {sweep + 1}"] = _error(state.values(), s, sw, size)
-        if error > last * (1 - SETTLED):
+        cost = costs[f"sweep {sweep + 1}"] = _cost(state.values(), s, sw, size)
+        if cost > last * (1 - GAIN):
             break
-        last = error
+        last = cost
     if keep_size:
         _keep_size(s, size, state)
-        errors["size kept"] = _error(state.values(), s, sw, size)
-    data = state.data().reshape(experts, rows, -1)
-    return Rounded(data, errors)
+        costs["size kept"] = _cost(state.values(), s, sw, size)
+    return Rounded(state.data().reshape(experts, rows, -1), costs, float(size.double().sum()))
 
 
 def _start(w: torch.Tensor, s: torch.Tensor, type_name: str, name: str) -> np.ndarray:
@@ -153,9 +159,9 @@ def _copy(state: State) -> State:
     )
 
 
-def _error(q: torch.Tensor, s: torch.Tensor, sw: torch.Tensor, size: torch.Tensor) -> float:
-    """Relative error of ``q`` in the metric, over all rows."""
-    return float((size + ((torch.bmm(q, s) - 2 * sw) * q).sum(-1)).sum() / size.sum())
+def _cost(q: torch.Tensor, s: torch.Tensor, sw: torch.Tensor, size: torch.Tensor) -> float:
+    """``(w - q) S (w - q)^T``, summed over all rows."""
+    return float((size + ((torch.bmm(q, s) - 2 * sw) * q).sum(-1)).double().sum())
 
 
 def _spans(book: Codebook, n: int) -> Iterator[slice]:
@@ -163,26 +169,25 @@ def _spans(book: Codebook, n: int) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, n, step))
 
 
-def feedback(w: torch.Tensor, s: torch.Tensor, state: State, reach: int) -> None:
-    """The pass with error feedback, in place.  Levels of a span are tried as in the descent, ``d`` stays."""
+def feedback(w: torch.Tensor, factor: torch.Tensor, state: State, reach: int) -> None:
+    """The pass with error feedback, in place, from the last columns to the first; ``factor`` ``[E, n, n]`` is R, upper triangular, with
+    ``R^T R = S``.  Levels of a span are tried as in the descent, ``d`` stays.
+    """
     n = w.shape[-1]
     t = search.table(state.book.name, w.device)
-    h = s.double() + DAMP * s.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(n, device=s.device)
-    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    left = w.clone()
-    for begin in range(0, n, BLOCK):
+    error = torch.zeros_like(w)
+    for begin in reversed(range(0, n, BLOCK)):
         block = slice(begin, begin + BLOCK)
-        errors = torch.empty_like(left[..., block])
-        for span in _spans(state.book, BLOCK):
+        # what the columns behind the block leave over, in the coordinates of R
+        left = torch.bmm(error[..., block.stop :], factor[:, block, block.stop :].mT)
+        for span in reversed(list(_spans(state.book, BLOCK))):
             at = slice(begin + span.start, begin + span.stop)
-            inner = torch.linalg.inv(u[:, at, at])
-            metric = (inner @ inner.mT).float()
-            solve_span(t, metric, torch.bmm(left[..., at], metric), state, at, reach)
-            miss = torch.bmm(left[..., at] - _values(state, at), inner.float())
-            errors[..., span] = miss
-            rest = slice(at.stop, block.stop)
-            left[..., rest] -= torch.bmm(miss, u[:, at, rest].float())
-        left[..., block.stop :] -= torch.bmm(errors, u[:, block, block.stop :].float())
+            own = factor[:, at, at]
+            pull = torch.bmm(torch.bmm(w[..., at], own.mT) + left[..., span], own)
+            solve_span(t, torch.bmm(own.mT, own), pull, state, at, reach)
+            error[..., at] = w[..., at] - _values(state, at)
+            before = slice(begin, at.start)
+            left[..., : span.start] += torch.bmm(error[..., at], factor[:, before, at].mT)
 
 
 def descend(s: torch.Tensor, sw: torch.Tensor, state: State, reach: int) -> None:
@@ -247,7 +252,11 @@ def solve_span(t: Table, h: torch.Tensor, b: torch.Tensor, state: State, at: sli
     d, level = state.d[..., at.start // BLOCK], state.level[..., spot]
     groups = slice(at.start // book.width, at.stop // book.width)
     now = Pick(state.index[..., groups], state.sign[..., at], state.unit[..., at])
-    inverse = [torch.linalg.inv(h[:, c, c]) for c in _eights(at)]
+    inverse = torch.linalg.inv(torch.stack([h[:, c, c] for c in _eights(at)], 1))
+    if native.available(b):
+        codes = {"level": level, "index": now.index, "sign": now.sign, "unit": now.unit}
+        native.solve_span(t, state.factors, h, inverse, b, d, codes, reach, search.FLIPS)
+        return
     best = search.objective(h, b, now.unit * (d * state.factors[level])[..., None])
     chosen, best_level = now, level
     common = book.signs == "shift" and book.per_sign > UNIT
@@ -281,7 +290,7 @@ def _eights(at: slice) -> list[slice]:
 def _solve_eights(
     t: Table,
     h: torch.Tensor,
-    inverse: list[torch.Tensor],
+    inverse: torch.Tensor,
     b: torch.Tensor,
     scale: torch.Tensor,
     now: Pick,
@@ -300,7 +309,7 @@ def _solve_eights(
             new = search.choose_shifted(t, own, to, scale, torch.full_like(scale, shift))
         else:
             old = Pick(pick.index[..., groups], pick.sign[..., c], pick.unit[..., c])
-            new = search.choose(t, own, inverse[i], to, scale, old)
+            new = search.choose(t, own, inverse[:, i], to, scale, old)
         value = new.unit * scale[..., None]
         pull -= torch.bmm(value - q[..., c], h[:, c])
         q[..., c] = value

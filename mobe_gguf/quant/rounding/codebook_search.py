@@ -22,6 +22,8 @@ from mobe_gguf.quant.rounding.codebook_blocks import CODEBOOKS, SHIFT, Codebook,
 
 #: Columns whose signs or entries hang together in every type.
 UNIT = 8
+#: Times that signs are turned after the entries are chosen.
+FLIPS = 2
 #: Rows whose products with the grid are made at a time: they stay in the cache.
 CHUNK = 512
 
@@ -31,7 +33,7 @@ class Table:
     """A grid, ready to be multiplied by.
 
     ``entries`` ``[n, width]``, scaled as stored.  ``products`` ``[width + width (width + 1) / 2, n]``: each entry, then the products of
-    its values two by two, those of two different ones twice.
+    its values two by two, those of two different ones twice (``first`` and ``second`` say which).  ``columns`` ``[width, n]``.
     """
 
     book: Codebook
@@ -39,6 +41,7 @@ class Table:
     products: torch.Tensor
     first: torch.Tensor
     second: torch.Tensor
+    columns: torch.Tensor
 
 
 @cache
@@ -53,6 +56,7 @@ def table(type_name: str, device: torch.device | str = "cpu") -> Table:
         torch.cat([entries, pairs], 1).T.contiguous().to(device),
         first.to(device),
         second.to(device),
+        entries.T.contiguous().to(device),
     )
 
 
@@ -78,7 +82,7 @@ def choose(
     b: torch.Tensor,
     s: torch.Tensor,
     now: Pick,
-    flips: int = 2,
+    flips: int = FLIPS,
 ) -> Pick:
     """The best codes found, never worse than ``now``.  ``inverse``: of H.
 

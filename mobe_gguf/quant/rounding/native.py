@@ -1,4 +1,4 @@
-"""``native/rounding/rounding.c``, compiled on first use and kept beside the runtime's build.
+"""``native/rounding/*.c``, compiled on first use and kept beside the runtime's build.
 
 Without a compiler the same is done in torch, an order of magnitude slower: :func:`library` is None then.
 """
@@ -42,6 +42,12 @@ _DECLARATIONS = """
     };
     int64_t rounding_sweep(const struct rounding_sweep * a);
     void rounding_feedback(const struct rounding_feedback * a);
+    struct codebook_span {
+        int64_t rows; int32_t span, width, entries, signs, levels, reach, flips;
+        const float * h, * inverse, * grid, * factors, * b, * d; int64_t * level, * index; float * sign, * unit;
+        int64_t ldb, ldd, ldlevel, ldindex, ldsign, ldunit;
+    };
+    int32_t codebook_span(const struct codebook_span * a);
 """
 
 #: Sums may be reordered, nothing else: ``-ffast-math`` would flush denormal numbers in the whole process.
@@ -63,25 +69,27 @@ def library() -> tuple[cffi.FFI, Any] | None:
     compiler = next((name for name in compiler if name), None)
     if os.environ.get(VARIABLE) == "0" or compiler is None:
         return None
-    source = resources.path("native") / "rounding" / "rounding.c"
-    text = source.read_bytes()
-    key = hashlib.sha256(b"\0".join([text, " ".join([compiler, *_FLAGS, processor()]).encode()])).hexdigest()
+    sources = sorted((resources.path("native") / "rounding").glob("*.c"))
+    texts = [source.read_bytes() for source in sources]
+    key = hashlib.sha256(
+        b"\0".join([*texts, " ".join([compiler, *_FLAGS, processor()]).encode()])
+    ).hexdigest()
     path = cache_dir() / f"rounding-{key[:12]}.so"
     ffi = cffi.FFI()
     ffi.cdef(_DECLARATIONS)
     try:
         if not path.is_file():
-            _compile(compiler, source, path)
+            _compile(compiler, sources, path)
         return ffi, ffi.dlopen(str(path))
     except (OSError, subprocess.CalledProcessError, MobeError):
         return None
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
+def _compile(compiler: str, sources: list[Path], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".rounding-") as directory:
         made = Path(directory) / path.name
-        command = [compiler, *_FLAGS, "-o", str(made), str(source), "-lm"]
+        command = [compiler, *_FLAGS, "-o", str(made), *map(str, sources), "-lm"]
         subprocess.run(command, check=True, capture_output=True)
         os.replace(made, path)
 

@@ -96,11 +96,11 @@ class Rounder:
         return one.pack(scales.stored(codes, stored)), outcome
 
     def _by_codebook(self, w: torch.Tensor, type_name: str, name: str) -> tuple[np.ndarray, Outcome]:
+        """These have a way of their own: several columns, their signs and their scale are chosen together."""
         whole = w.to(self.device)[None]
-        found = codebook.round_matrices(whole, self.problem.s, type_name, name=name)
-        size = float(self.problem.of_rows(whole).size().sum())
-        errors = list(found.errors.values())
-        return found.data[0], Outcome(errors[0] * size, errors[-1] * size, size, self.problem.damping)
+        found = codebook.round_matrices(whole, self.problem.s, type_name, factor=self.factor, name=name)
+        costs = list(found.costs.values())
+        return found.data[0], Outcome(costs[0], costs[-1], found.size, self.problem.damping)
 
 
 def round_rows(
