@@ -204,6 +204,8 @@ def command(
             **report.PLAIN,
         )
     if not quiet:
+        for line in report.cautions(job):
+            console.print(line, **report.PLAIN)
         report.print_types(job, console)
     if dry_run:
         if as_json:

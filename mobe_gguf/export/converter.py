@@ -13,7 +13,8 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mobe_gguf.export.conversion import add_keys
 from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.source import Lazy, Source, Tensor, Whole, cast, evaluate
 from mobe_gguf.export.write import Encoded, Head
+from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.config_values import for_converter
 from mobe_gguf.quant.mixture import Facts, Spec
@@ -63,6 +65,7 @@ class HfConversion:
     pre: tokenizer.Recognized | None = None
     own_keys: dict[str, int | float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    view: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -162,10 +165,16 @@ def convert(
             hparams["tie_word_embeddings"] = False
         model_class = _model_class(conversion, checkpoint, hparams)
         gguf = conversion.base.gguf
-        result = HfConversion(own_keys=judgement.keys, notes=judgement.notes)
+        result = HfConversion(own_keys=judgement.keys, notes=[*checkpoint.notes, *judgement.notes])
         caught: dict[str, Any] = {}
-        subclass = _catching(model_class, conversion.base.LazyTorchTensor, caught, result, pre)
-        result.model = subclass(checkpoint.path, gguf.LlamaFileType.ALL_F32, out, hparams=hparams)
+        subclass = _catching(
+            model_class, conversion.base.LazyTorchTensor, caught, result, pre, _fused_of(checkpoint)
+        )
+        folder = checkpoint.path
+        if checkpoint.has_stale_index:
+            result.view = _without_index(checkpoint.path)
+            folder = Path(result.view.name) / checkpoint.path.absolute().name
+        result.model = subclass(folder, gguf.LlamaFileType.ALL_F32, out, hparams=hparams)
         result.arch = result.model.gguf_writer.arch
         result.writer = _catcher(gguf.GGUFWriter, caught, result)(path=None, arch=result.arch)
         result.writer.kv_data = result.model.gguf_writer.kv_data  # some classes set keys when they are made
@@ -174,6 +183,41 @@ def convert(
         if result.arch in UNTIED and hparams.get("tie_word_embeddings"):
             _untie(result)
     return result
+
+
+def _fused_of(checkpoint: Checkpoint) -> dict[str, list[tuple[str, int, slice]]]:
+    """Tensors with all experts of a layer -> the expert matrices in them: the names that each has by itself, its index and rows.
+
+    The converter's classes of most families know experts one by one only.
+    """
+    family, found = checkpoint.family, {}
+    for layer in checkpoint.moe_layers:
+        for projections in (("gate", "up"), ("down",)):
+            if not checkpoint.is_fused(layer, projections[0]):
+                continue
+            rows = checkpoint.expert_shape(projections[0])[0]
+            found[family.fused_weight(layer, projections[0])] = [
+                (family.expert_weight(layer, e, projection), e, slice(i * rows, (i + 1) * rows))
+                for e in range(checkpoint.n_expert)
+                for i, projection in enumerate(projections)
+            ]
+    return found
+
+
+def _without_index(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """A directory with links to all files of ``path`` but its index, which the converter would believe, in one of its name."""
+    view = tempfile.TemporaryDirectory(prefix="mobe-gguf-")
+    folder = Path(view.name) / path.absolute().name
+    folder.mkdir()
+    for file in path.iterdir():
+        if file.name != INDEX_NAME and (file.suffix != ".safetensors" or file.name == SINGLE_NAME):
+            (folder / file.name).symlink_to(file.absolute())
+    return view
+
+
+def _take(tensor: torch.Tensor, index: int, rows: slice) -> torch.Tensor:
+    """Some rows of one expert, out of all."""
+    return tensor[index, rows]
 
 
 def _untie(result: HfConversion) -> None:
@@ -202,7 +246,14 @@ def _model_class(conversion: Any, checkpoint: Checkpoint, hparams: dict[str, Any
     )
 
 
-def _catching(base: Any, lazy: Any, caught: dict[str, Any], result: HfConversion, pre: Any) -> Any:
+def _catching(
+    base: Any,
+    lazy: Any,
+    caught: dict[str, Any],
+    result: HfConversion,
+    pre: Any,
+    fused: Mapping[str, list[tuple[str, int, slice]]],
+) -> Any:
     """A subclass of the converter's model class ``base`` that hides B and W and puts what it makes in ``caught``."""
 
     class Marked(lazy):
@@ -229,7 +280,13 @@ def _catching(base: Any, lazy: Any, caught: dict[str, Any], result: HfConversion
                     tensor = Marked(
                         meta=tensor._meta, args=tensor._args, kwargs=tensor._kwargs, func=tensor._func
                     )
-                yield name, tensor
+                if name not in fused:
+                    yield name, tensor
+                for expert, index, rows in fused.get(name, ()):
+                    yield (
+                        expert,
+                        Marked(meta=tensor._meta[index, rows], args=(tensor, index, rows), func=_take),
+                    )
 
         def modify_tensors(self, data_torch: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
             for new_name, tensor in super().modify_tensors(data_torch, name, bid):

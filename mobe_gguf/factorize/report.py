@@ -44,6 +44,19 @@ def print_plan(job: Job, console: Console) -> None:
     )
 
 
+def cautions(job: Job) -> list[str]:
+    """What a user should know before the work: of the model, and of a rank that no block of a type divides."""
+    lines = [f"note: {note}" for note in getattr(job.checkpoint, "notes", ())]
+    lines += [f"note: {note}" for note in job.checkpoint.check_values().notes]
+    rank, s = job.settings.rank, job.settings
+    if s.method == "mobe" and rank is not None and rank % 32 and set(s.projections) - {"down"}:
+        lines.append(
+            f"warning: A has rows of --rank {rank} values, which are no whole blocks of 32: every --quant writes it as f16. "
+            f"{rank // 32 * 32 or 32} and {-(-rank // 32) * 32} are"
+        )
+    return lines
+
+
 def print_time(job: Job, device: str, console: Console) -> None:
     """How long the job will take."""
     t = expected_time(job, device)

@@ -32,6 +32,7 @@ from mobe_gguf.formats.safetensors import (
 )
 from mobe_gguf.models.config_values import Judgement, check_values
 from mobe_gguf.models.families import family_of
+from mobe_gguf.models.foreign import check_format, check_names
 
 #: Types of an expert's matrix that can be factorized as they stand; F8_E4M3 besides, with its scales.
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -50,13 +51,27 @@ class Checkpoint:
         self.path = Path(path)
         check_is_model_directory(self.path)
         self.config: dict[str, Any] = read_json(self.path / "config.json")
+        #: What a user should know of the directory.
+        self.notes: list[str] = []
+        check_format(self.path, self.config)
         self.family = self._of_config(family_of)
         self._tensors = self._read_headers()
         self._open: dict[str, Any] = {}
 
+    @property
+    def has_stale_index(self) -> bool:
+        """Whether an index lies beside the one file that holds everything."""
+        return (self.path / INDEX_NAME).exists() and (self.path / SINGLE_NAME).exists()
+
     def _read_headers(self) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
-        if not (self.path / INDEX_NAME).exists():
+        if (
+            self.path / SINGLE_NAME
+        ).exists():  # as transformers: before an index, which may be of an older version
+            if self.has_stale_index:
+                self.notes.append(
+                    f"{SINGLE_NAME} is read, and {INDEX_NAME} beside it is not, as transformers does it"
+                )
             return {name: info for name, info in read_header(self.path / SINGLE_NAME).items()}
         weight_map = read_weight_map(self.path / INDEX_NAME)
         for shard in sorted(set(weight_map.values())):
@@ -189,6 +204,7 @@ class Checkpoint:
             raise MobeError(
                 f"{self.path}: config.json describes no MoE layer at all; there is nothing to factorize"
             )
+        check_names(self.path, self._tensors)
         for layer in range(self.n_layer):
             first = self.family.expert_weight(layer, 0, "gate")
             fused = self.family.fused_weight(layer, "gate")
@@ -205,22 +221,44 @@ class Checkpoint:
             last = self.family.expert_weight(layer, self.n_expert - 1, "gate")
             if first in self and layer in declared and last not in self:  # before so many are named
                 raise MobeError(f"{self._said(self.family.n_expert_keys)}, but tensor {last} is missing")
+            extra = self.family.expert_weight(layer, self.n_expert, "gate")
+            if extra in self:
+                raise MobeError(
+                    f"{self._said(self.family.n_expert_keys)}, but there is a tensor {extra}, of one more"
+                )
         return declared
 
     def missing(self) -> list[str]:
         """Tensors that the model cannot do without, beside the experts' own, and that are not there: embeddings, the last norm,
         the router of each MoE layer."""
         needed = [self.family.embedding, self.family.final_norm]
-        needed += [self.family.router(layer, self.is_fused(layer, "gate")) for layer in self.moe_layers]
+        needed += [self.router(layer) for layer in self.moe_layers]
+        if not self.config.get("tie_word_embeddings"):
+            needed.append(self.family.output)
         return [name for name in needed if name not in self]
+
+    def router(self, layer: int) -> str:
+        """The matrix that chooses a token's experts."""
+        return self.family.router(layer, self.is_fused(layer, "gate"))
 
     def check_whole(self) -> None:
         """MobeError unless config.json makes sense and all that the model needs is there, of the right shape and in types that
         can be read: what would else be found only when the work is done.  Headers only."""
         self._check_config()
         for name in self.missing():
+            if name == self.family.output:
+                raise MobeError(
+                    f"{self.path}: tensor {name} is missing, and config.json does not say 'tie_word_embeddings': the model has no "
+                    "output. Download it again, or set the key if its output is its embeddings"
+                )
             self.info(name)
+        for name in {self.family.embedding, self.family.output} & set(self._tensors):
+            if type(self.config.get("vocab_size")) is int:
+                self.expect_shape(name, (self.config["vocab_size"], self.n_embd), "from config.json")
         for layer in self.moe_layers:
+            self.expect_shape(
+                self.router(layer), (self.n_expert, self.n_embd), "a row for each expert of config.json"
+            )
             for projection in self.ordinary(layer):
                 self.check_experts(layer, projection)
 
@@ -273,10 +311,13 @@ class Checkpoint:
         if self.is_fused(layer, projection):
             halves = 1 if projection == "down" else 2
             name = self.family.fused_weight(layer, projection)
+            together = (self.n_expert, -(-halves * rows // block[0]), blocks[1])
+            apart = (self.n_expert, halves * blocks[0], blocks[1])
+            said = self._tensors.get(_scale_name(name))
             self._check_matrix(
                 name,
                 (self.n_expert, halves * rows, columns),
-                (self.n_expert, halves * blocks[0], blocks[1]),
+                apart if said is not None and said.shape == apart else together,
             )
             return
         for e in range(self.n_expert):
@@ -308,13 +349,11 @@ class Checkpoint:
         """
         shape = self.expert_shape(projection)
         if self.is_fused(layer, projection):
-            name, w, scale = self._fused_expert(layer, projection, index, shape)
-        else:
-            name = self.family.expert_weight(layer, index, projection)
-            self.expect_shape(name, shape, "from config.json")
-            w = self.get(name)
-            scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
-        return self.to_float(name, w, scale)
+            return self._fused_expert(layer, projection, index, shape)
+        name = self.family.expert_weight(layer, index, projection)
+        self.expect_shape(name, shape, "from config.json")
+        scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
+        return self.to_float(name, self.get(name), scale)
 
     def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
         """All routed experts' matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down).
@@ -331,18 +370,18 @@ class Checkpoint:
         scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
         return self.to_float(name, self.get(name), scale)
 
-    def _fused_expert(
-        self, layer: int, projection: str, index: int, shape: tuple[int, int]
-    ) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+    def _fused_expert(self, layer: int, projection: str, index: int, shape: tuple[int, int]) -> torch.Tensor:
+        """One expert's half of what is fused.  FP8 blocks may reach over both halves: with their scales first, then apart."""
         name = self.family.fused_weight(layer, projection)
-        halves = 1 if projection == "down" else 2
+        halves, part = (1 if projection == "down" else 2), (1 if projection == "up" else 0)
         self.expect_shape(name, (self.n_expert, halves * shape[0], shape[1]), "from config.json")
-        part = 1 if projection == "up" else 0
-        w = self.get_row(name, index).chunk(halves)[part]
-        scale = (
-            self.get_row(_scale_name(name), index).chunk(halves)[part] if _scale_name(name) in self else None
-        )
-        return name, w, scale
+        w = self.get_row(name, index)
+        if _scale_name(name) not in self:
+            return self.to_float(name, w.chunk(halves)[part], None)
+        scale = self.get_row(_scale_name(name), index)
+        if scale.shape[0] == halves * -(-shape[0] // self._fp8_block()[0]):  # blocks of each half by itself
+            return self.to_float(name, w.chunk(halves)[part], scale.chunk(halves)[part])
+        return self.to_float(name, w, scale).chunk(halves)[part].contiguous()
 
     def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""

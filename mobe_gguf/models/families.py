@@ -79,6 +79,7 @@ class Family:
     projections: Mapping[str, str] = field(default_factory=lambda: _GATED_MLP)
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
+    output: str = "lm_head.weight"
 
     # numbers out of config.json
 

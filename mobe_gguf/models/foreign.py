@@ -1,0 +1,75 @@
+"""Forms of models that are not read here, recognized by name: the message says which it is and what to do.
+
+Sources: what the tools write into config.json (``quantization_config``) and call their tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf.core.errors import MobeError
+
+_BF16 = "Take the model in bf16 that it was made of"
+_GGUF = "Convert it to GGUF with llama.cpp's converter (convert_hf_to_gguf.py --outtype auto), and factorize the GGUF file"
+
+#: ``quant_method`` of config.json -> what it is, and what to do.  FP8 in blocks is read, see ``checkpoint``.
+METHODS: Mapping[str, tuple[str, str]] = {
+    "gptq": ("GPTQ", _GGUF),
+    "awq": ("AWQ", _BF16),
+    "bitsandbytes": ("bitsandbytes", _BF16),
+    "compressed-tensors": ("compressed-tensors", _GGUF),
+    "modelopt": ("modelopt (NVFP4 or FP8)", _GGUF),
+    "mxfp4": ("MXFP4", _GGUF),
+    "auto-round": ("AutoRound", _BF16),
+    "quark": ("Quark", _BF16),
+    "hqq": ("HQQ", _BF16),
+    "aqlm": ("AQLM", _BF16),
+    "torchao": ("torchao", _BF16),
+    "exl2": ("EXL2", _BF16),
+    "exl3": ("EXL3", _BF16),
+}
+
+#: Pattern of a tensor's name -> what it is, and what to do.
+NAMES: tuple[tuple[str, str, str], ...] = (
+    (
+        r"\.switch_mlp\.",
+        "MLX's (experts under switch_mlp)",
+        "Take the Hugging Face model that it was made of",
+    ),
+    (r"\.qweight$", "GPTQ or AWQ", _GGUF),
+    (r"\.weight_packed$", "compressed-tensors", _GGUF),
+    (r"\.weight_scale_2$", "modelopt's NVFP4", _GGUF),
+    (r"\.absmax$|\.quant_state\.", "bitsandbytes", _BF16),
+    (r"_blocks$", "MXFP4", _GGUF),
+    (r"^(model\.)?language_model\.", "that of a multimodal model (tensors under language_model.)", _GGUF),
+)
+
+
+def check_format(path: Path, config: Mapping[str, Any]) -> None:
+    """MobeError for weights in a form that config.json says and that is not read here."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if isinstance(method, str) and method.lower() in METHODS:
+        what, mend = METHODS[method.lower()]
+        raise MobeError(
+            f"{path}/config.json: the weights are quantized by {what}, which is not read here. {mend}; where the tensors are plain "
+            "bf16, f16 or f32 all the same, remove 'quantization_config'"
+        )
+    if isinstance(config.get("quantization"), Mapping) and quantization is None:
+        raise MobeError(
+            f"{path}/config.json: 'quantization' is what MLX writes: the weights are in its form, which is not read here. "
+            "Take the Hugging Face model that it was made of"
+        )
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """MobeError for tensors that are called as another tool calls them."""
+    for name in names:
+        for pattern, what, mend in NAMES:
+            if re.search(pattern, name):
+                raise MobeError(
+                    f"{path}: tensor {name}: the model's form is {what}, which is not read here. {mend}"
+                )

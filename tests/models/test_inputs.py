@@ -1,0 +1,214 @@
+"""Directories that people have: each is read as transformers reads it, or refused with what is wrong and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from mobe_gguf.cli import main
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats.safetensors import INDEX_NAME
+from mobe_gguf.models.checkpoint import Checkpoint
+from models.editing import edit_config, edit_tensors
+
+Maker = Callable[..., Path]
+
+
+def whole(path: Path) -> None:
+    Checkpoint(path).check_whole()
+
+
+def refused(path: Path, *said: str) -> None:
+    """By every command that would work long on it."""
+    with pytest.raises(MobeError) as error:
+        whole(path)
+    for text in said:
+        assert text in str(error.value), error.value
+    out = path.parent / "out"
+    for command in (["factorize", path, out], ["export", path, f"{out}.gguf", "--dense", "--quant", "f32"]):
+        done = CliRunner().invoke(main, [str(word) for word in command])
+        assert done.exit_code == 1 and done.stderr.startswith("Error: "), done.stderr
+        assert not out.exists() and not Path(f"{out}.gguf").exists()
+
+
+def test_no_output(own_model: Maker) -> None:
+    path = own_model("olmoe")
+    edit_tensors(path, lambda tensors: tensors.pop("lm_head.weight"))
+    refused(path, "lm_head.weight is missing", "tie_word_embeddings")
+    edit_config(path, tie_word_embeddings=True)
+    whole(path)
+
+
+def stale_index(path: Path, shard_there: bool) -> None:
+    """An index of an older version, with other weights, beside ``model.safetensors``."""
+    tensors = load_file(path / "model.safetensors")
+    if shard_there:
+        save_file({name: t + 1 for name, t in tensors.items()}, path / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (path / INDEX_NAME).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("shard_there", [True, False])
+def test_one_file_counts_before_an_index(
+    shard_there: bool, own_model: Maker, model: Maker, tmp_path: Path
+) -> None:
+    path = own_model("olmoe")
+    stale_index(path, shard_there)
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    assert torch.equal(Checkpoint(path).get(name), load_file(path / "model.safetensors")[name])
+    run = CliRunner().invoke
+    dense = run(main, ["export", str(path), str(tmp_path / "a.gguf"), "--dense", "--quant", "f32"])
+    assert dense.exit_code == 0 and "model.safetensors is read" in dense.stdout + dense.stderr, dense.stderr
+    again = run(
+        main, ["export", str(model("olmoe")), str(tmp_path / "b.gguf"), "--dense", "--quant", "f32", "-q"]
+    )
+    assert again.exit_code == 0
+    tail = slice(-(1 << 16), None)  # the tensors' data, behind the names
+    assert (tmp_path / "a.gguf").read_bytes()[tail] == (tmp_path / "b.gguf").read_bytes()[tail]
+    planned = run(main, ["factorize", str(path), str(tmp_path / "out"), "--dry-run"])
+    assert planned.exit_code == 0 and "model.safetensors is read" in planned.stderr, planned.stderr
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_counts_of_experts(fused: bool, own_model: Maker) -> None:
+    path = own_model("qwen2_moe", fused=fused)
+    edit_config(path, num_experts=7)
+    refused(path, "7")
+
+
+def test_rows_of_the_router(own_model: Maker) -> None:
+    path = own_model("olmoe")
+    name = "model.layers.1.mlp.gate.weight"
+    edit_tensors(path, lambda tensors: tensors.update({name: tensors[name][:7].clone()}))
+    refused(path, name, "[7, 64]", "expected [8, 64]")
+
+
+def test_rows_of_the_embedding(own_model: Maker) -> None:
+    path = own_model("olmoe")
+    edit_config(path, vocab_size=300)
+    refused(path, "has shape [384, 64], expected [300, 64]")
+
+
+def test_square_fused_experts_are_told_by_down(own_model: Maker) -> None:
+    """``2p = d``: gate and up have the same shape stored ``[n, d, 2p]``; then down is ``[n, p, d]``."""
+    path = own_model("qwen3_moe", fused=True, moe_intermediate_size=32)
+
+    def transpose(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".experts." in n]:
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+    whole(path)
+    edit_tensors(path, transpose)
+    refused(path, "mlp.experts.down_proj has shape [8, 32, 64], expected [8, 64, 32]")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_fp8_blocks_over_both_halves(together: bool, own_model: Maker, model: Maker) -> None:
+    """Blocks of 32 rows over a fused ``2p = 96``, of which gate ends within the second."""
+    path = own_model("qwen3_moe", fused=True, moe_intermediate_size=48)
+    edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]})
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    truth = load_file(path / "model.safetensors")[name]
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        parts = [truth] if together else truth.chunk(2, 1)
+        scales = [torch.nn.functional.max_pool2d(w.abs(), 32, ceil_mode=True) / 448 for w in parts]
+        full = [
+            s.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : w.shape[1], : w.shape[2]]
+            for s, w in zip(scales, parts, strict=True)
+        ]
+        tensors[name] = (truth / torch.cat(full, 1)).to(torch.float8_e4m3fn)
+        tensors[name + "_scale_inv"] = torch.cat(scales, 1)
+
+    edit_tensors(path, quantize)
+    checkpoint = Checkpoint(path)
+    checkpoint.check_experts(0, "up")
+    for part, projection in enumerate(("gate", "up")):
+        expected = truth.chunk(2, 1)[part]
+        torch.testing.assert_close(checkpoint.expert_stack(0, projection), expected, rtol=0.07, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+        ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "remove 'quantization_config'"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "convert_hf_to_gguf.py"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+    ],
+)  # fmt: skip
+def test_forms_by_config(config: dict[str, Any], said: str, own_model: Maker) -> None:
+    path = own_model("olmoe")
+    edit_config(path, **config)
+    refused(path, said)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name: name.replace("mlp.experts.0", "mlp.switch_mlp"), "MLX"),
+        (lambda name: name.replace(".up_proj.weight", ".up_proj.qweight"), "GPTQ or AWQ"),
+        (lambda name: name.replace(".up_proj.weight", ".up_proj.weight_packed"), "compressed-tensors"),
+        (lambda name: "language_model." + name, "multimodal"),
+    ],
+    ids=["mlx", "gptq", "packed", "prefix"],
+)
+def test_forms_by_names(change: Callable[[str], str], said: str, own_model: Maker) -> None:
+    path = own_model("olmoe")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        renamed = {change(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit_tensors(path, rename)
+    refused(path, said)
+
+
+def test_rank_without_blocks(model: Maker, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    asked = ["factorize", str(model("olmoe")), str(tmp_path / "out"), "--dry-run", "--rank"]
+    assert (
+        "no whole blocks of 32: every --quant writes it as f16. 32 and 64 are"
+        in run(main, [*asked, "40"]).stderr
+    )
+    assert "no whole blocks" not in run(main, [*asked, "32"]).stderr
+
+
+@pytest.mark.parametrize("family", tiny._CLASSES)
+def test_fused_experts_everywhere(family: str, model: Maker, tmp_path: Path) -> None:
+    """transformers 5's form goes through ``factorize``, ``export``, ``export --dense`` and ``reconstruct``, as the other does."""
+    files = {}
+    for fused in (False, True):
+        folder = tmp_path / str(fused)
+        source, mobe = model(family, fused=fused, num_hidden_layers=2), folder / "mobe"
+        folder.mkdir()
+        for command in (
+            ["factorize", source, mobe, "--steps", 2, "--dtype", "f32", "-q"],
+            ["export", source, folder / "dense.gguf", "--dense", "--quant", "f32", "-q"],
+            ["export", mobe, folder / "mobe.gguf", "--quant", "f32", "-q"],
+            ["reconstruct", mobe, folder / "model", "-q"],
+        ):
+            done = CliRunner().invoke(main, [str(word) for word in command])
+            assert done.exit_code == 0, (command, done.stderr)
+        files[fused] = [data_of(folder / name) for name in ("dense.gguf", "mobe.gguf")]
+        shutil.rmtree(folder)
+    assert files[False] == files[True]
+
+
+def data_of(path: Path) -> dict[str, bytes]:
+    from mobe_gguf.formats.gguf import read_gguf
+
+    raw = path.read_bytes()
+    return {name: raw[t.offset : t.offset + t.n_bytes] for name, t in read_gguf(path).tensors.items()}
