@@ -2,6 +2,7 @@
 #
 #   make demo     the whole path on the tiny model, from build to generated text
 #   make test     the tests
+#   make test-unit  those that need no compiled runtime and are quick
 #   make build    the llama.cpp runtime only
 #   make peers    llama.cpp's and llama-cpp-python's own tests, on the patched build
 #   make sanitize  the operator under ThreadSanitizer and AddressSanitizer
@@ -14,7 +15,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test peers sanitize fuzz build lint format clean
+.PHONY: demo test test-unit peers sanitize fuzz build lint format clean
 
 demo: build
 	$(BIN)/mobe-gguf demo
@@ -23,6 +24,10 @@ demo: build
 test: $(READY)
 	$(BIN)/mobe-gguf build --test-tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# without the runtime, in a minute
+test-unit: $(READY)
+	$(BIN)/python -m pytest -m "unit and not slow" $(PYTEST_ARGS)
 
 # compiles some forty test programs in the runtime's build tree; scipy is for llama-cpp-python's tests
 peers: $(READY)

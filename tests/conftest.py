@@ -10,6 +10,15 @@ from typing import Any
 import pytest
 import tiny
 from export.handmade import make_mobe
+from marks import marks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``runtime`` or ``unit`` for every test, ``slow`` for some: see ``marks``."""
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        for mark in marks(f"{item.path.relative_to(Path(__file__).parent).as_posix()}::{name}"):
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")

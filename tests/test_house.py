@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from marks import RUNTIME, SLOW, marks
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mobe_gguf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -96,3 +97,17 @@ def test_functions_are_short_and_narrow(path: Path) -> None:
                     continue
                 above = min([node, *node.decorator_list], key=lambda n: n.lineno).lineno - 2
                 assert f"# {what}: " in lines[above], f"{place(path, node)}: {node.name} is too {what}"
+
+
+def test_marks_name_tests_that_exist() -> None:
+    """Every folder, file and test of ``marks``; and no test is of two kinds."""
+    tests = Path(__file__).parent
+    for place in (*RUNTIME, *SLOW):
+        file, _, name = place.partition("::")
+        assert (tests / file).exists(), place
+        if name:
+            found = [n.name for n in ast.walk(tree(tests / file)) if isinstance(n, ast.FunctionDef)]
+            assert name in found, place
+    assert marks("export/test_shards.py::test_killed") == ("runtime", "slow")
+    assert marks("core/test_names.py::test_x") == ("unit",)
+    assert marks("models/test_gguf_source.py::test_x") == ("runtime",)

@@ -18,6 +18,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.job import prepare, run, work_directory
 from mobe_gguf.factorize.plan import Options
+from mobe_gguf.formats.types import BY_NAME
 from mobe_gguf.models import gguf_source
 from mobe_gguf.models.gguf_factors import GgufFactors
 from mobe_gguf.models.gguf_source import GgufModel, Stored
@@ -66,7 +67,15 @@ def experts(p: int = 4, d: int = 256, n: int = 3) -> np.ndarray:
     return np.random.default_rng(5).standard_normal((n, p, d), dtype=np.float32)
 
 
-@pytest.mark.parametrize("type_name", sorted(n for n, i in ggml.types().items() if i.decodes))
+#: Types whose values can be read: all but integers and those of inputs.
+DECODED = sorted(set(BY_NAME) - {"f64", "i8", "i16", "i32", "i64", "q8_1", "q8_k"})
+
+
+def test_every_type_is_here() -> None:
+    assert sorted(name for name, info in ggml.types().items() if info.decodes) == DECODED
+
+
+@pytest.mark.parametrize("type_name", DECODED)
 def test_every_type(type_name: str, tmp_path: Path) -> None:
     """What a slice decodes to is what the whole decodes to."""
     w = experts()

@@ -1,0 +1,81 @@
+"""Which tests need the compiled runtime, and which are slow.
+
+By directory where possible, then by file, then by test.  Every test is ``runtime`` or ``unit``; ``slow`` comes on top: processes that
+are killed, peaks of memory, clusters, downloads, compilers.  ``make test-unit`` runs ``unit and not slow``.
+``test_house.py`` checks that every name here exists.
+"""
+
+from __future__ import annotations
+
+RUNTIME = (
+    "bench/",
+    "export/",
+    "native/",
+    "parity/",
+    "runtime/",
+    "stock/",
+    "calibrate/test_moments.py::test_export_leaves_what_was_fitted_to_moments",
+    "evaluate/test_inspect.py::test_checkpoint_and_its_gguf_agree",
+    "evaluate/test_inspect.py::test_down",
+    "evaluate/test_inspect.py::test_tables_fit_a_hundred_columns",
+    "evaluate/test_verify.py",
+    "factorize/test_cli.py::test_forms",
+    "factorize/test_cli.py::test_numbers_that_are_too_large",
+    "factorize/test_down.py::test_dry_run_prints_it",
+    "factorize/test_down.py::test_export_writes_the_very_values",
+    "factorize/test_down.py::test_rounding_goes_along_the_files_rows",
+    "factorize/test_memory.py::test_the_plan_says_what_a_unit_takes",
+    "factorize/test_rounding.py",
+    "models/test_gguf_source.py",
+    "models/test_hub.py::test_export_by_id",
+    "models/test_hub.py::test_gguf_files_by_name",
+    "quant/test_allocate.py::test_a_file_of_a_size",
+    "quant/test_allocate.py::test_bits_per_weight_and_options_before_it",
+    "quant/test_allocate.py::test_errors_are_the_encoders_own",
+    "quant/test_codebook.py",
+    "quant/test_codebook_blocks.py",
+    "quant/test_codebook_search.py",
+    "quant/test_recipe.py::test_bytes_are_those_of_llama_quantize",
+    "quant/test_recipe.py::test_table_agrees_with_libggml",
+    "quant/test_recipe.py::test_types_are_those_of_llama_quantize",
+    "quant/test_recipe.py::test_types_of_factors_of_down_are_those_of_llama_quantize",
+    "quant/test_rounding_engine.py",
+    "quant/test_rounding_forms.py",
+    "studies/test_ablate.py",
+    "studies/test_demo.py",
+    "test_wrong_types.py::test_messages_about_keys",
+)
+
+SLOW = (
+    "calibrate/",
+    "evaluate/test_verify.py::test_any_bytes_changed",
+    "export/test_failures.py",
+    "export/test_reconstruct.py::test_killed",
+    "export/test_reconstruct.py::test_two_at_once",
+    "export/test_refit_memory.py",
+    "export/test_shards.py::test_killed",
+    "factorize/test_cli.py::test_stdout_is_closed",
+    "factorize/test_distributed.py",
+    "factorize/test_job.py::test_killed_twice_gives_the_same_files",
+    "factorize/test_memory.py",
+    "factorize/test_target.py::test_a_stopped_job_goes_on_with_its_probes_and_sizes",
+    "factorize/test_workers.py",
+    "models/test_hub.py",
+    "native/",
+    "parity/",
+    "runtime/test_build.py",
+    "runtime/test_compile.py",
+    "runtime/test_packaging.py",
+    "stock/",
+)
+
+
+def marks(test: str) -> tuple[str, ...]:
+    """Markers of ``folder/file.py::name``."""
+
+    def among(places: tuple[str, ...]) -> bool:
+        return any(
+            test == p or (p.endswith("/") and test.startswith(p)) or test.split("::")[0] == p for p in places
+        )
+
+    return ("runtime" if among(RUNTIME) else "unit", *(("slow",) if among(SLOW) else ()))
