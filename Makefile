@@ -7,7 +7,7 @@
 #   make peers    llama.cpp's and llama-cpp-python's own tests, on the patched build
 #   make sanitize  the operator under ThreadSanitizer and AddressSanitizer
 #   make fuzz     thousands of damaged files through the loader, built with AddressSanitizer
-#   make lint     ruff, and which room may import which
+#   make lint     ruff, which room may import which, and mypy
 #   make clean    remove what these made; the downloads and objects in ~/.cache/mobe-gguf stay
 
 PYTHON ?= python3
@@ -49,6 +49,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -280,7 +280,7 @@ class Layer:
             at = (at + rows) % len(answers.tensor)
             return found
 
-        inner.forward = answer  # type: ignore[method-assign]
+        inner.forward = answer
         try:
             yield
         finally:

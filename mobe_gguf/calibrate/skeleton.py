@@ -71,7 +71,7 @@ class _NoWeights(TorchFunctionMode):
                 param = nn.Parameter(param.to("meta"), param.requires_grad)
             self._register(module, name, param)
 
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[assignment,method-assign]
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -185,7 +185,7 @@ class Skeleton:
         settings = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=self._transforms,
+            weight_mapping=self._transforms,  # type: ignore[arg-type]
             device_map={"": self.device},
         )
         try:

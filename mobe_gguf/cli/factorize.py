@@ -135,7 +135,7 @@ def command(
     verbose: bool,
     quiet: bool,
     as_json: bool,
-    **settings: object,
+    **settings: Any,
 ) -> None:
     """Replace the gate and up matrices of a MoE's experts by shared bases.
 
@@ -221,8 +221,8 @@ def command(
     try:
         result = jobs.run(job, device=device, quiet=quiet, ray=ray)
     except KeyboardInterrupt as e:
-        kept = f"Finished units are kept in {job.work}; run again with --resume."
-        raise Interrupted(f"stopped. {kept if job.work.exists() else 'No unit was finished.'}") from e
+        units = f"Finished units are kept in {job.work}; run again with --resume."
+        raise Interrupted(f"stopped. {units if job.work.exists() else 'No unit was finished.'}") from e
     if as_json:
         click.echo(json.dumps(report.result_json(result), indent=2))
     elif not quiet:

@@ -138,4 +138,4 @@ class Metric:
 
     @property
     def _is_full(self) -> bool:
-        return self.root.dim() == (3 if self.per_expert else 2)
+        return self.root is not None and self.root.dim() == (3 if self.per_expert else 2)

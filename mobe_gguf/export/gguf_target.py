@@ -17,6 +17,7 @@ from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.source import Source, Tensor
+from mobe_gguf.export.tokenizer import Recognized
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.gguf import ALIGNMENT, MAGIC, padded
 from mobe_gguf.models.gguf_factors import GgufFactors
@@ -96,7 +97,7 @@ def pair(name: str, kind: int, value: Any) -> bytes:
 class GgufConversion:
     """``source`` with the factors' layers made ready for them: gate and up apart, under the names that A gets."""
 
-    pre = None
+    pre: Recognized | None = None
 
     def __init__(self, factors: GgufFactors, source: GgufModel):
         self.model = source
@@ -207,7 +208,9 @@ class Header:
         self.alignment = alignment
         self.file: IO[bytes] | None = None
 
-    def write_header_to_file(self, path: Path) -> None:
+    def write_header_to_file(self, path: Path | None = None) -> None:
+        if path is None:
+            raise ValueError("the head of a file needs its path")
         self.file = open(path, "wb")  # noqa: SIM115, closed in close()
         self.file.write(MAGIC + struct.pack("<IQQ", 3, len(self.tensors), len(self.pairs)))
 

@@ -10,16 +10,17 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import Roots
-from mobe_gguf.export.conversion import Tensor
 from mobe_gguf.export.encoder import Encoder, EncodeRows, Nearest
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.report import Rounded
+from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
@@ -80,7 +81,8 @@ class MomentsEncoder:
     def open(self) -> EncodeRows:
         roots = self.rounding.moments.find(self.name)
         assert roots is not None, self.name
-        lock, ready = threading.Lock(), {}
+        lock = threading.Lock()
+        ready: dict[int, Any] = {}
         outcome = self.rounding.outcomes[self.name] = Outcome()
 
         def encode(rows: torch.Tensor, number: int, name: str) -> np.ndarray:

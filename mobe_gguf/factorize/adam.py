@@ -27,6 +27,7 @@ class Adam:
         b1, b2 = self.betas
         bias1, bias2 = 1 - b1**self.steps, 1 - b2**self.steps
         for x, first, second in zip(self.parameters, self.first, self.second, strict=True):
+            assert x.grad is not None
             first.lerp_(x.grad, 1 - b1)
             second.mul_(b2).addcmul_(x.grad, x.grad, value=1 - b2)
             x.addcdiv_(first, second.sqrt().add_(EPSILON), value=-rate * bias2**0.5 / bias1)

@@ -15,6 +15,7 @@ stand for are written, an ordinary checkpoint.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -209,7 +210,7 @@ def _mean(w: torch.Tensor, metric: Metric) -> torch.Tensor:
     return (torch.linalg.solve(total, weighted.T).T if full else weighted / total).float()
 
 
-def _errors(w: torch.Tensor, approximations, metric: Metric) -> tuple[float, float]:  # noqa: ANN001, any iterable
+def _errors(w: torch.Tensor, approximations: Iterable[torch.Tensor], metric: Metric) -> tuple[float, float]:
     """``(error, objective)`` of matrices ``[p, d]`` one after the other."""
     total = torch.zeros(4, dtype=torch.float64)
     for i, near in enumerate(approximations):

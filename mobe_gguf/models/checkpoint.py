@@ -386,7 +386,11 @@ class Checkpoint:
     def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""
         self._check_type(name, w.dtype, scale is not None)
-        w = dequantize_fp8(name, w, scale, self._fp8_block()) if w.dtype == torch.float8_e4m3fn else w.float()
+        if w.dtype == torch.float8_e4m3fn:
+            assert scale is not None  # or its type would not have been taken
+            w = dequantize_fp8(name, w, scale, self._fp8_block())
+        else:
+            w = w.float()
         if not all_finite(w):
             bad = int((~torch.isfinite(w)).sum())
             raise MobeError(

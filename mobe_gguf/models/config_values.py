@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from mobe_gguf.core.errors import MobeError
 
@@ -113,7 +113,7 @@ def all_layers_moe(config: Config, judgement: Judgement) -> None:
 def leading_dense(config: Config, judgement: Judgement) -> None:
     """DeepSeek: dense layers come first, and then no more."""
     freq = config.get("moe_layer_freq")
-    first, n_layer = config.get("first_k_dense_replace") or 0, config.get("num_hidden_layers")
+    first, n_layer = config.get("first_k_dense_replace") or 0, config.get("num_hidden_layers") or 0
     if isinstance(freq, list):
         if freq[first:n_layer] != [1] * (n_layer - first) or any(freq[:first]):
             judgement.refuse("moe_layer_freq", freq, f"has experts in every layer from {first} on")
@@ -312,7 +312,7 @@ def _scale_attention(
         judgement.keys["rope.scaling.attn_factor"] = attn_factor
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -90,9 +90,9 @@ def _download(
             "  pip install 'mobe-gguf[hub]'"
         ) from e
     at = f" at revision {revision}" if revision else ""
-    bars_off = utils.are_progress_bars_disabled()
+    bars_off = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
     if quiet:
-        utils.disable_progress_bars()
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -121,7 +121,7 @@ def _download(
         ) from e
     finally:
         if quiet and not bars_off:
-            utils.enable_progress_bars()
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 def model_id(path: Path) -> str | None:

@@ -231,7 +231,10 @@ class Reconstruction:
         self.layer = layer
         self.projection = projection
         self._group: int | None = None
-        self._first, self._combined = 0, ()
+        self._first = 0
+        self._combined: torch.Tensor | tuple[()] = ()
+        self._basis: torch.Tensor | None = None
+        self._mix: torch.Tensor | None = None
 
     def __call__(self, expert: int) -> torch.Tensor:
         if not self._first <= expert < self._first + len(self._combined):
@@ -241,7 +244,7 @@ class Reconstruction:
         matrix = combined @ transform if self.projection == "down" else transform @ combined
         if expert == self.layer.checkpoint.n_expert - 1:
             self._group, self._first, self._combined = None, 0, ()
-            del self._basis, self._mix
+            self._basis = self._mix = None
         return matrix
 
     def _combine(self, expert: int) -> None:
@@ -255,6 +258,7 @@ class Reconstruction:
             self._basis = layer.group_basis(projection, group)
             self._mix = layer.mix(projection)[group * n_group : (group + 1) * n_group]
             self._group = group
+        assert self._basis is not None and self._mix is not None
         size = max(1, BATCH_BYTES // (4 * self._basis[0].numel()))
         self._combined = activate(
             combine(self._mix[index : index + size], self._basis), layer.checkpoint.activation

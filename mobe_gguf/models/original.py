@@ -21,8 +21,9 @@ class Original(Protocol):
 
     path: Path
     family: Family
-    config: dict[str, Any]
 
+    @property
+    def config(self) -> dict[str, Any]: ...
     @property
     def is_mobe(self) -> bool: ...
     @property

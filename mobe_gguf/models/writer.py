@@ -34,7 +34,9 @@ def copies(checkpoint: Checkpoint, factorized: Iterable[tuple[int, str]]) -> lis
     """
     factorized = set(factorized)
     dropped = {source for unit in factorized for source in checkpoint.expert_sources(*unit)}
-    family, fused, out = checkpoint.family, {}, []
+    family = checkpoint.family
+    fused: dict[str, Any] = {}
+    out: list[Entry] = []
     for layer in checkpoint.moe_layers:
         for projection in ("gate", "up", "down"):
             if checkpoint.is_fused(layer, projection):
@@ -87,8 +89,7 @@ def write_output(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        is_directory = isinstance(source, Checkpoint)
-        rest = shards(copies(source, units), MAX_SHARD) if is_directory else []
+        rest = shards(copies(source, units), MAX_SHARD) if isinstance(source, Checkpoint) else []
         names = shard_names(len(units) + len(rest))
         weight_map: dict[str, str] = {}
         total = 0
@@ -101,10 +102,10 @@ def write_output(
             write_safetensors(part / name, shard, {"format": "pt"})
             weight_map |= {entry.name: name for entry in shard}
             total += sum(entry.n_bytes for entry in shard)
-        if is_directory:
+        if isinstance(source, Checkpoint):
             copy_small_files(source.path, part)
         write_json(part / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(part / ("config.json" if is_directory else FACTORS_NAME), config)
+        write_json(part / ("config.json" if isinstance(source, Checkpoint) else FACTORS_NAME), config)
         os.rename(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mobe_gguf.core.atomic import write_json
 from mobe_gguf.core.memory import free_memory, usable_cpus
@@ -46,7 +47,8 @@ def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
         known = known if isinstance(known, dict) else {}
     except (OSError, ValueError):
         known = {}
-    entry = known.get(key) if isinstance(known.get(key), dict) else {}
+    found = known.get(key)
+    entry: dict[str, Any] = found if isinstance(found, dict) else {}
     missing = [name for name in dict.fromkeys(types) if not isinstance(entry.get(name), float)]
     for name in missing:
         entry[name] = speed.matrix_rate(name, threads)
@@ -56,13 +58,13 @@ def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
     if missing:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, known | {key: entry})
-    found = speed.devices()
+    devices = speed.devices()
     return Machine(
         ram=free_memory(),
-        vram=sum(size for _, size in found),
+        vram=sum(size for _, size in devices),
         rates={name: entry[name] for name in entry if name != "node"},
         node=entry["node"],
-        gpu=", ".join(name for name, _ in found),
+        gpu=", ".join(name for name, _ in devices),
     )
 
 

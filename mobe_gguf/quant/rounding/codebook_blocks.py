@@ -124,7 +124,7 @@ def pack(type_name: str, codes: Codes) -> np.ndarray:
                 f"{type_name}: {what} has shape {list(array.shape)} and values to {array.max(initial=0)}, expected "
                 f"{[rows, n // per]} and at most {limit - 1}"
             )
-    negative = codes.negative.reshape(rows * blocks, -1).astype(np.uint8)
+    negative: np.ndarray = codes.negative.reshape(rows * blocks, -1).astype(np.uint8)
     if book.signs == "even":
         negative = negative.reshape(rows * blocks, -1, 8)
         if (negative.sum(-1) % 2).any():
@@ -221,7 +221,9 @@ def _unpack_with_words(per_word: int, blocks: np.ndarray) -> tuple[np.ndarray, .
     return d, word >> 28, index, _fields(_fields(word, 7, 4), 1, 7)
 
 
-def _pack_with_words(per_word: int, d, level, index, negative) -> list[np.ndarray]:
+def _pack_with_words(
+    per_word: int, d: np.ndarray, level: np.ndarray, index: np.ndarray, negative: np.ndarray
+) -> list[np.ndarray]:
     signs = _words(negative.reshape(len(d), -1), 1, 7, np.uint32)
     word = _words(signs, 7, 4, np.uint32) | (level << np.uint32(28))
     index = index.astype(np.uint8)
@@ -240,7 +242,9 @@ def _unpack_iq2_xs(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     return d, _fields(levels, 4, 2), words & 511, _fields(words >> 9, 1, 7)
 
 
-def _pack_iq2_xs(d, level, index, negative) -> list[np.ndarray]:
+def _pack_iq2_xs(
+    d: np.ndarray, level: np.ndarray, index: np.ndarray, negative: np.ndarray
+) -> list[np.ndarray]:
     signs = _words(negative.reshape(len(d), -1), 1, 7, np.uint32)
     return [d, (index | signs << np.uint32(9)).astype(np.uint16), _words(level, 4, 2, np.uint8)]
 
@@ -253,7 +257,9 @@ def _unpack_iq2_s(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     return d, _fields(levels, 4, 2), index, _fields(signs, 1, 8)
 
 
-def _pack_iq2_s(d, level, index, negative) -> list[np.ndarray]:
+def _pack_iq2_s(
+    d: np.ndarray, level: np.ndarray, index: np.ndarray, negative: np.ndarray
+) -> list[np.ndarray]:
     low, high = (index & 255).astype(np.uint8), _words(index >> 8, 2, 4, np.uint8)
     return [d, low, _words(negative, 1, 8, np.uint8), high, _words(level, 4, 2, np.uint8)]
 
@@ -266,7 +272,9 @@ def _unpack_iq3_s(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     return d, _fields(levels, 4, 2), index, _fields(signs, 1, 8)
 
 
-def _pack_iq3_s(d, level, index, negative) -> list[np.ndarray]:
+def _pack_iq3_s(
+    d: np.ndarray, level: np.ndarray, index: np.ndarray, negative: np.ndarray
+) -> list[np.ndarray]:
     low, high = (index & 255).astype(np.uint8), _words(index >> 8, 1, 8, np.uint8)
     return [d, low, high, _words(negative, 1, 8, np.uint8), _words(level, 4, 2, np.uint8)]
 
@@ -277,7 +285,9 @@ def _unpack_iq1_s(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     return d, (high >> 12) & 7, index, high >> 15
 
 
-def _pack_iq1_s(d, level, index, negative) -> list[np.ndarray]:
+def _pack_iq1_s(
+    d: np.ndarray, level: np.ndarray, index: np.ndarray, negative: np.ndarray
+) -> list[np.ndarray]:
     high = (
         _words(index >> 8, 3, 4, np.uint32)
         | level << np.uint32(12)
@@ -293,7 +303,9 @@ def _unpack_iq1_m(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     return d, _fields(words, 3, 4), low | (high & 7) << np.uint32(8), high >> 3
 
 
-def _pack_iq1_m(d, level, index, negative) -> list[np.ndarray]:
+def _pack_iq1_m(
+    d: np.ndarray, level: np.ndarray, index: np.ndarray, negative: np.ndarray
+) -> list[np.ndarray]:
     high = _words(index >> 8 | negative.astype(np.uint32) << np.uint32(3), 4, 2, np.uint8)
     words = _words(level, 3, 4, np.uint32) | _fields(d.view(np.uint16)[:, 0], 4, 4) << np.uint32(12)
     return [(index & 255).astype(np.uint8), high, words.astype(np.uint16)]

@@ -65,8 +65,9 @@ _ROWS = 16
 @cache
 def library() -> tuple[cffi.FFI, Any] | None:
     """The compiled kernels, or None where there is no compiler (or VARIABLE says so)."""
-    compiler = os.environ.get("CC", "").split()[:1] or [shutil.which(name) for name in ("cc", "gcc", "clang")]
-    compiler = next((name for name in compiler if name), None)
+    named = os.environ.get("CC", "").split()[:1]
+    found: list[str | None] = [*named] if named else [shutil.which(name) for name in ("cc", "gcc", "clang")]
+    compiler = next((name for name in found if name), None)
     if os.environ.get(VARIABLE) == "0" or compiler is None:
         return None
     sources = sorted((resources.path("native") / "rounding").glob("*.c"))

@@ -9,6 +9,7 @@ so no sweep ever ends above where it began.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,8 +77,11 @@ class Scales:
         )
 
     def clone(self) -> Scales:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Scales(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in parts.items()})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        cloned: dict[str, Any] = {
+            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in parts.items()
+        }
+        return Scales(**cloned)
 
     def resize(self, share: torch.Tensor) -> None:
         """Multiply every row by ``share`` ``[E, p]``, as far as float16 has room."""
@@ -96,7 +100,7 @@ class Scales:
         self, d: torch.Tensor | None, k: torch.Tensor | None, table: torch.Tensor | None, g: int | None
     ) -> torch.Tensor:
         if g is None:
-            factor = 1 if k is None or table is None else table[k.long()]
+            factor: Any = 1 if k is None or table is None else table[k.long()]
             return factor if d is None else d.repeat_interleave(self.groups, -1) * factor
         factor = 1 if k is None or table is None else table[k[..., g].long()]
         return factor if d is None else d[..., g // self.groups] * factor

@@ -89,7 +89,8 @@ class TernaryOne(Type):
     @staticmethod
     def _digits(packed: np.ndarray, n: int) -> np.ndarray:
         """``[rows, blocks, bytes]`` -> ``[rows, blocks, n, bytes]``: the leading digit of what is left, n times."""
-        left, out = packed.astype(np.uint16), []
+        left: np.ndarray = packed.astype(np.uint16)
+        out = []
         for _ in range(n):
             left = left * 3
             out.append(left >> 8)
