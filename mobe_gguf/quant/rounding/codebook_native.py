@@ -28,6 +28,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
+# wide: what the C function takes, in its order
 def solve_span(
     t: Table,
     factors: torch.Tensor,
