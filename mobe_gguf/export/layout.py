@@ -13,7 +13,7 @@ from mobe_gguf.export.imatrix import Importance, importances, missing_message, w
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.refit import Refitting, Unit, units_of, weigh_transforms
 from mobe_gguf.export.request import ExportRequest
-from mobe_gguf.export.rounding import diagonals
+from mobe_gguf.export.rounding import bases, diagonals
 from mobe_gguf.export.write import Copied, Encoded, head_bytes
 from mobe_gguf.formats.contents import ListedTensor
 from mobe_gguf.quant.recipe import Choice
@@ -58,7 +58,11 @@ def choose_types(request: ExportRequest, model: Opened) -> Types:
         choices, divided = divide(request, model, choices, _head(conversion, choices))
     encoded_here = {n: c for n, c in choices.items() if not conversion.is_copied(n, c)}
     collected = importances(imatrix, conversion.tensors, encoded_here)
-    units = units_of(model.factors, imatrix, choices, collected) if model.factors is not None else {}
+    if model.moments is not None and model.factors is not None:
+        collected = collected | bases(model.moments, model.factors)
+    units = {}
+    if model.factors is not None:
+        units = units_of(model.factors, imatrix, choices, collected, model.moments)
     if model.moments is not None:
         plain = {n: t for n, t in conversion.tensors.items() if n in encoded_here and n not in units}
         collected = collected | diagonals(model.moments, plain)

@@ -31,14 +31,16 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.metric import Metric
 from mobe_gguf.export.imatrix import Imatrix, Importance
-from mobe_gguf.export.refit_solve import cost, kept, resized, second_moments, solve
+from mobe_gguf.export.refit_solve import ANCHOR_BY_MOMENTS, cost, kept, resized, second_moments, solve
 from mobe_gguf.export.report import Refit
 from mobe_gguf.export.write import Encoded
+from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.gguf_factors import GgufFactors
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, recorded
 from mobe_gguf.models.original import Original, open_original
 from mobe_gguf.models.wab import WabCheckpoint
 from mobe_gguf.quant.recipe import FLOATS, Choice
+from mobe_gguf.quant.rounding.rounder import ROUNDED, Rounder
 from mobe_gguf.quant.small import Squares
 from mobe_gguf.runtime import ggml
 
@@ -51,7 +53,9 @@ class Unit:
     """The factors of one projection of one layer, and what export does with them.
 
     ``basis_type``, ``basis_weights``: how B is encoded.  ``metric``: of all experts' inputs, none where they weigh rows;
-    ``rows``: those weights' roots ``[n, p]``; ``origin`` says which file they are of, None where nothing is known of them.
+    ``rows``: those weights' roots ``[n, p]``; ``origin`` says which file they are of, None where nothing is known of them.  ``moments``: the
+    file that has full second moments of the inputs; they are the metric then, read when it is asked for (:meth:`inputs`), and A is rounded
+    by what it multiplies, ``quant.rounding``.
     """
 
     layer: MobeLayer
@@ -59,6 +63,7 @@ class Unit:
     basis_type: str
     basis_weights: Importance | None = None
     metric: Metric = field(default_factory=Metric)
+    moments: Moments | None = None
     rows: torch.Tensor | None = None
     origin: str | None = None
 
@@ -70,20 +75,40 @@ class Unit:
         imatrix: Imatrix,
         choices: Mapping[str, Choice],
         weights: Mapping[str, Importance],
+        moments: Moments | None = None,
     ) -> Unit:
         """``choices`` and ``weights``: types and columns' weights by GGUF name.  MobeError if ``imatrix`` is of another model."""
         basis = names.basis_name(layer.index, projection)
         unit = cls(layer, projection, choices[basis].type, weights.get(basis))
         n, row = layer.checkpoint.n_expert, layer.checkpoint.expert_shape(projection)[1]
         found = imatrix.inputs(layer.index, projection, n, row)
+        if moments is not None and names.transform_name(layer.index, projection) in moments:
+            moments.check(layer.index, projection, n, row)
+            if not unit.turned:
+                unit.moments, unit.origin = moments, moments.path.name
+                return unit
+            found = moments.path.name, moments.weight(layer.index, projection, n, row).channels()
         if found is not None:
-            unit.origin, moments = found
-            metric = Metric.of(moments, n, row)
+            unit.origin, squares = found
+            metric = Metric.of(squares, n, row)
             if unit.turned:
                 unit.rows = metric.root
             else:
                 unit.metric = metric
         return unit
+
+    @property
+    def full(self) -> bool:
+        """Whether the inputs' full second moments are known."""
+        return self.moments is not None
+
+    def inputs(self) -> Metric:
+        """The metric of all experts' inputs; of full second moments it is read anew each time, for it may take gigabytes."""
+        if self.moments is None:
+            return self.metric
+        layer, n = self.layer, self.n_expert
+        row = layer.checkpoint.expert_shape(self.projection)[1]
+        return Metric.of(self.moments.weight(layer.index, self.projection, n, row), n, row)
 
     @property
     def by_moments(self) -> bool:
@@ -155,15 +180,15 @@ class Unit:
         size = max(1, BLOCK_BYTES // (4 * (6 * r * d + 4 * p * d + 6 * p * r + 4 * r * r)))
         return [slice(i, min(i + size, experts.stop)) for i in range(experts.start, experts.stop, size)]
 
-    def moments(self) -> np.ndarray:
+    def transform_weights(self) -> np.ndarray:
         """``[n, r]``: ``E[z^2]`` of each expert, z = f(sum of alpha B) x with the rounded bases, from the inputs' squares."""
-        out = np.empty((self.n_expert, self.layer.rank(self.projection)), np.float32)
+        out, whole = np.empty((self.n_expert, self.layer.rank(self.projection)), np.float32), self.inputs()
         for experts, mix, bases, basis in self.groups():
             del bases
             for i in range(experts.start, experts.stop):
                 s = slice(i, i + 1)
                 z = activate(combine(mix[i - experts.start :][:1], basis), self.activation)
-                out[i] = second_moments(self.metric.slice(s, z).apply(z))[0].numpy()
+                out[i] = second_moments(whole.slice(s, z).apply(z))[0].numpy()
             del basis
         return out
 
@@ -186,6 +211,20 @@ def each_decoded(
         for i, x in enumerate(stack)
     ]
     return [data for data, _ in pairs], torch.stack([values for _, values in pairs])
+
+
+def rounded(
+    stack: torch.Tensor, zm: torch.Tensor, type_name: str, name: str, first: int = 0
+) -> tuple[list[np.ndarray], torch.Tensor]:
+    """:func:`each_decoded` with codes chosen by the second moments of what A multiplies, ``zm zm^T``."""
+    found = []
+    for i, (a, z) in enumerate(zip(stack, zm, strict=True)):
+        gram = z @ z.T
+        if not gram.diagonal().sum() > 0:  # an expert whose Z is zero: any A will do
+            gram = torch.eye(len(gram))
+        found.append(Rounder(gram).encode(a, type_name, f"{name}, expert {first + i}")[0])
+    values = [torch.from_numpy(ggml.dequantize(data, type_name, stack.shape[-1])) for data in found]
+    return found, torch.stack(values)
 
 
 @dataclass
@@ -216,6 +255,7 @@ class Solved(Encoded):
     def _solve(self) -> Iterator[np.ndarray]:
         unit, outcome, mixes, self.squares = self.unit, Refit(), [], Squares()
         weights = self.importance.read() if self.collected and self.importance else None
+        whole = unit.inputs()
         for experts, mix, basis, kept_basis in unit.groups():
             same = torch.equal(basis, kept_basis)
             for s in unit.blocks(experts):
@@ -225,17 +265,18 @@ class Solved(Encoded):
                 )
                 self.squares.add(stored)
                 z = activate(combine(alpha, kept_basis), unit.activation)
-                metric = unit.metric.slice(s, z)
+                metric = whole.slice(s, z)
                 zm = metric.apply(z)
                 given = self._weights(weights, s, zm)
                 data, values = each_decoded(stored, self.type, given, self.tensor.name, s.start)
-                if not (same and unit.by_moments) and (self.original is not None or not same):
+                if unit.full or (not (same and unit.by_moments) and (self.original is not None or not same)):
                     stored, values = (unit.scaled(unit.turn(a), s) for a in (stored, values))
                     w = self._target(s, alpha, basis, stored, metric)
-                    if same:  # they were fitted for this type, and A for them
+                    if same and not unit.full:  # they were fitted for this type, and A for them
                         new = resized(w, stored, zm), alpha, zm
                     else:
-                        new = solve(w, stored, zm, z, alpha, kept_basis, metric, unit.activation)
+                        anchor = ANCHOR_BY_MOMENTS if unit.full else None
+                        new = solve(w, stored, zm, z, alpha, kept_basis, metric, unit.activation, anchor)
                     data, alpha = self._better(w, zm, alpha, (data, values), new, weights, s, outcome)
                 outcome.matrices += len(alpha)
                 mixes.append(alpha[:, :, 0] if alpha.dim() == 4 else alpha)
@@ -275,9 +316,12 @@ class Solved(Encoded):
         unit, (data, values) = self.unit, stored
         a, new_alpha, new_zm = solved
         new = unit.turn(unit.unscaled(a, s))
-        new_data, new_values = each_decoded(
-            new, self.type, self._weights(collected, s, new_zm), self.tensor.name, s.start
-        )
+        if unit.full and self.type in ROUNDED:
+            new_data, new_values = rounded(new, new_zm, self.type, self.tensor.name, s.start)
+        else:
+            new_data, new_values = each_decoded(
+                new, self.type, self._weights(collected, s, new_zm), self.tensor.name, s.start
+            )
         new_values = unit.scaled(unit.turn(new_values), s)
         (old_cost, old_error), (new_cost, new_error) = cost(w, values, zm), cost(w, new_values, new_zm)
         better = new_cost < old_cost
@@ -319,6 +363,7 @@ def units_of(
     imatrix: Imatrix,
     choices: Mapping[str, Choice],
     weights: Mapping[str, Importance],
+    moments: Moments | None = None,
 ) -> dict[str, Unit]:
     """All factorized projections, by the GGUF name of their A."""
     units = {}
@@ -326,7 +371,7 @@ def units_of(
         layer = checkpoint.layer(index)
         for projection in layer.projections:
             name = names.transform_name(index, projection)
-            units[name] = Unit.of(layer, projection, imatrix, choices, weights)
+            units[name] = Unit.of(layer, projection, imatrix, choices, weights, moments)
     return units
 
 
@@ -335,7 +380,7 @@ def weigh_transforms(
 ) -> dict[str, Importance]:
     """Weights of the A's that no file has any for: E[z^2] by the factors and their inputs, where these are known."""
     return {
-        name: Importance(f"{unit.origin} (experts' inputs, through the bases)", unit.moments)
+        name: Importance(f"{unit.origin} (experts' inputs, through the bases)", unit.transform_weights)
         for name, unit in units.items()
         if name not in weights
         and not unit.turned
@@ -355,8 +400,8 @@ class Refitting:
 
     @classmethod
     def of(cls, units: Mapping[str, Unit], original: Original | None, why: str | None) -> Refitting | None:
-        """None if there is nothing to solve for, because no bases are quantized."""
-        units = {name: unit for name, unit in units.items() if unit.basis_type not in FLOATS}
+        """None if there is nothing to solve for, because no bases are quantized, and there are no moments to round A by."""
+        units = {n: unit for n, unit in units.items() if unit.full or unit.basis_type not in FLOATS}
         return cls(units, original, why) if units else None
 
     @property

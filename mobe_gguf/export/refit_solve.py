@@ -25,6 +25,9 @@ from mobe_gguf.core.projected import SingularError, derivative_, solve_transform
 #: Ridge of the change of A, relative to the mean of the Gram matrix's diagonal.
 ANCHOR = 0.03
 
+#: The same where full second moments are known: they need no help but for directions that no input has.
+ANCHOR_BY_MOMENTS = 1e-3
+
 #: What the square of a bias counts against the square of an error that is as likely of one sign as of the other.
 BIAS = 16.0
 
@@ -75,17 +78,19 @@ def solve(
     basis: torch.Tensor,
     metric: Metric,
     activation: str,
+    anchor: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(A, alpha, Z)`` of a block of experts for fixed bases: A as above, after one step of alpha.
 
     ``z`` is ``zm`` not in the metric; Z is returned in it.  An expert keeps its alpha where the step does not pay, and where
     alpha is given row by row, for then there are too many for one matrix.
     """
-    change, loss = _change(w - torch.bmm(a0, zm), zm)
+    anchor = ANCHOR if anchor is None else anchor
+    change, loss = _change(w - torch.bmm(a0, zm), zm, anchor)
     if alpha.dim() == 2:
         new_alpha = step(w, a0 + change, zm, z, alpha, basis, metric, activation)
         new_zm = metric.apply(activate(combine(new_alpha, basis), activation))
-        new_change, new_loss = _change(w - torch.bmm(a0, new_zm), new_zm)
+        new_change, new_loss = _change(w - torch.bmm(a0, new_zm), new_zm, anchor)
         better = (new_loss < loss)[:, None]
         alpha = torch.where(better, new_alpha, alpha)
         change = torch.where(better[..., None], new_change, change)
@@ -98,14 +103,14 @@ def resized(w: torch.Tensor, a: torch.Tensor, zm: torch.Tensor) -> torch.Tensor:
     return a / kept(w, a, zm).clamp(1 / MOST_SCALE, MOST_SCALE)[..., None]
 
 
-def _change(rest: torch.Tensor, zm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _change(rest: torch.Tensor, zm: torch.Tensor, anchor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """D ``[n, p, r]`` and the least loss of each expert; zeros where the Gram matrix is that of a Z of zeros."""
     try:
-        change, product = solve_transform(rest, zm, ANCHOR)
+        change, product = solve_transform(rest, zm, anchor)
     except SingularError:
         if len(rest) == 1:
             return torch.zeros(1, rest.shape[1], zm.shape[1]), squares(rest)
-        parts = [_change(r, z) for r, z in zip(rest.split(1), zm.split(1), strict=True)]
+        parts = [_change(r, z, anchor) for r, z in zip(rest.split(1), zm.split(1), strict=True)]
         return torch.cat([d for d, _ in parts]), torch.cat([loss for _, loss in parts])
     return change, squares(rest) - (change.double() * product.double()).sum((1, 2))
 

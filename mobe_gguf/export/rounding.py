@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import Roots
 from mobe_gguf.export.encoder import Encoder, EncodeRows, Nearest
@@ -22,6 +23,7 @@ from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.report import Rounded
 from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.moments import Moments
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 
@@ -138,4 +140,33 @@ def diagonals(moments: Moments, tensors: Mapping[str, Tensor]) -> dict[str, Impo
         if len(tensor.source.shape) >= 2 and covers(moments, tensor):
             n = int(np.prod(tensor.source.shape[:-2]))
             found[name] = Importance(f"{Path(moments.path).name} (second moments)", reader(name, n))
+    return found
+
+
+def bases(moments: Moments, factors: MobeCheckpoint) -> dict[str, Importance]:
+    """Weights of the columns of the bases of gate and up: of basis j ``sum_i mix_ij^2 diag(S_i)`` over the experts that use it."""
+
+    def reader(layer: MobeLayer, projection: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            checkpoint = layer.checkpoint
+            n, row = checkpoint.n_expert, checkpoint.expert_shape(projection)[1]
+            channels = moments.weight(layer.index, projection, n, row).channels()[:, 0]
+            shares = layer.mix(projection).double().square()
+            shares = shares.flatten(2).mean(-1) if shares.dim() == 3 else shares
+            groups = layer.group_count(projection)
+            parts = zip(shares.chunk(groups), channels.chunk(groups), strict=True)
+            found = torch.cat([share.T @ squares for share, squares in parts])
+            unused = ~(found.amax(-1) > 0)  # encoders refuse weights that are all zero
+            found[unused] = channels.mean(0)
+            return found.float().numpy()
+
+        return read
+
+    found = {}
+    for index in factors.moe_layers:
+        layer = factors.layer(index)
+        for projection in layer.projections:
+            if projection != "down" and names.transform_name(index, projection) in moments:
+                origin = f"{Path(moments.path).name} (second moments)"
+                found[names.basis_name(index, projection)] = Importance(origin, reader(layer, projection))
     return found

@@ -45,7 +45,7 @@ refit.decoded(torch.randn(4, 64), "q8_0", None, "what any encoding loads")
 torch.linalg.cholesky_ex(torch.eye(4))
 with peak.watched() as taken:
     if what == "moments":
-        unit.moments()
+        unit.transform_weights()
     elif what == "solve":
         for _ in refit.Solved(Tensor(), "q8_0", 0, None, unit)._solve():
             pass
