@@ -13,6 +13,7 @@ from mobe_gguf.export.imatrix import importances
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.refit import units_of, weigh_transforms
 from mobe_gguf.export.request import ExportRequest
+from mobe_gguf.export.rounding import bases, diagonals
 from mobe_gguf.export.type_errors import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.quant.allocate import TooSmall, allocate
@@ -54,13 +55,20 @@ def divide(
     provisional = {**choices, **dict.fromkeys(wanted, QUANTIZED)}
     encoded = {n: c for n, c in provisional.items() if not conversion.is_copied(n, c)}
     weights = importances(imatrix, tensors, encoded)
-    units = units_of(model.factors, imatrix, provisional, weights) if model.factors else {}
+    moments = model.moments
+    if moments is not None and model.factors is not None:
+        weights |= bases(moments, model.factors)
+    units = units_of(model.factors, imatrix, provisional, weights, moments) if model.factors else {}
+    if moments is not None:
+        weights |= diagonals(moments, {n: t for n, t in tensors.items() if n in wanted and n not in units})
     weights |= weigh_transforms(units, provisional, weights)
     layers = tuple(sorted({layer_of(name) for name in wanted}))
     shares = shares_of(model.original, imatrix, layers)
     options = {}
     with bar("measure types", len(wanted), request.options.quiet) as progress:
-        found = measure(tensors, wanted, units, weights, size, refit=request.options.refit, shares=shares)
+        found = measure(
+            tensors, wanted, units, weights, size, refit=request.options.refit, shares=shares, moments=moments
+        )
         for i, (name, curve) in enumerate(found, 1):
             options[name] = curve
             line = f"{name}: error {min(o.error for o in curve):.5f} to {max(o.error for o in curve):.5f}"

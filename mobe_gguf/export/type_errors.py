@@ -23,17 +23,23 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.tensors import is_down, is_transform
 from mobe_gguf.export.imatrix import Imatrix, Importance
-from mobe_gguf.export.refit import Unit, each_decoded
+from mobe_gguf.export.refit import Unit, each_decoded, rounded
 from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
+from mobe_gguf.export.rounding import covers, matrix
 from mobe_gguf.export.source import Tensor
+from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import layer_shares
 from mobe_gguf.quant.allocate import LADDER, Option
 from mobe_gguf.quant.mixture import layer_of
 from mobe_gguf.quant.recipe import fit, requires_imatrix
+from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 #: Experts of a layer that are measured; they are the first ones, for experts have no order.
 SAMPLE = 4
+
+#: Rows of each that are rounded by second moments.
+SAMPLE_ROWS = 64
 
 #: ``(name, type) -> bytes``.
 Size = Callable[[str, str], int]
@@ -59,11 +65,12 @@ def measure(
     *,
     refit: bool,
     shares: Mapping[int, float] | None,
+    moments: Moments | None = None,
 ) -> Iterator[tuple[str, list[Option]]]:
     """The options of each tensor of ``wanted``, in the file's order.
 
     ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``shares``: what layers
-    count, None if alike.
+    count, None if alike.  ``moments``: what the file is going to be rounded by; then these are errors after that.
     """
     for name in (n for n in tensors if n in wanted):
         tensor, found = tensors[name], weights.get(name)
@@ -71,7 +78,11 @@ def measure(
         share = 1.0 if shares is None else shares.get(layer_of(name), 1.0)
         unit = units.get(name.replace("_basis.", "_exps."))
         if unit is None:
-            errors = _plain(tensor, found, types)
+            errors = (
+                _rounded(tensor, moments, types)
+                if moments and covers(moments, tensor)
+                else _plain(tensor, found, types)
+            )
         elif name.endswith("_basis.weight"):
             errors = _basis(unit, types, refit)
         else:
@@ -94,7 +105,7 @@ def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
 
 def _basis(unit: Unit, types: list[str], refit: bool) -> list[float]:
     s, alpha, bases, a, z = _sampled(unit)
-    metric = unit.metric.slice(s, z)
+    metric = unit.inputs().slice(s, z)
     w = torch.bmm(a, metric.apply(z))
     errors = []
     for type_name in types:
@@ -110,15 +121,36 @@ def _basis(unit: Unit, types: list[str], refit: bool) -> list[float]:
 
 def _transform(unit: Unit, weights: Importance | None, types: list[str]) -> list[float]:
     s, _, _, a, z = _sampled(unit)
-    zm = unit.metric.slice(s, z).apply(z)
+    zm = unit.inputs().slice(s, z).apply(z)
     w = torch.bmm(a, zm)
     given = None if weights is None else weights.read()[s] if unit.turned else second_moments(zm).numpy()
     stored = unit.turn(unit.unscaled(a, s))
     errors = []
     for type_name in types:
-        values = unit.scaled(unit.turn(each_decoded(stored, type_name, given, unit.name)[1]), s)
+        if unit.full and type_name in ROUNDED:
+            found = rounded(stored, zm, type_name, unit.name)[1]
+        else:
+            found = each_decoded(stored, type_name, given, unit.name)[1]
+        values = unit.scaled(unit.turn(found), s)
         errors.append(_share(cost(w, values, zm)[0], squares(w)))
     return errors
+
+
+def _rounded(tensor: Tensor, moments: Moments, types: list[str]) -> list[float]:
+    """Of some rows of some matrices: rows are rounded independently of each other."""
+    roots = moments.find(tensor.name)
+    assert roots is not None, tensor.name
+    matrices = (m for piece in tensor.source.pieces() for m in piece.reshape(-1, *tensor.source.shape[-2:]))
+    outcomes = {type_name: Outcome() for type_name in types}
+    for e, w in enumerate(islice(matrices, SAMPLE)):
+        rounder = Rounder(matrix(roots, e if len(roots.root) > 1 else 0))
+        for type_name, outcome in outcomes.items():
+            rows = w[:: max(1, len(w) // SAMPLE_ROWS)][:SAMPLE_ROWS].float()
+            if type_name in ROUNDED:
+                outcome.add(rounder.encode(rows, type_name, tensor.name)[1])
+            else:
+                outcome.size += 1.0  # a float type: nothing is lost that counts here
+    return [outcome.after / outcome.size if outcome.size else 0.0 for outcome in outcomes.values()]
 
 
 def _plain(tensor: Tensor, weights: Importance | None, types: list[str]) -> list[float]:

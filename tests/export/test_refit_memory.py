@@ -9,7 +9,7 @@ import pytest
 UNIT = """
 import sys
 import peak, torch
-from mobe_gguf.export import refit, sensitivity
+from mobe_gguf.export import refit, type_errors
 
 n, p, r, d, m = 8, 32, 256, 1024, 32
 what, projection, groups = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -50,7 +50,7 @@ with peak.watched() as taken:
         for _ in refit.Solved(Tensor(), "q8_0", 0, None, unit)._solve():
             pass
     else:
-        sensitivity._basis(unit, ["q8_0", "q4_0", "q5_0"], True)
+        type_errors._basis(unit, ["q8_0", "q4_0", "q5_0"], True)
 print(taken[0] / (4 * m * r * d))
 """
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.cli import main
 from mobe_gguf.core import resources
-from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.export import Recipe, export, parse_quant, parse_target
 from mobe_gguf.export.rounding import matrix
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.formats.moments import Moments
@@ -106,3 +106,24 @@ def test_no_file_of_moments(model: Maker, tmp_path: Path) -> None:
         args = ["export", str(model("qwen3_moe")), str(tmp_path / "out.gguf"), "--dense", "--quant", "q4_0"]
         done = CliRunner().invoke(main, [*args, "--moments", str(path)])
         assert done.exit_code == 1 and said in done.output
+
+
+def test_transforms_are_rounded_by_what_they_multiply(
+    mobe: Maker, model: Maker, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """A of random factors, solved for again in the full moments; the bases are weighed by them, too."""
+    original, given = model("qwen3_moe"), tmp_path / "m.safetensors"
+    collect(original, resources.path("models") / "calibration.txt", given, chunks=12, quiet=True)
+    recipe = Recipe(parse_quant("q4_0"), moments=str(given))
+    factors = mobe("qwen3_moe", r=32)
+    report = export(factors, tmp_path / "out.gguf", recipe, original=original, quiet=True)
+    assert report.refit is not None and report.refit.solved > 0
+    assert report.refit.after < report.refit.before
+    gate = next(e for e in report.entries if e.name == "blk.0.ffn_gate_basis.weight")
+    assert gate.importance == "m.safetensors (second moments)"
+
+
+def test_bits_are_divided_by_errors_after_this_rounding(model: Maker, moments: Path, tmp_path: Path) -> None:
+    recipe = Recipe(parse_quant("q4_0"), moments=str(moments), target=parse_target(None, 6.5))
+    report = export(model("qwen3_moe", **SIZE), tmp_path / "out.gguf", recipe, dense=True, quiet=True)
+    assert report.divided and report.bits_per_weight <= 6.5 and report.rounded is not None
