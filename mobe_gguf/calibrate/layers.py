@@ -31,6 +31,8 @@ from mobe_gguf.models.checkpoint import Checkpoint
 BATCH = 4096
 #: Of the memory that is free, what may be used where ``--memory`` does not say.
 SHARE = 0.8
+#: What a layer's experts take beside each other, as a multiple of their weights: torch's product of groups of rows packs them.
+BESIDE = 2.5
 #: Values that a token takes while it goes through a layer, as multiples of the hidden and the widest inner size; measured.
 LIVE = 24
 
@@ -238,7 +240,8 @@ class Layer:
         c, inner, (work, dtype, device) = self.checkpoint, found[0], self.run.place
         tokens = self.run.tokens.numel()
         fed = Fed.new(work, tokens, c.n_embd, c.n_expert_used, dtype)
-        one_by_one = 3 * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize > self.run.budget / 2
+        weights = 3 * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize
+        one_by_one = BESIDE * weights > self.run.budget
         if one_by_one:
             self._watched(inner, fed, stop=True)
             answers = work.new("answers", (tokens, c.n_embd), torch.float32)

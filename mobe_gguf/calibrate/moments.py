@@ -20,7 +20,7 @@ import torch
 
 from mobe_gguf.calibrate.layers import SHARE, Run, Settings
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
-from mobe_gguf.calibrate.text import read_tokens
+from mobe_gguf.calibrate.text import default_texts, read_tokens
 from mobe_gguf.calibrate.workspace import Workspace
 from mobe_gguf.core.atomic import atomic_path, check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
@@ -39,7 +39,7 @@ FEW = 128
 # wide: what a user may choose, all of it optional
 def collect(
     model: Path,
-    text: Path | Sequence[Path],
+    text: Path | Sequence[Path] | None,
     out: Path,
     *,
     ctx: int = 512,
@@ -54,13 +54,13 @@ def collect(
     """Write the moments of every matrix of ``model``, a Hugging Face directory, to ``out``; returns what is said of them.
 
     transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.
-    ``keep``: share of the energy of a layer's average moments that the directions hold which are kept (0.999 if nothing is
+    ``text``: files, see :func:`read_tokens`; None: what ships with the project.  ``keep``: share of the energy of a layer's average moments that the directions hold which are kept (0.999 if nothing is
     said), or ``rank`` of them.  ``memory``: bytes that may be used beside what torch takes.  What is finished is kept in
     ``OUT.work`` until all is, and ``resume`` goes on from there.
     Raises MobeError or UsageError: model or text cannot be read, transformers does not know the model, too little text, no
     place for ``out``.  Code that a model's directory may hold is never run.
     """
-    texts = [text] if isinstance(text, Path) else list(text)
+    texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out)
     checkpoint = Checkpoint(model)

@@ -11,8 +11,8 @@ from mobe_gguf.core.metric import FLOOR
 POWER_STEPS = 2
 #: Channels from which on only the upper half of a sum is computed, in so many columns at a time: 5/8 to 9/16 of the work.
 HALF = 1024
-#: Channels up to which all directions are computed, whatever is kept of them.
-ALL = 768
+#: Directions that are kept at most where nothing is said; up to so many channels all are computed, whatever is kept.
+MOST = 1024
 
 
 def add_products(sums: torch.Tensor, x: torch.Tensor) -> None:
@@ -40,32 +40,33 @@ def mirror(sums: torch.Tensor) -> torch.Tensor:
 
 
 def directions(sums: torch.Tensor, keep: float) -> int:
-    """How many directions of ``sums`` ``[d, d]`` hold the share ``keep`` of its trace; d where that is more than half of them: a
-    root with a diagonal beside it would take no less."""
+    """How many directions of ``sums`` ``[d, d]`` hold the share ``keep`` of its trace.
+
+    All d where that is more than half of them and d is at most MOST: a root with a diagonal beside it would take no less.
+    Else at most MOST: finding them is O(k d^2) for each expert, all of them O(d^3).
+    """
     d, total = len(sums), float(sums.diagonal().double().sum())
-    if keep >= 1 or not total > 0:
-        return d
-    k = min(d, 128)
+    most = min(d, MOST)
+    if (keep >= 1 and d <= MOST) or not total > 0:
+        return most
+    k = min(most, 128)
     while True:
-        values = (
-            torch.linalg.eigvalsh(sums.double()).flip(0) if d <= ALL or 2 * k > d else strongest(sums, k)[0]
-        )
-        enough = (values.cumsum(0) >= keep * total).nonzero()
+        values = torch.linalg.eigvalsh(sums.double()).flip(0) if d <= MOST else strongest(sums, k)[0]
+        enough = (values.double().cumsum(0) >= keep * total).nonzero()
         if len(enough):
             found = int(enough[0]) + 1
-            return d if 2 * found > d else found
-        if len(values) == d:
-            return d
-        k *= 2
+            return d if 2 * found > d and d <= MOST else found
+        if len(values) >= most:
+            return most
+        k = min(2 * k, most)
 
 
 def strongest(sums: torch.Tensor, k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """``(values [k], vectors [d, k])``, strongest first, by subspace iteration (Halko et al., arXiv 0909.4061): O(k d^2)."""
-    s = sums.double()
-    q = torch.randn(len(s), k, generator=torch.Generator().manual_seed(seed)).to(s)
+    q = torch.randn(len(sums), k, generator=torch.Generator().manual_seed(seed)).to(sums)
     for _ in range(POWER_STEPS + 1):
-        q = torch.linalg.qr(s @ q)[0]
-    values, vectors = torch.linalg.eigh(q.T @ s @ q)
+        q = torch.linalg.qr(sums @ q)[0]
+    values, vectors = torch.linalg.eigh(q.T @ sums @ q)
     return values.flip(0), (q @ vectors).flip(1)
 
 
@@ -77,7 +78,7 @@ def root(sums: torch.Tensor, k: int, seed: int = 0) -> tuple[torch.Tensor, torch
     if k == len(sums):
         values, vectors = torch.linalg.eigh(sums.double())
         return (vectors * values.clamp_min(FLOOR).sqrt()).float().cpu(), None
-    if len(sums) <= ALL:
+    if len(sums) <= MOST:
         values, vectors = torch.linalg.eigh(sums.double())
         values, vectors = values[-k:].flip(0), vectors[:, -k:].flip(1)
     else:

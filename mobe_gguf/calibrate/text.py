@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mobe_gguf.calibrate.skeleton import unloadable
+from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError, UsageError
 
 #: Where a line of a .jsonl file has its chat: key -> keys of a message's role and content.
@@ -20,6 +21,12 @@ CHATS = {
 }
 #: What others call the roles.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+def default_texts() -> list[Path]:
+    """What ships with the project: prose, documentation, code, dialogue, mathematics, many languages."""
+    models = resources.path("models")
+    return [models / "calibration.txt", *sorted((models / "calibration").glob("*.txt"))]
 
 
 def read_tokens(

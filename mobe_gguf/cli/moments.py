@@ -21,9 +21,9 @@ from mobe_gguf.core.errors import Interrupted
     type=click.Path(path_type=Path),
     metavar="FILE",
     multiple=True,
-    required=True,
     help="Text of the kind that the model will be used on, some hundred thousand tokens. Plain text, or .jsonl with one chat a "
-    "line, to which the model's chat template is applied. Repeatable.",
+    "line, to which the model's chat template is applied. Repeatable.  [default: models/calibration of this "
+    "project: prose, documentation, code, dialogue, mathematics, many languages]",
 )
 @options.ctx
 @options.chunks()

@@ -42,7 +42,7 @@ def test_the_wheel_carries_patches_kernels_and_model(tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
-    for name in ("patches", "native", "models/tiny-moe"):
+    for name in ("patches", "native", "models/tiny-moe", "models/calibration"):
         expected = files(ROOT / name)
         assert expected and {f"mobe_gguf/_data/{name}/{file}" for file in expected} <= held
     assert {"mobe_gguf/_data/models/heldout.txt", "mobe_gguf/_data/models/calibration.txt"} <= held
