@@ -32,7 +32,7 @@ from mobe_gguf.core.errors import Interrupted
     type=float,
     metavar="SHARE",
     help="Keep the strongest directions of a layer's moments that hold this share of their energy, and a diagonal for the rest. If "
-    "that is more than half of them, keep all.  [default: 0.999]",
+    "that is more than half of them, keep all. At most 1024 of more channels than that.  [default: 0.999]",
 )
 @click.option(
     "--rank",
