@@ -19,6 +19,7 @@ from mobe_gguf.core.files import check_name
 COMMANDS = {
     "build": "Get, patch, compile and install the llama.cpp runtime.",
     "plan": "Show what fits this machine, how good and how fast: plain and factorized files.",
+    "compress": "Make the best GGUF file of a size: calibrate, fit, round, write, verify, measure.",
     "moments": "Run a text through a model and sum the second moments of its inputs.",
     "factorize": "Turn a MoE checkpoint into MoBE factors.",
     "export": "Write a MoBE checkpoint as a GGUF file.",

@@ -37,8 +37,10 @@ FACTORIZED = (
     (2, 0.5, "q4_k", "q3_k", "q3_k_m"),
     (2, 0.5, "q4_k", "q2_k", "q2_k"),
 )
-#: Ranks are multiples of a block, or A's rows would fall back to longer types.
-BLOCK = 256
+#: Ranks are multiples of a block, or A's rows fall back to longer types.  Models too narrow for ranks in steps of 256 have
+#: them in steps of 32, and A in types with such blocks.
+BLOCK, NARROW, NARROW_BLOCK = 256, 1536, 32
+SHORT = {"q4_k": "iq4_nl", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 #: Above this share p / d, and below this number of experts, factors save next to nothing.
 WIDEST, FEWEST = 0.8, 16
 
@@ -55,6 +57,9 @@ class Form:
     kept: float = 1.0
     bases: int = 0
     rank: int = 0
+    quant: str = ""
+    basis_type: str | None = None
+    transform_type: str | None = None
 
     @property
     def factorized(self) -> bool:
@@ -81,35 +86,48 @@ def why_not_factorized(layout: Layout) -> str | None:
 
 def forms(layout: Layout) -> list[Form]:
     """All candidates; factorized ones only where they may pay."""
-    found = [_plain(layout, quant) for quant in PLAIN]
+    found = [plain_form(layout, quant) for quant in PLAIN]
     if layout.native <= 5:
-        found.insert(3, _plain(layout, "mxfp4_moe"))
+        found.insert(3, plain_form(layout, "mxfp4_moe"))
     if why_not_factorized(layout) is None:
-        found += _factorized(layout)
+        found += factorized_forms(layout)
     return found
 
 
-def _plain(layout: Layout, quant: str) -> Form:
+def plain_form(layout: Layout, quant: str) -> Form:
+    """Ordinary experts in the types of llama-quantize's mixture ``quant``, chosen as with an importance matrix."""
     shapes = dict(layout.tensors)
     types = _types(layout, shapes, Recipe(quant, imatrix=("moments",)))
-    return Form(f"{quant}", f"--form plain --quant {quant}", shapes, types, _size(layout, shapes, types))
+    options = f"--form plain --quant {quant}"
+    return Form(quant, options, shapes, types, _size(layout, shapes, types), quant=quant)
 
 
-def _factorized(layout: Layout) -> Iterator[Form]:
+def factorized_forms(
+    layout: Layout,
+    bases: int | None = None,
+    rank: int | None = None,
+    basis_type: str | None = None,
+    transform_type: str | None = None,
+    quant: str | None = None,
+) -> Iterator[Form]:
+    """Wide and few bases, linear: FACTORIZED, with whatever is given in place of what stands there."""
     n, p, d = layout.expert_shape()
+    block = BLOCK if d >= NARROW else NARROW_BLOCK
     seen = set()
-    for bases, kept, basis, transform, quant in FACTORIZED:
-        rank = BLOCK * max(1, round(kept / (1 / d + bases / (n * p)) / BLOCK))
-        if rank >= min(d, n * p) or (bases, rank, transform) in seen:
+    for m, kept, basis, transform, rest in FACTORIZED:
+        m, rest, basis = bases or m, quant or rest, basis_type or basis
+        transform = transform_type or (transform if block == BLOCK else SHORT[transform])
+        r = rank or block * max(1, round(kept / (1 / d + m / (n * p)) / block))
+        if (m, r, basis, transform, rest) in seen or (rank is None and r >= d):
             continue
-        seen.add((bases, rank, transform))
-        shapes = _with_factors(layout, bases, rank)
-        recipe = Recipe(quant, basis=basis, transform=transform, imatrix=("moments",))
+        seen.add((m, r, basis, transform, rest))
+        shapes = _with_factors(layout, m, r)
+        recipe = Recipe(rest, basis=basis, transform=transform, imatrix=("moments",))
         types = _types(layout, shapes, recipe)
-        options = f"--form mobe --bases {bases} --rank {rank} --activation none --quant {quant} --basis-type {basis} --transform-type {transform}"
-        name = f"{bases} bases of rank {rank}, {transform}"
-        share = rank / d + bases * rank / (n * p)
-        yield Form(name, options, shapes, types, _size(layout, shapes, types), share, bases, rank)
+        options = f"--form mobe --bases {m} --rank {r} --quant {rest} --basis-type {basis} --transform-type {transform}"
+        size, share = _size(layout, shapes, types), r / d + m * r / (n * p)
+        name = f"{m} bases of rank {r}, {transform}"
+        yield Form(name, options, shapes, types, size, share, m, r, rest, basis, transform)
 
 
 def _with_factors(layout: Layout, bases: int, rank: int) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,149 @@
+"""``mobe-gguf compress``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mobe_gguf.cli import options
+from mobe_gguf.core.errors import Interrupted, UsageError
+from mobe_gguf.core.files import parse_size
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.gguf")
+@click.option("--size", metavar="SIZE", help="Largest file, for instance 80G (powers of ten).")
+@click.option("--bpw", type=float, metavar="BITS", help="The same, by bits per weight of the original.")
+@click.option(
+    "--form",
+    type=click.Choice(["auto", "plain", "mobe"]),
+    default="auto",
+    show_default=True,
+    help="auto makes a plain file and, where it may pay, a factorized one, measures both and keeps the better.",
+)
+@click.option(
+    "--quant", metavar="TYPE", help="Types of the file, as llama-quantize calls them, instead of by --size."
+)
+@click.option(
+    "--text", "-f", "texts", type=click.Path(path_type=Path, exists=True), multiple=True, metavar="FILE",
+    help="Text to calibrate with; may be given several times.  [default: the text that ships with the program]",
+)  # fmt: skip
+@click.option(
+    "--eval-text", type=click.Path(path_type=Path, exists=True), metavar="FILE",
+    help="Text to measure on; it must not be one of --text.  [default: the held-out text that ships with the program]",
+)  # fmt: skip
+@click.option(
+    "--chunks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Chunks of 512 tokens to calibrate with.  [default: all]",
+)
+@click.option(
+    "--eval-chunks",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Chunks to measure on.",
+)
+@click.option(
+    "--bases", type=click.IntRange(min=1), metavar="M", help="Bases of a layer, instead of the chosen number."
+)
+@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="Rows of a basis.")
+@click.option(
+    "--activation",
+    type=click.Choice(["none", "tanh", "silu"]),
+    help="Of the combined bases.  [default: none]",
+)
+@click.option("--basis-type", metavar="TYPE", help="Type of the bases.")
+@click.option("--transform-type", metavar="TYPE", help="Type of the transforms A.")
+@click.option("--memory", metavar="SIZE", help="Memory that calibration may take, as 32G.")
+@click.option(
+    "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
+)
+@click.option("--no-rivals", is_flag=True, help="Make no plain files of about the same size to compare with.")
+@click.option(
+    "--no-measure", is_flag=True, help="Measure nothing (no copy of the original in 16 bits is made then)."
+)
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Steps of the fit.")
+@options.ctx
+@options.device
+@options.resume
+@options.quiet
+@options.as_json
+def command(
+    model: Path,
+    out: Path,
+    size: str | None,
+    bpw: float | None,
+    texts: tuple[Path, ...],
+    memory: str | None,
+    no_rivals: bool,
+    no_measure: bool,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    **wishes: Any,
+) -> None:
+    """Make the best GGUF file of MODEL that a size allows: calibrate, fit, round, write, verify, measure.
+
+    MODEL is a Hugging Face model directory. Every matrix is rounded by the second moments of what it is fed. Where shared bases
+    (MoBE) may pay, a factorized file is made as well; what has the least KL divergence from MODEL becomes OUT.gguf, also if that
+    is a plain file. Work is kept in OUT.gguf.work until OUT is there; after a kill the same command with --resume goes on.
+
+    \b
+      mobe-gguf compress Qwen3-30B-A3B/ qwen3.gguf --size 10G
+      mobe-gguf compress Qwen3-30B-A3B/ qwen3.gguf --bpw 2.6 --text code.txt --text chats.jsonl
+      mobe-gguf plan Qwen3-30B-A3B/                    what fits this machine, with the command for it
+    """
+    from mobe_gguf.cli.factorize import check_device
+    from mobe_gguf.compress import report
+    from mobe_gguf.compress.pipeline import Job, Wishes
+    from mobe_gguf.models.hub import resolve
+    from mobe_gguf.quant.recipe import parse_quant, parse_type
+
+    options.check_stdout()
+    check_device(wishes["device"])
+    if size is not None and bpw is not None:
+        raise UsageError("--size and --bpw both say how large the file may be; leave one out")
+    if bpw is not None and not 0.5 <= bpw <= 32:
+        raise UsageError(f"--bpw {bpw:g}: expected bits per weight, for instance 2.6")
+    if wishes["quant"] is not None:
+        wishes["quant"] = parse_quant(wishes["quant"])
+    for name in ("basis_type", "transform_type"):
+        if wishes[name] is not None:
+            wishes[name] = parse_type(f"--{name.replace('_', '-')}", wishes[name])
+    model = resolve(model, quiet)
+    limit = parse_size(size, "--size") if size else None
+    if bpw is not None:
+        from mobe_gguf.plan.layout import read_layout
+
+        limit = int(read_layout(model).parameters * bpw / 8)
+    asked = Wishes(
+        size=limit,
+        text=texts,
+        memory=parse_size(memory, "--memory") if memory else None,
+        rivals=not no_rivals,
+        measure=not no_measure,
+        **wishes,
+    )
+    job = Job(model, out, asked, quiet)
+    try:
+        result = job.run(resume)
+    except KeyboardInterrupt as e:
+        raise Interrupted(f"stopped; what is finished is kept in {job.work}, --resume goes on") from e
+    if as_json:
+        click.echo(json.dumps(report.as_json(result), indent=2))
+    elif not quiet:
+        from rich.console import Console
+
+        from mobe_gguf.core.progress import VERBATIM
+
+        Console(width=None if sys.stdout.isatty() else 110, highlight=False, **VERBATIM).print(
+            report.page(result)
+        )
