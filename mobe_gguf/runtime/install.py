@@ -195,7 +195,8 @@ def _uninstall(environment: Environment, pin: Pin) -> None:
     for distribution in metadata.distributions(name=pin.name, path=[str(environment.libraries)]):
         for file in distribution.files or ():
             path = Path(os.path.normpath(str(distribution.locate_file(file))))
-            if path.is_relative_to(environment.libraries) or path.is_relative_to(environment.scripts):
+            roots = (environment.libraries, environment.scripts, environment.data)
+            if any(map(path.is_relative_to, roots)):
                 path.unlink(missing_ok=True)
     for info in environment.libraries.glob(f"{pin.name.replace('-', '_')}-*.dist-info"):
         remove(info)
@@ -244,7 +245,10 @@ def _sizes(root: Path, paths: Sequence[Path]) -> dict[str, int]:
 def _write_dist_info(
     environment: Environment, tree: Path, pin: Pin, version: str, links: Sequence[Path]
 ) -> Path:
-    """Write the package's metadata directory (PEP 376, 427); return its path."""
+    """Write the package's metadata directory (PEP 376, 427); return its path.
+
+    RECORD names every file of the runtime, also those outside of site-packages: ``pip uninstall`` leaves nothing.
+    """
     info = environment.libraries / f"{pin.name.replace('-', '_')}-{version}.dist-info"
     text = (tree / "PKG-INFO").read_text(encoding="utf-8")
     with _replacing(info) as new:
@@ -255,7 +259,8 @@ def _write_dist_info(
         _copy(tree / "LICENSE.md", new / "licenses" / "LICENSE.md")
         rows = [_record(environment.libraries, file) for file in _files(environment.package)]
         rows += [f"{info.name}/{file.relative_to(new).as_posix()},," for file in _files(new)]
-        rows += [f"{os.path.relpath(link, environment.libraries)},," for link in links]
+        elsewhere = [*links, *_files(environment.tree), environment.stamp]
+        rows += [f"{os.path.relpath(file, environment.libraries)},," for file in elsewhere]
         rows.append(f"{info.name}/RECORD,,")
         (new / "RECORD").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return info

@@ -303,6 +303,29 @@ def test_replaces_another_llama_cpp_python(miniature: Miniature, environment: En
     assert "llama_cpp_python 9.9.9" in " ".join(listed.stdout.split())
 
 
+def test_pip_tells_the_truth_and_uninstalls_all(tmp_path: Path, miniature: Miniature) -> None:
+    """In a virtual environment: pip checks what is installed, and leaves no file of it."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    before = {path for path in venv.rglob("*") if not path.is_dir()}
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    environment = Environment(
+        venv / "lib" / version / "site-packages", venv / "bin", venv / "share" / "mobe-gguf"
+    )
+    build(miniature.recipe(), environment, cache=miniature.cache)
+
+    def pip(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python"), *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    checked = pip("check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    (environment.tree / "include" / "llama.h").unlink()  # of a damaged one, too
+    gone = pip("uninstall", "-y", "llama-cpp-python")
+    assert gone.returncode == 0, gone.stderr
+    assert {path for path in venv.rglob("*") if not path.is_dir()} == before
+
+
 def test_missing_tools_are_named(tmp_path: Path):
     (tmp_path / "bin").mkdir()
     for program in ("cmake", "ninja"):
