@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -160,7 +160,7 @@ def _mark(text: str) -> str:
 def page(subject: Subject, old: str = "") -> str:
     """The whole page; lines of files that are there still are taken from the ``old`` one."""
     folder = Path(subject.report.path).parent
-    front = "\n".join(["---", *_front_matter(front_matter(subject)), "---", ""])
+    front = f"---\n{_front_matter(front_matter(subject))}\n---\n"
     lines = [f"# {subject.name}", "", *_about(subject), ""]
     lines += [
         "| file | quantization | size | bits per weight | types |",
@@ -231,22 +231,13 @@ def front_matter(subject: Subject) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value}
 
 
-def _front_matter(values: Mapping[str, Any]) -> Iterable[str]:
-    for key, value in values.items():
-        if isinstance(value, list):
-            yield f"{key}:"
-            yield from (f"- {_scalar(item)}" for item in value)
-        else:
-            yield f"{key}: {_scalar(value)}"
+def _front_matter(values: Mapping[str, Any]) -> str:
+    """YAML as the hub's own client writes and reads it."""
+    from huggingface_hub import ModelCardData
 
-
-def _scalar(value: Any) -> str:
-    """YAML: a string plain where no reader can take it for anything else, in JSON's quotes otherwise."""
-    text = str(value)
-    words = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
-    if re.fullmatch(r"[A-Za-z][\w./+-]*", text) and text.lower() not in words:
-        return text
-    return json.dumps(text, ensure_ascii=False)
+    return ModelCardData(
+        **{k: str(v) if not isinstance(v, list) else list(map(str, v)) for k, v in values.items()}
+    ).to_yaml()
 
 
 # what it is
