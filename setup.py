@@ -12,7 +12,14 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 
 #: Copied to ``mobe_gguf/_data`` under the same path.  Of the models, what ``mobe-gguf demo`` and ``eval`` run on.
-DATA = ("patches", "native", "models/tiny-moe", "models/heldout.txt", "models/calibration.txt", "models/calibration")
+DATA = (
+    "patches",
+    "native",
+    "models/tiny-moe",
+    "models/heldout.txt",
+    "models/calibration.txt",
+    "models/calibration",
+)
 
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 

@@ -235,9 +235,10 @@ def _front_matter(values: Mapping[str, Any]) -> str:
     """YAML as the hub's own client writes and reads it."""
     from huggingface_hub import ModelCardData
 
-    return ModelCardData(
-        **{k: str(v) if not isinstance(v, list) else list(map(str, v)) for k, v in values.items()}
-    ).to_yaml()
+    plain: dict[str, Any] = {
+        k: list(map(str, v)) if isinstance(v, list) else str(v) for k, v in values.items()
+    }
+    return ModelCardData(**plain).to_yaml()
 
 
 # what it is

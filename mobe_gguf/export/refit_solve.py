@@ -69,6 +69,7 @@ def second_moments(zm: torch.Tensor) -> torch.Tensor:
     return torch.where(moments.amax(-1, keepdim=True) > 0, moments, torch.ones_like(moments))
 
 
+# wide: the operands of one equation
 def solve(
     w: torch.Tensor,
     a0: torch.Tensor,

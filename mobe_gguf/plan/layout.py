@@ -272,7 +272,7 @@ def _convert(
     model_class = package.get_model_class(names[0])
     caught: dict[str, Any] = {}
     result = converter.HfConversion()
-    subclass = converter._catching(model_class, lazy, caught, result, None)
+    subclass = converter._catching(model_class, lazy, caught, result, None, {})
 
     if hasattr(subclass, "no_mtp") and not any(".mtp." in f".{n}" or "eh_proj" in n for n in shapes):
         subclass.no_mtp = True
