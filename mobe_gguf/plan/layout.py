@@ -180,7 +180,9 @@ def _native_bits(quantized: Mapping[str, Any]) -> float:
 def _source_shapes(path: Path, config: Mapping[str, Any]) -> tuple[Shapes, str]:
     """Names and shapes of the checkpoint's tensors: its headers' where they say so plainly, else transformers'."""
     headers = _headers(path.parent)
-    if headers and not any(name.endswith(("_blocks", "_packed", ".qweight")) for name in headers):
+    if headers and not any(
+        name.endswith(("_blocks", "_packed", ".qweight", ".experts.gate_up_proj")) for name in headers
+    ):
         return headers, "headers"
     shapes = _transformers_shapes(path, config)
     return shapes | _prediction_layers(shapes, config), "config.json"
@@ -302,6 +304,8 @@ def _convert(
     result.writer.kv_data = result.model.gguf_writer.kv_data
     result.model.gguf_writer = result.writer
     result.model.prepare_tensors()
+    if result.arch in converter.UNTIED and hparams.get("tie_word_embeddings"):
+        converter._untie(result)
     return result
 
 
