@@ -18,9 +18,24 @@ from mobe_gguf.cli import options
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Compare with the checksums in this file, which `sha256sum *.gguf` printed.",
 )
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also run the first layers of this Hugging Face model in transformers and those of FILE in llama.cpp, on the same tokens.",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="MoE layers that --model compares.",
+)
 @options.as_json
 @options.quiet
-def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
+def command(
+    file: Path, sums: Path | None, model: Path | None, layers: int, as_json: bool, quiet: bool
+) -> None:
     """Check a GGUF file: structure, shapes, finite values.
 
     FILE is any GGUF file. For the first file of a split model, all its files are checked. Every fault is listed with its tensor
@@ -30,6 +45,13 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
     from mobe_gguf.evaluate.verify import read_sums, verify
 
     verdict = verify(file, sums=None if sums is None else read_sums(sums), quiet=quiet)
+    compared = None
+    if model is not None and not verdict.problems:
+        from mobe_gguf.studies.agreement import agreement
+
+        compared = agreement(file, model, layers)
+        verdict.problems += [(str(file), problem) for problem in compared.problems]
+        verdict.notes += compared.notes
     if as_json:
         found = {
             "path": str(file),
@@ -41,11 +63,21 @@ def command(file: Path, sums: Path | None, as_json: bool, quiet: bool) -> None:
             "notes": verdict.notes,
             "sha256": verdict.sums,
         }
+        if compared is not None:
+            found["layers"] = compared.n_layers
+            found["graph_error"] = compared.graph[compared.n_layers]
+            found["file_error"] = compared.file[compared.n_layers]
         click.echo(json.dumps(found, indent=2))
     elif not verdict.problems:
         count = f"{len(verdict.files)} files, " if len(verdict.files) > 1 else ""
         sizes = f"{count}{verdict.n_tensors} tensors, {describe_size(verdict.n_bytes)}"
         click.echo(f"{file}: whole: {sizes}{', checksums as expected' if sums else ''}")
+    if compared is not None and not as_json and not quiet:
+        graph, own = compared.graph[compared.n_layers], compared.file[compared.n_layers]
+        click.echo(
+            f"{file}: first {compared.n_layers} layers: llama.cpp in float32 differs from transformers by {graph:.1e} of the "
+            f"logits' energy, the file from that by {own:.1e}"
+        )
     if not as_json and not quiet:
         for note in verdict.notes:
             click.echo(f"{file}: {note}", err=True)

@@ -1,0 +1,50 @@
+"""Logits of a GGUF file by the installed runtime, in full precision: ``python -m mobe_gguf.runtime.logits FILE TOKENS.npy OUT.npy``.
+
+A program of its own: where a graph does not like a file, llama.cpp ends the process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from mobe_gguf import runtime
+from mobe_gguf.core.errors import MobeError
+
+
+def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
+    """float32 ``[len(tokens), vocabulary]``; MobeError, with what the program said, if the runtime does not run the file."""
+    runtime.lib_dir()  # says what to do where there is none
+    with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as folder:
+        given, out = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
+        np.save(given, tokens)
+        command = [sys.executable, "-m", __name__, str(path), str(given), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode or not out.exists():
+            lines = [line for line in done.stderr.splitlines() if "rror" in line or "ASSERT" in line]
+            said = " ".join(lines[:3]) or f"it ended with code {done.returncode}"
+            raise MobeError(f"{path}: the runtime does not run this file: {said}")
+        return np.load(out)
+
+
+def main(path: str, given: str, out: str) -> None:
+    from llama_cpp import Llama
+
+    tokens = np.load(given)
+    size = len(tokens)
+    model = Llama(
+        path, flash_attn=False, type_k=0, type_v=0, logits_all=True, n_ctx=size, n_batch=size, n_ubatch=size, n_gpu_layers=0,
+        verbose=True,
+    )  # fmt: skip
+    with closing(model):
+        model.eval(tokens.tolist())
+        np.save(out, model.scores[:size])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,261 @@
+"""``verify --model``: does a file compute what its model computes?  The first layers of both, on the same tokens.
+
+Three things run: transformers on the model's first layers (T), the runtime on a new float32 file of these layers (N), and the
+runtime on the first layers of the file itself (F).  T and N must agree but for the order of additions: then llama.cpp's graph
+computes this model.  The file's keys must be those of N.  N and F differ by the file's types, and by factors if it has some.
+
+Memory and disk: the layers that are compared, the embeddings and the output, in float32; nothing else is read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.names import ALL_PROJECTIONS
+from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
+from mobe_gguf.export.converter import ARCHITECTURES
+from mobe_gguf.formats.gguf import GgufFile, padded, read_gguf, read_model
+from mobe_gguf.formats.safetensors import SINGLE_NAME, Entry, write_safetensors
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
+from mobe_gguf.models.original import open_original
+from mobe_gguf.models.writer import copy_small_files
+from mobe_gguf.runtime import ggml
+from mobe_gguf.runtime.logits import logits
+
+#: Squared error of T against N, of the squared T, in the median position: 2e-13 on small models, 1e-7 and more is another model.
+GRAPH_LIMIT = 1e-8
+
+#: Largest such error of F against N, by the bits per weight of the file's largest experts; of fewer bits a figure without a verdict.
+#: Measured on random models, whose routers flip: f16 2e-7, bf16 2e-5, q8_0 0.03.
+TYPE_LIMITS = ((32.0, 1e-8), (16.0, 1e-3), (8.0, 0.2))
+
+#: Keys that may differ: how many layers there are, what is named, and what ``--experts-used`` sets.
+_OWN_KEYS = ("block_count", "expert_used_count", "mobe.")
+
+
+@dataclass
+class Agreement:
+    """``graph``: error of T against N; ``file``: of N against F, None if the files cannot be compared; by the number of layers."""
+
+    n_layers: int
+    graph: dict[int, float] = field(default_factory=dict)
+    file: dict[int, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def agreement(file: Path, model: Path, layers: int = 2, n_tokens: int = 32) -> Agreement:
+    """Compare ``layers`` layers, and those before the first with experts.
+
+    ``model``: what the file was made of, or MoBE factors of it.  UsageError if there is no such model in transformers.
+    """
+    checkpoint, whole = _open(model), read_model(file)
+    n = min(checkpoint.n_layer, checkpoint.moe_layers[0] + max(1, layers))
+    vocabulary = checkpoint.shape(checkpoint.family.embedding)[0]
+    tokens = np.random.default_rng(0).integers(vocabulary, size=n_tokens)
+    result = Agreement(n)
+    limit = _limit(whole, isinstance(checkpoint, MobeCheckpoint))
+    if limit is None:
+        result.notes.append(
+            "the file's types are too small, or its factors too far from the model, for a verdict on its weights: its keys and "
+            "the graph were compared"
+        )
+    graph_ok, file_ok = _compare(checkpoint, whole, n, tokens, result, limit)
+    if not (graph_ok and file_ok):
+        for fewer in range(checkpoint.moe_layers[0] + 1, n):  # which layer is the first
+            graph_ok, file_ok = _compare(checkpoint, whole, fewer, tokens, result, limit)
+            if not (graph_ok and file_ok):
+                break
+        parts = min(
+            k for k in result.graph if _beyond(result.graph[k], GRAPH_LIMIT) or _beyond(result.file[k], limit)
+        )
+        error = result.graph[parts]
+        if _beyond(error, GRAPH_LIMIT):
+            result.problems.append(
+                f"layer {parts - 1} is the first to part from transformers: its logits are off by {error:.1e} of their energy in a "
+                "float32 file, too: llama.cpp's graph computes another model"
+            )
+        else:
+            result.problems.append(
+                f"layer {parts - 1} is the first to part from the model: logits are off by {result.file[parts]:.1e} of their "
+                f"energy, and the file's types explain {limit:.0e}"
+            )
+    return result
+
+
+def _open(path: Path) -> Checkpoint:
+    source = open_original(path)
+    if not isinstance(source, Checkpoint):
+        raise UsageError(f"--model {path}: a Hugging Face model directory is compared with, not a GGUF file")
+    if source.family.name == "bailing_moe" or source.config.get("model_type") == "kimi_k2":
+        raise UsageError(
+            f"--model {path}: transformers does not know {source.config.get('model_type')}; its code is not run"
+        )
+    source.check_whole()
+    return MobeCheckpoint(path) if source.is_mobe else source
+
+
+def _beyond(error: float, limit: float | None) -> bool:
+    return limit is not None and not error <= limit
+
+
+def _limit(file: GgufFile, factors_of_model: bool) -> float | None:
+    """What the types of its experts allow; None where that is no statement."""
+    experts = [t for name, t in file.tensors.items() if "_exps" in name or "_basis" in name]
+    if any("_basis" in t.name for t in experts) and not factors_of_model:
+        return None
+    least = min(
+        (8 * ggml.type_info(t.type).bytes / ggml.type_info(t.type).block for t in experts), default=32.0
+    )
+    return next((limit for bits, limit in TYPE_LIMITS if least >= bits), None)
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    whole: GgufFile,
+    n: int,
+    tokens: np.ndarray,
+    result: Agreement,
+    limit: float | None,
+) -> tuple[bool, bool]:
+    """Whether the first ``n`` layers agree: the graph's, and the file's."""
+    with tempfile.TemporaryDirectory(prefix="mobe-gguf-verify-") as folder:
+        small, new, old = Path(folder) / "model", Path(folder) / "new.gguf", Path(folder) / "file.gguf"
+        _first_layers(checkpoint, n, small)
+        options = ExportOptions(dense=True, allow_dense=True, quiet=True, tokenizer_pre="qwen2")
+        write_model(ExportRequest(small, new, Recipe("f32"), options))
+        reference = logits(new, tokens)
+        result.graph[n] = _error(_transformers(small, tokens), reference)
+        if not result.file:
+            result.problems += _other_keys(whole, read_gguf(new))
+        new.unlink()
+        _first_blocks(whole, n, old)
+        result.file[n] = _error(reference, logits(old, tokens))
+    return not _beyond(result.graph[n], GRAPH_LIMIT), not _beyond(result.file[n], limit)
+
+
+def _error(truth: np.ndarray, got: np.ndarray) -> float:
+    """Squared error by the squared truth, both centred, in the median position: one router that flips is not the model."""
+    truth, got = (a.astype(np.float64) - a.mean(-1, keepdims=True, dtype=np.float64) for a in (truth, got))
+    return float(np.median(((got - truth) ** 2).sum(-1) / (truth**2).sum(-1)))
+
+
+def _transformers(small: Path, tokens: np.ndarray) -> np.ndarray:
+    import transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
+        with torch.inference_mode():
+            return model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as e:
+        raise MobeError(f"transformers cannot run the model's first layers: {type(e).__name__}: {e}") from e
+
+
+def _other_keys(file: GgufFile, new: GgufFile) -> Iterator[str]:
+    """Keys of the architecture that a new file of the model has otherwise."""
+    if file.arch != new.arch:
+        yield f"the file's architecture is {file.arch}, a new file of the model has {new.arch}"
+        return
+    prefix = f"{new.arch}."
+    for key in sorted(k for k in {*file.keys, *new.keys} if k.startswith(prefix)):
+        if key.removeprefix(prefix).startswith(_OWN_KEYS) or file.keys.get(key) == new.keys.get(key):
+            continue
+        yield f"key {key} is {file.keys.get(key)!r}, a new file of the model has {new.keys.get(key)!r}"
+
+
+def _first_layers(checkpoint: Checkpoint, n: int, out: Path) -> None:
+    """An ordinary model of the first ``n`` layers; FP8 and factors become float32."""
+    out.mkdir()
+    copy_small_files(checkpoint.path, out)
+    config = {
+        k: v
+        for k, v in checkpoint.config.items()
+        if k not in ("num_B", "activation", "mobe", "quantization_config")
+    }
+    lists = {k: v[:n] for k, v in config.items() if isinstance(v, list) and len(v) == checkpoint.n_layer}
+    config |= lists | {"num_hidden_layers": n, "architectures": [ARCHITECTURES[checkpoint.family.name]]}
+    config |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in config}
+    (out / "config.json").write_text(json.dumps(config))
+    write_safetensors(out / SINGLE_NAME, _entries(checkpoint, n), {"format": "pt"})
+
+
+def _entries(checkpoint: Checkpoint, n: int) -> Iterator[Entry]:
+    replaced: dict[str, tuple[Reconstruction, int]] = {}
+    factors: set[str] = set()
+    for index in (i for i in checkpoint.moe_layers if i < n and isinstance(checkpoint, MobeCheckpoint)):
+        layer = checkpoint.layer(index)
+        factors |= set(layer.factor_names)
+        for projection in (p for p in ALL_PROJECTIONS if p in layer.projections):
+            read = Reconstruction(layer, projection)
+            for e in range(checkpoint.n_expert):
+                replaced[checkpoint.family.expert_weight(index, e, projection)] = (read, e)
+    for name, (read, e) in replaced.items():
+        matrix = read(e)
+        yield Entry.of(name, matrix)
+    for name in checkpoint.names:
+        parts = name.split(".")
+        layer_of = next((int(parts[i + 1]) for i, p in enumerate(parts[:-1]) if p == "layers"), -1)
+        if layer_of >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
+            continue
+        info = checkpoint.info(name)
+        if info.dtype.startswith("F8"):
+            yield Entry.of(name, _float(checkpoint, name))
+            continue
+        yield Entry.copy(name, info.dtype, info.shape, checkpoint.path / info.shard, info.begin, info.end)
+
+
+def _float(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor in FP8 as float32; fused experts one after the other."""
+    if len(checkpoint.shape(name)) == 2:
+        return checkpoint.matrix(name)
+    raise MobeError(f"{checkpoint.path}: tensor {name} is fused and in FP8: not compared")
+
+
+def _first_blocks(file: GgufFile, n: int, out: Path) -> None:
+    """The first ``n`` blocks of ``file``, with all that is no block's."""
+    kept = [
+        t for name, t in file.tensors.items() if not name.startswith("blk.") or int(name.split(".")[1]) < n
+    ]
+    pairs = []
+    with open(file.path, "rb") as source:
+        for name, (begin, end) in file.key_spans.items():
+            if name.startswith("split."):
+                continue
+            source.seek(begin)
+            pairs.append(source.read(end - begin))
+            if name == f"{file.arch}.block_count":
+                pairs[-1] = pairs[-1][:-4] + struct.pack("<I", n)
+    if file.arch == "deepseek2" and f"{file.arch}.attention.q_lora_rank" not in file.keys:
+        name = (
+            f"{file.arch}.attention.q_lora_rank".encode()
+        )  # fewer layers, and the runtime no longer guesses that it has none
+        pairs.append(struct.pack("<Q", len(name)) + name + struct.pack("<II", 4, 0))
+    with open(out, "wb") as target:
+        target.write(b"GGUF" + struct.pack("<IQQ", 3, len(kept), len(pairs)) + b"".join(pairs))
+        offset = 0
+        for t in kept:
+            name, shape = t.name.encode(), t.shape[::-1]
+            target.write(
+                struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+            )
+            target.write(struct.pack("<IQ", ggml.type_info(t.type).id, offset))
+            offset += padded(t.n_bytes, file.alignment)
+        for t in kept:
+            target.write(bytes(-target.tell() % file.alignment))
+            for chunk in Entry.copy(t.name, "U8", t.shape, t.file, t.offset, t.offset + t.n_bytes).data():
+                target.write(chunk)
+        target.write(bytes(-target.tell() % file.alignment))
