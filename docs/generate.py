@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import click
 
 from mobe_gguf.cli import COMMANDS, main
 from mobe_gguf.core import names
+from mobe_gguf.models import config_values, families
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "made by docs/generate.py, do not edit"
@@ -29,6 +31,7 @@ def outputs() -> dict[Path, str]:
     page = ROOT / "docs" / "format.md"
     return {
         ROOT / "docs" / "cli.md": cli_page(),
+        ROOT / "docs" / "families.md": families_page(),
         page: with_block(page.read_text(encoding="utf-8"), "names", names_table()),
     }
 
@@ -95,6 +98,56 @@ def names_table() -> str:
         f"Activations: {activations}.",
     ]
     return "\n".join(lines)
+
+
+def families_page() -> str:
+    """Which models are read how, and what of config.json is refused: out of ``mobe_gguf/models``."""
+    lines = ["# Families", "", f"<!-- {NOTE} -->", "", *FAMILIES_TEXT.strip().split("\n"), ""]
+    lines += [
+        "| family (`model_type`) | Hugging Face | GGUF | moments | factors | why not |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in families.FAMILIES:
+        remote = [t for t in family.model_types if t in ("bailing_moe", "kimi_k2")]
+        moments = "no" if family.model_types[0] in remote else "yes" + "".join(f", not {t}" for t in remote)
+        why = f"transformers has no class for {', '.join(remote)}" if remote else ""
+        lines.append(
+            f"| {', '.join(f'`{t}`' for t in family.model_types)} | yes | yes | {moments} | gate, up, down | {why} |"
+        )
+    for model_type, (_, why) in families.OTHERS.items():
+        known = model_type not in families.UNCONVERTED
+        row = ["no", "yes", "no", "gate, up, down"] if known else ["no", "no", "no", "no"]
+        if model_type == "nemotron_h":
+            row[3] = "up, down"
+        why = f"not written: {why}" if known else "llama.cpp's converter does not know it"
+        lines.append(f"| `{model_type}` | {' | '.join(row)} | {why} |")
+    lines += ["", "## Values of config.json that are refused", "", *REFUSED_TEXT.strip().split("\n"), ""]
+    lines += ["| family | key | accepted | the runtime |", "|---|---|---|---|"]
+    for name, values in config_values.VALUES.items():
+        for key, only in values.only.items():
+            accepted = ", ".join(f"`{json.dumps(value)}`" for value in only.allowed)
+            lines.append(f"| {name} | `{key}` | {accepted} | {only.computes} |")
+        for judge in values.judges:
+            if text := inspect.getdoc(judge):
+                lines.append(f"| {name} | | | {' '.join(text.split()).replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+FAMILIES_TEXT = """
+What is read as a Hugging Face directory was compared with transformers on small random models (`tests/parity`), factorized and not,
+with one tensor for each expert and with fused ones. Bailing's and Kimi's code is not in transformers and not run here: their files
+are compared with files of the same model that have ordinary experts. A MoE that is not read so goes through a GGUF file:
+llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any types, and `export` puts the factors back into it. "yes" under
+GGUF says of the families that are not read as directories that the converter has a class for them; each was not tried here.
+`mobe-gguf verify FILE --model DIR` compares the first layers of a file with its model.
+"""
+
+REFUSED_TEXT = """
+A file says less than config.json, and llama.cpp's graphs have constants where a model's class reads it. Where that would give other
+answers, `factorize` and `export` refuse the model and name key, value and what the runtime computes. Everything else is carried; a
+test changes each key of each family on a small model and compares logits (`tests/export/test_config_values.py`).
+Lines without a key are rules over several.
+"""
 
 
 def with_block(text: str, name: str, content: str) -> str:

@@ -191,6 +191,48 @@ def family_of(config: Config) -> Family:
         if model_type in family.model_types:
             return family
     raise MobeError(
-        f"config.json: model_type {model_type!r} is not a MoE family that mobe-gguf knows. "
-        f"Known: {', '.join(known_model_types())}."
+        f"config.json: model_type {model_type!r} is not a MoE family that mobe-gguf reads as a Hugging Face directory. "
+        f"Known: {', '.join(known_model_types())}. {other_way(model_type)}"
+    )
+
+
+#: Other MoE families: ``model_type`` -> its class, by which llama.cpp's converter knows it or does not; and what is special in it.
+OTHERS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "afmoe": ("AfmoeForCausalLM", "gated attention, norms around it"),
+        "bailing_moe_v2": ("BailingMoeV2ForCausalLM", "remote code"),
+        "deepseek_v32": ("DeepseekV32ForCausalLM", "sparse attention"),
+        "dots1": ("Dots1ForCausalLM", "tables of its config's values"),
+        "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", "names of its own in config.json"),
+        "exaone_moe": ("ExaoneMoEForCausalLM", "sliding windows"),
+        "flex_olmo": ("FlexOlmoForCausalLM", ""),
+        "glm4_moe": ("Glm4MoeForCausalLM", "tables of its config's values"),
+        "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "tables of its config's values"),
+        "gpt_oss": ("GptOssForCausalLM", "biases of experts, interleaved gate and up, MXFP4"),
+        "granitemoe": ("GraniteMoeForCausalLM", "experts in linear layers of three dimensions"),
+        "granitemoehybrid": ("GraniteMoeHybridForCausalLM", "experts in linear layers of three dimensions"),
+        "granitemoeshared": ("GraniteMoeSharedForCausalLM", "experts in linear layers of three dimensions"),
+        "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", "lists by layer in config.json"),
+        "jetmoe": ("JetMoeForCausalLM", ""),
+        "lfm2_moe": ("Lfm2MoeForCausalLM", "names of its own"),
+        "llama4": ("Llama4ForConditionalGeneration", "transposed fused experts, multimodal"),
+        "minimax_m2": ("MiniMaxM2ForCausalLM", "names of its own"),
+        "nemotron_h": ("NemotronHForCausalLM", "experts without gate"),
+        "phimoe": ("PhiMoEForCausalLM", "routing of its own"),
+        "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "linear attention, multimodal"),
+        "qwen3_next": ("Qwen3NextForCausalLM", "linear attention"),
+    }
+)
+
+#: Of these the converter has no class.
+UNCONVERTED = frozenset(("flex_olmo", "jetmoe"))
+
+
+def other_way(model_type: Any) -> str:
+    """What works instead for a model of another family."""
+    if model_type in UNCONVERTED:
+        return "llama.cpp does not know this family either"
+    return (
+        "Convert it to GGUF with llama.cpp's converter (convert_hf_to_gguf.py --outtype bf16), then factorize the GGUF file:\n"
+        "  mobe-gguf factorize model.gguf factors/"
     )

@@ -101,8 +101,9 @@ def _open(path: Path) -> Checkpoint:
         raise UsageError(
             f"--model {path}: transformers does not know {source.config.get('model_type')}; its code is not run"
         )
+    source = MobeCheckpoint(path) if source.is_mobe else source
     source.check_whole()
-    return MobeCheckpoint(path) if source.is_mobe else source
+    return source
 
 
 def _beyond(error: float, limit: float | None) -> bool:

@@ -73,3 +73,28 @@ def test_a_bad_number_names_its_key(value):
     config = {"model_type": "olmoe", "num_experts": value}
     with pytest.raises(MobeError, match="num_experts"):
         family_of(config).n_expert(config)
+
+
+def test_other_families_are_those_that_the_converter_knows():
+    """What the message and docs/families.md say of families that are not read as directories."""
+    from mobe_gguf import runtime
+    from mobe_gguf.models.families import OTHERS, UNCONVERTED
+
+    runtime.use_conversion()
+    import conversion
+
+    for model_type, (name, _) in OTHERS.items():
+        if model_type in UNCONVERTED:
+            with pytest.raises(NotImplementedError):
+                conversion.get_model_class(name)
+        else:
+            assert conversion.get_model_class(name)
+        assert model_type not in known_model_types()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"), [("gpt_oss", "convert_hf_to_gguf.py"), ("jetmoe", "does not know this family")]
+)
+def test_what_works_instead(model_type, said):
+    with pytest.raises(MobeError, match=said):
+        family_of({"model_type": model_type})
