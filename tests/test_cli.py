@@ -17,7 +17,7 @@ from mobe_gguf.cli import COMMANDS, main
 DIFFERENT = {"--activation", "--bases", "--ctx", "--dtype", "--moments", "--quant", "--rank", "--text", "-v"}
 
 #: Options that do more in one command.
-MORE = {("export", "--imatrix"), ("factorize", "--device")}
+MORE = {("export", "--imatrix"), ("factorize", "--device"), ("verify", "--layers")}
 
 
 def test_names_that_are_not_utf8():
