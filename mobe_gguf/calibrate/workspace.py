@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mobe_gguf.core.atomic import held, write_json
+from mobe_gguf.core.atomic import held, rename, sync, write_json
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import why_not_written
 from mobe_gguf.formats.safetensors import read_json
@@ -94,7 +94,7 @@ class Workspace:
     def finish_layer(self, layer: int, states: States) -> None:
         """The states behind ``layer`` get their name; those before it go."""
         states.sync()
-        os.replace(states.file, self.states_file(layer + 1))
+        rename(states.file, self.states_file(layer + 1))
         self.states_file(layer).unlink(missing_ok=True)
 
     def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> States:
@@ -132,8 +132,7 @@ class States:
         return cls(file, shape, dtype)
 
     def sync(self) -> None:
-        with open(self.file, "rb") as f:
-            os.fsync(f.fileno())
+        sync(self.file)
 
     def remove(self) -> None:
         del self.tensor

@@ -89,7 +89,7 @@ def command(
     from mobe_gguf.cli.factorize import check_device
     from mobe_gguf.core.atomic import write_json
     from mobe_gguf.core.layers import parse_layers
-    from mobe_gguf.factorize.job import work_directory
+    from mobe_gguf.core.workspace import work_directory
     from mobe_gguf.factorize.plan import parse_projections
     from mobe_gguf.models.checkpoint import Checkpoint
     from mobe_gguf.models.hub import resolve

@@ -171,8 +171,8 @@ def command(
     from mobe_gguf.factorize import job as jobs
     from mobe_gguf.factorize import plan, report
     from mobe_gguf.factorize.expected import expected_time
+    from mobe_gguf.factorize.job.executors import Place
     from mobe_gguf.factorize.target import parse_target
-    from mobe_gguf.factorize.workers import Place
     from mobe_gguf.models.hub import resolve
     from mobe_gguf.quant.recipe import parse_quant
 

@@ -80,6 +80,25 @@ def held(lock: Path, out: Path) -> Iterator[bool]:
         yield fd is not None
 
 
+def sync(path: Path) -> None:
+    """Return when the file or directory is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give what is whole another name, for good: the directory that has the name is on the disk, too.
+
+    An existing file, or empty directory, is replaced.  A file's content must have been synced before.
+    """
+    os.replace(source, target)
+    with contextlib.suppress(OSError):  # some file systems do not sync directories
+        sync(target.absolute().parent)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success fsync it and rename it, on failure remove it.
@@ -103,9 +122,8 @@ def atomic_path(path: str | os.PathLike[str], shared: bool = False) -> Iterator[
                 fixed.unlink(missing_ok=True)
         try:
             yield part
-            with open(part, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(part, final)
+            sync(part)
+            rename(part, final)
         except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()

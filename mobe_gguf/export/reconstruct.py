@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mobe_gguf.core.atomic import atomic_path, write_json
+from mobe_gguf.core.atomic import atomic_path, rename, write_json
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import check_space, describe_size, why_not_written
 from mobe_gguf.core.progress import bar
@@ -122,7 +122,7 @@ def reconstruct_model(
                 )
                 write_json(parts.folder / "config.json", config)
                 parts.state.unlink()
-                os.rename(parts.folder, out)
+                rename(parts.folder, out)
             finally:
                 parts.remove_if_useless()
     except OSError as e:

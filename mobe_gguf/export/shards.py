@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf import __version__
-from mobe_gguf.core.atomic import destination, held, write_json
+from mobe_gguf.core.atomic import destination, held
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_sizes
+from mobe_gguf.core.workspace import Workspace
 from mobe_gguf.export.write import Encoded, write_gguf
 from mobe_gguf.formats.gguf import ALIGNMENT, padded
 
@@ -83,6 +82,10 @@ def fingerprint(files: Iterable[Path], *settings: Any) -> str:
     return hashlib.sha256(repr((__version__, sorted(state), settings)).encode()).hexdigest()
 
 
+#: In the folder of parts: what they are of, and which are finished.
+STATE = "state.json"
+
+
 @dataclass
 class Parts:
     """The folder where finished files of ``out`` wait.  ``key``: what they are of, see :func:`fingerprint`."""
@@ -97,7 +100,7 @@ class Parts:
 
     @property
     def state(self) -> Path:
-        return self.folder / "state.json"
+        return self.folder / STATE
 
     def files(self) -> list[Path]:
         return list(self.folder.iterdir()) if self.folder.is_dir() else []
@@ -120,7 +123,7 @@ class Parts:
     def load(self) -> None:
         """Take over what an interrupted run with the same key finished: files of the recorded size."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            state = json.loads(self.state.read_text(encoding="utf-8"))
+            state = Workspace(self.folder).read(STATE)
             if state.get("key") == self.key:
                 sizes = {path.name: path.stat().st_size for path in self.files()}
                 self.finished = {n: s for n, s in state["finished"].items() if sizes.get(n) == s}
@@ -143,7 +146,7 @@ class Parts:
         self._save()
 
     def _save(self) -> None:
-        write_json(self.state, {"key": self.key, "finished": self.finished})
+        Workspace(self.folder).write(STATE, {"key": self.key, "finished": self.finished})
 
     def deliver(self, paths: Sequence[Path]) -> None:
         """Give all files their names and remove the folder.
@@ -153,7 +156,7 @@ class Parts:
         """
         paths[0].unlink(missing_ok=True)
         for path in reversed(paths):
-            os.replace(self.folder / path.name, path)
+            Workspace(self.folder).deliver(path.name, path)
         shutil.rmtree(self.folder)
 
     def remove_if_useless(self) -> None:

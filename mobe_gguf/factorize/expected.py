@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from mobe_gguf.factorize.job import Job
+from mobe_gguf.factorize.job.executors import pieces_at_once
 from mobe_gguf.factorize.plan import baseline
 from mobe_gguf.factorize.solver import fit
 from mobe_gguf.factorize.target import Size, probe_steps
-from mobe_gguf.factorize.workers import units_at_once
 from mobe_gguf.formats.safetensors import STORED
 
 #: Multiply-adds of the largest product of a trial's step, and its steps.
@@ -30,7 +30,7 @@ def expected_time(job: Job, device: str) -> dict[str, Any]:
     """
     began = time.monotonic()
     units = job.settings.units()
-    at_once = units_at_once(job, len(units), device)
+    at_once = pieces_at_once(job.plan.memory_bytes, len(units), device)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // at_once))
     try:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mobe_gguf.core.atomic import sync
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import check_name
 
@@ -228,5 +229,4 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[st
         for e in entries:
             for chunk in e.data():
                 f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
+    sync(path)

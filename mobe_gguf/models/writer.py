@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mobe_gguf.core.atomic import write_json
+from mobe_gguf.core.atomic import rename, write_json
 from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, TensorInfo, read_header, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.gguf_factors import FACTORS_NAME
@@ -106,7 +106,7 @@ def write_output(
             copy_small_files(source.path, part)
         write_json(part / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(part / ("config.json" if isinstance(source, Checkpoint) else FACTORS_NAME), config)
-        os.rename(part, out)
+        rename(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

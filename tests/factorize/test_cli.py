@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.factorize.job import prepare
+from mobe_gguf.factorize.job.unit import fit
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.factorize.unit import fit
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
@@ -224,7 +224,7 @@ def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch):
         left.pop()
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr("mobe_gguf.factorize.unit.fit", interrupt)
+    monkeypatch.setattr("mobe_gguf.factorize.job.unit.fit", interrupt)
     out = tmp_path / "out"
     message = refused(130, model("qwen3_moe"), out, "--steps", 1, "-q")
     assert message == f"Error: stopped. Finished units are kept in {out}.work; run again with --resume.\n"

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize import unit
-from mobe_gguf.factorize.job import prepare, run
+from mobe_gguf.factorize.job import prepare, run, running, unit
 from mobe_gguf.factorize.plan import Options
 
 from .test_job import FAST, contents, names
@@ -85,7 +83,7 @@ def test_a_killed_worker_s_unit_goes_to_another(ray_address, model, tmp_path, mo
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    monkeypatch.setattr(jobs, "fit_unit", partial(waits_to_be_killed, tmp_path / "seen"))
+    monkeypatch.setattr(running, "fit_unit", partial(waits_to_be_killed, tmp_path / "seen"))
     result = run(prepare(source, out, Options(), resume=True), ray=ray_address)
     killer.join()
     assert "layer 1 up: its worker died (WorkerCrashedError), given to another" in capfd.readouterr().err
@@ -107,7 +105,7 @@ def diverges(job, layer, projection, device, on_step):
 def test_a_failing_unit_stops_the_job_which_goes_on_here(ray_address, model, tmp_path, monkeypatch):
     source, out = model("qwen3_moe"), tmp_path / "out"
     with monkeypatch.context() as m:
-        m.setattr(jobs, "fit_unit", diverges)
+        m.setattr(running, "fit_unit", diverges)
         with pytest.raises(MobeError) as error:
             run(prepare(source, out, OPTIONS), quiet=True, ray=ray_address)
     assert error.value.message == "layer 2 up: the fit diverged" and type(error.value) is MobeError

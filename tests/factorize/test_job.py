@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize import unit as units
-from mobe_gguf.factorize.job import prepare, run, work_directory
+from mobe_gguf.factorize.job import prepare, run, state, work_directory
+from mobe_gguf.factorize.job import unit as units
+from mobe_gguf.factorize.job.executors import Stopped
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.factorize.workers import Stopped
 from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, read_header, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, reconstruct
@@ -276,7 +276,7 @@ def test_resume_refuses_another_model_and_another_solver(half_done, model, monke
     source, out = half_done
     with pytest.raises(MobeError, match="checksum of MODEL was"):
         prepare(model("qwen3_moe", seed=1), out, Options(), resume=True)
-    monkeypatch.setattr(jobs, "SOLVER", "other")
+    monkeypatch.setattr(state, "SOLVER", "other")
     with pytest.raises(MobeError, match="solver was .* now it is other"):
         prepare(source, out, Options(), resume=True)
 

@@ -11,11 +11,11 @@ import torch
 from formats.test_imatrix import write as write_imatrix
 from safetensors.torch import save_file
 
-from mobe_gguf.factorize import workers
 from mobe_gguf.factorize.job import prepare
+from mobe_gguf.factorize.job.executors import pieces_at_once
+from mobe_gguf.factorize.job.executors import threads as workers
 from mobe_gguf.factorize.plan import Options, unit_memory
 from mobe_gguf.factorize.solver import Settings
-from mobe_gguf.factorize.workers import units_at_once
 from mobe_gguf.formats.moments import KEY
 
 N, P, D, DIRECTIONS = 48, 256, 512, 192
@@ -25,17 +25,17 @@ UNIT = """
 import json, sys
 import peak, torch
 from pathlib import Path
-from mobe_gguf.factorize.job import _lock, prepare
+from mobe_gguf.factorize.job import prepare
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.solver import Settings, fit
-from mobe_gguf.factorize.unit import fit_unit
+from mobe_gguf.factorize.job.unit import fit_unit
 
 torch.set_num_threads(1)
 model, out, options = sys.argv[1:]
 options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(options).items()})
 job = prepare(Path(model), Path(out), options)
 fit(torch.randn(4, 32, 64), Settings(2, 32, steps=1))  # what any fit loads
-with _lock(job), peak.watched() as taken:
+with job.workspace.running(), peak.watched() as taken:
     fit_unit(job, *job.settings.units()[0], "cpu")
 print(job.plan.memory_bytes, taken[0])
 """
@@ -99,8 +99,8 @@ def test_units_at_once(model, tmp_path, monkeypatch):
     monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 8)
     for free, expected in ((2 * 3.5 * one, 3), (0.1 * one, 1), (100 * one, 6)):
         monkeypatch.setattr(workers, "free_memory", lambda free=free: free)
-        assert units_at_once(job, 6, "cpu") == expected
+        assert pieces_at_once(one, 6, "cpu") == expected
     monkeypatch.setattr(workers.torch, "get_num_threads", lambda: 2)
-    assert units_at_once(job, 6, "cpu") == 2
+    assert pieces_at_once(one, 6, "cpu") == 2
     monkeypatch.setattr(workers, "free_memory", lambda: 0)
-    assert units_at_once(job, 6, "cuda:0,cuda:1") == 2
+    assert pieces_at_once(one, 6, "cuda:0,cuda:1") == 2

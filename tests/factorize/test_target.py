@@ -17,7 +17,8 @@ from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize import unit as units
+from mobe_gguf.factorize.job import running
+from mobe_gguf.factorize.job import unit as units
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.target import (
     Choices,
@@ -239,7 +240,7 @@ def test_a_stopped_job_goes_on_with_its_probes_and_sizes(uneven, tmp_path, monke
         jobs.prepare(uneven, out, TARGET)
     stamps = {name: (tmp_path / "out.work" / "probes" / name).stat().st_mtime_ns for name in kept}
     monkeypatch.setattr(units, "fit", fit)
-    monkeypatch.setattr(jobs, "write_output", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(running, "write_output", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         factorize(uneven, out, Options(), resume=True)
     first = json.loads((tmp_path / "out.work" / "probes" / kept[0]).read_text())
@@ -252,7 +253,7 @@ def test_a_stopped_job_goes_on_with_its_probes_and_sizes(uneven, tmp_path, monke
 
 
 def test_a_unit_of_another_size_is_fitted_again(uneven, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "write_output", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(running, "write_output", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         factorize(uneven, tmp_path / "out", TARGET)
     monkeypatch.undo()

@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize import remote, unit
-from mobe_gguf.factorize.job import prepare, run, work_directory
+from mobe_gguf.factorize.job import prepare, remote, run, running, unit, work_directory
+from mobe_gguf.factorize.job.executors import Place, Stopped
+from mobe_gguf.factorize.job.remote import JobAddress
 from mobe_gguf.factorize.plan import Options
-from mobe_gguf.factorize.remote import JobAddress
-from mobe_gguf.factorize.workers import Place, Stopped
 
 from .test_job import FAST, contents, names, start
 
@@ -33,7 +31,7 @@ def second_device_fails(how, job, layer, projection, device, on_step):
     """In a worker process: ``cpu:1`` fails at its first unit, ``cpu`` does one and then works until it is stopped."""
     first = unit.fit_unit(job, layer, projection, "cpu") if layer == 0 and device == "cpu" else None
     if device == "cpu:1":
-        while not list((job.work / "units").glob("layer-*")):
+        while not (job.work / "begun").exists():
             time.sleep(0.01)
         if how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -41,6 +39,7 @@ def second_device_fails(how, job, layer, projection, device, on_step):
     if first:
         return first
     try:
+        (job.work / "begun").touch()
         while True:
             on_step(0.5, 0.1)
             time.sleep(0.01)
@@ -59,7 +58,7 @@ def second_device_fails(how, job, layer, projection, device, on_step):
 def test_a_failing_device_is_named(how, message, model, tmp_path, monkeypatch):
     job = prepare(model("qwen3_moe"), tmp_path / "out", FAST)
     with monkeypatch.context() as m:
-        m.setattr(jobs, "fit_unit", partial(second_device_fails, how))
+        m.setattr(running, "fit_unit", partial(second_device_fails, how))
         with pytest.raises(MobeError) as error:
             run(job, quiet=True, device="cpu,cpu:1")
     assert message in error.value.message and "\n" not in error.value.message
@@ -121,7 +120,7 @@ def test_devices_that_make_no_sense(device, ray, message):
 @pytest.fixture
 def address(own_model, tmp_path):
     job = prepare(own_model("qwen3_moe"), tmp_path / "out", FAST)
-    with jobs._lock(job):
+    with job.workspace.running():
         yield JobAddress.of(job)
 
 

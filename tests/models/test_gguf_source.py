@@ -16,7 +16,7 @@ from mobe_gguf import runtime
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.job import prepare, run, work_directory
+from mobe_gguf.factorize.job import prepare, run, running, work_directory
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.types import BY_NAME
 from mobe_gguf.models import gguf_source
@@ -224,7 +224,7 @@ def test_resume(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return fit_unit(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "fit_unit", failing)
+        patch.setattr(running, "fit_unit", failing)
         with pytest.raises(MobeError, match="stopped here"):
             run(prepare(plain, tmp_path / "out", FAST), quiet=True, workers=1)
     other = gguf_files.qwen3moe()

@@ -13,19 +13,22 @@ from typing import Any
 import torch
 
 from mobe_gguf import evaluate
-from mobe_gguf.core.atomic import write_json
+from mobe_gguf.core.atomic import rename
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.names import ACTIVATIONS, PROJECTIONS
 from mobe_gguf.core.progress import Bar, bar
+from mobe_gguf.core.workspace import Workspace, work_directory
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.job import work_directory
 from mobe_gguf.factorize.plan import Options, default_bases
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
 VERSION = 1
+
+#: In the work directory: what is studied.
+STUDY = "study.json"
 
 #: Values are counted in bins of equal width from -EDGE to EDGE; what lies outside counts in the last bin.
 BINS, EDGE = 120, 3.0
@@ -195,17 +198,16 @@ def run(
     if not work.exists():  # all that can be checked now
         jobs.prepare(model, out, study.options(trials[0]))
     _begin(out, work, checkpoint, study, resume)
-    (work / "rows").mkdir(parents=True, exist_ok=True)
     rows = []
     with bar("ablate", len(trials), quiet) as progress:
         for trial in trials:
-            path = work / "rows" / f"{trial.name}.json"
-            row = _read(path)
+            name = f"rows/{trial.name}.json"
+            row = _read(Workspace(work), name)
             earlier = row is not None
             if row is None:
                 progress.update(trial.name)
                 row = _measure(checkpoint, work, study, trial, device, threads, progress)
-                write_json(path, row.to_json())
+                Workspace(work).write(name, row.to_json())
             rows.append(row)
             progress.advance(1, f"{trial.name}: {_said(row)}{', measured earlier' if earlier else ''}")
     return rows
@@ -215,9 +217,9 @@ def finish(out: Path) -> None:
     """What the work directory holds for good becomes OUT; the rest goes."""
     work = work_directory(out)
     shutil.rmtree(work / "rows", ignore_errors=True)
-    for name in ("logits", "reference.gguf", "study.json"):
+    for name in ("logits", "reference.gguf", STUDY):
         (work / name).unlink(missing_ok=True)
-    work.rename(out)
+    rename(work, out)
 
 
 def _begin(out: Path, work: Path, checkpoint: Checkpoint, study: Study, resume: bool) -> None:
@@ -227,13 +229,13 @@ def _begin(out: Path, work: Path, checkpoint: Checkpoint, study: Study, resume: 
         raise MobeError(f"{out} exists already. Choose another OUT or remove it.")
     if not out.absolute().parent.is_dir():
         raise MobeError(f"{out}: there is no directory {out.parent}; make it first:\n  mkdir -p {out.parent}")
-    path = work / "study.json"
-    if path.exists():
+    workspace = Workspace(work)
+    if workspace.any(STUDY):
         if not resume:
             raise MobeError(
                 f"{work} holds an unfinished study. Add --resume to continue it, or remove it to start anew."
             )
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = workspace.read(STUDY)
         for name, value in study.to_json().items():
             if before.get("study", {}).get(name) != value:
                 raise MobeError(
@@ -243,13 +245,12 @@ def _begin(out: Path, work: Path, checkpoint: Checkpoint, study: Study, resume: 
         if before != described:
             raise MobeError(f"{work}: the study is of another model or version; remove it to start anew")
     else:
-        work.mkdir(exist_ok=True)
-        write_json(path, described)
+        workspace.write(STUDY, described)
 
 
-def _read(path: Path) -> Row | None:
+def _read(workspace: Workspace, name: str) -> Row | None:
     try:
-        return Row.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Row.from_json(workspace.read(name))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

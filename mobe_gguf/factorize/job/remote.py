@@ -5,18 +5,16 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mobe_gguf import __version__
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.factorize.plan import JobSettings, Plan
+from mobe_gguf.factorize.job.state import Job, JobWorkspace
+from mobe_gguf.factorize.plan import Plan
+from mobe_gguf.factorize.spec import JobSettings
 from mobe_gguf.factorize.target import Goal, Size, Unit
 from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.original import open_original
-
-if TYPE_CHECKING:
-    from mobe_gguf.factorize.job import Job
 
 
 @dataclass(frozen=True)
@@ -49,22 +47,21 @@ class JobAddress:
             job.imatrix and Path(job.imatrix.path).absolute(),
             job.moments and job.moments.path.absolute(),
             job.checkpoint.checksum,
-            (job.work / "lock").read_text(),
+            job.workspace.token(),
             job.goal if job.sizes is None else None,
         )
 
     def open(self) -> Job:
         """The job, with writing of its own names; MobeError if this process does not see the same files."""
-        from mobe_gguf.factorize.job import Job, work_directory
-
-        work, host = work_directory(self.out), socket.gethostname()
+        workspace, host = JobWorkspace.beside(self.out), socket.gethostname()
+        work = workspace.path
         shared = "Every worker must see MODEL, OUT and the other files under the same paths, on a file system that all share."
         if self.version != __version__:
             raise MobeError(
                 f"{host} has mobe-gguf {__version__}, the job runs {self.version}; install the same everywhere"
             )
         try:
-            token = (work / "lock").read_text()
+            token = workspace.token()
         except OSError as e:
             raise MobeError(f"{work}: not there on {host} ({e.strerror}). {shared}") from e
         if token != self.token:

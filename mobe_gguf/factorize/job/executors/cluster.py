@@ -1,7 +1,7 @@
-"""Units on a Ray cluster: a queue, each unit a task; one whose worker dies is given out again.
+"""Pieces on a Ray cluster: a queue, each piece a task; one whose worker dies is given out again.
 
-Workers read MODEL and write finished units themselves, on a file system that all machines share: nothing but settings and
-results passes through Ray.
+Workers read and write files themselves, on a file system that all machines share: nothing but addresses and results passes
+through Ray.
 """
 
 from __future__ import annotations
@@ -11,23 +11,28 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mobe_gguf import __version__
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.progress import Bar
-from mobe_gguf.factorize.remote import JobAddress
-from mobe_gguf.factorize.target import Unit
-from mobe_gguf.factorize.workers import REPORT, Do, Done, attempt, opened, reporting
+from mobe_gguf.factorize.job.executors.base import (
+    REPORT,
+    Address,
+    Context,
+    Done,
+    Piece,
+    Work,
+    attempt,
+    opened,
+    reporting,
+)
 
-if TYPE_CHECKING:
-    from mobe_gguf.factorize.job import Job
-
-#: A unit whose worker died is given out so often in all.
+#: A piece whose worker died is given out so often in all.
 ATTEMPTS = 4
 
 
@@ -64,52 +69,53 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def on_ray(job: Job, units: list[Unit], device: str, progress: Bar, do: Do[Done]) -> Iterator[Done]:
-    """``do`` with ``units`` on the cluster that this process is connected to, ``device`` being ``cpu`` or ``cuda``.
+def on_ray(work: Work[Context, Done], pieces: list[Piece], device: str, progress: Bar) -> Iterator[Done]:
+    """``pieces`` on the cluster that this process is connected to, ``device`` being ``cpu`` or ``cuda``.
 
-    A unit takes one GPU, or on CPUs a share of them, and its memory: Ray starts as many at once as the cluster has room for.
+    A piece takes one GPU, or on CPUs a share of them, and its memory: Ray starts as many at once as the cluster has room for.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
     from ray.util.queue import Queue
 
-    needs = _needs(job, len(units), device)
+    needs = _needs(work.memory, len(pieces), device)
     steps = Queue(actor_options={"num_cpus": 0}) if progress.is_live else None
     task = ray.remote(max_retries=0, **needs)(_work)
-    address = ray.put(JobAddress.of(job))
-    action = ray.put(do)
-    tries = dict.fromkeys(units, 0)
-    running: dict[Any, Unit] = {}
+    address = ray.put(work.address())
+    action = ray.put(work.do)
+    tries = dict.fromkeys(pieces, 0)
+    running: dict[Any, Piece] = {}
 
-    def hand_out(unit: Unit) -> None:
-        tries[unit] += 1
-        running[task.remote(address, action, unit, device, needs["num_cpus"], steps)] = unit
+    def hand_out(piece: Piece) -> None:
+        tries[piece] += 1
+        sent = address, action, piece, work.label(piece), device, needs["num_cpus"], steps
+        running[task.remote(*sent)] = piece
 
     try:
-        for unit in units:
-            hand_out(unit)
+        for piece in pieces:
+            hand_out(piece)
         while running:
             done, _ = ray.wait(list(running), timeout=None if steps is None else REPORT)
             while steps is not None and not steps.empty():
                 progress.update(steps.get())
             for ref in done:
-                unit = running.pop(ref)
+                piece = running.pop(ref)
                 try:
                     result = ray.get(ref)
                 except RayTaskError as e:  # `do` itself failed; anew it would again
                     raise _cause(e) from e
                 except RayError as e:
                     said = " ".join(str(e).split())[:300] or type(e).__name__
-                    if tries[unit] == ATTEMPTS:
+                    if tries[piece] == ATTEMPTS:
                         raise MobeError(
-                            f"layer {unit[0]} {unit[1]}: its worker died {ATTEMPTS} times, at last: {said}\nFinished units are "
+                            f"{work.label(piece)}: its worker died {ATTEMPTS} times, at last: {said}\nFinished units are "
                             "kept; run the same command again with --resume."
                         ) from e
                     progress.advance(
                         0,
-                        f"layer {unit[0]} {unit[1]}: its worker died ({type(e).__name__}), given to another",
+                        f"{work.label(piece)}: its worker died ({type(e).__name__}), given to another",
                     )
-                    hand_out(unit)
+                    hand_out(piece)
                 else:
                     yield result
     finally:
@@ -119,7 +125,7 @@ def on_ray(job: Job, units: list[Unit], device: str, progress: Bar, do: Do[Done]
             steps.shutdown(force=True)
 
 
-def _needs(job: Job, count: int, device: str) -> dict[str, Any]:
+def _needs(memory: int, count: int, device: str) -> dict[str, Any]:
     """Resources of a task.  UsageError if no machine has such."""
     import ray
 
@@ -135,8 +141,8 @@ def _needs(job: Job, count: int, device: str) -> dict[str, Any]:
     needs: dict[str, Any] = {"num_cpus": min(sum(cpus) // at_once, *cpus, sum(cpus))}
     if device == "cuda":
         needs["num_gpus"] = 1
-    memory = max(int(node.get("memory", 0)) for node in able)
-    return needs | {"memory": min(job.plan.memory_bytes, memory)}
+    largest = max(int(node.get("memory", 0)) for node in able)
+    return needs | {"memory": min(memory, largest)}
 
 
 def _cause(error: Any) -> BaseException:
@@ -167,13 +173,21 @@ def await_file(path: Path, seconds: float = 90) -> None:
 # in a worker
 
 
-def _work(address: JobAddress, do: Do[Done], unit: Unit, device: str, threads: int, steps: Any) -> Done:
+def _work(
+    address: Address[Context],
+    do: Callable[..., Done],
+    piece: Piece,
+    label: str,
+    device: str,
+    threads: int,
+    steps: Any,
+) -> Done:
     torch.set_num_threads(max(1, threads))
 
     def report(line: str) -> None:
         with contextlib.suppress(Exception):  # a report that is lost costs nothing
             steps.put_nowait(line)
 
-    on_step = reporting(unit, None if steps is None else report, every=2 * REPORT)
+    on_step = reporting(label, None if steps is None else report, every=2 * REPORT)
     where = f"{device} of {socket.gethostname()}"
-    return attempt(opened(address), do, unit, device, where, on_step)
+    return attempt(do, opened(address), piece, label, device, where, on_step)

@@ -7,16 +7,15 @@ that is taken up again has the sizes that its finished units were fitted with.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from mobe_gguf.core.atomic import write_json
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import format_size
-from mobe_gguf.factorize.plan import JobSettings, default_rank, parameters
+from mobe_gguf.factorize.job.state import Job
+from mobe_gguf.factorize.plan import default_rank, parameters
+from mobe_gguf.factorize.spec import JobSettings
 from mobe_gguf.factorize.target import (
     BEYOND,
     MOST,
@@ -39,8 +38,8 @@ from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import TRUST, layer_shares
 from mobe_gguf.quant.recipe import Recipe
 
-if TYPE_CHECKING:
-    from mobe_gguf.factorize.job import Job
+#: What was chosen.
+SIZES = "sizes.json"
 
 
 class FileSizes(Protocol):
@@ -155,14 +154,6 @@ def _ranks(settings: JobSettings, p: int, d: int) -> tuple[int, ...]:
     return tuple(ranks) or (settings.rank or default_rank(p, d),)
 
 
-def probe_path(job: Job, unit: Unit) -> Path:
-    return job.work / "probes" / f"layer-{unit[0]:03d}-{unit[1]}.json"
-
-
-def sizes_path(job: Job) -> Path:
-    return job.work / "sizes.json"
-
-
 @dataclass(frozen=True)
 class Probes:
     """What was measured of a unit: around an even share, and around what a first allocation made of that (None: not yet)."""
@@ -208,8 +199,9 @@ def probe_unit(
 
 def write_probes(job: Job, unit: Unit, probes: Probes) -> None:
     again = None if probes.again is None else [_as_json(p) for p in probes.again]
-    probe_path(job, unit).parent.mkdir(parents=True, exist_ok=True)
-    write_json(probe_path(job, unit), {"first": [_as_json(p) for p in probes.first], "again": again})
+    job.workspace.write(
+        job.workspace.probe_name(unit), {"first": [_as_json(p) for p in probes.first], "again": again}
+    )
 
 
 def _as_json(point: Point) -> dict[str, Any]:
@@ -219,7 +211,7 @@ def _as_json(point: Point) -> dict[str, Any]:
 def read_probes(job: Job, unit: Unit) -> Probes | None:
     """What an earlier run measured; None if there is nothing whole."""
     try:
-        found = json.loads(probe_path(job, unit).read_text(encoding="utf-8"))
+        found = job.workspace.read(job.workspace.probe_name(unit))
         first, again = (
             None
             if found[name] is None
@@ -231,11 +223,13 @@ def read_probes(job: Job, unit: Unit) -> Probes | None:
         return None
 
 
-def read_sizes(path: Path, units: list[Unit]) -> dict[Unit, Size] | None:
+def read_sizes(job: Job) -> dict[Unit, Size] | None:
     """What an earlier run chose; None if there is nothing whole."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["units"]
-        return {u: Size(int(found[_key(u)]["bases"]), int(found[_key(u)]["rank"])) for u in units}
+        found = job.workspace.read(SIZES)["units"]
+        return {
+            u: Size(int(found[_key(u)]["bases"]), int(found[_key(u)]["rank"])) for u in job.settings.units()
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -281,7 +275,7 @@ def choose(job: Job, probes: Mapping[Unit, Probes], weights: Mapping[int, float]
         _key(unit): asdict(option.size) | {"weight": weights[unit[0]], "expected": option.error}
         for unit, option in chosen.items()
     }
-    write_json(sizes_path(job), {"units": kept})
+    job.workspace.write(SIZES, {"units": kept})
     return {unit: option.size for unit, option in chosen.items()}
 
 

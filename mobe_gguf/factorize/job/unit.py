@@ -6,22 +6,19 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.metric import Roots
-from mobe_gguf.factorize import probing
 from mobe_gguf.factorize.baselines import Matrices
 from mobe_gguf.factorize.down import fit_down
+from mobe_gguf.factorize.job import probing
+from mobe_gguf.factorize.job.state import Job
 from mobe_gguf.factorize.plan import baseline
 from mobe_gguf.factorize.solver import Factors, Settings, fit
 from mobe_gguf.factorize.target import Size, Unit
 from mobe_gguf.formats.safetensors import STORED, Entry, write_safetensors
-
-if TYPE_CHECKING:
-    from mobe_gguf.factorize.job import Job
 
 #: One unit at a time reads the source: a disk is quickest in order.
 _READING = threading.Lock()

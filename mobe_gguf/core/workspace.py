@@ -1,0 +1,93 @@
+"""The directory of work that is not finished yet: durable, locked, taken up again after any kill.
+
+What is written here is there whole after a crash of the machine, or not at all: a file is on the disk before it gets its name, and
+so is the name (:func:`rename`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf.core.atomic import rename, sync, write_json
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.locks import Busy, locked
+from mobe_gguf.core.progress import say
+
+
+def work_directory(out: Path) -> Path:
+    """Beside ``out``.  UsageError if that is no name for a directory to be made: ``.``, ``/``, ``..``, nothing."""
+    if out.name in ("", ".."):
+        raise UsageError(
+            f"OUT is {str(out)!r}, a directory that is there already; name a new one, as {out / 'mobe'}"
+        )
+    return out.with_name(out.name + ".work")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A directory of files and of JSON that is written whole."""
+
+    path: Path
+
+    @classmethod
+    def beside(cls, out: Path) -> Workspace:
+        """The work directory of ``out``; UsageError as :func:`work_directory`."""
+        return cls(work_directory(out))
+
+    @contextlib.contextmanager
+    def locked(self, token: str = "", finished: tuple[str, ...] = ()) -> Iterator[None]:
+        """Make the directory and hold it against a second run: MobeError if there is one.
+
+        ``token``: what is written into the lock's file, by which other machines know the directory.  ``finished``: patterns of
+        finished work; when what is inside fails and nothing matches them, the directory goes.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / "lock"
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(locked(lock))
+            except Busy as e:
+                raise MobeError(
+                    f"{self.path}: another run is working on it; wait for it or choose another OUT"
+                ) from e
+            if held is None:
+                say(f"note: {self.path} is on a file system without locks: start one run at a time")
+            lock.write_text(token)  # not atomically: the lock is on this very file
+            sync(lock)
+            try:
+                yield
+            except BaseException:
+                if finished and not any(self.any(pattern) for pattern in finished):
+                    self.remove()
+                raise
+
+    def token(self) -> str:
+        """That of the run that holds the lock, or held it last.  OSError if there is none."""
+        return (self.path / "lock").read_text()
+
+    def any(self, pattern: str) -> bool:
+        """Whether there are files like ``pattern``."""
+        return any(self.path.glob(pattern))
+
+    def read(self, name: str) -> Any:
+        """JSON, as :meth:`write` left it.  OSError if there is none, ValueError if it is none."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def write(self, name: str, value: Any) -> None:
+        """As JSON, whole or not at all."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / name, value)
+
+    def deliver(self, name: str, to: Path) -> None:
+        """Give a finished file the name that it is meant for."""
+        rename(self.path / name, to)
+
+    def remove(self) -> None:
+        """When all is delivered, or nothing is worth keeping."""
+        shutil.rmtree(self.path, ignore_errors=True)

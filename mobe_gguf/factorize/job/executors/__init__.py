@@ -1,0 +1,28 @@
+"""Where a job's pieces are worked on: in threads, in one process for each of several devices, or on a Ray cluster.
+
+An executor gets a function and tuples of arguments (:class:`Work`); what the function does is no business of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mobe_gguf.core.progress import Bar
+from mobe_gguf.factorize.job.executors.base import Context, Done, Piece, Place, Stopped, Work
+from mobe_gguf.factorize.job.executors.cluster import on_ray
+from mobe_gguf.factorize.job.executors.processes import in_processes
+from mobe_gguf.factorize.job.executors.threads import in_threads, pieces_at_once
+
+__all__ = ["Piece", "Place", "Stopped", "Work", "each", "pieces_at_once"]
+
+
+def each(work: Work[Context, Done], pieces: list[Piece], place: Place, progress: Bar) -> Iterator[Done]:
+    """Yields the result of each piece when it is there.  The first failure stops the others."""
+    if not pieces:
+        return
+    if place.ray is not None:
+        yield from on_ray(work, pieces, place.devices[0], progress)
+    elif len(place.devices) > 1:
+        yield from in_processes(work, pieces, place.devices, progress)
+    else:
+        yield from in_threads(work, pieces, place.devices[0], place.workers, progress)

@@ -1,0 +1,125 @@
+"""Everything that can be checked before a job does any work."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.factorize.job import probing, state
+from mobe_gguf.factorize.job.state import FORMAT, Job, JobWorkspace, disk_errors
+from mobe_gguf.factorize.plan import plan_checkpoint, settle
+from mobe_gguf.factorize.spec import JobSettings, Options, resume_settings
+from mobe_gguf.formats.imatrix import ImatrixFile
+from mobe_gguf.formats.moments import Moments
+from mobe_gguf.models.gguf_source import GgufModel
+from mobe_gguf.models.original import Original, open_original
+
+
+def prepare(
+    model: Path, out: Path, options: Options, *, resume: bool = False, predict: probing.Predict | None = None
+) -> Job:
+    """Check everything that can be checked from headers, and settle the settings.  Writes nothing.
+
+    ``predict``: what tells the size of a GGUF file, for a target in bytes.
+
+    Raises MobeError or UsageError: source broken or already factorized, OUT in the way, settings that do not fit.
+    """
+    checkpoint = open_original(model)
+    if checkpoint.is_mobe:
+        raise MobeError(
+            f"{model} is a MoBE checkpoint already. Export it:\n  mobe-gguf export {model} model.gguf --quant q4_k"
+        )
+    imatrix = ImatrixFile(options.imatrix) if options.imatrix is not None else None
+    moments = Moments(Path(options.moments)) if options.moments is not None else None
+    with disk_errors(out):
+        settings = _settings(checkpoint, out, options, imatrix, moments, resume)
+    if settings.method == "d2moe" and isinstance(checkpoint, GgufModel):
+        raise UsageError(
+            "--method d2moe writes an ordinary model, for its factors have no form of their own: it needs a Hugging Face "
+            f"directory, and {model} is a GGUF file"
+        )
+    given = {"imatrix": imatrix, "moments": moments}
+    for name, file in given.items():
+        if getattr(settings, name) is not None and file is None:
+            raise MobeError(f"the job to resume was started with an --{name}; give the same file again")
+        if settings.objective == "mse" and file is not None:
+            raise UsageError(f"--{name} is only used with --objective activation; leave one of them out")
+    if settings.objective == "activation" and not any(given.values()):
+        raise UsageError(
+            "--objective activation needs --imatrix FILE (from llama-imatrix) or --moments FILE (from mobe-gguf moments)"
+        )
+    for layer, projection in settings.units():
+        checkpoint.check_experts(layer, projection)
+        if imatrix:
+            imatrix.weight(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
+        if moments:
+            moments.check(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
+    checkpoint.check_whole()
+    checkpoint.check_values()
+    goal = probing.goal_of(checkpoint, settings, imatrix, predict)
+    job = Job(
+        checkpoint,
+        out,
+        settings,
+        plan_checkpoint(checkpoint, settings, goal and goal.nominal(), moments),
+        imatrix,
+        goal,
+        moments=moments,
+    )
+    if goal is None:
+        return job
+    sizes = probing.read_sizes(job)
+    if sizes:
+        return replace(job, sizes=sizes, plan=plan_checkpoint(checkpoint, settings, sizes, moments))
+    largest = plan_checkpoint(checkpoint, settings, dict.fromkeys(settings.units(), goal.largest()), moments)
+    return replace(job, plan=replace(job.plan, memory_bytes=largest.memory_bytes))
+
+
+def _settings(
+    checkpoint: Original,
+    out: Path,
+    options: Options,
+    imatrix: ImatrixFile | None,
+    moments: Moments | None,
+    resume: bool,
+) -> JobSettings:
+    """Those of the job in the work directory if it is resumed, else new ones."""
+    if imatrix:
+        options = options.replace(imatrix=imatrix.checksum)
+    if moments:
+        options = options.replace(moments=moments.checksum)
+    workspace = JobWorkspace.beside(out)
+    work = workspace.path
+    if os.path.lexists(out):
+        if resume and work.exists():
+            raise MobeError(f"{out} is whole already: there is nothing left to do. {work} can be removed.")
+        raise MobeError(
+            f"{out} exists already. Choose another OUT or remove it. (--resume continues from {work.name}.)"
+        )
+    if not (work / "job.json").exists():
+        return settle(options, checkpoint)
+    if not resume:
+        done = len(list((work / "units").glob("layer-*.safetensors")))
+        raise MobeError(
+            f"{work} holds an unfinished job with {done} finished units. Add --resume to continue it, or remove it "
+            "to start anew."
+        )
+    try:
+        old = workspace.read("job.json")
+        settings = JobSettings.from_json(old["settings"])
+        version, solver, source = old["version"], old["solver"], old["source_checksum"]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise MobeError(f"{work / 'job.json'}: cannot be read ({e}); remove {work} to start anew") from e
+    for name, before, now in (
+        ("work directory's version", version, FORMAT),
+        ("solver", solver, state.SOLVER),
+        ("checksum of MODEL", source, checkpoint.checksum),
+    ):
+        if before != now:
+            raise MobeError(
+                f"the job in {work} cannot be resumed: the {name} was {before}, now it is {now}. "
+                "Remove the directory or choose another OUT."
+            )
+    return resume_settings(settings, options)

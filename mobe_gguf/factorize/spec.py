@@ -1,0 +1,123 @@
+"""The settings of a job, pure data: what was asked for, and what it was settled to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.layers import format_layers
+from mobe_gguf.factorize.solver import Settings
+from mobe_gguf.factorize.target import Size
+from mobe_gguf.formats.safetensors import STORED
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """All that decides a job's result.  It is written beside the finished units; a resumed job must have the same.
+
+    ``bases`` and ``rank`` are None where ``target`` (a share, or bytes of a file of type ``quant``) decides them for each
+    unit.  For another ``method`` than ``mobe`` they say how many parameters it may keep: as many as MoBE would.
+    """
+
+    bases: int | None
+    rank: int | None
+    groups: int
+    activation: str
+    mix: str
+    steps: int
+    seed: int
+    dtype: str
+    objective: str
+    imatrix: str | None
+    layers: tuple[int, ...]
+    projections: tuple[str, ...]
+    for_basis: str | None = None
+    for_transform: str | None = None
+    moments: str | None = None
+    mix_terms: int | None = None
+    method: str = "mobe"
+    target: float | int | None = None
+    quant: str | None = None
+
+    def solver(self, size: Size | None = None, projection: str = "gate") -> Settings:
+        """Settings of the fit of one unit; ``size`` is its own m and r, where these are not the same for all.
+
+        Those of down are told what is transposed; see ``down.fit_down``.
+        """
+        bases, rank = (self.bases, self.rank) if size is None else (size.bases, size.rank)
+        assert bases is not None and rank is not None, (
+            "a --target job has no size before its units are probed"
+        )
+        return Settings(
+            n_basis=bases,
+            rank=rank,
+            n_group=self.groups,
+            activation=self.activation,
+            mix=self.mix,
+            steps=self.steps,
+            seed=self.seed,
+            dtype=STORED[self.dtype],
+            basis_type=self.for_basis,
+            transform_type=self.for_transform,
+            mix_terms=self.mix_terms,
+            transposed=projection == "down",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": list(self.layers), "projections": list(self.projections)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> JobSettings:
+        known = {f.name for f in fields(cls)}
+        settings = cls(**{k: v for k, v in value.items() if k in known})
+        return replace(settings, layers=tuple(settings.layers), projections=tuple(settings.projections))
+
+    def units(self) -> list[tuple[int, str]]:
+        """``(layer, projection)`` in the order of work."""
+        return [(layer, projection) for layer in self.layers for projection in self.projections]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None is "not said", which is not the same as the default."""
+
+    bases: int | None = None
+    rank: int | None = None
+    groups: int | None = None
+    activation: str | None = None
+    mix: str | None = None
+    steps: int | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    objective: str | None = None
+    imatrix: str | None = None
+    moments: str | None = None
+    layers: tuple[int, ...] | None = None
+    projections: tuple[str, ...] | None = None
+    for_basis: str | None = None
+    for_transform: str | None = None
+    mix_terms: int | None = None
+    method: str | None = None
+    target: float | int | None = None
+    quant: str | None = None
+
+    def replace(self, **changes: Any) -> Options:
+        return replace(self, **changes)
+
+    def said(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def resume_settings(old: JobSettings, options: Options) -> JobSettings:
+    """The settings of a job that is taken up again; MobeError names the first one that the user changed."""
+    for name, new in options.said().items():
+        before = getattr(old, name)
+        if before != new:
+            show = format_layers if name == "layers" else (",".join if name == "projections" else str)
+            before, new = (show(x) if x is not None else "none" for x in (before, new))
+            raise MobeError(
+                f"--{name.replace('_', '-')} is {new} now, but the job to resume was started with {before}. Leave the option out to go "
+                "on, or choose another OUT to start anew."
+            )
+    return old
