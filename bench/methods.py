@@ -22,7 +22,7 @@ from mobe_gguf.evaluate import tool
 from mobe_gguf.evaluate.report import with_error
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.baselines import METHODS
+from mobe_gguf.factorize.methods import METHODS
 from mobe_gguf.factorize.plan import Options, default_rank
 from mobe_gguf.models.checkpoint import Checkpoint
 
@@ -78,7 +78,7 @@ def main() -> None:
                 directory,
                 file,
                 Recipe(parse_quant("f16")),
-                dense=run.method not in (None, "mobe"),
+                dense=run.method is not None and not METHODS[run.method].fitted,
                 quiet=True,
             )
             files.append(file)

@@ -11,6 +11,7 @@ import click
 from mobe_gguf.cli import options
 from mobe_gguf.core.errors import Interrupted, UsageError
 from mobe_gguf.core.names import ACTIVATIONS
+from mobe_gguf.factorize.methods import METHODS
 
 
 @click.command()
@@ -38,7 +39,7 @@ from mobe_gguf.core.names import ACTIVATIONS
 @click.option("--quant", metavar="TYPE", help="With --target SIZE: the --quant that export will get.")
 @click.option(
     "--method",
-    type=click.Choice(["mobe", "svd", "molae", "d2moe"]),
+    type=click.Choice(list(METHODS)),
     help="mobe, or a method to compare it with at as many parameters: an SVD of each expert (svd), one basis for all (molae), "
     "or a shared matrix with low-rank differences (d2moe).  [default: mobe]",
 )

@@ -23,9 +23,8 @@ import torch
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.metric import FLOOR, Metric, Roots
 from mobe_gguf.core.projected import Projected
+from mobe_gguf.factorize.methods import D2MOE, MOLAE, SVD, Method, method_named
 from mobe_gguf.factorize.solver import Factors
-
-METHODS = ("mobe", "svd", "molae", "d2moe")
 
 #: Ridge of A's last solve, relative: B is orthogonal but for its rounding, so only a basis of zeros needs it.
 RIDGE = 1e-9
@@ -37,36 +36,28 @@ class Baseline:
     output; ``memory``: bytes while a unit is at work.
     """
 
-    method: str
+    method: Method
     rank: int
     kept: int
     stored: int
     memory: int
 
-    @property
-    def is_factors(self) -> bool:
-        """True if the result is stored as factors, not multiplied out."""
-        return self.method != "d2moe"
-
     @classmethod
-    def within(cls, method: str, allowance: int, n: int, p: int, d: int) -> Baseline:
+    def within(cls, name: str, allowance: int, n: int, p: int, d: int) -> Baseline:
         """The largest rank for which experts ``[n, p, d]`` keep at most ``allowance`` parameters; UsageError below 1."""
-        fixed, each = {
-            "svd": (n * n, n * (p + d)),  # alpha; rows and columns
-            "molae": (n, n * p + d),
-            "d2moe": (p * d, n * (p + d)),
-        }[method]
-        rank = min((allowance - fixed) // each, d if method == "molae" else min(p, d))
+        method = method_named(name)
+        fixed, each = method.fixed(n, p, d), method.each(n, p, d)
+        rank = min((allowance - fixed) // each, method.most(p, d))
         if rank < 1:
             least = (fixed + each) / (n * p * d)
             raise UsageError(
-                f"--method {method}: {allowance / (n * p * d):.3f} of the parameters are too few for experts of {p} x {d}; "
+                f"--method {name}: {allowance / (n * p * d):.3f} of the parameters are too few for experts of {p} x {d}; "
                 f"it takes --target {least:.3f} at least"
             )
         kept = fixed + rank * each
         # the experts, the same in the metric, one decomposition in double precision; the result
-        memory = 4 * 2 * n * p * d + 8 * 4 * p * d + (8 * 3 * d * d if method == "molae" else 0) + 4 * kept
-        return cls(method, int(rank), int(kept), n * p * d if method == "d2moe" else int(kept), int(memory))
+        memory = 4 * 2 * n * p * d + 8 * 4 * p * d + method.memory(p, d) + 4 * kept
+        return cls(method, int(rank), int(kept), int(kept) if method.is_factors else n * p * d, int(memory))
 
     def compress(
         self,
@@ -80,25 +71,13 @@ class Baseline:
         n, _, d = w.shape
         start = time.monotonic()
         metric = Metric.of(weight, n, d)
-        if not self.is_factors:
-            matrices = torch.empty_like(w)
-            base = _mean(w, metric)
-            for i in range(n):
-                x = (w[i] - base).to(device).double()
-                matrices[i] = base + _truncated(x, _own(metric, i, x), self.rank).cpu()
-            matrices = matrices.to(dtype)
+        if not self.method.is_factors:
+            matrices = DENSE[self.method](w, metric, self.rank, device).to(dtype)
             return Matrices(matrices, *_errors(w, matrices, metric), time.monotonic() - start)
-        if self.method == "svd":
-            basis = torch.empty(n, self.rank, d)
-            for i in range(n):
-                x = w[i].to(device).double()
-                basis[i] = _directions(x, _own(metric, i, x), self.rank)
-            mix = torch.eye(n)
-        else:
-            basis, mix = _latent(w, metric, self.rank, device)[None], torch.ones(n, 1)
+        basis, mix = BASES[self.method](w, metric, self.rank, device)
         basis = basis.to(dtype)
         transform = _solve(w, basis.float(), metric, device).to(dtype)
-        stacked = basis if self.method == "svd" else basis.expand(n, -1, -1)
+        stacked = basis.expand(n, -1, -1)
         errors = _errors(w, (transform[i].float() @ stacked[i].float() for i in range(n)), metric)
         return Factors(basis, mix, transform, *errors, 0, time.monotonic() - start)
 
@@ -219,3 +198,39 @@ def _errors(w: torch.Tensor, approximations: Iterable[torch.Tensor], metric: Met
         pieces = (rest, w[i], own.apply(rest), own.apply(w[i : i + 1]))
         total += torch.stack([x.square().sum(dtype=torch.float64) for x in pieces])
     return float(total[0] / total[1]), float(total[2] / total[3])
+
+
+def _base_and_differences(
+    w: torch.Tensor, metric: Metric, rank: int, device: str | torch.device
+) -> torch.Tensor:
+    """d2moe: ``[n, p, d]``, the mean and each expert's truncated difference from it."""
+    matrices = torch.empty_like(w)
+    base = _mean(w, metric)
+    for i in range(w.shape[0]):
+        x = (w[i] - base).to(device).double()
+        matrices[i] = base + _truncated(x, _own(metric, i, x), rank).cpu()
+    return matrices
+
+
+def _own_bases(
+    w: torch.Tensor, metric: Metric, rank: int, device: str | torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """svd: a basis for each expert, ``[n, rank, d]``, and alpha."""
+    n, _, d = w.shape
+    basis = torch.empty(n, rank, d)
+    for i in range(n):
+        x = w[i].to(device).double()
+        basis[i] = _directions(x, _own(metric, i, x), rank)
+    return basis, torch.eye(n)
+
+
+def _one_basis(
+    w: torch.Tensor, metric: Metric, rank: int, device: str | torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """molae: one basis, ``[1, rank, d]``, and alpha."""
+    return _latent(w, metric, rank, device)[None], torch.ones(w.shape[0], 1)
+
+
+#: What computes the bases of a method that is stored as factors, and the matrices of one that is not.
+BASES = {SVD: _own_bases, MOLAE: _one_basis}
+DENSE = {D2MOE: _base_and_differences}

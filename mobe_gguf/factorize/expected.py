@@ -60,7 +60,7 @@ def _unit_seconds(job: Job, device: str) -> float:
     rank = (size.rank if size else s.rank) or p
     few = max(1, min(n, int(WORK / (p * rank * d))))
     w = torch.randn(few, p, d, generator=torch.Generator().manual_seed(0)) * 0.02
-    if s.method != "mobe":
+    if not s.how.fitted:
         began = time.monotonic()
         baseline(s, n, p, d).compress(w, dtype=STORED[s.dtype], device=device)
         return (time.monotonic() - began) * n / few

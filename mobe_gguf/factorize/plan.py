@@ -15,7 +15,8 @@ import torch
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.layers import format_layers
 from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS
-from mobe_gguf.factorize.baselines import METHODS, Baseline
+from mobe_gguf.factorize.baselines import Baseline
+from mobe_gguf.factorize.methods import MOBE, method_named
 from mobe_gguf.factorize.solver import Settings, block_bytes, cpu_block
 from mobe_gguf.factorize.spec import JobSettings, Options
 from mobe_gguf.factorize.target import Size, Unit
@@ -56,10 +57,10 @@ def settle(options: Options, checkpoint: Original) -> JobSettings:
         layers=checkpoint.moe_layers,
         projections=tuple(PROJECTIONS),
     )
-    check_method(options)
     if options.target is not None:
         defaults |= dict(bases=None, rank=None)
-    if options.method not in (None, "mobe"):
+    check_method(options)
+    if not method_named(options.method or MOBE.name).fitted:
         defaults |= dict(activation="none", steps=0)
     settings = JobSettings(**(defaults | options.said()))
     for layer in settings.layers:
@@ -75,8 +76,8 @@ def settle(options: Options, checkpoint: Original) -> JobSettings:
     )
     for projection in settings.projections:
         solver = settings.solver(size, projection)
-        (solver if settings.method == "mobe" else replace(solver, steps=1)).check(n, p, d)
-    if settings.method != "mobe":
+        (solver if settings.how.fitted else replace(solver, steps=1)).check(n, p, d)
+    if not settings.how.fitted:
         baseline(settings, n, p, d)
     return settings
 
@@ -87,9 +88,7 @@ def check_method(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    method, target = options.method or "mobe", options.target
-    if method not in METHODS:
-        raise UsageError(f"--method {method}: unknown; expected one of {', '.join(METHODS)}")
+    method, target = method_named(options.method or MOBE.name), options.target
     if target is not None and options.bases is not None:
         raise UsageError("--target chooses the number of bases; leave out --bases or --target")
     if isinstance(target, int) and options.quant is None:
@@ -98,19 +97,24 @@ def check_method(options: Options) -> None:
         )
     if options.quant is not None and not isinstance(target, int):
         raise UsageError("--quant is only used with --target SIZE, as --target 12.5GB --quant q4_k")
-    if method == "mobe":
+    if method.fitted:
         return
     if isinstance(target, int):
         raise UsageError(
-            f"--method {method} keeps a share of the parameters: --target 0.75, not a file's size"
+            f"--method {method.name} keeps a share of the parameters: --target 0.75, not a file's size"
         )
-    if "down" in (options.projections or ()):
-        raise UsageError(f"--method {method} takes gate and up; leave down out of --projections")
+    for projection in options.projections or ():
+        if projection not in method.projections:
+            raise UsageError(
+                f"--method {method.name} takes {' and '.join(method.projections)}; leave {projection} out of --projections"
+            )
     if target is not None and options.rank is not None:
-        raise UsageError(f"--target chooses the rank of --method {method}; leave out --rank or --target")
+        raise UsageError(f"--target chooses the rank of --method {method.name}; leave out --rank or --target")
     for name in ("groups", "activation", "mix", "steps", "seed", "for_basis", "for_transform", "mix_terms"):
         if getattr(options, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} means nothing to --method {method}; leave it out")
+            raise UsageError(
+                f"--{name.replace('_', '-')} means nothing to --method {method.name}; leave it out"
+            )
 
 
 def baseline(settings: JobSettings, n: int, p: int, d: int) -> Baseline:
@@ -276,7 +280,7 @@ def plan_checkpoint(
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     model = dict(n=n, p=p, d=d, moe_layers=len(checkpoint.moe_layers), model_parameters=checkpoint.n_params)
     kept = checkpoint.kept_bytes(units)
-    if settings.method != "mobe":
+    if not settings.how.fitted:
         chosen, itemsize = baseline(settings, n, p, d), STORED[settings.dtype].itemsize
         return Plan(
             units=len(units),

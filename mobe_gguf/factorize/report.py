@@ -29,7 +29,7 @@ def print_plan(job: Job, console: Console) -> None:
     )
     console.print(_settings_line(s, c), **PLAIN)
     console.print(_parameters(s, job.plan))
-    if s.method not in ("mobe", "svd", "molae"):
+    if not s.how.is_factors:
         console.print(_written_dense(s), **PLAIN)
     if job.goal is not None and job.sizes is None:
         example = job.goal.nominal()[s.units()[0]]
@@ -92,12 +92,12 @@ def print_result(result: Result, console: Console) -> None:
     )
     console.print(table)
     console.print(_parameters(result.settings, result.plan))
-    if result.settings.method not in ("mobe", "svd", "molae"):
+    if not result.settings.how.is_factors:
         console.print(_written_dense(result.settings), **PLAIN)
     console.print(f"{result.out}: {describe_size(result.plan.output_bytes)}. Next:", **PLAIN)
-    quant = result.settings.quant or ("q4_k" if result.settings.method == "mobe" else "f16")
+    quant = result.settings.quant or result.settings.how.quant
     command = f"  mobe-gguf export {result.out} {result.out.name}.gguf --quant {quant}"
-    command += " --dense" if result.settings.method == "d2moe" else ""
+    command += "" if result.settings.how.is_factors else " --dense"
     for option, name in (
         ("basis", result.settings.for_basis),
         ("transform", result.settings.for_transform),
@@ -124,7 +124,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 def _settings_line(s: JobSettings, model: Original) -> str:
     where = f"layers {format_layers(s.layers)}, {_listed(s.projections)}: "
-    if s.method != "mobe":
+    if not s.how.fitted:
         rank = baseline(s, model.n_expert, model.n_ff_exp, model.n_embd).rank
         return where + f"{s.method} of rank {rank}, objective {s.objective}, stored as {s.dtype}"
     if isinstance(s.target, float):

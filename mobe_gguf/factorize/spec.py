@@ -7,6 +7,7 @@ from typing import Any
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.layers import format_layers
+from mobe_gguf.factorize.methods import MOBE, Method, method_named
 from mobe_gguf.factorize.solver import Settings
 from mobe_gguf.factorize.target import Size
 from mobe_gguf.formats.safetensors import STORED
@@ -36,7 +37,7 @@ class JobSettings:
     for_transform: str | None = None
     moments: str | None = None
     mix_terms: int | None = None
-    method: str = "mobe"
+    method: str = MOBE.name
     target: float | int | None = None
     quant: str | None = None
 
@@ -63,6 +64,11 @@ class JobSettings:
             mix_terms=self.mix_terms,
             transposed=projection == "down",
         )
+
+    @property
+    def how(self) -> Method:
+        """The method."""
+        return method_named(self.method)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"layers": list(self.layers), "projections": list(self.projections)}

@@ -35,9 +35,9 @@ def prepare(
     moments = Moments(Path(options.moments)) if options.moments is not None else None
     with disk_errors(out):
         settings = _settings(checkpoint, out, options, imatrix, moments, resume)
-    if settings.method == "d2moe" and isinstance(checkpoint, GgufModel):
+    if not settings.how.is_factors and isinstance(checkpoint, GgufModel):
         raise UsageError(
-            "--method d2moe writes an ordinary model, for its factors have no form of their own: it needs a Hugging Face "
+            f"--method {settings.method} writes an ordinary model, for its factors have no form of their own: it needs a Hugging Face "
             f"directory, and {model} is a GGUF file"
         )
     given = {"imatrix": imatrix, "moments": moments}

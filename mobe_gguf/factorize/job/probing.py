@@ -102,7 +102,7 @@ def goal_of(
 
     UsageError if no sizes cost so little, or a plain file is no larger; MobeError if the file's size cannot be told.
     """
-    if settings.target is None or settings.method != "mobe":
+    if settings.target is None or not settings.how.fitted:
         return None
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     step = settings.groups

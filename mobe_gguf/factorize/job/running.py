@@ -151,13 +151,13 @@ def _config(job: Job, results: list[UnitResult]) -> dict[str, Any]:
     if job.sizes:
         mobe["sizes"] = {f"{layer}.{projection}": asdict(s) for (layer, projection), s in job.sizes.items()}
     bases = max(s.bases for s in job.sizes.values()) if job.sizes else job.settings.bases
-    if job.settings.method != "mobe":
+    if not job.settings.how.fitted:
         shape = job.checkpoint.n_expert, job.checkpoint.n_ff_exp, job.checkpoint.n_embd
         chosen = baseline(job.settings, *shape)
-        mobe |= {"method": chosen.method, "rank": chosen.rank, "kept": chosen.kept / math.prod(shape)}
-        if not chosen.is_factors:  # an ordinary model, whose experts are what the factors stand for
+        mobe |= {"method": chosen.method.name, "rank": chosen.rank, "kept": chosen.kept / math.prod(shape)}
+        if not chosen.method.is_factors:  # an ordinary model, whose experts are what the factors stand for
             return job.checkpoint.config | {"mobe": mobe}
-        bases = shape[0] if chosen.method == "svd" else 1
+        bases = chosen.method.bases(shape[0])
     return job.checkpoint.config | {"num_B": bases, "activation": job.settings.activation, "mobe": mobe}
 
 

@@ -42,7 +42,7 @@ def fit_unit(
     """Read, fit and write one unit."""
     checkpoint, size = job.checkpoint, job.size((layer, projection))
     stack, weight = _read(job, layer, projection)
-    if job.settings.method == "mobe":
+    if job.settings.how.fitted:
         settings = job.settings.solver(size, projection)
         factors = _fit(layer, projection, stack, weight, settings, device, on_step)
     else:
@@ -87,7 +87,7 @@ def _read(job: Job, layer: int, projection: str) -> tuple[torch.Tensor, torch.Te
     weight: torch.Tensor | Roots | None = None
     if job.moments:
         weight = job.moments.weight(layer, projection, checkpoint.n_expert, columns)
-        if job.settings.method != "mobe":
+        if not job.settings.how.fitted:
             weight = weight.channels()
     elif job.imatrix:
         weight = job.imatrix.weight(layer, projection, checkpoint.n_expert, columns)
