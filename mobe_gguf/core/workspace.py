@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mobe_gguf.core.atomic import rename, sync, write_json
 from mobe_gguf.core.errors import MobeError, UsageError
@@ -29,6 +29,9 @@ def work_directory(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
+W = TypeVar("W", bound="Workspace")
+
+
 @dataclass(frozen=True)
 class Workspace:
     """A directory of files and of JSON that is written whole."""
@@ -36,7 +39,7 @@ class Workspace:
     path: Path
 
     @classmethod
-    def beside(cls, out: Path) -> Workspace:
+    def beside(cls: type[W], out: Path) -> W:
         """The work directory of ``out``; UsageError as :func:`work_directory`."""
         return cls(work_directory(out))
 

@@ -12,7 +12,8 @@ from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.layers import format_layers
 from mobe_gguf.factorize.expected import expected_time
 from mobe_gguf.factorize.job import Job, Result
-from mobe_gguf.factorize.plan import JobSettings, Plan, baseline
+from mobe_gguf.factorize.plan import Plan, baseline
+from mobe_gguf.factorize.spec import JobSettings
 from mobe_gguf.models.original import Original
 
 #: For lines of text: no colouring, and no wrapping, so that commands and paths can be copied.

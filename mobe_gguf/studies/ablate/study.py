@@ -21,7 +21,8 @@ from mobe_gguf.core.progress import Bar, bar
 from mobe_gguf.core.workspace import Workspace, work_directory
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.plan import Options, default_bases
+from mobe_gguf.factorize.plan import default_bases
+from mobe_gguf.factorize.spec import Options
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
