@@ -1,16 +1,18 @@
 """The file between the two runs: the reference's distribution for every evaluated token.
 
 Written by ``llama-perplexity --kl-divergence-base``: ``_logits_``, then int32 ctx, n_vocab and chunks, the chunks' tokens, and
-for each evaluated token 16 bits for each of the vocabulary (logarithms of probabilities, down to 16 below the largest).
+for each evaluated token 16 bits for each of the vocabulary (logarithms of probabilities, down to 16 below the largest).  The
+program reads as much as that says, so what we know of its origin is written behind it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,18 +42,44 @@ class Layout:
         row = 2 * (2 * ((self.n_vocab + 1) // 2) + 4)
         return len(MAGIC) + 3 * 4 + 4 * self.ctx * self.chunks + self.scored * row
 
-    def check(self, path: Path) -> None:
-        """MobeError unless ``path`` is a whole file of this layout: the program does not notice a full disk."""
+    def check(self, path: Path, signed: bool = False) -> None:
+        """MobeError unless ``path`` is a whole file of this layout, ``signed`` or not: the program does not notice a full disk."""
         size = path.stat().st_size if path.is_file() else 0
         with contextlib.ExitStack() as stack:
             head = stack.enter_context(open(path, "rb")).read(20) if size >= 20 else b""
         expected = MAGIC + struct.pack("<3i", self.ctx, self.n_vocab, self.chunks)
-        if head != expected or size != self.n_bytes:
+        if head != expected or size < self.n_bytes or (size > self.n_bytes and not signed):
             raise MobeError(
                 f"{path}: llama-perplexity wrote {size} bytes of the reference's logits, expected {self.n_bytes} "
                 f"({self.chunks} chunks of {self.ctx} tokens, {self.n_vocab} in the vocabulary). Is the disk full? "
                 "Set TMPDIR to a larger one, or ask for fewer --chunks."
             )
+
+    def sign(self, path: Path, origin: Mapping[str, object]) -> None:
+        """Note what the logits at ``path`` are of; plain values."""
+        with open(path, "ab") as file:
+            file.write(json.dumps(origin).encode())
+
+    def check_origin(self, path: Path, origin: Mapping[str, object]) -> None:
+        """MobeError unless ``path`` is a whole file of this layout that :meth:`sign` signed with the same ``origin``."""
+        self.check(path, signed=True)
+        with open(path, "rb") as file:
+            file.seek(self.n_bytes)
+            raw = file.read()
+        try:
+            found = json.loads(raw)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise MobeError(
+                f"{path}: what model, text and settings these logits are of is not noted in it; delete it, and it is made again"
+            )
+        for key, expected in origin.items():
+            if found.get(key) != expected:
+                raise MobeError(
+                    f"{path}: these logits are of another {key} ({found.get(key)}, expected {expected}); delete the file, and it "
+                    "is made again"
+                )
 
 
 def scored(ctx: int) -> int:

@@ -16,6 +16,10 @@ from mobe_gguf.evaluate.facts import Facts
 from mobe_gguf.evaluate.measure import Row, Settings
 from mobe_gguf.evaluate.parse import Estimate
 
+#: Digits of a KL divergence: a file against itself has up to 1e-6 (of the shipped model; see ``measure.FIXED``), so the sixth says
+#: nothing.
+FLOOR_DIGITS = 5
+
 
 def table(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings) -> RenderableType:
     """The reference first, then the files as they were asked for; fits 100 columns."""
@@ -77,7 +81,7 @@ def with_error(estimate: Estimate) -> str:
     """``0.0240 ± 0.0012``: two digits of the standard error, and as many of the value."""
     digits = 4
     if math.isfinite(estimate.error) and 0 < estimate.error < 1:
-        digits = min(6, max(2, 1 - math.floor(math.log10(estimate.error))))
+        digits = min(FLOOR_DIGITS, max(2, 1 - math.floor(math.log10(estimate.error))))
     return f"{decimal(estimate.value, digits)} ± {decimal(estimate.error, digits)}"
 
 

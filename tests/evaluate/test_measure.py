@@ -15,7 +15,7 @@ import tiny
 
 from mobe_gguf import evaluate
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.evaluate import Row, Settings, logits, tool
+from mobe_gguf.evaluate import Row, Settings, logits, report, tool
 from mobe_gguf.evaluate.facts import facts_of
 from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary
 from mobe_gguf.export import Recipe, export, parse_quant
@@ -157,11 +157,44 @@ def test_logits_are_kept_or_removed(files, text, tmp_path, monkeypatch):
     evaluate.compare(files["q8_0"], [], text, short, keep_logits=tmp_path / "kept", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     layout = logits.Layout(len(read_vocabulary(files["q8_0"]).tokens), 64, 4)
-    layout.check(tmp_path / "kept")
+    layout.check(tmp_path / "kept", signed=True)
     with open(tmp_path / "kept", "rb+") as file:
         file.truncate(layout.n_bytes - 1)
     with pytest.raises(MobeError, match="Is the disk full"):
         layout.check(tmp_path / "kept")
+
+
+def test_kept_logits_serve_the_same_run_only(files, text, tmp_path, monkeypatch):
+    """llama-perplexity itself takes context, chunks and tokens from the file and asks for no more."""
+    kept, short = tmp_path / "kept", Settings(ctx=64, chunks=4, threads=1)
+    evaluate.compare(files["f16"], [], text, short, keep_logits=kept, quiet=True)
+    (row,) = evaluate.compare(
+        files["f16"], [files["q2_k"]], text, short, keep_logits=kept, reuse_logits=True, quiet=True
+    )
+    assert row.divergence.kl.value > 0.001
+    again = dict(keep_logits=kept, reuse_logits=True)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[100:])
+    for what, reference, its_text, settings in (
+        ("another reference", files["q8_0"], text, short),
+        ("another text", files["f16"], other, short),
+        ("another settings", files["f16"], text, replace(short, options=("-ngl", "0"))),
+        ("Is the disk full", files["f16"], text, replace(short, chunks=5)),
+    ):
+        assert what in refused(monkeypatch, reference, [files["q2_k"]], its_text, settings, **again)
+    with open(kept, "rb+") as file:
+        file.truncate(logits.Layout(len(read_vocabulary(files["q8_0"]).tokens), 64, 4).n_bytes)
+    assert "is not noted" in refused(monkeypatch, files["f16"], [files["q2_k"]], text, short, **again)
+
+
+def test_a_model_against_itself_whatever_the_environment_says(files, text, monkeypatch):
+    """Flash attention, batch and cache are the same in both runs; what is left is what a figure cannot be better than."""
+    monkeypatch.setenv("LLAMA_ARG_UBATCH", "32")
+    monkeypatch.setenv("LLAMA_ARG_CACHE_TYPE_K", "q8_0")
+    monkeypatch.setenv("LLAMA_ARG_FLASH_ATTN", "off")
+    (row,) = evaluate.compare(files["f16"], [files["f16"]], text, Settings(64, 8, 1), quiet=True)
+    assert abs(row.divergence.kl.value) < 5 * 10.0 ** -(report.FLOOR_DIGITS + 1)
+    assert report.with_error(row.divergence.kl) in ("0.0000 ± 0.0000", "0.00000 ± 0.00000")
 
 
 @pytest.mark.parametrize("keep", [False, True])
