@@ -22,6 +22,7 @@ from mobe_gguf.core.progress import bar
 from mobe_gguf.export.card import Subject, write_card
 from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.fitted import default_types, mismatch
+from mobe_gguf.export.imatrix import remarks
 from mobe_gguf.export.layout import Layout, Types, choose_types, lay_out
 from mobe_gguf.export.opened import Opened, open_model
 from mobe_gguf.export.report import Report
@@ -119,6 +120,7 @@ def _report(request: ExportRequest, model: Opened, types: Types, layout: Layout,
     report.notes += conversion.notes
     if model.factors is not None and (note := mismatch(model.factors, types.choices)):
         report.notes.append(note)
+    report.notes += remarks(model.imatrix, types.choices)
     report.copied = sum(isinstance(tensor, Copied) for tensor in layout.encoded)
     if conversion.pre is not None:
         report.tokenizer_pre, report.tokenizer_why = conversion.pre.name, conversion.pre.why

@@ -16,6 +16,7 @@ Two kinds of file serve a MoBE model, each where it fits:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -170,6 +171,41 @@ def importances(
         return {}
     found = {n: imatrix.find(tensors, n) for n, choice in choices.items() if choice.type not in FLOATS}
     return {name: importance for name, importance in found.items() if importance is not None}
+
+
+def remarks(imatrix: Imatrix, choices: Mapping[str, Choice]) -> list[str]:
+    """What the files lack that runs of llama-imatrix leave out without a word, exit code 0.
+
+    It counts batches of fewer than 16 tokens for experts alone: with ``-ub 8`` dense matrices have no entry at all.  And experts
+    that no token of the text chose have sums of zero.
+    """
+    lines = []
+    dense = [
+        name
+        for name, choice in choices.items()
+        if choice.type not in FLOATS and re.match(r"blk\.\d+\.(?!.*(_exps|_basis)\.)", name)
+    ]
+    if imatrix.files and dense and not any(name in file.names for file in imatrix.files for name in dense):
+        lines.append(
+            f"{', '.join(file.label for file in imatrix.files)} knows nothing of {dense[0]} and {len(dense) - 1} more dense matrices, "
+            "whose columns weigh alike: llama-imatrix counts them in batches of 16 tokens or more alone. Make it again without -b and -ub"
+        )
+    for file in imatrix.files:
+        unseen = {name: _unseen(file, name) for name in file.names if "_exps." in name}
+        total = sum(unseen.values())
+        if total:
+            most = max(unseen, key=lambda name: unseen[name])
+            lines.append(
+                f"{file.label}: {total} matrices of experts were used by no token of its text, {unseen[most]} of them in {most}; their "
+                "columns weigh alike. A longer text reaches more"
+            )
+    return lines
+
+
+def _unseen(file: ImatrixFile, name: str) -> int:
+    """Matrices that nothing was counted for."""
+    entry = file.entry(name)
+    return 0 if entry is None else int((entry.counts == 0).sum())
 
 
 def without(found: Mapping[str, Importance], choices: Mapping[str, Choice], quant: str) -> list[str]:

@@ -376,3 +376,42 @@ def test_multiplied_out_experts_take_their_own_inputs(kind: str, factorized: Any
         importance = found.find(tensors, name)
         assert importance is not None
         np.testing.assert_allclose(importance.read(), truth[name].means(), rtol=1e-4, err_msg=name)
+
+
+def test_what_small_batches_leave_out(source: Path, original: Path, tmp_path: Path) -> None:
+    """With -ub 8 llama-imatrix counts experts alone, exit code 0; with a rest of fewer than 16 tokens it leaves that out of dense
+    matrices.  Export says what is not known."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.TEXT * 8)
+    common = ("-m", original.with_name("dense.gguf"), "-f", text, "--chunks", 4, "-t", 1)
+    small, rest = tmp_path / "small.gguf", tmp_path / "rest.gguf"
+    run("llama-imatrix", *common, "-c", 32, "-b", 32, "-ub", 8, "-o", small)
+    assert all("_exps." in name for name in ImatrixFile(small).names)
+    run("llama-imatrix", *common, "-c", 40, "-b", 40, "-ub", 32, "-o", rest)
+    dense, experts = (
+        ImatrixFile(rest).entry(f"blk.0.{name}.weight").counts.sum() for name in ("attn_q", "ffn_up_exps")
+    )
+    assert (dense, experts) == (4 * 32, 4 * 40 * USED)
+
+    def notes(path: Path) -> list[str]:
+        recipe = Recipe("q4_0", imatrix=(str(path),))
+        return export(source, tmp_path / "o.gguf", recipe, allow_dense=True, dry_run=True, quiet=True).notes
+
+    (note,) = [line for line in notes(small) if "dense" in line]
+    assert "small.gguf knows nothing of blk.0.attn" in note and "batches of 16 tokens" in note
+    assert not any("dense" in line for line in notes(original))
+
+
+def test_experts_that_saw_nothing_are_counted(source: Path, original: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a " * 200)
+    path = tmp_path / "few.gguf"
+    model = original.with_name("dense.gguf")
+    run("llama-imatrix", "-m", model, "-f", text, "-c", 16, "-b", 16, "--chunks", 1, "-t", 1, "-o", path)
+    file = ImatrixFile(path)
+    unseen = sum(int((file.entry(n).counts == 0).sum()) for n in file.names if "_exps." in n)
+    recipe = Recipe("q4_0", imatrix=(str(path),))
+    found = export(source, tmp_path / "o.gguf", recipe, allow_dense=True, dry_run=True, quiet=True).notes
+    said = [line for line in found if "used by no token" in line]
+    assert bool(said) == bool(unseen) and all(f"few.gguf: {unseen} matrices" in line for line in said)
+    assert unseen, "a text that reaches all experts tests nothing"
