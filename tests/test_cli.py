@@ -48,7 +48,7 @@ def test_options_of_several_commands_have_the_same_words():
             "moments",
             ["m", "o", "--text", "t"],
             "mobe_gguf.calibrate.moments.collect",
-            "stopped; finished layers are kept, --resume goes on",
+            "stopped; finished layers are kept, --resume continues",
         ),
         (
             "export",
@@ -62,7 +62,7 @@ def test_options_of_several_commands_have_the_same_words():
             "demo",
             ["d"],
             "mobe_gguf.studies.demo.run",
-            "stopped. What is finished is kept in d; the same command goes on",
+            "stopped. What is finished is kept in d; the same command resumes",
         ),
     ],
 )

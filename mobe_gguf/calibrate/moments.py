@@ -56,7 +56,7 @@ def collect(
     transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.
     ``text``: files, see :func:`read_tokens`; None: what ships with the project.  ``keep``: share of the energy of a layer's average moments that the directions hold which are kept (0.999 if nothing is
     said), or ``rank`` of them.  ``memory``: bytes that may be used beside what torch takes.  What is finished is kept in
-    ``OUT.work`` until all is, and ``resume`` goes on from there.
+    ``OUT.work`` until all is, and ``resume`` resumes from there.
     Raises MobeError or UsageError: model or text cannot be read, transformers does not know the model, too little text, no
     place for ``out``.  Code that a model's directory may hold is never run.
     """

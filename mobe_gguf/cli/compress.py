@@ -94,7 +94,7 @@ def command(
 
     MODEL is a Hugging Face model directory. Every matrix is rounded by the second moments of what it is fed. Where shared bases
     (MoBE) may pay, a factorized file is made as well; what has the least KL divergence from MODEL becomes OUT.gguf, also if that
-    is a plain file. Work is kept in OUT.gguf.work until OUT is there; after a kill the same command with --resume goes on.
+    is a plain file. Work is kept in OUT.gguf.work until OUT is there; after a kill the same command with --resume continues.
 
     \b
       mobe-gguf compress Qwen3-30B-A3B/ qwen3.gguf --size 10G
@@ -136,7 +136,7 @@ def command(
     try:
         result = job.run(resume)
     except KeyboardInterrupt as e:
-        raise Interrupted(f"stopped; what is finished is kept in {job.work}, --resume goes on") from e
+        raise Interrupted(f"stopped; what is finished is kept in {job.work}, --resume continues") from e
     if as_json:
         click.echo(json.dumps(report.as_json(result), indent=2))
     elif not quiet:

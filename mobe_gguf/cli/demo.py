@@ -29,7 +29,7 @@ def command(directory: Path) -> None:
         demo = run(directory)
     except KeyboardInterrupt as e:
         raise Interrupted(
-            f"stopped. What is finished is kept in {directory}; the same command goes on from there."
+            f"stopped. What is finished is kept in {directory}; the same command resumes from there."
         ) from e
     out = Console(highlight=False, **VERBATIM)
     out.width = min(out.width, 100) if sys.stdout.isatty() else 100

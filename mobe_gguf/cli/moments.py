@@ -82,7 +82,7 @@ def command(
     try:
         about = collect(model, texts, out, device=device, memory=budget, quiet=quiet, **settings)  # type: ignore[arg-type]
     except KeyboardInterrupt as e:
-        raise Interrupted("stopped; finished layers are kept, --resume goes on") from e
+        raise Interrupted("stopped; finished layers are kept, --resume continues") from e
     if as_json:
         click.echo(json.dumps(about | {"file": str(out), "bytes": out.stat().st_size}, indent=2))
     elif not quiet:

@@ -26,7 +26,7 @@ class UsageError(MobeError):
 
 
 class Interrupted(MobeError):
-    """Ctrl-C or SIGTERM ended the work; the message says what is kept, and how to go on."""
+    """Ctrl-C or SIGTERM ended the work; the message says what is kept, and how to continue."""
 
     exit_code = 130
 

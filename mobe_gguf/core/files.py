@@ -1,4 +1,4 @@
-"""Files: their sizes as options say them, whether there is room for them, their checksums."""
+"""Sizes in options, free space, checksums and names of files."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Importance of each column of each matrix, out of llama-imatrix files, for the encoders.
+"""Importance of each column of each matrix, from llama-imatrix files, for the encoders.
 
-A file holds for a weight ``W`` the sums of the squares of its input's channels, ``W.in_sum2`` ``[matrices, row]``, and
-the number of inputs, ``W.counts`` ``[matrices, 1]``: their quotient, 1 where nothing was counted, is what llama-quantize
-weighs the columns of each expert's matrix by, and so does export.
+For a weight ``W`` a file holds the sums of the squares of its input's channels, ``W.in_sum2`` ``[matrices, row]``, and the
+number of inputs, ``W.counts`` ``[matrices, 1]``.  llama-quantize weighs the columns of each expert's matrix by their quotient, or by
+1 where nothing was counted.  So does export.
 
 Two kinds of file serve a MoBE model, each where it fits:
 
-- one of the MoBE model itself (the patched ``llama-imatrix``) knows everything: what A multiplies, and under the name of
-  the basis ``sum_uses mix[j,e]^2 x^2`` (``native/ggml_mobe/mobe-imatrix.h``);
-- one of the original model knows all that is not factorized; for the bases the same sum is made of its entry for
-  the experts, ``sum_e mix[j,e]^2 in_sum2[e]``, and what A multiplies is reckoned from it through the bases (``refit``).  Of down A's input is
-  the experts', and that of the bases, A times it, is reckoned from A as if the channels were independent.
+- A file of the MoBE model itself (from the patched ``llama-imatrix``) has everything: what A multiplies and, under the name of the
+  basis, ``sum_uses mix[j,e]^2 x^2`` (``native/ggml_mobe/mobe-imatrix.h``).
+- A file of the original model has all that is not factorized.  For the bases the same sum is made from its entry for the experts,
+  ``sum_e mix[j,e]^2 in_sum2[e]``.  What A multiplies is computed from that entry through the bases (``refit``).  A of down multiplies the
+  experts' input; the bases of down multiply A times that, computed as if the channels were independent.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def without(found: Mapping[str, Importance], choices: Mapping[str, Choice], quan
 def missing_message(
     imatrix: Imatrix, missing: list[str], choices: Mapping[str, Choice], tensors: Mapping[str, Tensor]
 ) -> str:
-    """What a user whose types need weights that are not there is told."""
+    """The message for types that need weights which no file has."""
     first = missing[0]
     others = f" (and {len(missing) - 1} more tensors)" if len(missing) > 1 else ""
     text = f"tensor {first}{others}: type {choices[first].type} needs an importance matrix, and "

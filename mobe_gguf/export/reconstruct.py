@@ -83,7 +83,7 @@ def reconstruct_model(
     """Write ``checkpoint`` with ordinary experts to the new directory ``out``.
 
     ``dtype`` (f32, f16, bf16): of all matrices; if None, that of config.json for the experts, and other tensors keep
-    theirs.  A run that was interrupted goes on with the shard that it was at, if nothing changed.
+    theirs.  An interrupted run resumes at the unfinished shard, if nothing changed.
     MobeError if the checkpoint contradicts itself, ``out`` exists, or it cannot be written.
     """
     started = time.monotonic()
@@ -126,7 +126,7 @@ def reconstruct_model(
             finally:
                 parts.remove_if_useless()
     except OSError as e:
-        kept = f"; finished shards are kept in {parts.folder}, the same command goes on from there"
+        kept = f"; finished shards are kept in {parts.folder}, the same command resumes from there"
         kept = kept if parts.finished else "; nothing was written"
         raise MobeError(f"{out}: cannot be written: {why_not_written(e)}{kept}") from e
     result.seconds = time.monotonic() - started

@@ -5,7 +5,7 @@ file ``split.no``, ``split.count`` and ``split.tensors.count``.
 
 Finished files wait in the folder ``.out.gguf.parts`` beside the output until all are, then they get their names: a set
 under its names is whole.  The folder's ``state.json`` says what they are of; an interrupted export with the same
-model and options goes on with the file that it was at.
+model and options resumes at the unfinished file.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Parts:
         shutil.rmtree(self.folder)
 
     def remove_if_useless(self) -> None:
-        """Without a finished file there is nothing to go on from."""
+        """Without a finished file there is nothing to resume."""
         if not self.finished:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -169,7 +169,7 @@ def left_by(out: Path, finished: str) -> str:
     """What a run that was stopped left of several files, for a message; ``finished``: what they are called."""
     folder = Parts(out, "").folder
     return (
-        f"{finished} kept in {folder}, the same command goes on from there"
+        f"{finished} kept in {folder}, the same command resumes from there"
         if folder.exists()
         else "nothing was written"
     )
@@ -195,7 +195,7 @@ def write_shards(
                     on_tensor(tensor)
                 continue
             kept = f"{len(parts.finished)} of {len(paths)} files are finished and kept in {parts.folder}"
-            left = f"{kept}, the same command goes on from there" if parts.finished else "nothing was written"
+            left = f"{kept}, the same command resumes from there" if parts.finished else "nothing was written"
             write_gguf(parts.folder / path.name, writer_of(i), list(tensors), on_tensor, left)
             parts.finish(path.name)
         parts.deliver(paths)

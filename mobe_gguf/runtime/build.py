@@ -146,7 +146,7 @@ def build(
     except OSError as error:
         raise MobeError(
             f"the build stopped: {error.filename or cache}: {error.strerror or error}; "
-            "mend that and run mobe-gguf build again, it goes on from where it was"
+            "mend that and run mobe-gguf build again, it resumes where it stopped"
         ) from error
     if not stamp:
         raise MobeError(

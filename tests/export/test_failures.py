@@ -285,7 +285,7 @@ def test_stopped(split: tuple[str, ...], left: str, larger: Path, tmp_path: Path
     assert not list(tmp_path.rglob("*.part"))
     assert [p.name for p in tmp_path.iterdir()] == ([parts.name] if split else [])
     if split:
-        assert f"{parts}, the same command goes on from there" in message
+        assert f"{parts}, the same command resumes from there" in message
         code, _, err = run(*(word for word in command[1:] if word != "-q"))
         assert code == 0 and "1 files kept from an interrupted run" in err
 

@@ -246,7 +246,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("mobe_gguf.export.reconstruct.write_safetensors", full)
     code, _, err = run(mobe, tmp_path / "dense", *limit)
-    assert code == 1 and "disk is full" in err and "goes on from there" in err
+    assert code == 1 and "disk is full" in err and "resumes from there" in err
     assert not (tmp_path / "dense").exists() and len(list((tmp_path / ".dense.parts").glob("model-*"))) == 2
     code, _, err = run(mobe, tmp_path / "dense", *limit)
     assert code == 0 and "2 files kept" in err

@@ -152,7 +152,7 @@ def _cause(error: Any) -> BaseException:
         return cause
     said = str(error).strip().splitlines()[-1]
     hint = f" Install mobe-gguf[ray] {__version__} on every machine." if "No module named" in said else ""
-    return MobeError(f"a worker failed: {said}.{hint} Finished units are kept; --resume goes on from them.")
+    return MobeError(f"a worker failed: {said}.{hint} Finished units are kept; --resume continues from them.")
 
 
 def await_file(path: Path, seconds: float = 90) -> None:
