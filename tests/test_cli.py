@@ -14,7 +14,17 @@ from click.testing import CliRunner
 from mobe_gguf.cli import COMMANDS, main
 
 #: Options that mean something else in each command.
-DIFFERENT = {"--activation", "--bases", "--ctx", "--dtype", "--moments", "--quant", "--rank", "--text", "-v"}
+DIFFERENT = {
+    "--activation",
+    "--bases",
+    "--ctx",
+    "--dtype",
+    "--moments",
+    "--quant",
+    "--rank",
+    "--text",
+    "-v",
+}
 
 #: Options that do more in one command.
 MORE = {("export", "--imatrix"), ("factorize", "--device"), ("verify", "--layers")}

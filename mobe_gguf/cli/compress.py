@@ -18,7 +18,7 @@ from mobe_gguf.core.files import parse_size
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.gguf")
 @click.option("--size", metavar="SIZE", help="Largest file, for instance 80G (powers of ten).")
-@click.option("--bpw", type=float, metavar="BITS", help="The same, by bits per weight of the original.")
+@click.option("--bpw", type=float, metavar="BITS", help="The same, in bits for each weight of the original.")
 @click.option(
     "--form",
     type=click.Choice(["auto", "plain", "mobe"]),
@@ -41,7 +41,7 @@ from mobe_gguf.core.files import parse_size
     "--chunks",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Chunks of 512 tokens to calibrate with.  [default: all]",
+    help="Chunks of the text to use.  [default: all]",
 )
 @click.option(
     "--eval-chunks",
@@ -60,9 +60,11 @@ from mobe_gguf.core.files import parse_size
     type=click.Choice(["none", "tanh", "silu"]),
     help="Of the combined bases.  [default: none]",
 )
-@click.option("--basis-type", metavar="TYPE", help="Type of the bases.")
-@click.option("--transform-type", metavar="TYPE", help="Type of the transforms A.")
-@click.option("--memory", metavar="SIZE", help="Memory that calibration may take, as 32G.")
+@click.option("--basis-type", metavar="TYPE", help="Type of the bases B, instead of what --quant gives them.")
+@click.option(
+    "--transform-type", metavar="TYPE", help="Type of the transforms A, instead of what --quant gives them."
+)
+@click.option("--memory", metavar="SIZE", help="Memory to use (32G), beside torch's own.")
 @click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
 )
@@ -70,7 +72,12 @@ from mobe_gguf.core.files import parse_size
 @click.option(
     "--no-measure", is_flag=True, help="Measure nothing (no copy of the original in 16 bits is made then)."
 )
-@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Steps of the fit.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Optimizer steps for each unit (one projection of one layer).",
+)
 @options.ctx
 @options.device
 @options.resume

@@ -79,8 +79,8 @@ from mobe_gguf.factorize.methods import METHODS
     "--moments",
     type=click.Path(dir_okay=False),
     metavar="FILE",
-    help="File of `mobe-gguf moments` for the original model: gate and up are fitted to what each expert is fed, far "
-    "better than by --imatrix.",
+    help="Second moments of the original model's inputs, from `mobe-gguf moments`. Fits the factors to each expert's own inputs, far better "
+    "than --imatrix.",
 )
 @click.option(
     "--for",

@@ -70,7 +70,7 @@ device = click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N."
 )
 threads = click.option(
-    "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama-perplexity."
+    "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
 )
 resume = click.option("--resume", is_flag=True, help="Resume from OUT.work, if it is there.")
 dry_run = click.option(

@@ -17,7 +17,7 @@ from mobe_gguf.core.files import parse_size
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--ram", metavar="SIZE", help="System memory to plan for. [default: what this process may use]")
 @click.option("--vram", metavar="SIZE", help="GPU memory to plan for, 0 for none. [default: this machine's]")
-@click.option("--size", metavar="SIZE", help="Largest file, for instance 80G.")
+@click.option("--size", metavar="SIZE", help="Largest file, for instance 80G (powers of ten).")
 @click.option(
     "--ctx", type=click.IntRange(min=1), default=32768, show_default=True, help="Tokens of context."
 )

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ class Job:
         made = []
         for quant in rivals.around(self.layout, size):
             path = self._stage(
-                quant, f"{quant}.gguf", lambda p, quant=quant: rivals.write(self.model, p, quant, imatrix)
+                quant, f"{quant}.gguf", partial(rivals.write, self.model, quant=quant, imatrix_file=imatrix)
             )
             made.append(Rival(quant, path))
         return made

@@ -64,7 +64,18 @@ def write(model: Path, out: Path, quant: str, imatrix_file: Path) -> None:
 
 def speed(path: Path, threads: int | None) -> float:
     """Tokens a second of writing, by llama-bench; MobeError if it gives none."""
-    arguments = ("-m", str(path), "-p", "0", "-n", str(TOKENS), "-r", str(RUNS), "-o", "json")
+    arguments: tuple[str, ...] = (
+        "-m",
+        str(path),
+        "-p",
+        "0",
+        "-n",
+        str(TOKENS),
+        "-r",
+        str(RUNS),
+        "-o",
+        "json",
+    )
     arguments += () if threads is None else ("-t", str(threads))
     done = tool.run("llama-bench", *arguments)
     try:

@@ -197,7 +197,9 @@ def _first_layers(checkpoint: Checkpoint, n: int, out: Path) -> None:
 def _entries(checkpoint: Checkpoint, n: int) -> Iterator[Entry]:
     replaced: dict[str, tuple[Reconstruction, int]] = {}
     factors: set[str] = set()
-    for index in (i for i in checkpoint.moe_layers if i < n and isinstance(checkpoint, MobeCheckpoint)):
+    layers = checkpoint.moe_layers if isinstance(checkpoint, MobeCheckpoint) else ()
+    for index in (i for i in layers if i < n):
+        assert isinstance(checkpoint, MobeCheckpoint)
         layer = checkpoint.layer(index)
         factors |= set(layer.factor_names)
         for projection in (p for p in ALL_PROJECTIONS if p in layer.projections):
@@ -241,17 +243,16 @@ def _first_blocks(file: GgufFile, n: int, out: Path) -> None:
             if name == f"{file.arch}.block_count":
                 pairs[-1] = pairs[-1][:-4] + struct.pack("<I", n)
     if file.arch == "deepseek2" and f"{file.arch}.attention.q_lora_rank" not in file.keys:
-        name = (
-            f"{file.arch}.attention.q_lora_rank".encode()
-        )  # fewer layers, and the runtime no longer guesses that it has none
-        pairs.append(struct.pack("<Q", len(name)) + name + struct.pack("<II", 4, 0))
+        # with fewer layers the runtime no longer guesses that it has none
+        key = f"{file.arch}.attention.q_lora_rank".encode()
+        pairs.append(struct.pack("<Q", len(key)) + key + struct.pack("<II", 4, 0))
     with open(out, "wb") as target:
         target.write(b"GGUF" + struct.pack("<IQQ", 3, len(kept), len(pairs)) + b"".join(pairs))
         offset = 0
         for t in kept:
-            name, shape = t.name.encode(), t.shape[::-1]
+            raw, shape = t.name.encode(), t.shape[::-1]
             target.write(
-                struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+                struct.pack("<Q", len(raw)) + raw + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
             )
             target.write(struct.pack("<IQ", ggml.type_info(t.type).id, offset))
             offset += padded(t.n_bytes, file.alignment)
