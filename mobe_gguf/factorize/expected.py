@@ -14,8 +14,9 @@ import torch
 
 from mobe_gguf.factorize.job import Job
 from mobe_gguf.factorize.job.executors import pieces_at_once
+from mobe_gguf.factorize.linear import LONGEST, suits
 from mobe_gguf.factorize.plan import baseline
-from mobe_gguf.factorize.solver import fit
+from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.factorize.target import Size, probe_steps
 from mobe_gguf.formats.safetensors import STORED
 
@@ -65,13 +66,38 @@ def _unit_seconds(job: Job, device: str) -> float:
         baseline(s, n, p, d).compress(w, dtype=STORED[s.dtype], device=device)
         return (time.monotonic() - began) * n / few
     settings = s.solver(size)
+    if suits(settings.activation, settings.mix, settings.n_basis // settings.n_group, settings.mix_terms):
+        return _linear_seconds(settings, few, (n, p, d), device)
     bases = max(1, round(settings.n_basis * few / n))
     settings = replace(
         s.solver(Size(bases, settings.rank)),
         n_group=1,
-        steps=STEPS,
         mix_terms=min(settings.mix_terms, bases) if settings.mix_terms else None,
     )
+    return _step_seconds(w, settings, device) * s.steps * n / few
+
+
+def _step_seconds(w: torch.Tensor, settings: Settings, device: str) -> float:
+    """Of one step on experts w."""
     stamps: list[float] = []
-    fit(w, settings, device=device, on_step=lambda *_: stamps.append(time.monotonic()))
-    return (stamps[-1] - stamps[0]) / (len(stamps) - 1) * s.steps * n / few
+    settings = replace(settings, steps=STEPS)
+    fit(w.clone(), settings, device=device, on_step=lambda *_: stamps.append(time.monotonic()))
+    return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+
+def _linear_seconds(settings: Settings, few: int, shape: tuple[int, int, int], device: str) -> float:
+    """Of the linear form, a part of which takes as long for any number of experts: by two trials of different numbers."""
+    n, p, d = shape
+    groups, settings = (
+        settings.n_group,
+        replace(settings, n_basis=settings.n_basis // settings.n_group, n_group=1),
+    )
+    n //= groups
+    less = min(n, max(few, settings.n_basis, 2))
+    more = min(n, 2 * less)
+    w = torch.randn(more, p, d, generator=torch.Generator().manual_seed(0)) * 0.02
+    seconds = _step_seconds(w[:less], settings, device)
+    if more > less:
+        each = max(0.0, _step_seconds(w, settings, device) - seconds) / (more - less)
+        seconds += each * (n - less)
+    return seconds * min(settings.steps, LONGEST) * groups

@@ -16,6 +16,7 @@ from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.layers import format_layers
 from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS
 from mobe_gguf.factorize.baselines import Baseline
+from mobe_gguf.factorize.linear import expert_bytes, fit_bytes, linear_block, suits
 from mobe_gguf.factorize.methods import MOBE, method_named
 from mobe_gguf.factorize.solver import Settings, block_bytes, cpu_block
 from mobe_gguf.factorize.spec import JobSettings, Options
@@ -224,6 +225,10 @@ def unit_memory(settings: Settings, n: int, p: int, d: int, directions: int | No
     copies = 0 if settings.mix == "scalar" else 2 if settings.transposed else 1  # of what lies crosswise
     # B where it starts and where it is, the best, its gradient, Adam's two moments and the root of one
     steps = 7 * basis + (1 + copies) * block
+    if suits(settings.activation, settings.mix, m // g, settings.mix_terms):
+        at_once = linear_block(cpu_block(n // g, rows, columns, r), rows, columns, r)
+        linear = (fit_bytes(m // g, r, d) + at_once * expert_bytes(rows, columns, r)) // 4
+        steps = max(steps, linear) if settings.basis_type else linear
     if settings.basis_type:
         # a rounded one, too; while it is made there are copies and an encoding, but no block
         steps += basis + max(0, (3 if settings.transposed else 2) * basis - block)

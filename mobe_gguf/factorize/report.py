@@ -197,10 +197,12 @@ def _mean(values: list[float]) -> float:
 
 
 def _duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3.5 h``."""
+    """``45 s``, ``12 min``, ``3.5 h``, ``12 days``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def _count(n: int) -> str:

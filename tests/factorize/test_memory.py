@@ -74,6 +74,8 @@ def weights(tmp_path_factory) -> dict[str, str]:
         ("imatrix", {"bases": 4, "rank": 32}),  # here weighing W takes most
         ("moments", {"bases": 4, "rank": 32}),
         ("mse", {"projections": ["down"]}),
+        ("mse", {"activation": "none", "bases": 3, "rank": 320, "steps": 9}),
+        ("moments", {"activation": "none", "bases": 2, "rank": 320, "steps": 9}),
         ("moments", {"projections": ["down"]}),
     ],
 )

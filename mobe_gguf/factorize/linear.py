@@ -1,0 +1,358 @@
+"""Fitting the linear form, ``W_i ~ A_i sum_j alpha_ij B_j``, with few bases: L-BFGS that alternating least squares precondition.
+
+Without an activation A, alpha and the bases are each a least-squares problem for the others fixed.  Alternating them settles
+early at a third more error than gradient steps reach, for it does not see that A follows.  The curvature of the projected
+problem (:mod:`mobe_gguf.core.projected`) without second derivatives (Kaufman 1975) is
+
+    sum_i  alpha_i alpha_i^T (x) A_i^T A_i (x) R_i (1 - P_i) R_i^T,   P_i the projector on the rows of Z_i R_i,
+
+and the product of the sums' means, ``M [m r, m r]`` times ``C [d, d]``, can be inverted: L-BFGS (Nocedal 1980) starts from
+that.  (With P left out a step is a sweep of the alternation; on layer 2 up of the shipped model, m 2 r 136, in the inputs' moments, 30
+iterations then end at 0.0034, with it at 0.0027.)
+
+What makes an evaluation cheap where all experts have one metric (no weights, or down):
+
+- ``Z_i Z_i^T = sum_jk alpha_ij alpha_ik B_j B_k^T``: the products of the bases with each other, once, are all experts' Gram matrices;
+- ``sum_i alpha_ij (A_i^T A_i) Z_i`` is m^2 products of accumulated matrices with bases, for all experts together.
+
+That leaves two products of p r d for each expert, one of p r r and a Cholesky factor: less than half of what a step of
+:mod:`mobe_gguf.core.projected` does.
+
+Tried, and left out: Gauss-Newton with conjugate gradients (docs/factorizer.md); the first iterations on random combinations of each expert's
+rows, ``Q W_i`` (n 128, 16 of 96 rows: such a problem is fitted to half the error, and the real one has to be fitted anew).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from mobe_gguf.core.formula import combine
+from mobe_gguf.core.metric import Metric
+from mobe_gguf.core.projected import Projected, SingularError, combine_gradient
+
+#: Bases of a group above which this is not used: M has m^2 r^2 elements.
+MOST_BASES = 8
+#: Pairs of steps and gradients that L-BFGS keeps.
+MEMORY = 5
+#: Iterations at most.
+LONGEST = 100
+#: Iterations after which the preconditioner is made anew.
+REFRESH = 5
+#: Added to the diagonal of ``columns``, relative to its mean: directions that no expert lacks.
+COLUMNS = 0.2
+#: Added to M's diagonal, relative to its mean.
+DAMPING = 1e-5
+#: An iteration must gain this share of the loss, on average over some; else the stage is over.
+PLATEAU, WINDOW = 5e-4, 5
+#: What the experts that are taken at once may take: pairs of steps take the room that a larger block would.
+BLOCK_BYTES = 128 << 20
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _dot(a: Pair, b: Pair) -> float:
+    return sum(float(x.flatten().dot(y.flatten())) for x, y in zip(a, b, strict=True))
+
+
+@dataclass
+class Point:
+    """Bases, mix and what belongs to them: ``loss`` relative to |W|^2, its gradient, and what M is made of."""
+
+    basis: torch.Tensor
+    mix: torch.Tensor
+    loss: float
+    gradient: Pair
+    curvature: Curvature | None = None
+
+
+@dataclass
+class Curvature:
+    """What a preconditioner is made of: ``bases`` ``[m, r, m, r]``, M; ``columns`` ``[d, d]``, the mean over the experts of what
+    their inputs weigh outside of the span of their Z; ``mixes`` ``[n, m, m]``.
+    """
+
+    bases: torch.Tensor
+    columns: torch.Tensor
+    mixes: torch.Tensor
+
+
+@dataclass
+class Problem:
+    """The projected problem of the linear form.  ``w`` ``[n, p, c]``: in the metric; ``block``: experts at once."""
+
+    w: torch.Tensor
+    metric: Metric
+    ridge: float
+    block: int
+    square: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.square = sum(float(x.square().sum(dtype=torch.float64)) for x in self.w)
+
+    def at(self, basis: torch.Tensor, mix: torch.Tensor, curved: bool = False) -> Point:
+        """Everything at one point, the curvature if it is asked for.  SingularError if a Gram matrix cannot be factorized."""
+        m, r, d = basis.shape
+        n = len(mix)
+        shared = self.metric.root is None and m * (m + 1) <= max(n, 6)
+        flat = basis.view(m * r, d)
+        pairs = (flat @ flat.T).view(m, r, m, r) if shared else None
+        inner = basis.new_zeros(m, m, r, r)  # sum_i alpha_ij alpha_ik (A^T A + ridge)
+        target = torch.zeros_like(basis)  # what it is to be multiplied by, less the gradient
+        to_mix, mixes = torch.empty_like(mix), mix.new_empty(n, m, m)
+        columns = basis.new_zeros(d, d) if curved else None
+        loss = 0.0
+        for first in range(0, n, self.block):
+            s = slice(first, min(first + self.block, n))
+            a = mix[s]
+            w = self.w[s].to(basis.device)
+            z = combine(a, basis)
+            metric = self.metric.slice(s, basis)
+            zm = metric.apply(z)
+            if pairs is None:
+                gram = torch.bmm(zm, zm.mT)
+            else:
+                both = a[:, :, None] * a[:, None, :]
+                gram = torch.einsum("njk,jakb->nab", both, pairs)
+            product = torch.bmm(w, zm.mT)
+            transform, gram, factor = _solve(product, gram, self.ridge)
+            own = torch.bmm(transform.mT, transform)
+            loss += self.square_of(s) - float(
+                2 * transform.flatten().double().dot(product.flatten().double())
+                - own.flatten().double().dot(gram.flatten().double())
+            )
+            diagonal = own.diagonal(dim1=1, dim2=2)
+            diagonal += self.ridge * diagonal.mean(1, keepdim=True)
+            if curved or pairs is not None:
+                for j in range(m):
+                    for k in range(j + 1):
+                        weights = (a[:, j] * a[:, k])[None]
+                        inner[j, k].view(1, -1).addmm_(weights, own.flatten(1))
+            if columns is not None:
+                _add_columns(columns, metric, zm, factor)
+            if pairs is None:
+                g = torch.bmm(own, zm).baddbmm_(transform.mT, w, alpha=-1.0)
+                to_mix[s] = combine_gradient(metric.adjoint(g), a, basis, target)
+                if curved:
+                    mixes[s] = _curvature(own, metric, basis)
+            else:
+                pull = torch.bmm(transform.mT, w)
+                target.view(m, -1).addmm_(a.T, pull.flatten(1), alpha=-1.0)
+                mixes[s] = torch.einsum("nab,jakb->njk", own, pairs)
+                to_mix[s] = torch.einsum("njk,nk->nj", mixes[s], a) - pull.flatten(1) @ flat.view(m, -1).T
+        for j in range(m):
+            for k in range(j + 1, m):
+                inner[j, k] = inner[k, j]
+        inner = inner.transpose(1, 2).contiguous()
+        if pairs is not None:
+            target.view(m * r, d).addmm_(inner.view(m * r, m * r), flat)
+        if not math.isfinite(loss):
+            raise SingularError("the loss is not finite")
+        curvature = Curvature(inner, columns.div_(n), mixes) if columns is not None else None
+        return Point(basis, mix, loss / self.square, (target, to_mix), curvature)
+
+    def square_of(self, experts: slice) -> float:
+        return float(self.w[experts].square().sum(dtype=torch.float64))
+
+
+def _add_columns(columns: torch.Tensor, metric: Metric, zm: torch.Tensor, factor: torch.Tensor) -> None:
+    """Adds each expert's ``R (1 - P) R^T`` ``[d, d]``, P the projector on the rows of its Z in the metric."""
+    d = len(columns)
+    for i, own in enumerate(zm):
+        at = metric.slice(slice(i, i + 1), zm) if metric.per_expert else metric
+        if metric.root is None:
+            columns.diagonal().add_(1)
+        else:
+            _add_moment(columns, at.root[0] if metric.per_expert else at.root, at.rest)
+        span = at.adjoint(torch.linalg.solve_triangular(factor[i], own, upper=False)[None])[0]
+        columns.addmm_(span.view(-1, d).T, span, alpha=-1.0)
+
+
+def _add_moment(total: torch.Tensor, root: torch.Tensor, rest: torch.Tensor | None) -> None:
+    """Adds ``R R^T``."""
+    if root.dim() == 1:
+        total.diagonal().add_(root.square())
+    else:
+        total.addmm_(root, root.T)
+    if rest is not None:
+        total.diagonal().add_(rest[0].square())
+
+
+def _solve(product: torch.Tensor, gram: torch.Tensor, ridge: float) -> tuple[torch.Tensor, ...]:
+    """``(A, gram + ridge, its Cholesky factor)``; changes ``gram``."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += ridge * diagonal.mean(1, keepdim=True)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info.any():
+        raise SingularError("a Gram matrix is singular")
+    return torch.cholesky_solve(product.mT, factor).mT.contiguous(), gram, factor
+
+
+def _curvature(own: torch.Tensor, metric: Metric, basis: torch.Tensor) -> torch.Tensor:
+    """<B_j, (A^T A) B_k> in the experts' metrics, ``[n, m, m]``; two bases of a block are in memory, not all."""
+    m, n = len(basis), len(own)
+    out = own.new_empty(n, m, m)
+    for k in range(m):
+        pulled = torch.bmm(own, metric.apply(basis[k].expand(n, -1, -1)))
+        for j in range(k + 1):
+            out[:, j, k] = out[:, k, j] = (metric.apply(basis[j].expand(n, -1, -1)) * pulled).sum((1, 2))
+    return out
+
+
+class _Preconditioner:
+    """The inverse of M (x) columns for bases, and of each expert's own curvature for mixes."""
+
+    def __init__(self, curvature: Curvature):
+        m, r, _, _ = curvature.bases.shape
+        self.left = _factor(curvature.bases.view(m * r, m * r))
+        self.right = _factor(curvature.columns, COLUMNS)
+        self.own = torch.stack([_factor(c, 1e-3) for c in curvature.mixes])
+
+    def __call__(self, gradient: Pair) -> Pair:
+        basis, mix = gradient
+        x = torch.cholesky_solve(basis.flatten(0, 1), self.left)
+        x = torch.cholesky_solve(x.mT.contiguous(), self.right).mT
+        return x.reshape(basis.shape), torch.cholesky_solve(mix[:, :, None], self.own)[:, :, 0]
+
+
+def _factor(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """Cholesky factor of a positive semidefinite matrix, more damped until it has one; changes ``matrix``."""
+    diagonal = matrix.diagonal()
+    mean = float(diagonal.mean())
+    for _ in range(6):
+        diagonal += damping * mean + 1e-30
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not info:
+            return factor
+        damping *= 10
+    raise SingularError("the bases' least-squares problem is singular")
+
+
+def suits(activation: str, mix: str, n_basis: int, mix_terms: int | None) -> bool:
+    """Whether a group with this form and so many bases is fitted here."""
+    return activation == "none" and mix == "scalar" and n_basis <= MOST_BASES and mix_terms is None
+
+
+def linear_block(block: int, p: int, c: int, r: int) -> int:
+    """Experts at once, of ``block`` that there could be: of ``p x c`` in the metric."""
+    return max(1, min(block, BLOCK_BYTES // expert_bytes(p, c, r)))
+
+
+def expert_bytes(p: int, c: int, r: int) -> int:
+    """What an evaluation takes for one expert of ``p x c`` in the metric: Z, Z in the metric, the gradient; A and W Z^T; Gram
+    matrix, its factor, A^T A and one to spare."""
+    return 4 * (4 * r * c + 3 * p * r + 4 * r * r)
+
+
+def fit_bytes(m: int, r: int, d: int) -> int:
+    """What the fit takes beside a block: B at the start, at the point and after it, with their gradients, the pairs, the direction
+    and what it is made of; M, its factor, and the bases' products; C and its factor."""
+    return 4 * ((2 * MEMORY + 9) * m * r * d + 5 * m * m * r * r + 3 * d * d)
+
+
+def fit_linear(
+    problem: Projected,
+    basis: torch.Tensor,
+    mix: torch.Tensor,
+    steps: int,
+    report: Callable[[float, float], None],
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Minimise from ``basis`` ``[m, r, d]`` and ``mix`` ``[n, m]``; returns both and the iterations taken.
+
+    ``steps``: iterations at most, of which more than LONGEST are never taken.  ``report(share done, relative loss)`` after each.
+    """
+    iterations = min(steps, LONGEST)
+    block = linear_block(problem.block, problem.w.shape[1], problem.w.shape[2], basis.shape[1])
+    whole = Problem(problem.w, problem.metric, problem.ridge, block)
+    last = math.nan
+
+    def seen(step: int, loss: float) -> None:
+        nonlocal last
+        last = loss
+        report(step / iterations, loss)
+
+    found = _minimise(whole, basis, mix, iterations, seen)
+    report(1.0, last)
+    return found
+
+
+def _whitened(basis: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+    """The bases in the gauge in which M's diagonal blocks add up to the identity: A takes the inverse, and no error changes."""
+    factor = _factor(curvature.bases.diagonal(dim1=0, dim2=2).mean(-1))
+    out = torch.matmul(factor.T, basis)
+    return out.mul_(1 / out.std())
+
+
+def _minimise(
+    problem: Problem,
+    basis: torch.Tensor,
+    mix: torch.Tensor,
+    iterations: int,
+    report: Callable[[int, float], None],
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """L-BFGS with M^-1 of the last point as its first guess; stops where progress does."""
+    point = problem.at(basis, mix, True)
+    point = problem.at(_whitened(basis, point.curvature), mix, True)
+    memory: deque[tuple[Pair, Pair, float]] = deque(maxlen=MEMORY)
+    losses = [point.loss]
+    for step in range(1, iterations + 1):
+        if point.curvature is not None:
+            precondition, point.curvature = _Preconditioner(point.curvature), None
+        direction = _direction(point, memory, precondition)
+        slope = _dot(point.gradient, direction)
+        new = _search(problem, point, direction, slope, step % REFRESH == 0)
+        if new is None:
+            if not memory:
+                break
+            memory.clear()
+            continue
+        moved = new.basis - point.basis, new.mix - point.mix
+        change = new.gradient[0] - point.gradient[0], new.gradient[1] - point.gradient[1]
+        if (product := _dot(moved, change)) > 0:
+            memory.append((moved, change, product))
+        point = new
+        losses.append(point.loss)
+        report(step, point.loss)
+        if len(losses) > WINDOW and losses[-1 - WINDOW] - point.loss < WINDOW * PLATEAU * point.loss:
+            break
+    return point.basis, point.mix, len(losses) - 1
+
+
+def _direction(point: Point, memory: deque[tuple[Pair, Pair, float]], precondition: _Preconditioner) -> Pair:
+    """L-BFGS's, by the two loops."""
+    q = point.gradient[0].clone(), point.gradient[1].clone()
+    shares = []
+    for moved, change, product in reversed(memory):
+        share = _dot(moved, q) / product
+        shares.append(share)
+        for x, y in zip(q, change, strict=True):
+            x.add_(y, alpha=-share)
+    q = precondition(q)
+    if memory:
+        _, change, product = memory[-1]
+        scale = product / _dot(change, precondition(change))
+        for x in q:
+            x.mul_(scale)
+    for (moved, change, product), share in zip(memory, reversed(shares), strict=True):
+        correction = share - _dot(change, q) / product
+        for x, y in zip(q, moved, strict=True):
+            x.add_(y, alpha=correction)
+    return q[0].neg_(), q[1].neg_()
+
+
+def _search(problem: Problem, point: Point, direction: Pair, slope: float, curved: bool) -> Point | None:
+    """The first point along ``direction`` that gains enough, steps halved; None if none does."""
+    step = 1.0
+    for _ in range(6):
+        try:
+            new = problem.at(point.basis + step * direction[0], point.mix + step * direction[1], curved)
+        except SingularError:
+            new = None
+        if new is not None and new.loss <= point.loss + 1e-4 * step * slope / problem.square:
+            return new
+        step *= 0.4
+    return None
