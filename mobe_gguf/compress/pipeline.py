@@ -31,7 +31,7 @@ from mobe_gguf.evaluate import Row, Settings, compare, heldout
 from mobe_gguf.evaluate.verify import verify
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.plan import Options
+from mobe_gguf.factorize.spec import Options
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.plan.cost import expected_kl
 from mobe_gguf.plan.forms import Form, factorized_forms, plain_form, why_not_factorized

@@ -164,7 +164,7 @@ def _add_columns(columns: torch.Tensor, metric: Metric, zm: torch.Tensor, factor
     d = len(columns)
     for i, own in enumerate(zm):
         at = metric.slice(slice(i, i + 1), zm) if metric.per_expert else metric
-        if metric.root is None:
+        if at.root is None:
             columns.diagonal().add_(1)
         else:
             _add_moment(columns, at.root[0] if metric.per_expert else at.root, at.rest)
@@ -296,6 +296,7 @@ def _minimise(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """L-BFGS with M^-1 of the last point as its first guess; stops where progress does."""
     point = problem.at(basis, mix, True)
+    assert point.curvature is not None
     point = problem.at(_whitened(basis, point.curvature), mix, True)
     memory: deque[tuple[Pair, Pair, float]] = deque(maxlen=MEMORY)
     losses = [point.loss]

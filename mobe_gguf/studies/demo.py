@@ -29,7 +29,8 @@ from mobe_gguf.core.progress import say
 from mobe_gguf.evaluate import Settings, heldout, perplexity, tool
 from mobe_gguf.export import Recipe, Report, export, parse_quant
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.plan import Options, plan_checkpoint, settle
+from mobe_gguf.factorize.plan import plan_checkpoint, settle
+from mobe_gguf.factorize.spec import Options
 from mobe_gguf.formats.contents import rows
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.runtime.install import Environment
