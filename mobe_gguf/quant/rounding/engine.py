@@ -57,6 +57,10 @@ class Problem:
         """The same metric for W ``[E, p, n]``."""
         return Problem(w, self.s, self.damping)
 
+    def gradient(self, q: torch.Tensor) -> torch.Tensor:
+        """``(W - Q) S``."""
+        return (self.w - q) @ self.s
+
     def cost(self, q: torch.Tensor) -> torch.Tensor:
         """``tr((W - Q) S (W - Q)^T)`` of each matrix, ``[E]``."""
         r = self.w - q
@@ -138,20 +142,27 @@ def _spread(change: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def sweep(
-    problem: Problem, codes: torch.Tensor, scales: Scales, grid: Grid, solve: bool = True
+    problem: Problem,
+    codes: torch.Tensor,
+    scales: Scales,
+    grid: Grid,
+    solve: bool = True,
+    gradient: torch.Tensor | None = None,
 ) -> tuple[Grid, int]:
     """One pass of coordinate descent, in place; the grid with the new scales, and how many codes changed.
 
-    ``solve``: also the scales.  The cost never rises.
+    ``solve``: also the scales.  The cost never rises.  ``gradient``: ``(W - Q) S``, contiguous, which is brought up to date; without it, it is
+    made, for as many operations as the pass itself takes.
     """
     w, s, width, group = problem.w, problem.s, grid.width, grid.group
     n, one = w.shape[-1], scales.type
     if kernels := Kernels.of(grid, w):
-        return _sweep_native(problem, codes, scales, grid, kernels, solve)
+        return _sweep_native(problem, codes, scales, grid, solve, gradient, kernels)
     outer_size = _outer(one.block)
     inner_size = min(group, INNER)
     values = grid.values(codes)
-    gradient = (w - values) @ s
+    if gradient is None:
+        gradient = (w - values) @ s
     changed = 0
     diagonal = s.diagonal(dim1=-2, dim2=-1)
     for start in range(0, n, outer_size):
@@ -211,12 +222,19 @@ def sweep(
 
 
 def _sweep_native(
-    problem: Problem, codes: torch.Tensor, scales: Scales, grid: Grid, kernels: Kernels, solve: bool
+    problem: Problem,
+    codes: torch.Tensor,
+    scales: Scales,
+    grid: Grid,
+    solve: bool,
+    gradient: torch.Tensor | None,
+    kernels: Kernels,
 ) -> tuple[Grid, int]:
     """:func:`sweep` with the blocks in C."""
     w, s = problem.w, problem.s
     values, changed, step = grid.values(codes), 0, _outer(scales.type.block)
-    gradient = (w - values) @ s
+    if gradient is None:
+        gradient = (w - values) @ s
     for start in range(0, w.shape[-1], step):
         outer = slice(start, min(start + step, w.shape[-1]))
         before = values[..., outer].clone()
@@ -224,6 +242,7 @@ def _sweep_native(
             changed += kernels.sweep(e, outer, s, gradient[e, :, outer], values, codes, scales, solve)
         # the kernel has brought the block's own columns up to date
         moved = values[..., outer] - before
-        rest = gradient[..., outer.stop :]
-        rest -= moved @ s[:, outer, outer.stop :]
+        for rest in (slice(0, start), slice(outer.stop, None)):
+            if gradient[..., rest].numel():
+                gradient[..., rest] -= moved @ s[:, outer, rest]
     return grid.with_scales(scales.scale(), scales.offset()), changed

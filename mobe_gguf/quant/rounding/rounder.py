@@ -28,7 +28,7 @@ from mobe_gguf.runtime import ggml
 
 #: Most sweeps, and the least share of the cost that one must have gained for another to follow.
 SWEEPS = 6
-GAIN = 0.01
+GAIN = 0.02
 #: A row is resized by no more than this, up or down.
 MOST_SIZE = 1.5
 #: Types whose encoder does not search for a scale: the largest value is one of the levels, or signs alone are stored.  Shares of what it says
@@ -88,11 +88,9 @@ class Rounder:
         if type_name in SEARCHED:
             stored = _search(one, stored, values, torch.from_numpy(self.diagonal))
         codes, scales, outcome = round_rows(problem, self.factor, one, stored)
-        outcome.before = float(
-            problem.cost(
-                torch.from_numpy(ggml.dequantize(data, type_name, w.shape[-1])).to(self.device)[None]
-            ).sum()
-        )
+        if type_name in SEARCHED:
+            decoded = torch.from_numpy(ggml.dequantize(data, type_name, w.shape[-1])).to(self.device)
+            outcome.before = float(problem.cost(decoded[None]).sum())
         return one.pack(scales.stored(codes, stored)), outcome
 
     def _by_codebook(self, w: torch.Tensor, type_name: str, name: str) -> tuple[np.ndarray, Outcome]:
@@ -107,32 +105,46 @@ def round_rows(
     problem: Problem, factor: torch.Tensor, one: Type, stored: Stored, sweeps: int = SWEEPS
 ) -> tuple[torch.Tensor, Scales, Outcome]:
     """Codes ``[1, rows, n / width]`` and scales, from the scales of ``stored`` on."""
-    device, size = problem.w.device, float(problem.size().sum())
+    device, w = problem.w.device, problem.w
     scales = Scales.of(one, stored, 1, device, torch.float32)
     grid = one.grid(stored, 1, device)
-    first = torch.from_numpy(stored.codes.astype(np.int64)).to(device, code_type(grid))[None]
-    cost = float(problem.cost(grid.values(first)).sum())
-    codes = feedback(problem, factor, grid)
-    fed = float(problem.cost(grid.values(codes)).sum())
-    if not fed < cost:  # scales that are all wrong for most columns: nearest codes were better
-        codes, fed = first, cost
-    cost = fed
+    codes = torch.from_numpy(stored.codes.astype(np.int64)).to(device, code_type(grid))[None]
+    gradient = problem.gradient(grid.values(codes))
+    first = before = float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
+    fed = feedback(problem, factor, grid)
+    other = problem.gradient(grid.values(fed))
+    cost = float(((w - grid.values(fed)) * other).sum(dtype=torch.float64))
+    if cost < first:  # else the scales are all wrong for most columns, and nearest codes are better
+        codes, gradient = fed, other
+    else:
+        cost = first
     for _ in range(sweeps):
-        grid, changed = sweep(problem, codes, scales, grid)
-        before, cost = cost, float(problem.cost(grid.values(codes)).sum())
+        grid, changed = sweep(problem, codes, scales, grid, gradient=gradient)
+        before, cost = cost, float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
         if not changed or not before - cost > GAIN * before:
             break
-    values = grid.values(codes)
+    ws = w @ problem.s
+    size = float((ws * w).sum(dtype=torch.float64))
+    after = cost
     if scales.d is not None:
-        wanted = ((problem.w @ problem.s) * problem.w).sum(-1)
-        found = ((values @ problem.s) * problem.w).sum(-1)
-        share = torch.where(found > 0, wanted / found.clamp_min(1e-30), torch.ones_like(found))
-        scales.resize(share.clamp(1 / MOST_SIZE, MOST_SIZE))
-        values = grid.with_scales(scales.scale(), scales.offset()).values(codes)
-    after = float(problem.cost(values).sum())
+        costs = ((w - grid.values(codes)) * gradient).sum(-1)
+        after = _keep_size(scales, (ws * w).sum(-1), (gradient * w).sum(-1), costs)
     if not np.isfinite(after):
         raise MobeError("rounding by moments gave values that are not finite; these moments cannot be used")
-    return codes, scales, Outcome(after=after, size=size, damping=problem.damping)
+    return codes, scales, Outcome(first, after, size, problem.damping)
+
+
+def _keep_size(scales: Scales, wanted: torch.Tensor, lost: torch.Tensor, costs: torch.Tensor) -> float:
+    """Resize each row by ``f = <w, w> / <q, w>``; the cost of all then.  Given are, of each row, ``<w, w>``, ``<w - q, w>`` and ``<w - q, w - q>``,
+    from which that of ``w - f q`` follows."""
+    found = wanted - lost
+    share = torch.where(found > 0, wanted / found.clamp_min(1e-30), torch.ones_like(found))
+    share = share.clamp(1 / MOST_SIZE, MOST_SIZE)
+    scales.resize(share)
+    # w - f q = (w - q) + (1 - f) q, with <w - q, q> = lost - cost and <q, q> = wanted - 2 lost + cost
+    off, lost, costs = 1 - share.double(), lost.double(), costs.double()
+    rows = costs + 2 * off * (lost - costs) + off * off * (wanted - 2 * lost + costs)
+    return float(rows.sum().clamp_min(0))
 
 
 def _search(one: Type, stored: Stored, w: torch.Tensor, weights: torch.Tensor) -> Stored:

@@ -1,0 +1,66 @@
+"""Rounding by second moments against libggml's encoder with their diagonal: CPU time side by side, errors and memory.
+
+    python bench/rounding.py [--rows 768] [--columns 2048] [--experts 4] [--directions 256] [--types q3_k,q4_k]
+
+Random experts of the given shape (Qwen3-30B's by default), and moments of ``--directions`` directions and a diagonal, as
+`mobe-gguf moments` stores them.  What is timed is what export does: S out of its root, its factor, codes and scales.  llama-quantize calls the
+same encoder for the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from mobe_gguf.core.errors import run_program
+from mobe_gguf.core.metric import Roots
+from mobe_gguf.export.rounding import matrix
+from mobe_gguf.quant.rounding.rounder import Outcome, Rounder
+from mobe_gguf.runtime import ggml
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("rows", 768),
+        ("columns", 2048),
+        ("experts", 4),
+        ("directions", 256),
+        ("threads", 1),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--types", default="q3_k,q4_k,q2_k")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    n, p, d, k = options.experts, options.rows, options.columns, options.directions
+    w = torch.randn(n, p, d, generator=generator) * 0.02
+    root = torch.randn(n, d, k, generator=generator) * torch.arange(1, k + 1) ** -0.5
+    roots = Roots(root, torch.rand(n, d, generator=generator) + 0.1)
+    weights = [matrix(roots, e).diagonal().numpy().copy() for e in range(n)]
+    print(f"{n} experts of {p} x {d}, {options.threads} threads, CPU seconds an expert")
+    for type_name in options.types.split(","):
+        begun = time.process_time()
+        for e in range(n):
+            ggml.quantize(w[e].numpy(), type_name, weights[e], threads=options.threads)
+        plain = (time.process_time() - begun) / n
+        begun, whole = time.process_time(), Outcome()
+        for e in range(n):
+            rounder = Rounder(matrix(roots, e))
+            for part in w[e].split(max(1, (1 << 20) // d)):
+                whole.add(rounder.encode(part, type_name)[1])
+        mine = (time.process_time() - begun) / n
+        assert np.isfinite(whole.after)
+        print(
+            f"{type_name:8} libggml {plain:.2f}, by moments {mine:.2f}: {mine / plain:.1f} times; {whole}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)
