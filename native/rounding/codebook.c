@@ -231,15 +231,11 @@ static void choose_signed(const struct codebook_span * a, const float * h, int64
     }
 }
 
-// own [2, entries]: of these eight columns, e H e for each entry and twice e H (1/8, ..., 1/8).  (What 1/8 adds
-// by itself is the same for both shifts.)
-static void choose_shifted(const struct codebook_span * a, const float * own, const float * b, float s, float shift, struct eight * now) {
-    float linear[UNIT], sums = 0.0f;
-    for (int32_t i = 0; i < UNIT; i++) {
-        linear[i] = -2.0f * s * b[i];
-        sums += b[i];
-    }
-    const float up = -2.0f * s * SHIFT * sums, s2 = s * s;
+struct shifted { float value; int32_t entry; };
+
+// The entry of least s^2 (own + shift * moved) + linear e + shift * up; own and moved as entries_products() makes them.
+static inline __attribute__((always_inline)) void best_shifted(const struct codebook_span * a, const float * own, const float * linear,
+                                                               float s2, float up, bool down, bool raise, struct shifted * out) {
     lanes_f best[2] = {{0}};
     lanes_i at[2] = {{0}};
     for (int32_t base = 0; base < a->entries; base += LANES) {
@@ -249,24 +245,43 @@ static void choose_shifted(const struct codebook_span * a, const float * own, co
         for (int32_t i = 0; i < UNIT; i++) {
             plain += linear[i] * *(const loaded *)(a->grid + (int64_t)i * a->entries + base);
         }
-        const lanes_f sum[2] = {plain - moved, plain + moved};
+        #pragma GCC unroll 2
         for (int32_t k = 0; k < 2; k++) {
-            const lanes_i less = base == 0 ? ~(lanes_i){0} : sum[k] < best[k];
-            best[k] = (lanes_f)pick(less, (lanes_i)sum[k], (lanes_i)best[k]);
-            at[k] = pick(less, (lanes_i){0} + base, at[k]);
+            if (k ? raise : down) {
+                const lanes_f sum = k ? plain + moved : plain - moved;
+                const lanes_i less = base == 0 ? ~(lanes_i){0} : sum < best[k];
+                best[k] = (lanes_f)pick(less, (lanes_i)sum, (lanes_i)best[k]);
+                at[k] = pick(less, (lanes_i){0} + base, at[k]);
+            }
         }
     }
-    int32_t entry[2];
-    float value[2];
     for (int32_t k = 0; k < 2; k++) {
-        entry[k] = lowest(best[k], at[k]);
-        value[k] = best[k][entry[k] % LANES];
+        out[k].entry = lowest(best[k], at[k]);
+        out[k].value = best[k][out[k].entry % LANES];
     }
-    const int32_t k = shift == 0.0f ? value[1] < value[0] : shift > 0.0f;
-    now->index[0] = entry[k];
+}
+
+// shift: the one to take, 0 for the better of the two.  (What the shift adds by itself is the same for both.)
+static void choose_shifted(const struct codebook_span * a, const float * own, const float * b, float s, float shift, struct eight * now) {
+    float linear[UNIT], sums = 0.0f;
+    for (int32_t i = 0; i < UNIT; i++) {
+        linear[i] = -2.0f * s * b[i];
+        sums += b[i];
+    }
+    const float up = -2.0f * s * SHIFT * sums;
+    struct shifted found[2];
+    if (shift == 0.0f) {
+        best_shifted(a, own, linear, s * s, up, true, true, found);
+    } else if (shift > 0.0f) {
+        best_shifted(a, own, linear, s * s, up, false, true, found);
+    } else {
+        best_shifted(a, own, linear, s * s, up, true, false, found);
+    }
+    const int32_t k = shift == 0.0f ? found[1].value < found[0].value : shift > 0.0f;
+    now->index[0] = found[k].entry;
     for (int32_t i = 0; i < UNIT; i++) {
         now->sign[i] = k ? 1.0f : -1.0f;
-        now->unit[i] = a->grid[(int64_t)i * a->entries + entry[k]] + SHIFT * now->sign[i];
+        now->unit[i] = a->grid[(int64_t)i * a->entries + found[k].entry] + SHIFT * now->sign[i];
     }
 }
 
@@ -329,18 +344,24 @@ static float objective_of_span(const struct codebook_span * a, const float * b, 
     return f;
 }
 
+// own [span / 8, 2, entries]: of each eight columns, e H e for every entry e, and twice e H (1/8, ..., 1/8).
 static void entries_products(const struct codebook_span * a, float * own) {
     for (int32_t k = 0; k < a->span / UNIT; k++) {
         const float * h = a->h + (int64_t)k * UNIT * (a->span + 1);
         float * squares = own + (int64_t)k * 2 * a->entries, * moved = squares + a->entries;
-        for (int32_t n = 0; n < a->entries; n++) {
-            squares[n] = moved[n] = 0.0f;
-            for (int32_t i = 0; i < UNIT; i++) {
-                const float e = a->grid[(int64_t)i * a->entries + n];
-                for (int32_t j = 0; j < UNIT; j++) {
-                    squares[n] += e * h[(int64_t)i * a->span + j] * a->grid[(int64_t)j * a->entries + n];
-                    moved[n] += 2.0f * SHIFT * e * h[(int64_t)i * a->span + j];
+        memset(squares, 0, sizeof(float) * 2 * (size_t)a->entries);
+        for (int32_t i = 0; i < UNIT; i++) {
+            const float * e = a->grid + (int64_t)i * a->entries;
+            float sum = 0.0f;
+            for (int32_t j = 0; j < UNIT; j++) {
+                const float * other = a->grid + (int64_t)j * a->entries, x = h[(int64_t)i * a->span + j];
+                sum += x;
+                for (int32_t n = 0; n < a->entries && j >= i; n++) {
+                    squares[n] += (i == j ? x : 2.0f * x) * e[n] * other[n];
                 }
+            }
+            for (int32_t n = 0; n < a->entries; n++) {
+                moved[n] += 2.0f * SHIFT * sum * e[n];
             }
         }
     }
@@ -348,7 +369,7 @@ static void entries_products(const struct codebook_span * a, float * own) {
 
 // 0, or -1 without memory.
 int32_t codebook_span(const struct codebook_span * a) {
-    const int32_t groups = a->span / a->width, shifts = a->signs == SIGNS_COMMON_SHIFT ? 2 : 1;
+    const int32_t groups = a->span / a->width;
     float * own = NULL;
     if (a->signs == SIGNS_SHIFT || a->signs == SIGNS_COMMON_SHIFT) {
         own = malloc(sizeof(float) * 2 * (size_t)a->entries * (size_t)(a->span / UNIT));
@@ -369,18 +390,19 @@ int32_t codebook_span(const struct codebook_span * a) {
         best = now;
         int32_t best_level = level;
         float least = objective_of_span(a, b, d * a->factors[level], now.unit);
-        for (int32_t k = 0; k < shifts; k++) {
-            for (int32_t at = level - a->reach; at <= level + a->reach; at++) {
-                if (at < 0 || at >= a->levels) {
-                    continue;
-                }
-                tried = now;
-                const float f = solve_eights(a, own, b, d * a->factors[at], shifts == 2 ? (k ? 1.0f : -1.0f) : 0.0f, &tried);
-                if (f < least) {
-                    least = f;
-                    best = tried;
-                    best_level = at;
-                }
+        const float shift = a->signs == SIGNS_COMMON_SHIFT ? now.sign[0] : 0.0f;
+        for (int32_t step = -a->reach; step <= a->reach + (shift != 0.0f); step++) {
+            const bool other = step > a->reach;  // the other shift, at the same level
+            const int32_t at = level + (other ? 0 : step);
+            if (at < 0 || at >= a->levels) {
+                continue;
+            }
+            tried = now;
+            const float f = solve_eights(a, own, b, d * a->factors[at], other ? -shift : shift, &tried);
+            if (f < least) {
+                least = f;
+                best = tried;
+                best_level = at;
             }
         }
         a->level[r * a->ldlevel] = best_level;

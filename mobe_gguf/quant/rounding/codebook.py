@@ -245,8 +245,8 @@ def _values(state: State, at: slice) -> torch.Tensor:
 def solve_span(t: Table, h: torch.Tensor, b: torch.Tensor, state: State, at: slice, reach: int) -> None:
     """Codes and level of one span, in place: minimise ``q H q^T - 2 q b^T``, q the span's values.
 
-    Every level within ``reach`` of the present one, and both shifts where a span shares one, are tried: its eights one after the
-    other, each given the others.  What there is stays unless something is better.
+    Every level within ``reach`` of the present one, and the other shift where a span shares one, are tried: its eights one after
+    the other, each given the others.  What there is stays unless something is better.
     """
     book, spot = state.book, at.start // state.book.per_level
     d, level = state.d[..., at.start // BLOCK], state.level[..., spot]
@@ -259,22 +259,24 @@ def solve_span(t: Table, h: torch.Tensor, b: torch.Tensor, state: State, at: sli
         return
     best = search.objective(h, b, now.unit * (d * state.factors[level])[..., None])
     chosen, best_level = now, level
-    common = book.signs == "shift" and book.per_sign > UNIT
-    for shift in (-1.0, 1.0) if common else (0.0,):
-        for step in range(-reach, reach + 1):
-            tried = (level + step).clamp(0, book.levels - 1)
-            scale = d * state.factors[tried]
-            pick = _solve_eights(t, h, inverse, b, scale, now, shift)
-            f = search.objective(h, b, pick.unit * scale[..., None])
-            take = f < best
-            best = torch.where(take, f, best)
-            best_level = torch.where(take, tried, best_level)
-            chosen = Pick(
-                *(
-                    torch.where(take[..., None], getattr(pick, x), getattr(chosen, x))
-                    for x in ("index", "sign", "unit")
-                )
+    common = now.sign[..., 0] if book.signs == "shift" and book.per_sign > UNIT else None
+    tries = [(step, common) for step in range(-reach, reach + 1)]
+    if common is not None:
+        tries.append((0, -common))
+    for step, shift in tries:
+        tried = (level + step).clamp(0, book.levels - 1)
+        scale = d * state.factors[tried]
+        pick = _solve_eights(t, h, inverse, b, scale, now, shift)
+        f = search.objective(h, b, pick.unit * scale[..., None])
+        take = f < best
+        best = torch.where(take, f, best)
+        best_level = torch.where(take, tried, best_level)
+        chosen = Pick(
+            *(
+                torch.where(take[..., None], getattr(pick, x), getattr(chosen, x))
+                for x in ("index", "sign", "unit")
             )
+        )
     state.level[..., spot] = best_level
     state.index[..., groups], state.sign[..., at], state.unit[..., at] = (
         chosen.index,
@@ -294,7 +296,7 @@ def _solve_eights(
     b: torch.Tensor,
     scale: torch.Tensor,
     now: Pick,
-    shift: float,
+    shift: torch.Tensor | None,
 ) -> Pick:
     """The eights of a span at given scales, one after the other."""
     pick = Pick(now.index.clone(), now.sign.clone(), now.unit.clone())
@@ -305,8 +307,8 @@ def _solve_eights(
         own = h[:, c, c]
         to = pull[..., c] + torch.bmm(q[..., c], own)
         groups = slice(i * per, (i + 1) * per)
-        if shift:
-            new = search.choose_shifted(t, own, to, scale, torch.full_like(scale, shift))
+        if shift is not None:
+            new = search.choose_shifted(t, own, to, scale, shift)
         else:
             old = Pick(pick.index[..., groups], pick.sign[..., c], pick.unit[..., c])
             new = search.choose(t, own, inverse[:, i], to, scale, old)
