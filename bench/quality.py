@@ -1,6 +1,6 @@
 """Quality at equal bytes: MoBE files of one model against llama-quantize's, each with an importance matrix, in one table.
 
-    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,mobe] [--also FILE.gguf]... [--plot FILE.png]
+    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,mobe] [--also FILE.gguf]... [--plot FILE.png]
 
 What a MoBE file has to be measured against is the plain file of its size: llama-quantize's own mixtures, and one of them with
 fewer bits for gate and up alone (``MIXED``), which is what a careful user would try first.  With ``--out`` everything made is
@@ -47,6 +47,9 @@ PLAIN = (
     "iq2_xs",
     "iq2_xxs",
 )
+
+#: What is also written by `export --dense --moments`, to be held against PLAIN's.
+OURS = ("q4_k_m", "q3_k_m", "iq4_xs", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs")
 
 #: Types of gate and up in a file that is REST everywhere else.
 MIXED = ("iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
@@ -135,6 +138,28 @@ def make_plain(
     return reference, imatrix, files
 
 
+def make_ours(model: Path, out: Path, calibration: Path) -> list[Path]:
+    """Plain files in the types of OURS, rounded by second moments, in ``out``."""
+    moments, files = _moments(model, out, calibration), []
+    with bar("by moments", len(OURS)) as progress:
+        for name in OURS:
+            progress.update(name)
+            files.append(out / f"ours-{name}.gguf")
+            if not files[-1].is_file():
+                recipe = Recipe(parse_quant(name), moments=str(moments))
+                export(model, files[-1], recipe, dense=True, quiet=True)
+            progress.advance(1, f"{files[-1].name}: {files[-1].stat().st_size / 1e6:.2f} MB")
+    return files
+
+
+def _moments(model: Path, out: Path, calibration: Path) -> Path:
+    """The moments of the calibration text, which are made if they are not there."""
+    moments = out / f"{model.name}-moments.safetensors"
+    if not moments.is_file():
+        collect(model, calibration, moments)
+    return moments
+
+
 def make_mobe(
     model: Path, out: Path, calibration: Path, imatrix: Path, steps: int, published_steps: int, threads: int
 ) -> list[Path]:
@@ -142,9 +167,7 @@ def make_mobe(
     torch.set_num_threads(threads)
     checkpoint = Checkpoint(model)
     todo = variants(checkpoint.n_expert, checkpoint.n_ff_exp)
-    moments = out / f"{model.name}-moments.safetensors"
-    if not moments.is_file():
-        collect(model, calibration, moments)
+    moments = _moments(model, out, calibration)
     files = []
     with bar("MoBE", len(todo)) as progress:
         for variant in todo:
@@ -194,7 +217,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=models / "calibration.txt")
     parser.add_argument("--text", type=Path, default=models / "heldout.txt")
     parser.add_argument("--out", type=Path, help="keep the files here  [default: a temporary directory]")
-    parser.add_argument("--only", default="plain,mobe", help="files to make, of plain,mobe  [default: both]")
+    parser.add_argument(
+        "--only", default="plain,mobe", help="files to make, of plain,ours,mobe  [default: plain,mobe]"
+    )
     parser.add_argument("--also", type=Path, action="append", default=[], help="another GGUF file to compare")
     parser.add_argument("--steps", type=int, default=500, help="of our solver  [default: 500]")
     parser.add_argument("--published-steps", type=int, default=1000, help="[default: 1000]")
@@ -207,9 +232,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-quality-") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        plain, mobe = (name in options.only.split(",") for name in ("plain", "mobe"))
+        plain, ours, mobe = (name in options.only.split(",") for name in ("plain", "ours", "mobe"))
         made = make_plain(options.model, out, options.calibration, options.threads, plain)
         reference, imatrix, files = made
+        if ours:
+            files += make_ours(options.model, out, options.calibration)
         if mobe:
             steps = options.steps, options.published_steps
             files += make_mobe(options.model, out, options.calibration, imatrix, *steps, options.threads)
