@@ -138,7 +138,7 @@ def describe_gguf(file: GgufFile) -> Description:
         name=file.text("general.name"),
         n_layer=file.arch_number("block_count"),
         n_expert=file.arch_number("expert_count"),
-        n_expert_used=file.arch_number("expert_used_count"),
+        n_expert_used=file.arch_most("expert_used_count"),
         n_embd=file.arch_number("embedding_length"),
         n_ff_exp=down[-1] if down else None,
         entries=entries,

@@ -111,7 +111,7 @@ def _keys(model: GgufFile) -> Iterator[tuple[str, str]]:
         if model.arch_number(name) < 1:
             yield f"{model.arch}.{name}", f"it is {model.arch_key(name)}, expected a positive number"
     n = model.arch_number("expert_count")
-    if n and not 1 <= model.arch_number("expert_used_count") <= n:
+    if n and not 1 <= model.arch_most("expert_used_count") <= n:
         found = model.arch_key("expert_used_count")
         yield f"{model.arch}.expert_used_count", f"it is {found}, expected 1 to {n}"
     if any(re.fullmatch(r"blk\.\d+\.ffn_\w+_basis\.weight", name) for name in model.tensors):

@@ -49,6 +49,7 @@ def cautions(job: Job) -> list[str]:
     """What a user should know before the work: of the model, and of a rank that no block of a type divides."""
     lines = [f"note: {note}" for note in getattr(job.checkpoint, "notes", ())]
     lines += [f"note: {note}" for note in job.checkpoint.check_values().notes]
+    lines += [f"note: {note}" for note in (job.imatrix.notes if job.imatrix else ())]
     rank, s = job.settings.rank, job.settings
     if s.method == "mobe" and rank is not None and rank % 32 and set(s.projections) - {"down"}:
         lines.append(

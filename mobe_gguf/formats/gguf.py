@@ -29,8 +29,9 @@ ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_NAME = 63
 
-#: Values of an array that are kept; of longer ones (vocabularies) only the first so many and the length.
-KEPT = 8
+#: Values of an array that are kept, and of whole numbers, which may be one for each layer; of longer ones (vocabularies) the first
+#: so many and the length.
+KEPT, KEPT_NUMBERS = 8, 1024
 
 #: Architectures with experts whose last norm is called otherwise, or that have none (llama.cpp's ``src/models``).
 NO_OUTPUT_NORM = ("lfm2moe", "nomic-bert-moe", "qwen4exp")
@@ -49,6 +50,9 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+
+
+_INTEGERS = frozenset((0, 1, 2, 3, 4, 5, 10, 11))
 
 
 def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
@@ -115,6 +119,12 @@ class GgufFile:
             return number_of(self.keys, f"{self.arch}.{name}", 0)
         except MobeError as e:
             raise MobeError(f"{self.path}: {e.message}") from e
+
+    def arch_most(self, name: str) -> int:
+        """As :meth:`arch_number`, of an array with a value for each layer the largest."""
+        value = self.keys.get(f"{self.arch}.{name}")
+        counts = [v for v in value.head if is_count(v)] if isinstance(value, Array) else []
+        return max(counts) if counts else self.arch_number(name)
 
     def text(self, key: str) -> str | None:
         """Value of ``key``, None if there is none; MobeError unless it is a string."""
@@ -289,7 +299,8 @@ class _Reader:
         if kind != _STRING and kind not in _SCALARS:
             raise self.broken(f"an array of value type {kind} is not known")
         read: Callable[[], Any] = self.string if kind == _STRING else lambda: self.number(_SCALARS[kind])
-        head = tuple(read() for _ in range(min(count, KEPT)))
+        kept = KEPT_NUMBERS if kind in _INTEGERS else KEPT
+        head = tuple(read() for _ in range(min(count, kept)))
         if kind == _STRING:
             for _ in range(count - len(head)):
                 self.skip(self.number("<Q"))

@@ -8,6 +8,7 @@ name of the mix, see ``native/ggml_mobe/mobe-imatrix.h``.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,9 @@ from mobe_gguf.core.tensors import is_basis, merged_name
 from mobe_gguf.formats.gguf import Array, GgufFile, read_gguf
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+
+#: Gate and up of a block have the same inputs; some files have entries of one alone.
+_TWIN = re.compile(r"ffn_(gate|up)(?=(_exps|_shexp)?\.weight$)")
 
 
 def smoothed(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -60,9 +64,11 @@ class ImatrixFile:
             if file.read(4) != b"GGUF":
                 raise MobeError(
                     f"{path}: not a GGUF file. The old .dat format of llama-imatrix does not say how often each expert "
-                    f"was used and is not read; convert it with:\n  llama-imatrix --in-file {path} -o imatrix.gguf"
+                    "was used, also when it is converted. Collect it again:\n  llama-imatrix -m model.gguf -f text.txt -o imatrix.gguf"
                 )
         self._file: GgufFile = read_gguf(path)
+        #: What a user should know of the entries that were asked for.
+        self.notes: list[str] = []
         self.names = {name.removesuffix(SUMS) for name in self._file.tensors if name.endswith(SUMS)}
         if not self.names:
             raise MobeError(
@@ -86,6 +92,8 @@ class ImatrixFile:
 
     def entry(self, name: str) -> Statistics | None:
         """The entry of the weight ``name``, None if there is none; MobeError if it is damaged."""
+        if name not in self.names:
+            name = _TWIN.sub(lambda found: "ffn_up" if found[0] == "ffn_gate" else "ffn_gate", name)
         if name not in self.names:
             return None
         sums, counts = (self._values(name + suffix) for suffix in (SUMS, COUNTS))
@@ -119,6 +127,11 @@ class ImatrixFile:
                 f"{self.path}: no tensor {stem}.in_sum2; the imatrix is of another model or not of a MoE"
             )
         sums, counts = entry.sums.astype(np.float64), entry.counts.astype(np.float64)
+        if counts.size == 1 < n and sums.size == n * d:
+            raise MobeError(
+                f"{self.path}: {stem} has one count for {n} experts: the file was converted from the old .dat format, which does "
+                "not say how often each was used. Collect it again:\n  llama-imatrix -m model.gguf -f text.txt -o imatrix.gguf"
+            )
         if sums.size != n * d or counts.size != n:
             raise MobeError(
                 f"{self.path}: {stem} has {sums.size} sums and {counts.size} counts, expected {n} x {d} and {n}. "
@@ -126,7 +139,8 @@ class ImatrixFile:
             )
         sums, counts = sums.reshape(n, 1, d), counts.reshape(n, 1, 1)
         if counts.sum() <= 0:
-            raise MobeError(f"{self.path}: {stem} holds no usable data (no rows counted)")
+            self.notes.append(f"{self.path}: {stem}: no rows were counted; its inputs weigh all alike")
+            return torch.ones(n, 1, d, dtype=torch.float64)
         return torch.from_numpy(smoothed(sums, counts))
 
     def inputs(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -192,7 +192,9 @@ class GgufModel:
 
     @property
     def n_expert_used(self) -> int:
-        k = self._number("expert_used_count")
+        k = self.file.arch_most("expert_used_count")  # of an array by layer: dense ones have 0
+        if k < 1:
+            self._number("expert_used_count")
         if k > self.n_expert:
             raise MobeError(
                 f"{self.path}: key {self.arch}.expert_used_count is {k}, expected 1 to {self.n_expert}, as many experts as a "

@@ -325,7 +325,7 @@ def test_what_saw_nothing_weighs_all_alike() -> None:
     ("damage", "words"),
     [
         (lambda data: None, "no such file"),
-        (lambda data: b"\x10\x00\x00\x00" + data[4:], "llama-imatrix --in-file"),
+        (lambda data: b"\x10\x00\x00\x00" + data[4:], "Collect it again"),
         (lambda data: data[: len(data) // 2], "cut off"),
         (lambda data: data.replace(b".in_sum2", b".in_sum3"), "not an importance matrix"),
         (

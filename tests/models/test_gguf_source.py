@@ -277,3 +277,34 @@ def test_more_experts_used_than_there_are(tmp_path: Path) -> None:
     path = file.write(tmp_path / "model.gguf")
     with pytest.raises(MobeError, match="key qwen3moe.expert_used_count is 9, expected 1 to 8"):
         prepare(path, tmp_path / "out", Options())
+
+
+def test_experts_used_by_layer(tmp_path, model):
+    """An array that begins with 0, for a dense layer: the most of them are used, and the file is sound."""
+    import gguf
+
+    from mobe_gguf.evaluate.verify import verify
+    from mobe_gguf.export import Recipe, export
+
+    source, out = tmp_path / "one.gguf", tmp_path / "array.gguf"
+    export(model("olmoe"), source, Recipe("f32"), allow_dense=True, quiet=True)
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(out, "olmoe")
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        kind, of = field.types[0], field.types[-1]
+        if key == "olmoe.expert_used_count":
+            writer.add_array(key, [0, 2, 2])
+        else:
+            writer.add_key_value(
+                key, field.contents(), kind, of if kind == gguf.GGUFValueType.ARRAY else None
+            )
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert GgufModel(out).n_expert_used == 2
+    GgufModel(out).check_whole()
+    assert not verify(out, quiet=True).problems
