@@ -38,7 +38,8 @@ def test_as_gguf_py_reads_it(whole: Path) -> None:
             continue
         value, expected = ours.keys[name], field.contents()
         if isinstance(value, Array):
-            assert (value.length, list(value.head)) == (len(expected), expected[:8])
+            kept = 1024 if type(expected[0]) is int else 8
+            assert (value.length, list(value.head)) == (len(expected), expected[:kept])
         else:
             assert value == expected
     assert ours.arch == "qwen3moe" and ours.arch_key("expert_count") == 8
