@@ -8,16 +8,9 @@ from hypothesis import strategies as st
 
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.layers import format_layers, parse_layers
-from mobe_gguf.factorize.plan import (
-    JobSettings,
-    Options,
-    default_bases,
-    make_plan,
-    plan_checkpoint,
-    resume_settings,
-    settle,
-)
+from mobe_gguf.factorize.plan import default_bases, make_plan, plan_checkpoint, settle
 from mobe_gguf.factorize.solver import Settings
+from mobe_gguf.factorize.spec import JobSettings, Options, resume_settings
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.families import family_of
 

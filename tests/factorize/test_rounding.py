@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.factorize.plan import Options, resume_settings, settle
+from mobe_gguf.factorize.plan import settle
 from mobe_gguf.factorize.solver import Settings, fit
+from mobe_gguf.factorize.spec import Options, resume_settings
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
