@@ -27,7 +27,7 @@ from mobe_gguf.export.layout import Layout, Types, choose_types, lay_out
 from mobe_gguf.export.opened import Opened, open_model
 from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
-from mobe_gguf.export.rounding import ByMoments
+from mobe_gguf.export.rounding import ByMoments, few_tokens
 from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
 from mobe_gguf.export.write import Copied, Encoded, write_gguf
 from mobe_gguf.formats.contents import original_params
@@ -121,6 +121,8 @@ def _report(request: ExportRequest, model: Opened, types: Types, layout: Layout,
     if model.factors is not None and (note := mismatch(model.factors, types.choices)):
         report.notes.append(note)
     report.notes += remarks(model.imatrix, types.choices)
+    if model.moments is not None and (note := few_tokens(model.moments, types.choices)):
+        report.notes.append(note)
     report.copied = sum(isinstance(tensor, Copied) for tensor in layout.encoded)
     if conversion.pre is not None:
         report.tokenizer_pre, report.tokenizer_why = conversion.pre.name, conversion.pre.why

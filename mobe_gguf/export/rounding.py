@@ -7,7 +7,7 @@ time; everything else is rounded by libggml, with the moments' diagonal (or an i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,32 @@ def covers(moments: Moments, tensor: Tensor) -> bool:
             "of another model. Make them with: mobe-gguf moments MODEL FILE --text TEXT"
         )
     return True
+
+
+def few_tokens(moments: Moments, names: Iterable[str]) -> str | None:
+    """Which experts saw fewer tokens than they have inputs, so that most of what the file has of them is the layer's mean, which is mixed into all;
+    None if there are none, or the file does not say."""
+    found: dict[str, list[int]] = {}
+    for name in names:
+        stem, shape, tokens = moments.stem(name), moments.shape(name), moments.tokens(name)
+        if stem is None or shape is None or tokens is None or shape[0] == 1:
+            continue
+        if few := (tokens < shape[1]).nonzero().flatten().tolist():
+            found[stem] = few
+    if not found:
+        return None
+
+    def listed(experts: list[int]) -> str:
+        return ", ".join(map(str, experts[:8])) + (
+            f" and {len(experts) - 8} more" if len(experts) > 8 else ""
+        )
+
+    lines = "; ".join(f"{stem}: {listed(experts)}" for stem, experts in list(found.items())[:8])
+    more = f"; and {len(found) - 8} more sets of inputs" if len(found) > 8 else ""
+    return (
+        f"experts that saw fewer tokens than they have inputs are rounded mostly by their layer's mean: {lines}{more}. Make the moments on a longer "
+        "--text"
+    )
 
 
 def diagonals(moments: Moments, tensors: Mapping[str, Tensor]) -> dict[str, Importance]:

@@ -127,3 +127,17 @@ def test_bits_are_divided_by_errors_after_this_rounding(model: Maker, moments: P
     recipe = Recipe(parse_quant("q4_0"), moments=str(moments), target=parse_target(None, 6.5))
     report = export(model("qwen3_moe", **SIZE), tmp_path / "out.gguf", recipe, dense=True, quiet=True)
     assert report.divided and report.bits_per_weight <= 6.5 and report.rounded is not None
+
+
+def test_experts_that_saw_little_are_named(model: Maker, tmp_path: Path) -> None:
+    """One chunk of text is not enough for the inputs of all experts."""
+    given = tmp_path / "few.safetensors"
+    text = resources.path("models") / "calibration.txt"
+    collect(model("qwen3_moe", **SIZE), text, given, chunks=1, ctx=64, quiet=True)
+    recipe = Recipe(parse_quant("q4_0"), moments=str(given))
+    report = export(model("qwen3_moe", **SIZE), tmp_path / "out.gguf", recipe, dense=True, quiet=True)
+    (note,) = [note for note in report.notes if "fewer tokens" in note]
+    known = Moments(given)
+    few = (known.tokens("blk.0.ffn_down_exps.weight") < SIZE["moe_intermediate_size"]).nonzero().flatten()
+    assert len(few) and f": {few[0]}" in note
+    assert report.rounded is not None and np.isfinite(report.rounded.after)
