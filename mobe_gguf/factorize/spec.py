@@ -71,17 +71,22 @@ class JobSettings:
         return method_named(self.method)
 
     def to_json(self) -> dict[str, Any]:
+        """What ``records.record`` reads back."""
         return asdict(self) | {"layers": list(self.layers), "projections": list(self.projections)}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> JobSettings:
-        known = {f.name for f in fields(cls)}
-        settings = cls(**{k: v for k, v in value.items() if k in known})
-        return replace(settings, layers=tuple(settings.layers), projections=tuple(settings.projections))
 
     def units(self) -> list[tuple[int, str]]:
         """``(layer, projection)`` in the order of work."""
         return [(layer, projection) for layer in self.layers for projection in self.projections]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """Content of job.json: all that a resumed job must agree with."""
+
+    version: int
+    solver: str
+    source_checksum: str
+    settings: JobSettings
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.records import record
 from mobe_gguf.factorize.job import probing, state
 from mobe_gguf.factorize.job.state import FORMAT, Job, JobWorkspace, disk_errors
 from mobe_gguf.factorize.plan import plan_checkpoint, settle
-from mobe_gguf.factorize.spec import JobSettings, Options, resume_settings
+from mobe_gguf.factorize.spec import JobRecord, JobSettings, Options, resume_settings
 from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.gguf_source import GgufModel
@@ -107,19 +108,17 @@ def _settings(
             "to start anew."
         )
     try:
-        old = workspace.read("job.json")
-        settings = JobSettings.from_json(old["settings"])
-        version, solver, source = old["version"], old["solver"], old["source_checksum"]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        old = record(JobRecord, workspace.read("job.json"))
+    except ValueError as e:
         raise MobeError(f"{work / 'job.json'}: cannot be read ({e}); remove {work} to start anew") from e
     for name, before, now in (
-        ("work directory's version", version, FORMAT),
-        ("solver", solver, state.SOLVER),
-        ("checksum of MODEL", source, checkpoint.checksum),
+        ("work directory's version", old.version, FORMAT),
+        ("solver", old.solver, state.SOLVER),
+        ("checksum of MODEL", old.source_checksum, checkpoint.checksum),
     ):
         if before != now:
             raise MobeError(
                 f"the job in {work} cannot be resumed: the {name} was {before}, now it is {now}. "
                 "Remove the directory or choose another OUT."
             )
-    return resume_settings(settings, options)
+    return resume_settings(old.settings, options)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import format_size
+from mobe_gguf.core.records import record
 from mobe_gguf.factorize.job.state import Job
 from mobe_gguf.factorize.plan import default_rank, parameters
 from mobe_gguf.factorize.spec import JobSettings
@@ -166,6 +167,36 @@ class Probes:
         return self.first + (self.again or ())
 
 
+@dataclass(frozen=True)
+class ProbePoint:
+    """A :class:`Point` as JSON has it."""
+
+    bases: int
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class ProbeFile:
+    """:class:`Probes` as JSON has them."""
+
+    first: list[ProbePoint]
+    again: list[ProbePoint] | None = None
+
+    def probes(self) -> Probes:
+        def points(found: list[ProbePoint]) -> tuple[Point, ...]:
+            return tuple(Point(Size(p.bases, p.rank), p.error) for p in found)
+
+        return Probes(points(self.first), None if self.again is None else points(self.again))
+
+
+@dataclass(frozen=True)
+class SizeFile:
+    """What was chosen, by ``"layer.projection"``."""
+
+    units: dict[str, Size]
+
+
 def probe_unit(
     job: Job,
     unit: Unit,
@@ -211,26 +242,18 @@ def _as_json(point: Point) -> dict[str, Any]:
 def read_probes(job: Job, unit: Unit) -> Probes | None:
     """What an earlier run measured; None if there is nothing whole."""
     try:
-        found = job.workspace.read(job.workspace.probe_name(unit))
-        first, again = (
-            None
-            if found[name] is None
-            else tuple(Point(Size(int(p["bases"]), int(p["rank"])), float(p["error"])) for p in found[name])
-            for name in ("first", "again")
-        )
-        return Probes(first, again) if first else None
-    except (OSError, ValueError, KeyError, TypeError):
+        found = record(ProbeFile, job.workspace.read(job.workspace.probe_name(unit)))
+        return found.probes() if found.first else None
+    except (OSError, ValueError):
         return None
 
 
 def read_sizes(job: Job) -> dict[Unit, Size] | None:
     """What an earlier run chose; None if there is nothing whole."""
     try:
-        found = job.workspace.read(SIZES)["units"]
-        return {
-            u: Size(int(found[_key(u)]["bases"]), int(found[_key(u)]["rank"])) for u in job.settings.units()
-        }
-    except (OSError, ValueError, KeyError, TypeError):
+        found = record(SizeFile, job.workspace.read(SIZES)).units
+        return {u: found[_key(u)] for u in job.settings.units()}
+    except (OSError, ValueError, KeyError):
         return None
 
 

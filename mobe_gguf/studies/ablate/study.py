@@ -18,6 +18,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.names import ACTIVATIONS, PROJECTIONS
 from mobe_gguf.core.progress import Bar, bar
+from mobe_gguf.core.records import record
 from mobe_gguf.core.workspace import Workspace, work_directory
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
@@ -138,12 +139,6 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"error": self.error, "objective": self.objective}
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Row:
-        fields = {name: value[name] for name in cls.__dataclass_fields__}
-        pair = value["divergence"]
-        return cls(**fields | {"trial": Trial(**value["trial"]), "divergence": pair and (pair[0], pair[1])})
-
 
 def settle(checkpoint: Checkpoint, asked: Asked) -> Study:
     """Defaults: the first, middle and last MoE layer; an eighth, a quarter and half as many bases as experts; all
@@ -251,8 +246,8 @@ def _begin(out: Path, work: Path, checkpoint: Checkpoint, study: Study, resume: 
 
 def _read(workspace: Workspace, name: str) -> Row | None:
     try:
-        return Row.from_json(workspace.read(name))
-    except (OSError, ValueError, KeyError, TypeError):
+        return record(Row, workspace.read(name))
+    except (OSError, ValueError):
         return None
 
 

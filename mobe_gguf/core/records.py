@@ -1,0 +1,21 @@
+"""Settings and results out of JSON: checked once, against the dataclass that they become."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+def record(kind: type[T], value: Any) -> T:
+    """``value``, of ``json.loads``, as ``kind``: a dataclass, or a container of some.
+
+    Fields that are missing have their defaults; what is not known is left out.  ValueError names the field, what was expected and
+    what was found: ``Expected `int`, got `str` - at `$.steps```.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as e:
+        raise ValueError(str(e)) from e
