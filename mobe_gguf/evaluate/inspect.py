@@ -15,6 +15,7 @@ from rich.table import Table
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import amount, describe_size
+from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.contents import ListedTensor, original_params, rows
 from mobe_gguf.formats.gguf import GgufFile, is_count, missing_tensors, read_model, shown
@@ -182,17 +183,17 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
         if mix is not None:
             problems.append(f"tensor {mix.name} has no {names.basis_name(layer, projection)} beside it")
         return Projection(transform.type)
-    is_down = projection == "down"
-    m, rows, columns = (1, 1, *basis.shape)[-3:]
-    r = columns if is_down else rows
+    on = side(projection)
+    m, rows, _ = shape = (1, 1, *basis.shape)[-3:]
+    r = shape[on.r_axis]
     groups = file.keys.get(names.key_group_count(file.arch))
     n, d = file.arch_number("expert_count"), _n_embd(file, layer)
-    if len(basis.shape) != 3 or (rows if is_down else columns) != d:
-        form = f"[m, {d}, r]" if is_down else f"[m, r, {d}]"
+    if len(basis.shape) != 3 or shape[on.d_axis] != d:
+        form = on.basis_form.format(d=d)
         problems.append(f"tensor {basis.name} has shape {list(basis.shape)}, expected {form}")
-    found = (1, *transform.shape)[-2 if is_down else -1]
+    found = (1, *transform.shape)[on.d_axis]
     if found != r:
-        what = f"{found} rows" if is_down else f"rows of {found}"
+        what = f"{found} rows" if on.output else f"rows of {found}"
         problems.append(f"tensor {transform.name} has {what}, {basis.name} has rank {r}")
     if not is_count(groups) or groups < 1 or m % groups:
         problems.append(
@@ -219,7 +220,7 @@ def _n_embd(file: GgufFile, layer: int) -> int:
     than ``embedding_length``."""
     plain, bases = Counter[int](), Counter[int]()
     for projection in names.ALL_PROJECTIONS:
-        axis = -2 if projection == "down" else -1
+        axis = side(projection).d_axis
         basis = file.tensors.get(names.basis_name(layer, projection))
         if basis is not None:
             bases[(1, *basis.shape)[axis]] += 1

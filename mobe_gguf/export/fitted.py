@@ -60,8 +60,7 @@ def mismatch(checkpoint: MobeCheckpoint, choices: Mapping[str, Choice]) -> str |
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
         for projection in layer.projections:
-            row = layer.rank(projection) if projection == "down" else checkpoint.n_embd
-            a_row = checkpoint.n_ff_exp if projection == "down" else layer.rank(projection)
+            row, a_row = layer.basis_shape(projection)[-1], layer.transform_shape(projection)[-1]
             for kind, name, length in (
                 ("basis", names.basis_name(index, projection), row),
                 ("transform", names.transform_name(index, projection), a_row),

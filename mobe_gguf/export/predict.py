@@ -13,6 +13,7 @@ from typing import Any
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.sides import side
 from mobe_gguf.export.conversion import add_keys
 from mobe_gguf.export.converter import convert
 from mobe_gguf.export.factors import add_mobe_keys
@@ -101,9 +102,10 @@ def _shapes(
     n: int, p: int, d: int, projection: str, bases: int, rank: int, groups: int, by_row: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """A, B and alpha in torch's order; down has its bases on the output side."""
-    down = projection == "down"
-    mix = (n, bases // groups) + (((d if down else rank),) if by_row else ())
-    return (n, rank, p) if down else (n, p, rank), (bases, d, rank) if down else (bases, rank, d), mix
+    on = side(projection)
+    basis = on.basis(rank, d)
+    mix = (n, bases // groups) + ((basis[0],) if by_row else ())
+    return (n, *on.transform(p, rank)), (bases, *basis), mix
 
 
 def _types(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, facts: Facts) -> dict[str, str]:

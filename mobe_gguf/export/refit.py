@@ -30,6 +30,7 @@ from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.metric import Metric
+from mobe_gguf.core.sides import side
 from mobe_gguf.export.imatrix import Imatrix, Importance
 from mobe_gguf.export.refit_solve import ANCHOR_BY_MOMENTS, cost, kept, resized, second_moments, solve
 from mobe_gguf.export.report import Refit
@@ -119,7 +120,7 @@ class Unit:
     @property
     def turned(self) -> bool:
         """Whether the file's matrices are the transposed ones of the problem that is solved."""
-        return self.projection == "down"
+        return side(self.projection).output
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
         """A matrix or several, from the file's orientation to the problem's, or back."""

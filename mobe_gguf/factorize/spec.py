@@ -7,6 +7,7 @@ from typing import Any
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.layers import format_layers
+from mobe_gguf.core.sides import side
 from mobe_gguf.factorize.methods import MOBE, Method, method_named
 from mobe_gguf.factorize.solver import Settings
 from mobe_gguf.factorize.target import Size
@@ -62,7 +63,7 @@ class JobSettings:
             basis_type=self.for_basis,
             transform_type=self.for_transform,
             mix_terms=self.mix_terms,
-            transposed=projection == "down",
+            transposed=side(projection).output,
         )
 
     @property

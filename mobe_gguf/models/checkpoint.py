@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
+from mobe_gguf.core.sides import side
 from mobe_gguf.formats.safetensors import (
     DTYPES,
     INDEX_NAME,
@@ -33,6 +34,7 @@ from mobe_gguf.formats.safetensors import (
 from mobe_gguf.models.config_values import Judgement, check_values
 from mobe_gguf.models.families import family_of
 from mobe_gguf.models.foreign import check_format, check_names
+from mobe_gguf.models.layout import ExpertLayout
 
 #: Types of an expert's matrix that can be factorized as they stand; F8_E4M3 besides, with its scales.
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -284,8 +286,7 @@ class Checkpoint:
 
     def expert_shape(self, projection: str) -> tuple[int, int]:
         """``[p, d]`` of gate and up, ``[d, p]`` of down, by config.json."""
-        p, d = self.n_ff_exp, self.n_embd
-        return (d, p) if projection == "down" else (p, d)
+        return side(projection).matrix(self.n_ff_exp, self.n_embd)
 
     def is_fused(self, layer: int, projection: str) -> bool:
         """True if the layer's experts are stored in one tensor, :meth:`Family.fused_weight`."""
@@ -302,26 +303,24 @@ class Checkpoint:
         scales = [s for s in map(_scale_name, names) if s in self]
         return tuple(names + scales)
 
+    def layout(self, layer: int) -> ExpertLayout:
+        """How the layer's experts are stored."""
+        fused = tuple(f for f in self.family.fused if self.is_fused(layer, f[0]))
+        return ExpertLayout(self.n_expert, self.n_ff_exp, self.n_embd, fused=fused, block=self._fp8_block())
+
     def check_experts(self, layer: int, projection: str) -> None:
         """MobeError unless all tensors that :meth:`expert_stack` will read exist, of the right shape, in a type that can be
         read, FP8 with its scales; headers only."""
-        rows, columns = self.expert_shape(projection)
-        block = self._fp8_block()
-        blocks = -(-rows // block[0]), -(-columns // block[1])
-        if self.is_fused(layer, projection):
-            halves = 1 if projection == "down" else 2
+        layout = self.layout(layer)
+        shape, scales = layout.stored_shape(projection), layout.scale_shapes(projection)
+        if layout.together(projection) is not None:
             name = self.family.fused_weight(layer, projection)
-            together = (self.n_expert, -(-halves * rows // block[0]), blocks[1])
-            apart = (self.n_expert, halves * blocks[0], blocks[1])
             said = self._tensors.get(_scale_name(name))
-            self._check_matrix(
-                name,
-                (self.n_expert, halves * rows, columns),
-                apart if said is not None and said.shape == apart else together,
-            )
+            found = said is not None and said.shape in scales
+            self._check_matrix(name, shape, said.shape if said is not None and found else scales[0])
             return
         for e in range(self.n_expert):
-            self._check_matrix(self.family.expert_weight(layer, e, projection), (rows, columns), blocks)
+            self._check_matrix(self.family.expert_weight(layer, e, projection), shape, scales[0])
 
     def _check_matrix(self, name: str, shape: tuple[int, ...], blocks: tuple[int, ...]) -> None:
         """``blocks``: shape of its scales, if it has any."""
@@ -349,7 +348,7 @@ class Checkpoint:
         """
         shape = self.expert_shape(projection)
         if self.is_fused(layer, projection):
-            return self._fused_expert(layer, projection, index, shape)
+            return self._fused_expert(layer, projection, index)
         name = self.family.expert_weight(layer, index, projection)
         self.expect_shape(name, shape, "from config.json")
         scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
@@ -370,18 +369,20 @@ class Checkpoint:
         scale = self.get(_scale_name(name)) if _scale_name(name) in self else None
         return self.to_float(name, self.get(name), scale)
 
-    def _fused_expert(self, layer: int, projection: str, index: int, shape: tuple[int, int]) -> torch.Tensor:
-        """One expert's half of what is fused.  FP8 blocks may reach over both halves: with their scales first, then apart."""
-        name = self.family.fused_weight(layer, projection)
-        halves, part = (1 if projection == "down" else 2), (1 if projection == "up" else 0)
-        self.expect_shape(name, (self.n_expert, halves * shape[0], shape[1]), "from config.json")
+    def _fused_expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
+        """One expert's part of what is fused.  FP8 blocks may reach over all parts: with their scales first, then apart."""
+        name, layout = self.family.fused_weight(layer, projection), self.layout(layer)
+        part, parts = layout.place(projection)
+        self.expect_shape(name, layout.stored_shape(projection), "from config.json")
         w = self.get_row(name, index)
         if _scale_name(name) not in self:
-            return self.to_float(name, w.chunk(halves)[part], None)
+            return self.to_float(name, w.chunk(parts)[part], None)
         scale = self.get_row(_scale_name(name), index)
-        if scale.shape[0] == halves * -(-shape[0] // self._fp8_block()[0]):  # blocks of each half by itself
-            return self.to_float(name, w.chunk(halves)[part], scale.chunk(halves)[part])
-        return self.to_float(name, w, scale).chunk(halves)[part].contiguous()
+        if (self.n_expert, *scale.shape) == layout.scale_shapes(projection)[
+            -1
+        ]:  # blocks of each part by itself
+            return self.to_float(name, w.chunk(parts)[part], scale.chunk(parts)[part])
+        return self.to_float(name, w, scale).chunk(parts)[part].contiguous()
 
     def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""
@@ -418,8 +419,8 @@ class Checkpoint:
         """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
         kept = sum(info.n_bytes for info in self._tensors.values())
         for layer, projection in units:
-            halves = 2 if projection != "down" and self.is_fused(layer, projection) else 1
-            kept -= sum(self.info(name).n_bytes for name in self.expert_sources(layer, projection)) // halves
+            _, parts = self.layout(layer).place(projection)
+            kept -= sum(self.info(name).n_bytes for name in self.expert_sources(layer, projection)) // parts
         return kept
 
     def source_files(self) -> list[Path]:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.models.layout import GATE_UP
 
 Config = Mapping[str, Any]
 
@@ -64,7 +65,8 @@ class Family:
 
     Every ``*_keys`` field lists the spellings of one config key, the first that is present counts:
     transformers 5 and earlier versions differ.  ``projections`` maps ``gate``, ``up``, ``down`` to the
-    tensor's own name; ``is_moe(config, layer)`` tells whether a layer has routed experts.
+    tensor's own name; ``fused``: which of them share a tensor, and in which order, where all experts are in one;
+    ``is_moe(config, layer)`` tells whether a layer has routed experts.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Family:
     is_moe: Callable[[Config, int], bool] = every_layer
     block: str = "model.layers.{layer}.mlp"
     projections: Mapping[str, str] = field(default_factory=lambda: _GATED_MLP)
+    fused: tuple[tuple[str, ...], ...] = GATE_UP
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     output: str = "lm_head.weight"
@@ -126,8 +129,8 @@ class Family:
         """All experts in one tensor, as ``save_pretrained(..., save_original_format=False)`` of transformers 5
         writes them: gate and up together ``[n, 2p, d]`` (gate first), down ``[n, d, p]``; always under ``mlp``,
         whatever the classic layout calls the block."""
-        stem = "down_proj" if projection == "down" else "gate_up_proj"
-        return f"model.layers.{layer}.mlp.experts.{stem}"
+        together = next(found for found in self.fused if projection in found)
+        return f"model.layers.{layer}.mlp.experts.{'_'.join(together)}_proj"
 
     def basis(self, layer: int, projection: str, group: int | None = None) -> str:
         """B in a MoBE checkpoint: ``[m, r, d]``, or ``[m/g, r, d]`` of one group (of down ``[m, d, r]``)."""

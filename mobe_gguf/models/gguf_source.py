@@ -22,11 +22,13 @@ import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
 from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.models.config_values import Judgement
 from mobe_gguf.models.families import Family
+from mobe_gguf.models.layout import GATE_UP, OPTIONAL, ExpertLayout
 from mobe_gguf.runtime import ggml
 
 #: Bytes that are copied at a time.  (1 GB takes 0.3 s of CPU time in pieces of 256 KiB, 0.7 to 1.5 s in pieces of 16 MiB,
@@ -38,6 +40,9 @@ VALUES = 1 << 20
 
 #: Bytes of each of the three samples of a tensor that go into the checksum.
 SAMPLE = 4096
+
+#: Of a merged tensor: whose rows follow each other.
+MERGED = GATE_UP[0]
 
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -263,8 +268,8 @@ class GgufModel:
         if name in self.file.tensors:
             return Stored.of(self.file.tensors[name])
         merged = self.file.tensors.get(merged_name(layer))
-        if merged is None or projection == "down":
-            hint = " Leave gate out:\n  --projections up" if projection == "gate" else ""
+        if merged is None or projection not in MERGED:
+            hint = f" Leave {projection} out:\n  --projections up" if projection in OPTIONAL else ""
             raise MobeError(f"{self.path}: tensor {name} is missing.{hint}")
         if len(merged.shape) != 3 or merged.shape[1] % 2:
             raise MobeError(
@@ -282,7 +287,18 @@ class GgufModel:
                         f"{self.path}: tensor {found} belongs to {merged.name}, which is taken apart here; such a model "
                         "cannot be factorized from GGUF. Use its Hugging Face directory."
                     )
-        return Stored.half(merged, name, 1 if projection == "up" else 0)
+        return Stored.half(merged, name, MERGED.index(projection))
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """How the layer's experts are stored: all of a projection in one tensor, or gate and up in one."""
+        merged = self.is_merged(layer)
+        fused = GATE_UP if merged else tuple((p,) for p in names.ALL_PROJECTIONS)
+        there = tuple(
+            p
+            for p in names.ALL_PROJECTIONS
+            if names.transform_name(layer, p) in self.file.tensors or (merged and p in MERGED)
+        )
+        return ExpertLayout(self.n_expert, self.n_ff_exp, self.n_embd, there, fused)
 
     def is_merged(self, layer: int) -> bool:
         """True if the layer's gate and up are one tensor."""
@@ -292,8 +308,7 @@ class GgufModel:
 
     def expert_shape(self, projection: str) -> tuple[int, int]:
         """``[p, d]`` of gate and up, ``[d, p]`` of down."""
-        p, d = self.n_ff_exp, self.n_embd
-        return (d, p) if projection == "down" else (p, d)
+        return side(projection).matrix(self.n_ff_exp, self.n_embd)
 
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
         """Name of the tensor that :meth:`expert_stack` reads (of gate and up by themselves, where they are merged)."""

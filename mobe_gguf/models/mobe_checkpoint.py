@@ -22,6 +22,7 @@ import torch
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.names import ACTIVATIONS, ALL_PROJECTIONS
+from mobe_gguf.core.sides import side
 from mobe_gguf.models.checkpoint import Checkpoint, all_finite
 
 
@@ -73,12 +74,12 @@ class MobeLayer:
         n, d, p, g = c.n_expert, c.n_embd, c.n_ff_exp, len(pairs)
         if n % g:
             raise MobeError(f"{c.path}: {pairs[0][0]}: {g} groups do not divide {n} experts")
-        first, is_down = c.shape(pairs[0][0]), projection == "down"
-        if len(first) != 3 or first[1 if is_down else 2] != d:
-            form = f"[m, {d}, r]" if is_down else f"[m, r, {d}]"
+        first, on = c.shape(pairs[0][0]), side(projection)
+        if len(first) != 3 or first[on.d_axis] != d:
+            form = on.basis_form.format(d=d)
             raise MobeError(f"{c.path}: tensor {pairs[0][0]} has shape {list(first)}, expected {form}")
-        m_group, rows, columns = first
-        r = columns if is_down else rows
+        m_group, rows, _ = first
+        r = first[on.r_axis]
         for basis, mix in pairs:
             c.expect_shape(basis, first, f"as {pairs[0][0]}")
             shape = c.shape(mix)
@@ -91,7 +92,7 @@ class MobeLayer:
         for e in range(n):
             c.expect_shape(
                 c.family.expert_weight(self.index, e, projection),
-                (r, p) if is_down else (p, r),
+                on.transform(p, r),
                 f"p from config.json, r from {pairs[0][0]}",
             )
         return g, m_group * g, r
@@ -110,13 +111,11 @@ class MobeLayer:
 
     def basis_shape(self, projection: str) -> tuple[int, int]:
         """Shape of one basis: ``(r, d)``, of down ``(d, r)``."""
-        r, d = self.rank(projection), self.checkpoint.n_embd
-        return (d, r) if projection == "down" else (r, d)
+        return side(projection).basis(self.rank(projection), self.checkpoint.n_embd)
 
     def transform_shape(self, projection: str) -> tuple[int, int]:
         """Shape of one expert's A: ``(p, r)``, of down ``(r, p)``."""
-        p, r = self.checkpoint.n_ff_exp, self.rank(projection)
-        return (r, p) if projection == "down" else (p, r)
+        return side(projection).transform(self.checkpoint.n_ff_exp, self.rank(projection))
 
     def is_row_mixed(self, projection: str) -> bool:
         """True if every row of the basis has mixing weights of its own."""
@@ -241,7 +240,7 @@ class Reconstruction:
             self._combine(expert)
         combined = self._combined[expert - self._first]
         transform = self.layer.transform(self.projection, expert)
-        matrix = combined @ transform if self.projection == "down" else transform @ combined
+        matrix = side(self.projection).multiply(transform, combined)
         if expert == self.layer.checkpoint.n_expert - 1:
             self._group, self._first, self._combined = None, 0, ()
             self._basis = self._mix = None

@@ -14,6 +14,7 @@ from mobe_gguf.models.config_values import Judgement
 from mobe_gguf.models.families import Family
 from mobe_gguf.models.gguf_factors import FACTORS_NAME
 from mobe_gguf.models.gguf_source import GgufModel
+from mobe_gguf.models.layout import ExpertLayout
 
 
 class Original(Protocol):
@@ -46,6 +47,7 @@ class Original(Protocol):
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
         """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
 
+    def layout(self, layer: int) -> ExpertLayout: ...
     def expert_shape(self, projection: str) -> tuple[int, int]: ...
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...

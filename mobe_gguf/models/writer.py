@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf.core.atomic import rename, write_json
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, TensorInfo, read_header, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.gguf_factors import FACTORS_NAME
@@ -38,7 +39,7 @@ def copies(checkpoint: Checkpoint, factorized: Iterable[tuple[int, str]]) -> lis
     fused: dict[str, Any] = {}
     out: list[Entry] = []
     for layer in checkpoint.moe_layers:
-        for projection in ("gate", "up", "down"):
+        for projection in ALL_PROJECTIONS:
             if checkpoint.is_fused(layer, projection):
                 for source in checkpoint.expert_sources(layer, projection):
                     fused.setdefault(source, []).append((layer, projection))
@@ -66,9 +67,9 @@ def _split(
 ) -> Iterator[Entry]:
     """One expert after the other out of a fused tensor ``[n, 2p, d]`` (gate first) or ``[n, d, p]``, or its scales."""
     n, rows, columns = info.shape
-    halves = 1 if projection == "down" else 2
+    part, halves = checkpoint.layout(layer).place(projection)
     size = (info.end - info.begin) // n // halves
-    offset = size if projection == "up" else 0
+    offset = part * size
     suffix = "_scale_inv" if name.endswith("_scale_inv") else ""
     for e in range(n):
         begin = info.begin + e * halves * size + offset

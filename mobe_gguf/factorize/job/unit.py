@@ -11,6 +11,7 @@ import torch
 
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.metric import Roots
+from mobe_gguf.core.sides import side
 from mobe_gguf.factorize.baselines import Matrices
 from mobe_gguf.factorize.down import fit_down
 from mobe_gguf.factorize.job import probing
@@ -105,7 +106,7 @@ def _fit(
     on_step: Callable[[float, float], None] | None,
 ) -> Factors:
     """Fit a unit's ``stack``, which is scaled in place."""
-    return (fit_down if projection == "down" else fit)(
+    return (fit_down if side(projection).output else fit)(
         stack,
         settings,
         weight=weight,

@@ -1,0 +1,63 @@
+"""On which side of A the bases of a projection lie, and the shapes that follow from it.
+
+    gate, up:  W [p, d] ~ A [p, r] . f(sum_j alpha_ij B_j [r, d])      bases on the input side
+    down:      W [d, p] ~ f(sum_j alpha_ij B_j [d, r]) . A [r, p]      bases on the output side
+
+Either way d is the model's side of a matrix, p the experts' inner one; nothing else in the package asks for a projection's name to
+know a shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Side:
+    """``output``: the bases lie on the output side; the fit then works on the transposed problem."""
+
+    output: bool
+
+    def _turned(self, rows: int, columns: int) -> tuple[int, int]:
+        return (columns, rows) if self.output else (rows, columns)
+
+    def matrix(self, p: int, d: int) -> tuple[int, int]:
+        """Shape of an expert's matrix."""
+        return self._turned(p, d)
+
+    def basis(self, r: int, d: int) -> tuple[int, int]:
+        """Shape of a basis."""
+        return self._turned(r, d)
+
+    def transform(self, p: int, r: int) -> tuple[int, int]:
+        """Shape of A."""
+        return self._turned(p, r)
+
+    @property
+    def d_axis(self) -> int:
+        """Axis of d in a matrix or basis ``[.., rows, columns]``."""
+        return -2 if self.output else -1
+
+    @property
+    def r_axis(self) -> int:
+        """Axis of r in a basis; in A it is :attr:`d_axis`."""
+        return -1 if self.output else -2
+
+    @property
+    def basis_form(self) -> str:
+        """For messages, to be filled with d."""
+        return "[m, {d}, r]" if self.output else "[m, r, {d}]"
+
+    def multiply(self, transform: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
+        """W of A and ``f(sum_j alpha_ij B_j)``."""
+        return combined @ transform if self.output else transform @ combined
+
+
+INPUT, OUTPUT = Side(False), Side(True)
+
+
+def side(projection: str) -> Side:
+    """Of ``gate``, ``up`` or ``down``."""
+    return OUTPUT if projection == "down" else INPUT
