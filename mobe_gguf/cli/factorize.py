@@ -21,13 +21,20 @@ from mobe_gguf.factorize.methods import METHODS
     "--bases",
     type=click.IntRange(min=1),
     metavar="M",
-    help="Basis matrices in a layer.  [default: a quarter of the experts]",
+    help="Basis matrices in a layer.  [default: 4 or fewer; see --published]",
 )
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
     metavar="R",
-    help="Rows of a basis.  [default: rows of an expert's gate; d/2 if those are more than d]",
+    help="Rows of a basis, 1 to d.  [default: see --published]",
+)
+@click.option(
+    "--published",
+    is_flag=True,
+    help="The form of the MoBE paper: as many rows as an expert's gate (d/2 if those are more than d), a quarter as many bases as "
+    "experts, tanh. It is also what the other options of the form start from, if any of them is given. Without any of them: few "
+    "bases with more rows that keep as many parameters, and no activation, which decodes faster.",
 )
 @click.option(
     "--target",
@@ -53,7 +60,7 @@ from mobe_gguf.factorize.methods import METHODS
     "--activation",
     type=click.Choice(sorted(ACTIVATIONS)),
     help="Function on the mixed bases. 'none' is the fastest to run, with --mix scalar and --groups 1: a token's experts then "
-    "share the products with the bases.  [default: tanh]",
+    "share the products with the bases.  [default: see --published]",
 )
 @click.option(
     "--mix",
@@ -131,6 +138,7 @@ def command(
     for_transform: str | None,
     device: str,
     ray: str | None,
+    published: bool,
     resume: bool,
     dry_run: bool,
     verbose: bool,
@@ -185,6 +193,7 @@ def command(
         quant=None if quant is None else parse_quant(quant),
         for_basis=_type("--for-basis", for_basis) or _type("--for", for_both),
         for_transform=_type("--for-transform", for_transform) or _type("--for", for_both),
+        wide=not published,
         **settings,
     )
     place = Place.of(device, ray)

@@ -40,6 +40,31 @@ def default_rank(p: int, d: int) -> int:
     return p if p <= d else d // 2
 
 
+#: Numbers of wide bases, and what they may keep: as much as the paper's sizes do, LARGEST at most, and SLACK more or less for
+#: the sake of whole blocks.
+WIDE, LARGEST, SLACK = (4, 3, 2, 1), 0.75, 1.05
+
+
+def wide_size(n: int, p: int, d: int) -> Size:
+    """Few bases with ranks of whole blocks that keep about what the paper's sizes keep, p/d + 1/4, but at most 3/4: they save also
+    where experts are as wide as the model (gpt-oss), where r = p and m = n/4 would come to 125 %.
+    """
+    block = 256 if d >= 1024 else 32 if d >= 64 else 1  # of k-quants; of the others
+    share = min(p / d + 0.25, LARGEST)
+    less = []
+    for m in WIDE:  # the most bases that come near; else what comes nearest from below
+        if m > n:
+            continue
+        each = 1 / d + m / (n * p)  # what a row of all bases and of all A keeps
+        for rank in (block * (int(share / each / block) + more) for more in (0, 1)):
+            kept = rank * each
+            if 1 <= rank <= d and share / SLACK <= kept <= share * SLACK:
+                return Size(m, rank)
+            if 1 <= rank <= d and kept < share:
+                less.append((kept, Size(m, rank)))
+    return max(less)[1] if less else Size(1, max(1, int(share / (1 / d + 1 / (n * p)))))
+
+
 def settle(options: Options, checkpoint: Original) -> JobSettings:
     """The settings of a new job: defaults for all that was not said.  UsageError if they do not fit the model."""
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
@@ -60,6 +85,9 @@ def settle(options: Options, checkpoint: Original) -> JobSettings:
     )
     if options.target is not None:
         defaults |= dict(bases=None, rank=None)
+    if options.wide and options.says_no_form:
+        size = wide_size(n, p, d)
+        defaults |= dict(bases=size.bases, rank=size.rank, activation="none")
     check_method(options)
     if not method_named(options.method or MOBE.name).fitted:
         defaults |= dict(activation="none", steps=0)

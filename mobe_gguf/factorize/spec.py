@@ -92,7 +92,10 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; None is "not said", which is not the same as the default."""
+    """What the user asked for; None is "not said", which is not the same as the default.
+
+    ``wide``: where nothing is said of the form, few bases wider than the experts without an activation, and not the paper's.
+    """
 
     bases: int | None = None
     rank: int | None = None
@@ -113,12 +116,20 @@ class Options:
     method: str | None = None
     target: float | int | None = None
     quant: str | None = None
+    wide: bool = False
 
     def replace(self, **changes: Any) -> Options:
         return replace(self, **changes)
 
     def said(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        names = (f.name for f in fields(self) if f.name != "wide")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def says_no_form(self) -> bool:
+        """True if bases, rank and what is between them are left to the program."""
+        form = (self.bases, self.rank, self.groups, self.activation, self.mix, self.mix_terms)
+        return all(x is None for x in (*form, self.method, self.target))
 
 
 def resume_settings(old: JobSettings, options: Options) -> JobSettings:

@@ -259,7 +259,7 @@ def test_dry_run_prints_it(model, tmp_path):
         "bases of down q5_0 (q4_k does not fit rows of 32), A of down f16 (q4_k does not fit" in result.stderr
     )
     plan = json.loads(CliRunner().invoke(main, [*command, "--dry-run", "--json", "-q"]).stdout)["plan"]
-    settings = settle(Options(projections=ALL_PROJECTIONS), Checkpoint(model("qwen3_moe")))
+    settings = settle(Options(projections=ALL_PROJECTIONS, wide=True), Checkpoint(model("qwen3_moe")))
     assert plan == plan_checkpoint(Checkpoint(model("qwen3_moe")), settings).to_json()
     result = CliRunner().invoke(
         main, ["factorize", str(model("qwen3_moe")), "x", "--projections", "down,gat"]

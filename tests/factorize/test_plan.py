@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.layers import format_layers, parse_layers
-from mobe_gguf.factorize.plan import default_bases, make_plan, plan_checkpoint, settle
+from mobe_gguf.factorize.plan import (
+    default_bases,
+    make_plan,
+    parameters,
+    plan_checkpoint,
+    settle,
+    wide_size,
+)
 from mobe_gguf.factorize.solver import Settings
 from mobe_gguf.factorize.spec import JobSettings, Options, resume_settings
 from mobe_gguf.models.checkpoint import Checkpoint
@@ -141,3 +148,39 @@ def test_resume_takes_what_is_not_said_and_refuses_what_changed(model):
     ):
         with pytest.raises(MobeError, match=message):
             resume_settings(old, options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((128, 768, 2048), (2, 1280)),  # Qwen3-30B
+        ((128, 1536, 4096), (4, 2304)),  # Qwen3-235B
+        ((256, 2048, 7168), (4, 3584)),  # DeepSeek-V3
+        ((24, 96, 256), (2, 128)),  # the shipped model
+    ],
+)
+def test_wide_sizes(shape, size):
+    """In whole blocks, about as many parameters as the paper's sizes."""
+    n, p, d = shape
+    found = wide_size(n, p, d)
+    assert (found.bases, found.rank) == size
+    kept = parameters(Settings(*size), n, p, d) / (n * p * d)
+    assert kept == pytest.approx(p / d + 0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(32, 2880, 2880), (8, 14336, 4096), (8, 48, 64), (2, 3, 5), (1, 1, 1)])
+def test_wide_sizes_save_where_the_papers_do_not(shape):
+    n, p, d = shape
+    found = wide_size(n, p, d)
+    assert 1 <= found.rank <= d and found.bases <= n
+    if d > 5:
+        assert parameters(Settings(found.bases, found.rank), n, p, d) < 0.8 * n * p * d
+
+
+def test_wide_is_for_who_says_nothing_of_the_form(model):
+    checkpoint = Checkpoint(model("qwen3_moe"))
+    found = settle(Options(wide=True, steps=3), checkpoint)
+    assert (found.bases, found.rank, found.activation) == (3, 32, "none")
+    for said in ({"bases": 2}, {"rank": 40}, {"activation": "tanh"}, {"mix": "row"}, {"groups": 2}):
+        assert settle(Options(wide=True, **said), checkpoint) == settle(Options(**said), checkpoint)
+    assert settle(Options(), checkpoint).activation == "tanh"
