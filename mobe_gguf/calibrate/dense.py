@@ -63,12 +63,13 @@ class Sum:
         n, d = self.sums.shape[:2]
         if n == 1:
             mirror(self.sums[0])
-        mean = self.sums.mean(0)
+        mean = self.sums[0] if n == 1 else self.sums.mean(0)
         size = size_of(mean, stem)
         k = directions(mean, keep) if rank is None else min(rank, d)
+        self.sums.div_(size)
         roots, rests = torch.empty(n, d, k, dtype=torch.float16), torch.empty(n, d, dtype=torch.float16)
         for i in range(n):
-            found, rest = root(self.sums[i] / size, k)
+            found, rest = root(self.sums[i], k)
             roots[i] = found
             if rest is not None:
                 rests[i] = rest

@@ -103,7 +103,7 @@ class Experts:
         down_mean = torch.zeros(self.p, self.p, dtype=torch.float64)
         for e in range(self.n):
             fed, hidden = self._expert(e, out)
-            gate.put(e, (mirror(fed) + PRIOR * mean) / size)
+            gate.put(e, mirror(fed).add_(mean, alpha=PRIOR).div_(size))
             down_sums.tensor[e] = mirror(hidden).cpu()
             down_mean += down_sums.tensor[e]
         del mean

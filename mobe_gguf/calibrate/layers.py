@@ -22,6 +22,7 @@ from mobe_gguf.calibrate.workspace import States, Workspace
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import describe_size
+from mobe_gguf.core.memory import own_memory
 from mobe_gguf.core.progress import Bar
 from mobe_gguf.formats.moments import KEY_WEIGHS
 from mobe_gguf.formats.safetensors import Entry, write_safetensors
@@ -128,7 +129,7 @@ class Run:
         for left in self.work.path.glob("scratch-*"):
             if left != after.file:
                 left.unlink()
-        self.bar.advance(1, f"layer {layer}: {found.said}, {self._memory()}")
+        self.bar.advance(1, f"layer {layer}: {found.said}, {describe_size(own_memory(), 1)} in memory")
 
     # behind the layers
 
@@ -159,12 +160,6 @@ class Run:
     def _write(self, name: str, entries: list[Entry], weighs: dict[str, str]) -> None:
         with atomic_path(self.work.layer_file(name)) as part:
             write_safetensors(part, entries, {"format": "pt", KEY_WEIGHS: json.dumps(weighs)})
-
-    @staticmethod
-    def _memory() -> str:
-        import resource
-
-        return f"{describe_size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 1)} at most"
 
 
 class Layer:

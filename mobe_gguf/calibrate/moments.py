@@ -63,6 +63,12 @@ def collect(
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out)
+    if model.is_file():
+        raise MobeError(
+            f"{model} is a file: moments are gathered by transformers, from the Hugging Face directory that it was made of (config.json, "
+            f"*.safetensors, tokenizer files). Of a GGUF file alone, llama-imatrix counts each channel:\n"
+            f"  llama-imatrix -m {model} -f TEXT -o imatrix.gguf\nand factorize and export take that with --imatrix"
+        )
     checkpoint = Checkpoint(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")

@@ -24,6 +24,11 @@ def free_memory() -> int:
     return max(0, min([_of_the_machine(), *_left_in_groups(), *_left_of_limits()]))
 
 
+def own_memory() -> int:
+    """Bytes of this process's own pages, without those of mapped files, which are the system's to take back; 0 if it is not said."""
+    return _fields(PROC / "self" / "status").get("RssAnon:", 0) * 1024
+
+
 def usable_cpus() -> int:
     """Processors that this process may keep busy: those it may run on, and no more than the quota of its control groups."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -77,6 +77,13 @@ def test_processors(system):
     assert memory.usable_cpus() == there
 
 
+def test_own_pages():
+    before = memory.own_memory()
+    taken = bytearray(50_000_000)
+    taken[::4096] = b"x" * len(taken[::4096])
+    assert 40e6 < memory.own_memory() - before < 80e6
+
+
 def test_own_limits():
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9,) * 2)\n"
