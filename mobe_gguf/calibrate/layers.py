@@ -144,15 +144,16 @@ class Run:
                 if total is None:
                     total = Sum([], torch.zeros(1, x.shape[-1], x.shape[-1], device=x.device))
                 total.add(x)
-        if total is None:
-            return
+            if total is None:
+                return
+            entries = total.entries("output", self.settings.keep, self.settings.rank)
         # an output that is tied to the embeddings is the embeddings' tensor in a GGUF file
         names = (
             {"output.weight": "output", "token_embd.weight": "output"}
             if self._tied()
             else {"output.weight": "output"}
         )
-        self._write("output", total.entries("output", self.settings.keep, self.settings.rank), names)
+        self._write("output", entries, names)
 
     def _tied(self) -> bool:
         return bool(self.checkpoint.config.get("tie_word_embeddings"))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
 from mobe_gguf.calibrate.layers import SHARE, Run, Settings
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
 from mobe_gguf.calibrate.text import default_texts, read_tokens
@@ -51,7 +52,7 @@ def collect(
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Write the moments of every matrix of ``model``, a Hugging Face directory, to ``out``; returns what is said of them.
+    """Write the moments of every matrix of ``model``, a Hugging Face directory or a GGUF file (see ``gguf_model``), to ``out``; returns what is said of them.
 
     transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.
     ``text``: files, see :func:`read_tokens`; None: what ships with the project.  ``keep``: share of the energy of a layer's average moments that the directions hold which are kept (0.999 if nothing is
@@ -63,13 +64,7 @@ def collect(
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out)
-    if model.is_file():
-        raise MobeError(
-            f"{model} is a file: moments are gathered by transformers, from the Hugging Face directory that it was made of (config.json, "
-            f"*.safetensors, tokenizer files). Of a GGUF file alone, llama-imatrix counts each channel:\n"
-            f"  llama-imatrix -m {model} -f TEXT -o imatrix.gguf\nand factorize and export take that with --imatrix"
-        )
-    checkpoint = Checkpoint(model)
+    checkpoint: Any = GgufCheckpoint(model) if model.is_file() else Checkpoint(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")
     checkpoint.check_whole()
@@ -81,6 +76,7 @@ def collect(
         "version": VERSION,
         "model": str(model),
         "source_checksum": checkpoint.checksum,
+        "source": "gguf, dequantized" if model.is_file() else "safetensors",
         "text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "tokens": tokens.numel(),
         "ctx": ctx,

@@ -119,7 +119,10 @@ class Skeleton:
                 f"this needs transformers 5 ({e}); install it:\n  pip install 'transformers>=5'"
             ) from e
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            if isinstance(checkpoint, Checkpoint):
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            else:
+                config = checkpoint.hf_config()
             self.dtype = _dtype(config, checkpoint)
             with _NoWeights():
                 self.model = AutoModelForCausalLM.from_config(

@@ -43,7 +43,9 @@ def read_tokens(
 
     contents = [(path, list(_read(path))) for path in texts]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        where = {"gguf_file": model.name} if model.is_file() else {}
+        folder = model.parent if model.is_file() else model
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     except Exception as e:  # transformers raises all sorts of errors here
         raise unloadable(model, "its tokenizer", e) from e
     tokenizer.model_max_length = int(1e12)  # it would warn of a text that is longer than the model's context

@@ -19,7 +19,7 @@ def test_fp8(memory, own_model, text, tmp_path):
     edit_config(path, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]})
 
     def quantize(tensors):
-        for name in [n for n in tensors if n.endswith("_proj.weight") or "kv_a" in n]:
+        for name in [n for n in tensors if "_proj" in n]:
             tensors[name], tensors[name + "_scale_inv"] = to_fp8(tensors[name], 32)
 
     edit_tensors(path, quantize)
