@@ -61,10 +61,11 @@ def command(
 ) -> None:
     """Run a text through MODEL and sum the second moments of every matrix's inputs, for `--moments` of factorize and export.
 
-    MODEL is a Hugging Face model directory, or a GGUF file of qwen3moe or qwen2moe. transformers (version 5) runs one layer at a time, so the model need not fit into
-    memory. One layer must; if its experts do not, they are read one after the other. FP8 weights are dequantized. The inputs of
-    experts are weighted by the router. Finished layers stay in OUT.work, with the states of all tokens after the last of them
-    (2 bytes a token and channel). --resume continues from there. Memory and time by model: docs/calibration.md.
+    MODEL is a Hugging Face model directory, or a GGUF file of qwen3moe or qwen2moe. transformers (version 5) runs one layer at a
+    time, so the model need not fit into memory. One layer must; if its experts do not, they are read one after the other. FP8 and
+    GGUF weights are dequantized. The inputs of experts are weighted by the router. Finished layers stay in OUT.work, with the
+    states of all tokens after the last of them (2 bytes a token and channel). --resume continues from there. Memory and time by
+    model: docs/calibration.md.
 
     \b
     Example:
