@@ -233,6 +233,8 @@ UNCONVERTED = frozenset(("flex_olmo", "jetmoe"))
 
 def other_way(model_type: Any) -> str:
     """What works instead for a model of another family."""
+    if not isinstance(model_type, str):
+        model_type = None  # a list, which is no key
     if model_type in UNCONVERTED:
         return "llama.cpp does not know this family either"
     return (

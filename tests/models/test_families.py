@@ -98,3 +98,9 @@ def test_other_families_are_those_that_the_converter_knows():
 def test_what_works_instead(model_type, said):
     with pytest.raises(MobeError, match=said):
         family_of({"model_type": model_type})
+
+
+@pytest.mark.parametrize("value", [[], {}, 7, None])
+def test_a_model_type_that_is_no_name(value: object) -> None:
+    with pytest.raises(MobeError, match="is not a MoE family"):
+        family_of({"model_type": value})
