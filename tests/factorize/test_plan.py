@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.layers import format_layers, parse_layers
+from mobe_gguf.core.records import record
 from mobe_gguf.factorize.plan import (
     default_bases,
     make_plan,
@@ -109,7 +112,7 @@ def test_defaults(model):
     settings = settle(Options(), Checkpoint(model("qwen3_moe")))
     assert (settings.bases, settings.rank, settings.groups) == (2, 48, 1)
     assert settings.layers == (0, 1, 2) and settings.projections == ("gate", "up")
-    assert JobSettings.from_json(settings.to_json()) == settings
+    assert record(JobSettings, json.loads(json.dumps(settings.to_json()))) == settings
     assert len(settings.units()) == 6
 
 
