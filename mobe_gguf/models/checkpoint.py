@@ -32,7 +32,7 @@ from mobe_gguf.formats.safetensors import (
     read_weight_map,
 )
 from mobe_gguf.models.config_values import Judgement, check_values
-from mobe_gguf.models.families import family_of
+from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of
 from mobe_gguf.models.foreign import check_format, check_names
 from mobe_gguf.models.layout import ExpertLayout
 
@@ -48,6 +48,9 @@ class Checkpoint:
     Raises MobeError if config.json or a shard is missing or corrupt, if the index contradicts the shards, or if
     ``model_type`` is unknown.
     """
+
+    #: What is not factorized comes along into the output, beside a config.json of its own.
+    is_directory = True
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -383,6 +386,23 @@ class Checkpoint:
         ]:  # blocks of each part by itself
             return self.to_float(name, w.chunk(parts)[part], scale.chunk(parts)[part])
         return self.to_float(name, w, scale).chunk(parts)[part].contiguous()
+
+    def routed_scale(self) -> Any:
+        """What config.json says the routed experts' sum is multiplied by; None if nothing."""
+        return self.config.get("routed_scaling_factor")
+
+    def stream_writers(self, layer: int) -> list[tuple[str, str]]:
+        """``(name, GGUF stem)`` of the matrices of :data:`WRITERS` that the layer has."""
+        names = ((f"model.layers.{layer}.{end}", f"blk.{layer}.{stem}") for end, stem in WRITERS.items())
+        return [(name, stem) for name, stem in names if name in self]
+
+    def embedding_rows(self, count: int) -> torch.Tensor | None:
+        """About so many rows of the embedding, float32, spread over the vocabulary; None if there is no such tensor."""
+        name = next((n for n in EMBEDDINGS if n in self), None)
+        if name is None:
+            return None
+        n = self.shape(name)[0]
+        return torch.stack([self.get_row(name, i).float() for i in range(0, n, max(1, n // count))])
 
     def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""

@@ -241,3 +241,14 @@ def other_way(model_type: Any) -> str:
         "Convert it to GGUF with llama.cpp's converter (convert_hf_to_gguf.py --outtype bf16), then factorize the GGUF file:\n"
         "  mobe-gguf factorize model.gguf factors/"
     )
+
+
+#: Matrices that write to the residual stream, beside the routed experts: end of a Hugging Face name -> GGUF name.
+WRITERS = {
+    "self_attn.o_proj.weight": "attn_output",
+    "attention.dense.weight": "attn_output",
+    "mlp.down_proj.weight": "ffn_down",
+    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp",
+    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp",
+}
+EMBEDDINGS = ("model.embed_tokens.weight", "model.word_embeddings.weight", "token_embd.weight")

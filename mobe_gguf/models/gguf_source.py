@@ -27,7 +27,7 @@ from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
 from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.models.config_values import Judgement
-from mobe_gguf.models.families import Family
+from mobe_gguf.models.families import EMBEDDINGS, WRITERS, Family
 from mobe_gguf.models.layout import GATE_UP, OPTIONAL, ExpertLayout
 from mobe_gguf.runtime import ggml
 
@@ -142,6 +142,9 @@ class GgufModel:
 
     #: As ``Checkpoint`` has it; a file with factors is refused when it is opened.
     is_mobe = False
+
+    #: All that is not factorized stays in the file.
+    is_directory = False
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -259,6 +262,24 @@ class GgufModel:
             for file in files.values():
                 file.close()
         return digest.hexdigest()
+
+    def routed_scale(self) -> Any:
+        """What the file says the routed experts' sum is multiplied by; None if nothing."""
+        return self.file.arch_key("expert_weights_scale")
+
+    def stream_writers(self, layer: int) -> list[tuple[str, str]]:
+        """``(name, GGUF stem)`` of the matrices of :data:`WRITERS` that the layer has."""
+        stems = {f"blk.{layer}.{stem}" for stem in WRITERS.values()}
+        return [(f"{stem}.weight", stem) for stem in sorted(stems) if f"{stem}.weight" in self.file.tensors]
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """Any weight as float32."""
+        return Stored.of(self.file.tensors[name]).matrix(0)
+
+    def embedding_rows(self, count: int) -> torch.Tensor | None:
+        """The first rows of the embedding, as many as are decoded at a time; None if there is no such tensor."""
+        info = self.file.tensors.get(EMBEDDINGS[-1])
+        return None if info is None else next(Stored.of(info).pieces())
 
     # experts
 

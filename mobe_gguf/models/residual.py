@@ -13,23 +13,9 @@ much the same in all units, so it is the weights that decide; see TRUST for what
 
 from __future__ import annotations
 
-import torch
-
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats.imatrix import ImatrixFile
-from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.models.gguf_source import GgufModel, Stored
 from mobe_gguf.models.original import Original
-
-#: Matrices that write to the residual stream, beside the routed experts: end of a Hugging Face name -> GGUF name.
-WRITERS = {
-    "self_attn.o_proj.weight": "attn_output",
-    "attention.dense.weight": "attn_output",
-    "mlp.down_proj.weight": "ffn_down",
-    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp",
-    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp",
-}
-EMBEDDINGS = ("model.embed_tokens.weight", "model.word_embeddings.weight", "token_embd.weight")
 
 #: Weights are the shares to this power: half way between their word and none at all.  KL divergence of the shipped model at 62.5 %
 #: of gate and up (150 steps): the same bases everywhere 0.0052, power 1 0.0057, power 1/2 0.0050.  Together, the errors of
@@ -68,10 +54,7 @@ def _routed(model: Original, imatrix: ImatrixFile, layer: int) -> float | None:
         float(model.expert(layer, "down", e).double().square().sum(0) @ sums[e])
         for e in range(model.n_expert)
     )
-    if isinstance(model, GgufModel):
-        scale = model.file.arch_key("expert_weights_scale") or 1.0
-    else:
-        scale = model.config.get("routed_scaling_factor") or 1.0
+    scale = model.routed_scale() or 1.0
     if not isinstance(scale, (int, float)):
         raise MobeError(f"{model.path}: what scales the experts' weights must be a number, got {scale!r}")
     return total / counts * scale**2
@@ -80,43 +63,15 @@ def _routed(model: Original, imatrix: ImatrixFile, layer: int) -> float | None:
 def _others(model: Original, imatrix: ImatrixFile, layer: int) -> float:
     """The same of attention, dense and shared feed-forward of a layer; what is not known counts as nothing."""
     total = 0.0
-    for name, stem in _writers(model, layer):
+    for name, stem in model.stream_writers(layer):
         found = imatrix.inputs(f"{stem}.weight")
-        w = _matrix(model, name)
+        w = model.matrix(name)
         if found is not None and found[0].numel() == w.shape[1]:
             total += float(w.double().square().sum(0) @ found[0].flatten()) / float(found[1].sum())
     return total
 
 
-def _writers(model: Original, layer: int) -> list[tuple[str, str]]:
-    """``(the model's name, GGUF stem)`` of the matrices of WRITERS that the layer has."""
-    if isinstance(model, GgufModel):
-        stems = {f"blk.{layer}.{stem}" for stem in WRITERS.values()}
-        return [(f"{stem}.weight", stem) for stem in sorted(stems) if f"{stem}.weight" in model.file.tensors]
-    assert isinstance(model, Checkpoint)
-    names = ((f"model.layers.{layer}.{end}", f"blk.{layer}.{stem}") for end, stem in WRITERS.items())
-    return [(name, stem) for name, stem in names if name in model]
-
-
-def _matrix(model: Original, name: str) -> torch.Tensor:
-    if isinstance(model, GgufModel):
-        return Stored.of(model.file.tensors[name]).matrix(0)
-    assert isinstance(model, Checkpoint)
-    return model.matrix(name)
-
-
 def _embedding(model: Original) -> float:
     """Mean square norm of a token's embedding, over some rows of the vocabulary; 0 if there is no such tensor."""
-    if isinstance(model, GgufModel):
-        info = model.file.tensors.get(EMBEDDINGS[-1])
-        rows = None if info is None else next(Stored.of(info).pieces())
-    else:
-        assert isinstance(model, Checkpoint)
-        name = next((n for n in EMBEDDINGS if n in model), None)
-        n = model.shape(name)[0] if name else 0
-        rows = (
-            torch.stack([model.get_row(name, i).float() for i in range(0, n, max(1, n // ROWS))])
-            if name
-            else None
-        )
+    rows = model.embedding_rows(ROWS)
     return 0.0 if rows is None else float(rows.double().square().sum(1).mean())

@@ -15,7 +15,6 @@ from parity import gguf_files
 from mobe_gguf import runtime
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.job import prepare, run, running, work_directory
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.types import BY_NAME
@@ -215,7 +214,7 @@ def test_a_whole_job(plain: Path, tmp_path: Path) -> None:
 def test_resume(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after some units; the same bytes as in one go.  Another file, or setting, is refused."""
     run(prepare(plain, tmp_path / "whole", FAST), quiet=True)
-    fit_unit, done = jobs.fit_unit, []
+    fit_unit, done = running.fit_unit, []
 
     def failing(*args, **kwargs):
         if len(done) == 2:

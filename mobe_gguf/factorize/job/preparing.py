@@ -14,7 +14,6 @@ from mobe_gguf.factorize.plan import plan_checkpoint, settle
 from mobe_gguf.factorize.spec import JobRecord, JobSettings, Options, resume_settings
 from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.models.original import Original, open_original
 
 
@@ -36,7 +35,7 @@ def prepare(
     moments = Moments(Path(options.moments)) if options.moments is not None else None
     with disk_errors(out):
         settings = _settings(checkpoint, out, options, imatrix, moments, resume)
-    if not settings.how.is_factors and isinstance(checkpoint, GgufModel):
+    if not settings.how.is_factors and not checkpoint.is_directory:
         raise UsageError(
             f"--method {settings.method} writes an ordinary model, for its factors have no form of their own: it needs a Hugging Face "
             f"directory, and {model} is a GGUF file"

@@ -18,7 +18,6 @@ from mobe_gguf.factorize.spec import JobSettings
 from mobe_gguf.factorize.target import Goal, Size, Unit
 from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.models.original import Original
 
 #: Version of the ``mobe`` key in config.json and of the work directory.
@@ -79,7 +78,7 @@ class Job:
     @property
     def moments_of_another(self) -> bool:
         """Whether the moments say that another model, or copy of it, was run; of a GGUF file the model was one of course."""
-        about = self.moments and not isinstance(self.checkpoint, GgufModel) and self.moments.about
+        about = self.moments and self.checkpoint.is_directory and self.moments.about
         return bool(about) and about.get("source_checksum") != self.checkpoint.checksum
 
     @cached_property
