@@ -19,7 +19,7 @@ Names = Callable[[str], str | None]
 
 def gguf_names(model_type: str, n_layer: int) -> Names:
     """As gguf-py maps them: by the architecture that is called as the model type is, else by any that knows the name."""
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
     plain = model_type.replace("_", "").replace("-", "")
     archs = sorted(MODEL_ARCH, key=lambda a: MODEL_ARCH_NAMES[a].replace("-", "") != plain)
@@ -28,12 +28,27 @@ def gguf_names(model_type: str, n_layer: int) -> Names:
     def find(module: str) -> str | None:
         for arch in archs:
             if arch not in maps:
-                maps[arch] = get_tensor_name_map(arch, n_layer)
+                maps[arch] = _name_map(arch, n_layer)
             if (name := maps[arch].get_name(module)) is not None:
                 return str(name)
         return None
 
     return find
+
+
+def _name_map(arch: Any, n_layer: int) -> Any:
+    """gguf-py's map of an architecture.  Making one of Arctic's, or another's that differs, changes the table that all later maps
+    are made of (``findings/gguf-tensor-map-shared.sh``), so the table is put back."""
+    from gguf import get_tensor_name_map
+    from gguf.tensor_mapping import TensorNameMap
+
+    table = TensorNameMap.block_mappings_cfg
+    before = dict(table)
+    try:
+        return get_tensor_name_map(arch, n_layer)
+    finally:
+        table.clear()
+        table.update(before)
 
 
 @dataclass

@@ -298,3 +298,16 @@ def test_no_disk_for_states(model, text, tmp_path, monkeypatch):
         MobeError, match=r"m.work: no room for 0.00 GB of states: the disk is full. Make room"
     ):
         gathered(model("qwen3_moe"), text, tmp_path / "m")
+
+
+def test_names_of_one_architecture_leave_the_others_as_they_are() -> None:
+    """gguf-py's maps share a table that some architectures change."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    from mobe_gguf.calibrate.dense import gguf_names
+
+    name = "model.layers.0.post_attention_layernorm"
+    before = get_tensor_name_map(MODEL_ARCH.QWEN3MOE, 2).get_name(name)
+    assert before is not None
+    assert gguf_names("qwen3_moe", 2)("no.such.module") is None  # every architecture is asked
+    assert get_tensor_name_map(MODEL_ARCH.QWEN3MOE, 2).get_name(name) == before
