@@ -1,10 +1,11 @@
 """Quality at equal bytes: MoBE files of one model against llama-quantize's, each with an importance matrix, in one table.
 
-    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,mobe] [--also FILE.gguf]... [--plot FILE.png]
+    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,mobe] [--peers [PYTHON]]
+                            [--also FILE.gguf]... [--plot FILE.png]
 
 What a MoBE file has to be measured against is the plain file of its size: llama-quantize's own mixtures, and one of them with
-fewer bits for gate and up alone (``MIXED``), which is what a careful user would try first.  With ``--out`` everything made is
-kept, and a second run goes on with what is there.
+fewer bits for gate and up alone (``MIXED``), which is what a careful user would try first.  ``--peers`` adds
+AutoRound's files (see peers.py).  With ``--out`` everything made is kept, and a second run goes on with what is there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import peers
 import torch
 from rich.console import Console
 
@@ -220,6 +222,13 @@ def main() -> None:
     parser.add_argument(
         "--only", default="plain,mobe", help="files to make, of plain,ours,mobe  [default: plain,mobe]"
     )
+    parser.add_argument(
+        "--peers",
+        nargs="?",
+        const="",
+        metavar="PYTHON",
+        help=f"AutoRound's files too, made by this Python  [default: ${peers.VARIABLE}, or the one that runs this]",
+    )
     parser.add_argument("--also", type=Path, action="append", default=[], help="another GGUF file to compare")
     parser.add_argument("--steps", type=int, default=500, help="of our solver  [default: 500]")
     parser.add_argument("--published-steps", type=int, default=1000, help="[default: 1000]")
@@ -229,6 +238,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot is not None:
         plot.check(options.plot)
+    peer = None if options.peers is None else peers.interpreter(options.peers)
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-quality-") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
@@ -240,6 +250,8 @@ def main() -> None:
         if mobe:
             steps = options.steps, options.published_steps
             files += make_mobe(options.model, out, options.calibration, imatrix, *steps, options.threads)
+        if peer is not None:
+            files += peers.make(peer, options.model, out, options.calibration, options.threads)
         settings = evaluate.Settings(chunks=options.chunks, threads=options.threads)
         files = sorted([*files, *options.also], key=lambda file: -file.stat().st_size)
         rows = evaluate.compare(reference, files, options.text, settings)

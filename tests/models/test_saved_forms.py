@@ -18,6 +18,10 @@ pytestmark = pytest.mark.skipif(
 
 SIZES = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=32)
 SIZES |= dict(intermediate_size=24, num_experts_per_tok=2, eos_token_id=1, pad_token_id=0, bos_token_id=1)
+#: Attention of DeepSeek's, and its experts.
+LATENT = dict(kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+LATENT |= dict(moe_intermediate_size=24, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=0)
+LATENT |= dict(n_group=1, topk_group=1)
 #: Config class, what it has besides, and the key that its number of experts is saved under.
 FAMILIES = {
     "Qwen3Moe": (dict(moe_intermediate_size=24, num_experts=4, head_dim=16), "num_local_experts"),
@@ -27,6 +31,8 @@ FAMILIES = {
     ),
     "Olmoe": (dict(num_experts=4), "num_experts"),
     "Mixtral": (dict(num_local_experts=4), "num_local_experts"),
+    "DeepseekV2": (LATENT, "n_routed_experts"),
+    "DeepseekV3": (LATENT, "n_routed_experts"),
 }
 
 
@@ -40,7 +46,10 @@ def test_one_by_one_or_fused(family: str, tmp_path: Path) -> None:
     model = auto.from_config(config)
     model.save_pretrained(tmp_path / "each")
     said = json.loads((tmp_path / "each" / "config.json").read_text())
-    assert said[key] == 4 and {"num_experts", "num_local_experts"} - {key} - said.keys()
+    assert (
+        said[key] == 4
+        and not ({"num_experts", "num_local_experts", "n_routed_experts"} - {key}) & said.keys()
+    )
     config.save_pretrained(tmp_path / "given")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(tensors, tmp_path / "given" / "model.safetensors", {"format": "pt"})

@@ -46,7 +46,7 @@ def test_nearly_as_good_as_trying_everything(name):
     if t.book.signs == "shift":
         assert torch.allclose(cost, best, atol=1e-5 * float(zero.mean()))
     else:
-        # over five seeds and these types at most 1.11
+        # over five seeds 1.25 at most (iq3_s, 1.02 with this one), 1.17 in iq3_xxs, 1.11 in the others
         assert cost.sum() <= 1.2 * best.sum()
         assert (cost <= best + 1e-5 * zero).float().mean() >= 0.5
 
