@@ -217,7 +217,7 @@ def test_killed_twice_gives_the_same_files(model, tmp_path):
     source, options = model("qwen3_moe"), Options(steps=80)
     whole, out = tmp_path / "whole", tmp_path / "out"
     factorize(source, whole, options)
-    kill_when_finished(start(source, out, "--steps", "80"), out, 1)
+    kill_when_finished(start(source, out, "--steps", "80", "--published"), out, 1)
     assert not out.exists() and names(tmp_path) == {"whole", "out.work"}
     kill_when_finished(start(source, out, "--resume", "-q"), out, 3)
     assert not out.exists()

@@ -81,7 +81,7 @@ def is_running(pid: int) -> bool:
 
 def test_a_killed_job_leaves_no_process_and_goes_on(model, tmp_path):
     source, out, options = model("qwen3_moe"), tmp_path / "out", Options(steps=60)
-    process = start(source, out, "--steps", "60", "--device", "cpu,cpu")
+    process = start(source, out, "--steps", "60", "--published", "--device", "cpu,cpu")
     try:
         deadline = time.monotonic() + 120
         while not list((work_directory(out) / "units").glob("layer-*")):
