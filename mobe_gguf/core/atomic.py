@@ -111,23 +111,33 @@ def atomic_path(path: str | os.PathLike[str], shared: bool = False) -> Iterator[
     """
     final = destination(path)
     own = final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}.part")
-    with contextlib.ExitStack() as stack:
-        part = own
-        if not shared:
-            fixed = final.with_name(f".{final.name}.part")
-            if stack.enter_context(held(fixed, Path(path))):
-                part = fixed
-                os.truncate(part, 0)  # of a killed run: the place that it takes is needed
-            else:
-                fixed.unlink(missing_ok=True)
-        try:
+    fixed = final.with_name(f".{final.name}.part")
+    try:
+        with contextlib.ExitStack() as stack:
+            part = own
+            if not shared:
+                if stack.enter_context(held(fixed, Path(path))):
+                    part = fixed
+                    os.truncate(part, 0)  # of a killed run: the place that it takes is needed
+                else:
+                    fixed.unlink(missing_ok=True)
             yield part
             sync(part)
             rename(part, final)
-        except BaseException:
-            with contextlib.suppress(OSError):
+    except BaseException:  # whenever it comes: also before the name of what was just created is known here
+        with contextlib.suppress(OSError):
+            own.unlink()
+        if not shared:
+            _remove_if_free(fixed)
+        raise
+
+
+def _remove_if_free(part: Path) -> None:
+    """Remove a temporary file that nobody holds: another run may have taken it over, or hold it since before."""
+    with contextlib.suppress(OSError, Busy):
+        if part.exists():
+            with locked(part, 0):
                 part.unlink()
-            raise
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
