@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mobe_gguf import runtime
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export.source import Lazy, Source, Stacked, Whole, chunks
 
 
@@ -45,8 +46,8 @@ def test_stacked_reads_one_at_a_time() -> None:
         assert (first, chunk[0, 0], read) == (2 * i, i, list(range(i + 1)))
 
 
-def test_a_source_that_says_a_wrong_shape_is_our_mistake() -> None:
-    with pytest.raises(AssertionError):
+def test_a_source_that_gives_fewer_rows_than_it_says_is_told() -> None:
+    with pytest.raises(MobeError, match="6 rows of 4 values gave 3 rows"):
         list(chunks(Stacked((3, 2, 4), lambda i: torch.zeros(1, 4))))
 
 
