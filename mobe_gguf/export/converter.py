@@ -175,14 +175,19 @@ def convert(
             result.view = _without_index(checkpoint.path)
             folder = Path(result.view.name) / checkpoint.path.absolute().name
         result.model = subclass(folder, gguf.LlamaFileType.ALL_F32, out, hparams=hparams)
-        result.arch = result.model.gguf_writer.arch
-        result.writer = _catcher(gguf.GGUFWriter, caught, result)(path=None, arch=result.arch)
-        result.writer.kv_data = result.model.gguf_writer.kv_data  # some classes set keys when they are made
-        result.model.gguf_writer = result.writer
-        result.model.prepare_tensors()
-        if result.arch in UNTIED and hparams.get("tie_word_embeddings"):
-            _untie(result)
+        list_tensors(result, gguf, caught, hparams)
     return result
+
+
+def list_tensors(result: HfConversion, gguf: Any, caught: dict[str, Any], hparams: Mapping[str, Any]) -> None:
+    """Let ``result.model``, made by a class of :func:`_catching`, list its tensors and keys in ``result``."""
+    result.arch = result.model.gguf_writer.arch
+    result.writer = _catcher(gguf.GGUFWriter, caught, result)(path=None, arch=result.arch)
+    result.writer.kv_data = result.model.gguf_writer.kv_data  # some classes set keys when they are made
+    result.model.gguf_writer = result.writer
+    result.model.prepare_tensors()
+    if result.arch in UNTIED and hparams.get("tie_word_embeddings"):
+        _untie(result)
 
 
 def _fused_of(checkpoint: Checkpoint) -> dict[str, list[tuple[str, int, slice]]]:

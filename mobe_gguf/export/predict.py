@@ -81,14 +81,14 @@ def predict(
         for layer, projection in units:
             made = _shapes(*sizes, projection, groups, rank, groups, by_row)
             factors |= zip(_names(layer, projection), made, strict=True)
-        chosen = _types(plain | factors, recipe, facts) | forced
+        chosen = types_of(plain | factors, recipe, facts) | forced
         for layer, projection in units:
             a, b, _ = _names(layer, projection)
             types[layer, projection, rank] = chosen[a], chosen[b]
     # what is no factor has the same type at any rank, and the table the same length
     rest = sum(stored_bytes(shape, chosen[name]) for name, shape in plain.items() if name not in factors)
     fixed = _head(conversion, plain | factors) + rest
-    originally = _types(plain, recipe, facts) | forced
+    originally = types_of(plain, recipe, facts) | forced
     ordinary = sum(stored_bytes(shape, originally[name]) for name, shape in plain.items())
     return Prediction(fixed, _head(conversion, plain) + ordinary, types, sizes, groups, by_row)
 
@@ -108,18 +108,23 @@ def _shapes(
     return (n, *on.transform(p, rank)), (bases, *basis), mix
 
 
-def _types(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, facts: Facts) -> dict[str, str]:
+def types_of(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, facts: Facts) -> dict[str, str]:
     choices = plan([Spec(name, shape) for name, shape in shapes.items()], recipe, facts)
     return {name: choice.type for name, choice in choices.items()}
 
 
 def _head(conversion: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes before the tensors."""
+    """Bytes before the tensors of a file with the conversion's keys."""
+    return table_bytes(conversion.arch, conversion.writer.kv_data[0], shapes)
+
+
+def table_bytes(arch: str, keys: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes before the tensors, for ``keys`` as gguf's writer holds them."""
     import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(path=None, arch=conversion.arch)
-    writer.kv_data = [dict(conversion.writer.kv_data[0])]
+    writer = gguf.GGUFWriter(path=None, arch=arch)
+    writer.kv_data = [dict(keys)]
     for name, shape in shapes.items():
         writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * prod(shape))
     return head_bytes(writer)

@@ -11,12 +11,12 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cache
 
 from mobe_gguf.plan.forms import Form
 from mobe_gguf.plan.layout import Layout
 from mobe_gguf.plan.machine import GPU_SHARE, Machine
 from mobe_gguf.plan.memory import Beside
+from mobe_gguf.quant.roundtrip import noise
 
 #: Nodes of a decoder layer's graph that all threads meet behind, of a mixture of experts.
 NODES = 40
@@ -136,16 +136,3 @@ def kl_of_kept(kept: float) -> float:
         ((a, b) for a, b in zip(KL_OF_KEPT, KL_OF_KEPT[1:], strict=False) if kept <= b[0]), KL_OF_KEPT[-2:]
     )
     return y0 * (y1 / y0) ** ((kept - x0) / (x1 - x0))
-
-
-@cache
-def noise(type_name: str) -> float:
-    """Relative squared error of a type on Gaussian rows, all columns weighing alike."""
-    import numpy as np
-
-    from mobe_gguf.runtime import ggml
-
-    x = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)
-    weights = np.ones(256, np.float32) if ggml.type_info(type_name).requires_imatrix else None
-    data = ggml.quantize(x, type_name, weights, name="noise", threads=1)
-    return float(np.square(x - ggml.dequantize(data, type_name, 256)).sum() / np.square(x).sum())

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from mobe_gguf.core import names
 from mobe_gguf.export.factors import add_mobe_keys
-from mobe_gguf.export.write import head_bytes, stored_bytes
+from mobe_gguf.export.predict import table_bytes, types_of
+from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.plan.layout import Layout
-from mobe_gguf.quant.mixture import Spec
-from mobe_gguf.quant.recipe import Recipe, plan
+from mobe_gguf.quant.recipe import Recipe
 
 #: Plain files, best quality first.
 PLAIN = (
@@ -145,8 +142,7 @@ def _with_factors(layout: Layout, bases: int, rank: int) -> dict[str, tuple[int,
 
 
 def _types(layout: Layout, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, str]:
-    choices = plan([Spec(name, shape) for name, shape in shapes.items()], recipe, layout.facts)
-    return {name: choice.type for name, choice in choices.items()} | {
+    return types_of(shapes, recipe, layout.facts) | {
         name: type_name for name, type_name in layout.forced.items() if name in shapes
     }
 
@@ -168,13 +164,9 @@ def file_head(layout: Layout, shapes: Mapping[str, tuple[int, ...]], factorized:
         keys.kv_data = [dict(layout.typed_keys)]
     if factorized:
         add_mobe_keys(keys, layout.arch, names.MOBE_VERSION, "none", 1)
-    table = gguf.GGUFWriter(path=None, arch=layout.arch)
-    table.kv_data = keys.kv_data
-    for name, shape in shapes.items():
-        table.add_tensor_info(name, shape, np.dtype(np.float32), 4 * math.prod(shape))
+    stored = keys.kv_data[0]
     if layout.typed_keys:
-        return head_bytes(table) + layout.vocabulary_bytes
-    had = gguf.GGUFWriter(path=None, arch=layout.arch)  # a GGUF file's own keys stay as they are
-    for name, shape in layout.tensors.items():
-        had.add_tensor_info(name, shape, np.dtype(np.float32), 4 * math.prod(shape))
-    return layout.head_bytes + head_bytes(table) - head_bytes(had)
+        return table_bytes(layout.arch, stored, shapes) + layout.vocabulary_bytes
+    # a GGUF file's own keys stay as they are: what is added to them and to the table
+    had = table_bytes(layout.arch, gguf.GGUFWriter(path=None, arch=layout.arch).kv_data[0], layout.tensors)
+    return layout.head_bytes + table_bytes(layout.arch, stored, shapes) - had

@@ -7,17 +7,17 @@ second for Mixtral, some ten for DeepSeek-V3's 45,000.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mobe_gguf.calibrate.skeleton import silent
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import converter
 from mobe_gguf.formats.gguf import GgufFile, first_value, read_model
@@ -38,8 +38,7 @@ VOCABULARY_ENTRY = 50
 class Layout:
     """A model as llama.cpp would hold it.
 
-    ``tensors``: GGUF names and shapes in torch's order, the plain model's.  ``stored``: bytes of the source's tensors where
-    they are quantized and may be taken over (GGUF), else empty.  ``origin``: what was read.  ``native``: bits of the
+    ``tensors``: GGUF names and shapes in torch's order, the plain model's.  ``origin``: what was read.  ``native``: bits of the
     experts in the source (16, 8, 4).  ``vocabulary_bytes``: estimated size of the tokenizer's keys where there is no tokenizer.  ``typed_keys``: keys as gguf's
     writer holds them, or ``file`` and ``head_bytes``: where they stand, and what stands before the tensors.
     """
@@ -50,7 +49,6 @@ class Layout:
     keys: Mapping[str, Any]
     tensors: Mapping[str, tuple[int, ...]]
     forced: Mapping[str, str] = field(default_factory=dict)
-    stored: Mapping[str, int] = field(default_factory=dict)
     native: float = 16
     head_bytes: int = 0
     vocabulary_bytes: int = 0
@@ -124,10 +122,7 @@ def _of_gguf(file: GgufFile) -> Layout:
     native = 8 * sum(info.n_bytes for info in experts) / weights if weights else 16
     keys = {key: getattr(value, "head", value) for key, value in file.keys.items()}
     head = min((info.offset for info in file.tensors.values()), default=0)
-    stored = {name: info.n_bytes for name, info in file.tensors.items()}
-    return Layout(
-        file.path.name, "GGUF header", file.arch, keys, tensors, {}, stored, native, head, 0, {}, file.path
-    )
+    return Layout(file.path.name, "GGUF header", file.arch, keys, tensors, {}, native, head, 0, {}, file.path)
 
 
 # Hugging Face
@@ -161,7 +156,6 @@ def _of_config(path: Path) -> Layout:
         conversion.keys,
         tensors,
         forced,
-        {},
         native,
         vocabulary_bytes=0 if known else VOCABULARY_ENTRY * int(config.get("vocab_size") or 0),
         typed_keys=dict(conversion.writer.kv_data[0]),
@@ -221,25 +215,13 @@ def _transformers_shapes(path: Path, config: Mapping[str, Any]) -> Shapes:
         )
     settings = {k: v for k, v in config.items() if k not in ("auto_map", "model_type", "quantization_config")}
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), silent(True):
             model = found(found.config_class(**settings))
         return {
             name: tuple(t.shape) for name, t in revert_weight_conversion(model, model.state_dict()).items()
         }
     except Exception as e:  # transformers raises all sorts of errors for a config that it does not like
         raise MobeError(f"{path}: transformers cannot build {found.__name__}: {type(e).__name__}: {e}") from e
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _prediction_layers(shapes: Shapes, config: Mapping[str, Any]) -> Shapes:
@@ -270,8 +252,7 @@ def _convert(
 ) -> converter.HfConversion:
     """The converter's tensor table for tensors of these names and shapes, which hold no data."""
     lazy, base = package.base.LazyTorchTensor, package.base.ModelBase
-    names = [n for n in hparams["architectures"]]
-    model_class = package.get_model_class(names[0])
+    model_class = package.get_model_class(hparams["architectures"][0])
     caught: dict[str, Any] = {}
     result = converter.HfConversion()
     subclass = converter._catching(model_class, lazy, caught, result, None, {})
@@ -297,15 +278,7 @@ def _convert(
         )
     finally:
         base.index_tensors = original
-    result.arch = result.model.gguf_writer.arch
-    result.writer = converter._catcher(package.base.gguf.GGUFWriter, caught, result)(
-        path=None, arch=result.arch
-    )
-    result.writer.kv_data = result.model.gguf_writer.kv_data
-    result.model.gguf_writer = result.writer
-    result.model.prepare_tensors()
-    if result.arch in converter.UNTIED and hparams.get("tie_word_embeddings"):
-        converter._untie(result)
+    converter.list_tensors(result, package.base.gguf, caught, hparams)
     return result
 
 

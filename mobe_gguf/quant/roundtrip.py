@@ -48,7 +48,10 @@ def settled(x: torch.Tensor, type_name: str, transposed: bool = False) -> torch.
 def noise(type_name: str) -> float:
     """Relative squared error of the type on normal values."""
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32))
-    return float((x - rounded(x, type_name)).square().sum() / x.square().sum())
+    weights = np.ones(256, np.float32) if ggml.type_info(type_name).requires_imatrix else None
+    data = ggml.quantize(x.numpy(), type_name, weights, name="noise", threads=1)
+    y = torch.from_numpy(ggml.dequantize(data, type_name, 256, threads=1))
+    return float((x - y).square().sum() / x.square().sum())
 
 
 def resolve(option: str, name: str, row: int) -> str:
