@@ -78,6 +78,7 @@ from mobe_gguf.core.files import parse_size
     metavar="N",
     help="Optimizer steps for each unit (one projection of one layer).",
 )
+@options.verify
 @options.ctx
 @options.device
 @options.resume

@@ -136,13 +136,14 @@ TYPE_OPTIONS = {
 @click.option(
     "--tokenizer-pre", metavar="NAME", help="Name of llama.cpp's pre-tokenizer, if it is not recognized."
 )
+@options.verify
 @options.dry_run
 @options.as_json
 @click.option(
     "-v", "--verbose", is_flag=True, help="Show every tensor and the output of llama.cpp's converter."
 )
 @options.quiet
-def command(model: Path, out: Path, as_json: bool, **given: Any) -> None:
+def command(model: Path, out: Path, as_json: bool, verify: bool, **given: Any) -> None:
     """Write the MoBE checkpoint MODEL as a GGUF file.
 
     MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint. It may be an id on the Hugging Face hub (ORG/NAME),
@@ -178,6 +179,10 @@ def command(model: Path, out: Path, as_json: bool, **given: Any) -> None:
             "nothing was written" if given["split_max_size"] is None else left_by(out, "what is finished is")
         )
         raise Interrupted(f"stopped; {left}") from e
+    if verify and not given["dry_run"] and request.options.wab is None:
+        from mobe_gguf.export.agreement import check_written
+
+        report.compared = check_written(Path(report.path), request.model, fitted=report.refit is not None)
     if not given["quiet"]:
         _show(report, given["dry_run"])
     if as_json:
@@ -264,4 +269,6 @@ def _show(report: Report, dry_run: bool) -> None:
     lines.append(f"{where}: {describe_size(size)} {done}{kept}")
     if report.card:
         lines.append(report.card)
+    if report.compared is not None:
+        lines.append(report.compared)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

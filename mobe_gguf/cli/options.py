@@ -73,6 +73,11 @@ threads = click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
 )
 resume = click.option("--resume", is_flag=True, help="Resume from OUT.work, if it is there.")
+verify = click.option(
+    "--verify/--no-verify",
+    default=True,
+    help="Run the first layers of MODEL in transformers and those of the new file in llama.cpp, where that takes seconds.  [default: verify]",
+)
 dry_run = click.option(
     "--dry-run", is_flag=True, help="Check everything, show what would be written, and write nothing."
 )

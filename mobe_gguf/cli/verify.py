@@ -47,7 +47,7 @@ def command(
     verdict = verify(file, sums=None if sums is None else read_sums(sums), quiet=quiet)
     compared = None
     if model is not None and not verdict.problems:
-        from mobe_gguf.studies.agreement import agreement
+        from mobe_gguf.export.agreement import agreement
 
         compared = agreement(file, model, layers)
         verdict.problems += [(str(file), problem) for problem in compared.problems]
@@ -73,11 +73,7 @@ def command(
         sizes = f"{count}{verdict.n_tensors} tensors, {describe_size(verdict.n_bytes)}"
         click.echo(f"{file}: whole: {sizes}{', checksums as expected' if sums else ''}")
     if compared is not None and not as_json and not quiet:
-        graph, own = compared.graph[compared.n_layers], compared.file[compared.n_layers]
-        click.echo(
-            f"{file}: first {compared.n_layers} layers: llama.cpp in float32 differs from transformers by {graph:.1e} of the "
-            f"logits' energy, the file from that by {own:.1e}"
-        )
+        click.echo(f"{file}: {compared.line()}")
     if not as_json and not quiet:
         for note in verdict.notes:
             click.echo(f"{file}: {note}", err=True)

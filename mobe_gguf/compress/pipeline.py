@@ -30,6 +30,7 @@ from mobe_gguf.core.progress import say
 from mobe_gguf.evaluate import Row, Settings, compare, heldout
 from mobe_gguf.evaluate.verify import verify
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
+from mobe_gguf.export.agreement import check_written
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.spec import Options
 from mobe_gguf.models.checkpoint import Checkpoint
@@ -68,12 +69,13 @@ class Wishes:
     threads: int | None = None
     rivals: bool = True
     measure: bool = True
+    verify: bool = True
 
     def description(self) -> dict[str, Any]:
         """What must be the same where a job is resumed; texts by their content."""
         made = dataclasses.asdict(self) | {"text": [sha256(path) for path in self.text]}
         made["eval_text"] = self.eval_text and sha256(self.eval_text)
-        return {k: v for k, v in made.items() if k not in ("memory", "device", "threads")}
+        return {k: v for k, v in made.items() if k not in ("memory", "device", "threads", "verify")}
 
 
 @dataclass
@@ -302,6 +304,10 @@ class Job:
         verdict = verify(path)
         if verdict.problems:
             raise MobeError(f"{path}: {': '.join(verdict.problems[0])}; the work folder is kept")
+        if self.wishes.verify:
+            compared = check_written(path, self.model)
+            if not self.quiet:
+                say(compared)
         target = destination(self.out)
         os.replace(path, target)
         return Result(self.out, kind, why, rows, speeds, names, self.seconds)

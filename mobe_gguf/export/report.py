@@ -97,7 +97,8 @@ class Report:
     ``files``: all paths where it is split (``path`` is the first), of which ``files_kept`` an interrupted run had
     finished.  ``needs_imatrix``: tensors that could not be written for want of an importance matrix (planned only).  ``refit``: None if A was not
     solved for again.  ``copied``: tensors
-    that passed through from a GGUF file.  ``card``: where the card is, or why there is none.
+    that passed through from a GGUF file.  ``card``: where the card is, or why there is none.  ``compared``: how far the file's first
+    layers are from the model's, or why that is not known.
     """
 
     path: str
@@ -118,6 +119,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     copied: int = 0
     card: str | None = None
+    compared: str | None = None
 
     @property
     def n_params(self) -> int:
@@ -172,6 +174,7 @@ class Report:
             "notes": self.notes,
             "copied": self.copied,
             "card": self.card,
+            "compared": self.compared,
         }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.export.converter import ARCHITECTURES
@@ -39,8 +40,14 @@ GRAPH_LIMIT = 1e-8
 #: Measured on random models, whose routers flip: f16 2e-7, bf16 2e-5, q8_0 0.03.
 TYPE_LIMITS = ((32.0, 1e-8), (16.0, 1e-3), (8.0, 0.2))
 
-#: Keys that may differ: how many layers there are, what is named, and what ``--experts-used`` sets.
-_OWN_KEYS = ("block_count", "expert_used_count", "mobe.")
+#: Keys that may differ: how many layers there are, and what is named.
+_OWN_KEYS = ("block_count", "mobe.")
+
+#: Bytes of float32 that are compared without being asked to: some seconds.
+QUICK = 200_000_000
+
+#: ``model_type`` that transformers knows only by code of the model's own.
+OWN_CODE = ("bailing_moe", "kimi_k2")
 
 
 @dataclass
@@ -53,18 +60,27 @@ class Agreement:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def line(self) -> str:
+        return (
+            f"first {self.n_layers} layers: llama.cpp in float32 differs from transformers by {self.graph[self.n_layers]:.1e} of the "
+            f"logits' energy, the file from that by {self.file[self.n_layers]:.1e}"
+        )
 
-def agreement(file: Path, model: Path, layers: int = 2, n_tokens: int = 32) -> Agreement:
+
+def agreement(
+    file: Path, model: Path, layers: int = 2, n_tokens: int = 32, fitted: bool = False
+) -> Agreement:
     """Compare ``layers`` layers, and those before the first with experts.
 
-    ``model``: what the file was made of, or MoBE factors of it.  UsageError if there is no such model in transformers.
+    ``model``: what the file was made of, or MoBE factors of it.  ``fitted``: the file's factors were solved for again, nearer to
+    another model than to these.  UsageError if there is no such model in transformers.
     """
     checkpoint, whole = _open(model), read_model(file)
-    n = min(checkpoint.n_layer, checkpoint.moe_layers[0] + max(1, layers))
+    n = _compared(checkpoint, layers)
     vocabulary = checkpoint.shape(checkpoint.family.embedding)[0]
     tokens = np.random.default_rng(0).integers(vocabulary, size=n_tokens)
     result = Agreement(n)
-    limit = _limit(whole, isinstance(checkpoint, MobeCheckpoint))
+    limit = _limit(whole, isinstance(checkpoint, MobeCheckpoint) and not fitted)
     if limit is None:
         result.notes.append(
             "the file's types are too small, or its factors too far from the model, for a verdict on its weights: its keys and "
@@ -93,11 +109,49 @@ def agreement(file: Path, model: Path, layers: int = 2, n_tokens: int = 32) -> A
     return result
 
 
+def check_written(path: Path, model: Path, *, layers: int = 2, fitted: bool = False) -> str:
+    """What ``export`` and ``compress`` do at their end: :func:`agreement` of the new file ``path`` in words, or why it was not
+    compared.  MobeError if the file computes something else.
+    """
+    try:
+        checkpoint = _open(model)
+    except UsageError as e:
+        return f"not compared with the model: {e.message}"
+    if (size := _size(checkpoint, _compared(checkpoint, layers))) > QUICK:
+        return (
+            f"not compared with the model, for that takes {describe_size(size)} of memory and disk: "
+            f"mobe-gguf verify {path} --model {model}"
+        )
+    found = agreement(path, model, layers, fitted=fitted)
+    if found.problems:
+        raise MobeError(f"{path}: written, but do not use it: {'; '.join(found.problems)}")
+    return "; ".join([found.line(), *found.notes])
+
+
+def _compared(checkpoint: Checkpoint, layers: int) -> int:
+    return min(checkpoint.n_layer, checkpoint.moe_layers[0] + max(1, layers))
+
+
+def _size(checkpoint: Checkpoint, n: int) -> int:
+    """Bytes in float32 of the first ``n`` layers, embeddings and output."""
+    kept = (name for name in checkpoint.names if _layer_of(name) < n)
+    made = 4 * sum(checkpoint.info(name).numel for name in kept)
+    if isinstance(checkpoint, MobeCheckpoint):
+        made += 4 * n * 3 * checkpoint.n_expert * checkpoint.n_ff_exp * checkpoint.n_embd
+    return made
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a tensor belongs to; -1 if to none."""
+    parts = name.split(".")
+    return next((int(parts[i + 1]) for i, p in enumerate(parts[:-1]) if p == "layers"), -1)
+
+
 def _open(path: Path) -> Checkpoint:
     source = open_original(path)
     if not isinstance(source, Checkpoint):
         raise UsageError(f"--model {path}: a Hugging Face model directory is compared with, not a GGUF file")
-    if source.family.name == "bailing_moe" or source.config.get("model_type") == "kimi_k2":
+    if source.config.get("model_type") in OWN_CODE:
         raise UsageError(
             f"--model {path}: transformers does not know {source.config.get('model_type')}; its code is not run"
         )
@@ -132,7 +186,7 @@ def _compare(
     """Whether the first ``n`` layers agree: the graph's, and the file's."""
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-verify-") as folder:
         small, new, old = Path(folder) / "model", Path(folder) / "new.gguf", Path(folder) / "file.gguf"
-        _first_layers(checkpoint, n, small)
+        _first_layers(checkpoint, n, small, whole.keys.get(f"{whole.arch}.expert_used_count"))
         options = ExportOptions(dense=True, allow_dense=True, quiet=True, tokenizer_pre="qwen2")
         write_model(ExportRequest(small, new, Recipe("f32"), options))
         reference = logits(new, tokens)
@@ -178,8 +232,8 @@ def _other_keys(file: GgufFile, new: GgufFile) -> Iterator[str]:
         yield f"key {key} is {file.keys.get(key)!r}, a new file of the model has {new.keys.get(key)!r}"
 
 
-def _first_layers(checkpoint: Checkpoint, n: int, out: Path) -> None:
-    """An ordinary model of the first ``n`` layers; FP8 and factors become float32."""
+def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> None:
+    """An ordinary model of the first ``n`` layers that uses ``used`` experts, as the file; FP8 and factors become float32."""
     out.mkdir()
     copy_small_files(checkpoint.path, out)
     config = {
@@ -190,6 +244,8 @@ def _first_layers(checkpoint: Checkpoint, n: int, out: Path) -> None:
     lists = {k: v[:n] for k, v in config.items() if isinstance(v, list) and len(v) == checkpoint.n_layer}
     config |= lists | {"num_hidden_layers": n, "architectures": [ARCHITECTURES[checkpoint.family.name]]}
     config |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in config}
+    if isinstance(used, int):  # of ``--experts-used``
+        config |= {key: used for key in checkpoint.family.n_expert_used_keys if key in config}
     (out / "config.json").write_text(json.dumps(config))
     write_safetensors(out / SINGLE_NAME, _entries(checkpoint, n), {"format": "pt"})
 
@@ -210,9 +266,7 @@ def _entries(checkpoint: Checkpoint, n: int) -> Iterator[Entry]:
         matrix = read(e)
         yield Entry.of(name, matrix)
     for name in checkpoint.names:
-        parts = name.split(".")
-        layer_of = next((int(parts[i + 1]) for i, p in enumerate(parts[:-1]) if p == "layers"), -1)
-        if layer_of >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
+        if _layer_of(name) >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
             continue
         info = checkpoint.info(name)
         if info.dtype.startswith("F8"):

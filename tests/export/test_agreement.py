@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from export.handmade import make_mobe
 from models.editing import edit_config
 
+from export.handmade import make_mobe
 from mobe_gguf.cli import main
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.formats.gguf import read_gguf
@@ -88,3 +88,25 @@ def test_factors(model: Maker, tmp_path: Path) -> None:
 def test_models_that_cannot_be_compared(model: Maker, dense: tuple[Path, Path], tmp_path: Path) -> None:
     done = verify(dense[0], model("bailing_moe"))
     assert done.exit_code == 2 and "transformers does not know bailing_moe" in done.stderr
+
+
+def test_export_compares_what_it_wrote(
+    own_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, with the number of experts that was asked for; what would take long is left to ``verify``."""
+    source = own_model("qwen3_moe", num_hidden_layers=1)
+
+    def run(*more: str) -> Result:
+        arguments = ["export", str(source), str(tmp_path / "out.gguf"), "--dense", "--quant", "f32", *more]
+        return CliRunner().invoke(main, arguments)
+
+    done = run("--experts-used", "3")
+    assert done.exit_code == 0 and "first 1 layers: llama.cpp in float32 differs" in done.stderr, done.stderr
+    assert "differs" not in run("--no-verify").stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("mobe_gguf.export.agreement.QUICK", 1000)
+        assert "mobe-gguf verify" in run().stderr
+    monkeypatch.setattr(config_values, "judge", lambda family, config: config_values.Judgement())
+    edit_config(source, norm_topk_prob=False)
+    done = run()
+    assert done.exit_code == 1 and "do not use it: layer 0 is the first to part" in done.stderr, done.stderr
