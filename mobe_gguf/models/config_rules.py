@@ -1,0 +1,326 @@
+"""The rules of which ``config_tables`` is made: a key with one value, a judge of several, and what they find.
+
+Judges take config.json and add to a :class:`Judgement`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from mobe_gguf.core.errors import MobeError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key of which the runtime computes one value: ``computes`` says what.  ``default``: the config class's, where the key
+    is missing."""
+
+    allowed: tuple[Any, ...]
+    computes: str
+    default: Any = None
+
+
+@dataclass
+class Judgement:
+    """``refused``: what the file would compute otherwise, a line each; ``notes``: what a user should know;
+    ``hparams``: values that the converter is given instead; ``keys``: what is set in the file, without the architecture's
+    prefix."""
+
+    refused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hparams: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, int | float] = field(default_factory=dict)
+
+    def refuse(self, key: str, value: Any, computes: str) -> None:
+        self.refused.append(f"'{key}' is {value!r}, and the runtime {computes}")
+
+
+Judge = Callable[[Config, Judgement], None]
+
+#: Keys that change no logits: training, dropout, caches, output options, names; or of the tokenizer, which is a file of its own.
+INERT = frozenset(
+    "_name_or_path add_cross_attention architectures attention_dropout auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward "
+    "dtype embedding_dropout eos_token_id ep_size finetuning_task id2label initializer_range is_decoder is_encoder_decoder label2id "
+    "model_type output_attentions output_dropout output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type "
+    "return_dict router_aux_loss_coef router_jitter_noise seq_aux task_specific_params torch_dtype transformers_version use_cache "
+    "quantization_config tokenizer_class num_nextn_predict_layers num_mtp_layers".split()
+)
+
+#: What factorizing writes into config.json; read by this package alone.
+OURS = frozenset(("num_B", "activation", "mobe"))
+
+COMMON = frozenset(
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok rms_norm_eps "
+    "max_position_embeddings rope_parameters rope_scaling rope_theta tie_word_embeddings is_causal".split()
+)
+SILU = Only(("silu", "swish"), "computes silu", "silu")
+NO_BIAS = Only((False, None), "has no such biases", False)
+
+
+def windows(config: Config, judgement: Judgement, used: bool) -> None:
+    """Windows of attention: the graphs of these families attend to everything."""
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    if used and window is not None and not (is_int(context) and is_int(window) and window >= context):
+        judgement.refuse(
+            "sliding_window",
+            window,
+            "attends to all tokens before; where the model was not trained with a window, set it to null",
+        )
+
+
+def sliding_if_used(config: Config, judgement: Judgement) -> None:
+    """Qwen, Bailing: the window counts if ``use_sliding_window`` says so."""
+    windows(config, judgement, bool(config.get("use_sliding_window")))
+
+
+def sliding(config: Config, judgement: Judgement) -> None:
+    """Mixtral: a window that is there counts."""
+    windows(config, judgement, True)
+
+
+def all_layers_attend(config: Config, judgement: Judgement) -> None:
+    """``layer_types``, of any family: nothing but full attention, or a window that is not used."""
+    types = config.get("layer_types")
+    other = [t for t in types if t != "full_attention"] if isinstance(types, list) else []
+    if other and not (other == ["sliding_attention"] * len(other) and not config.get("sliding_window")):
+        judgement.refuse("layer_types", types, "computes full attention in every layer")
+
+
+def all_layers_moe(config: Config, judgement: Judgement) -> None:
+    """Qwen: no layer may be dense, for the graph has none."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
+    if step not in (1, 0, None):
+        judgement.refuse("decoder_sparse_step", step, "has experts in every layer")
+    if dense:
+        judgement.refuse("mlp_only_layers", dense, "has experts in every layer")
+
+
+def leading_dense(config: Config, judgement: Judgement) -> None:
+    """DeepSeek: dense layers come first, and then no more."""
+    freq = config.get("moe_layer_freq")
+    first, n_layer = config.get("first_k_dense_replace") or 0, config.get("num_hidden_layers") or 0
+    if isinstance(freq, list):
+        if freq[first:n_layer] != [1] * (n_layer - first) or any(freq[:first]):
+            judgement.refuse("moe_layer_freq", freq, f"has experts in every layer from {first} on")
+    elif freq not in (None, 0, 1):
+        judgement.refuse("moe_layer_freq", freq, f"has experts in every layer from {first} on")
+
+
+def heads_fill_width(config: Config, judgement: Judgement) -> None:
+    """Qwen2-MoE, OLMoE: the graph takes heads of hidden_size / num_attention_heads."""
+    head, heads, width = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
+    if head is not None and is_int(heads) and head * heads != width:
+        judgement.refuse("head_dim", head, f"takes heads of {width} / {heads}, of hidden_size")
+
+
+def equal_heads(config: Config, judgement: Judgement) -> None:
+    """OLMoE: queries and keys are normed over the same width; DeepSeek: keys of each head."""
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if kv_heads is not None and kv_heads != heads:
+        judgement.refuse("num_key_value_heads", kv_heads, f"takes as many as num_attention_heads, {heads}")
+
+
+def some_shared(key: str) -> Judge:
+    """The graph adds a shared expert, which cannot be missing."""
+
+    def judge(config: Config, judgement: Judgement) -> None:
+        value = config.get(key)
+        if not is_int(value) or value < 1:
+            judgement.refuse(key, value, "adds a shared expert in every layer")
+
+    return judge
+
+
+def olmoe_epsilon(config: Config, judgement: Judgement) -> None:
+    """The converter writes 1e-5 whatever config.json says."""
+    judgement.keys["attention.layer_norm_rms_epsilon"] = float(config.get("rms_norm_eps", 1e-5))
+
+
+def mla_epsilon(config: Config, judgement: Judgement) -> None:
+    """DeepSeek's norms of the compressed queries and keys take 1e-6, the file has one epsilon for all norms."""
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if epsilon > 1e-4:
+        judgement.refuse(
+            "rms_norm_eps",
+            epsilon,
+            "takes it for the norms of compressed queries and keys, too, which have 1e-6",
+        )
+    elif epsilon != 1e-6:
+        judgement.notes.append(
+            f"config.json: 'rms_norm_eps' is {epsilon}; llama.cpp takes it for the norms of compressed queries and keys, too, "
+            "where transformers takes 1e-6"
+        )
+
+
+def query_rank(config: Config, judgement: Judgement) -> None:
+    """DeepSeek: the runtime guesses by the number of layers whether queries are compressed."""
+    n_layer, vocab, rank = (config.get(k) for k in ("num_hidden_layers", "vocab_size", "q_lora_rank"))
+    plain = n_layer in (26, 27) or (n_layer == 48 and vocab == 128256)
+    if plain and rank:
+        judgement.refuse("q_lora_rank", rank, f"reads none in models of {n_layer} layers")
+    elif not plain and not rank:
+        judgement.keys["attention.q_lora_rank"] = 0
+
+
+def rotary_head(config: Config, judgement: Judgement) -> None:
+    """DeepSeek: ``head_dim`` can only repeat ``qk_rope_head_dim``."""
+    head, rotary = config.get("head_dim"), config.get("qk_rope_head_dim")
+    if head is not None and rotary is not None and head != rotary:
+        judgement.refuse("head_dim", head, f"rotates qk_rope_head_dim, {rotary}, dimensions")
+
+
+def scaling_factor(config: Config, judgement: Judgement) -> None:
+    """0 means to the runtime that there is no factor."""
+    if config.get("routed_scaling_factor", 1.0) == 0:
+        judgement.refuse("routed_scaling_factor", 0, "takes 0 for 1")
+
+
+def v2_groups(config: Config, judgement: Judgement) -> None:
+    """DeepSeek-V2 chooses groups by their best expert, the runtime by their two best; "greedy" has no groups at all."""
+    method, groups = config.get("topk_method", "greedy"), config.get("n_group") or 1
+    if config.get("num_hidden_layers") in (47, 48) and config.get("vocab_size") == 154880:
+        judgement.hparams["scoring_func"] = "softmax"  # the runtime would guess another model, with sigmoid
+    if method == "greedy" and groups != 1:
+        judgement.hparams |= {"n_group": None, "topk_group": None}
+    elif groups != 1 and method == "group_limited_greedy":
+        judgement.refuse(
+            "topk_method",
+            method,
+            f"chooses among {groups} groups of experts by their two best, not by the best one",
+        )
+    if method not in ("greedy", "group_limited_greedy"):
+        judgement.refuse("topk_method", method, "knows 'greedy'")
+
+
+def v2_norm(config: Config, judgement: Judgement) -> None:
+    """With ``norm_topk_prob`` transformers' class, DeepSeek's own code and the runtime compute three different things."""
+    if config.get("norm_topk_prob"):
+        judgement.refuse(
+            "norm_topk_prob",
+            config["norm_topk_prob"],
+            "normalizes and then multiplies by routed_scaling_factor; transformers does not normalize, and DeepSeek's own code "
+            "does not multiply",
+        )
+
+
+def v3_groups(config: Config, judgement: Judgement) -> None:
+    """Groups of experts: none are written where all are used, for which the runtime stops with an assertion."""
+    groups, used, n = (config.get(k) for k in ("n_group", "topk_group", "n_routed_experts"))
+    if groups in (None, 1):
+        return
+    if groups == used:
+        judgement.hparams |= {"n_group": None, "topk_group": None}
+    elif not is_int(groups) or not is_int(n) or groups < 1 or n % groups or groups >= n:
+        judgement.refuse("n_group", groups, f"needs groups of two or more that divide {n} experts")
+    elif not is_int(used) or not 1 <= used < groups:
+        judgement.refuse("topk_group", used, f"needs 1 to {groups}, as many groups as there are")
+
+
+def rope_of(config: Config) -> dict[str, Any]:
+    """The rotary parameters, whichever way they are written: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
+    ``rope_scaling``."""
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(said, Mapping):
+        raise MobeError(f"config.json: 'rope_scaling' must be an object, got {said!r}")
+    rope = dict(said)
+    rope.setdefault("rope_type", rope.get("type") or "default")
+    return rope
+
+
+def _magnitude(factor: float, scale: float = 1.0) -> float:
+    """``1 + 0.1 scale ln(factor)``, YaRN's correction of attention."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
+    """What transformers multiplies cosines and sines by (``modeling_rope_utils.py``)."""
+    if (given := rope.get("attention_factor")) is not None:
+        return float(given)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _magnitude(factor, rope["mscale"]) / _magnitude(factor, rope["mscale_all_dim"])
+    return _magnitude(factor)
+
+
+def rotary(*kinds: str, latent: bool = False) -> Judge:
+    """Rotary scaling: ``kinds`` beside none are carried.  ``latent``: DeepSeek's graph, which scales all of attention, too."""
+
+    def judge(config: Config, judgement: Judgement) -> None:
+        rope = rope_of(config)
+        kind, partial = (
+            rope["rope_type"],
+            rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
+        )
+        if partial not in (None, 1, 1.0):
+            judgement.refuse("partial_rotary_factor", partial, "rotates all dimensions")
+        if kind == "dynamic":
+            judgement.notes.append(
+                "config.json: rope scaling 'dynamic' begins beyond max_position_embeddings, the file's context length; llama.cpp "
+                "has none there"
+            )
+            return
+        if kind not in ("default", *kinds):
+            judgement.refuse("rope_type", kind, f"knows {', '.join(kinds) or 'no scaling'} in this family")
+            return
+        if rope.get("truncate") is False and kind == "yarn":
+            judgement.refuse("truncate", False, "rounds the range of YaRN's ramp to whole dimensions")
+        factor = rope.get("factor")
+        if kind in ("linear", "yarn"):
+            if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
+                judgement.refuse("factor", factor, f"needs a number from 1 on for rope_type '{kind}'")
+            elif factor > 1:
+                _scale_attention(rope, float(factor), kind, latent, judgement)
+
+    return judge
+
+
+def _scale_attention(
+    rope: Mapping[str, Any], factor: float, kind: str, latent: bool, judgement: Judgement
+) -> None:
+    """Keys that make the runtime's magnitudes of rotated dimensions and of attention those of transformers.
+
+    ``llama-context.cpp`` multiplies rotated dimensions by ``attn_factor (1 + 0.1 ln factor)``, or with a yarn_log_multiplier L
+    (``src/models/deepseek2.cpp``) by ``attn_factor``, and all of attention by ``(attn_factor (1 + L ln factor))^2``.
+    """
+    rotated = _yarn_magnitude(rope, factor) if kind == "yarn" else 1.0
+    whole = _magnitude(factor)
+    if not latent:
+        if kind == "yarn" and not math.isclose(rotated, whole, rel_tol=1e-7):
+            judgement.keys["rope.scaling.attn_factor"] = rotated / whole
+        return
+    attention = _magnitude(factor, rope["mscale_all_dim"]) if rope.get("mscale_all_dim") else 1.0
+    multiplier = (attention / (rotated if kind == "yarn" else whole) - 1) / math.log(factor)
+    attn_factor = rotated
+    if kind == "yarn" and abs(multiplier) < 1e-9:  # L of 0: the runtime's other branch
+        multiplier, attn_factor = 0.0, rotated / whole
+    judgement.keys["rope.scaling.yarn_log_multiplier"] = multiplier
+    if not math.isclose(attn_factor, 1.0, rel_tol=1e-7):
+        judgement.keys["rope.scaling.attn_factor"] = attn_factor
+
+
+def is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Values:
+    """One family: keys that are carried, keys with one value, and judges; ``implied`` is what its class computes where
+    config.json does not say so and the converter would not know."""
+
+    carried: frozenset[str]
+    only: Mapping[str, Only]
+    judges: tuple[Judge, ...]
+    implied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Keys that the family's class reads, and the inert ones: what the converter is given, and nothing else."""
+        return self.carried | frozenset(self.only) | INERT | COMMON
+
+
+def names(names: str) -> frozenset[str]:
+    return frozenset(names.split())
