@@ -41,7 +41,8 @@ def command(
     FILE is any GGUF file. For the first file of a split model, all its files are checked. Every fault is listed with its tensor
     and the reason, and the exit code is 1. Tensors whose values are too small for their type are mentioned.
     """
-    from mobe_gguf.core.files import describe_size
+    from mobe_gguf.core.errors import MobeError
+    from mobe_gguf.core.files import describe_size, why_not_written
     from mobe_gguf.evaluate.verify import read_sums, verify
 
     verdict = verify(file, sums=None if sums is None else read_sums(sums), quiet=quiet)
@@ -49,7 +50,10 @@ def command(
     if model is not None and not verdict.problems:
         from mobe_gguf.export.agreement import agreement
 
-        compared = agreement(file, model, layers)
+        try:
+            compared = agreement(file, model, layers)
+        except OSError as e:
+            raise MobeError(f"{model}: its first layers cannot be written: {why_not_written(e)}") from e
         verdict.problems += [(str(file), problem) for problem in compared.problems]
         verdict.notes += compared.notes
     if as_json:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.core.files import describe_size
+from mobe_gguf.core.files import describe_size, why_not_written
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.export.converter import ARCHITECTURES
@@ -122,7 +122,10 @@ def check_written(path: Path, model: Path, *, layers: int = 2, fitted: bool = Fa
             f"not compared with the model, for that takes {describe_size(size)} of memory and disk: "
             f"mobe-gguf verify {path} --model {model}"
         )
-    found = agreement(path, model, layers, fitted=fitted)
+    try:
+        found = agreement(path, model, layers, fitted=fitted)
+    except OSError as e:
+        return f"not compared with the model: its first layers cannot be written: {why_not_written(e)}"
     if found.problems:
         raise MobeError(f"{path}: written, but do not use it: {'; '.join(found.problems)}")
     return "; ".join([found.line(), *found.notes])
