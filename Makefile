@@ -7,6 +7,7 @@
 #   make peers    llama.cpp's and llama-cpp-python's own tests, on the patched build
 #   make sanitize  the operator under ThreadSanitizer and AddressSanitizer
 #   make fuzz     thousands of damaged files through the loader, built with AddressSanitizer
+#   make browser  chromium for the tests of HTML pages, where apt is there; without one they are skipped
 #   make lint     ruff, which room may import which, and mypy
 #   make clean    remove what these made; the downloads and objects in ~/.cache/mobe-gguf stay
 
@@ -15,7 +16,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-unit peers sanitize fuzz build lint format clean
+.PHONY: demo test test-unit browser peers sanitize fuzz build lint format clean
 
 demo: build
 	$(BIN)/mobe-gguf demo
@@ -28,6 +29,13 @@ test: $(READY)
 # without the runtime, in a minute
 test-unit: $(READY)
 	$(BIN)/python -m pytest -m "unit and not slow" $(PYTEST_ARGS)
+
+# never fails: the tests of pages skip where there is no browser
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  { timeout 300 apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null 2>&1 || \
+	    { timeout 100 apt-get update -qq && timeout 300 apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } >/dev/null 2>&1; }; } || \
+	  echo "no chromium: the tests of pages are skipped"
 
 # compiles some forty test programs in the runtime's build tree; scipy is for llama-cpp-python's tests
 peers: $(READY)

@@ -18,6 +18,7 @@ RUNTIME = (
     "stock/",
     "studies/",
     "calibrate/test_moments.py::test_export_leaves_what_was_fitted_to_moments",
+    "evaluate/test_page_of_files.py",
     "evaluate/test_inspect.py::test_checkpoint_and_its_gguf_agree",
     "evaluate/test_inspect.py::test_down",
     "evaluate/test_inspect.py::test_tables_fit_a_hundred_columns",
@@ -52,6 +53,7 @@ RUNTIME = (
 )
 
 SLOW = (
+    "browser/",
     "calibrate/",
     "evaluate/test_verify.py::test_any_bytes_changed",
     "export/test_failures.py",

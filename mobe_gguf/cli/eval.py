@@ -37,6 +37,11 @@ if TYPE_CHECKING:  # imports that take their time
     metavar="FILE.png",
     help="Plot KL divergence against file size.",
 )
+@options.report
+@click.option(
+    "--moments", type=click.Path(path_type=Path), metavar="FILE",
+    help="Of `mobe-gguf moments`: the report then shows errors of outputs, and the tokens that each expert saw.",
+)  # fmt: skip
 @click.option(
     "--card", is_flag=True, help="Add each FILE's results to the README.md that export wrote beside it."
 )
@@ -64,6 +69,8 @@ def command(
     ctx: int,
     chunks: int | None,
     plot: Path | None,
+    report_to: Path | None,
+    moments: Path | None,
     card: bool,
     keep_logits: Path | None,
     threads: int | None,
@@ -88,6 +95,7 @@ def command(
       mobe-gguf eval model-bf16.gguf model-q4_k_m.gguf mobe-q4_k.gguf --text wiki.test.raw --chunks 100
       mobe-gguf eval model-q8_0.gguf *.gguf --text book.txt --plot kl.png --json > kl.json
       mobe-gguf eval model-bf16.gguf mobe-q4_k.gguf --text wiki.test.raw --card
+      mobe-gguf eval model-bf16.gguf mobe-q4_k.gguf model-q3_k.gguf --text wiki.test.raw --report mobe.html
 
     Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage; 130: stopped.
     """
@@ -99,6 +107,9 @@ def command(
         from mobe_gguf.evaluate.plot import check
 
         check(plot)
+    if moments is not None and report_to is None:
+        raise UsageError("--moments is for the page of --report; name that, or leave --moments out")
+    known = options.check_report(report_to, moments)
     if card:
         _check_cards(files)
     settings = Settings(ctx, chunks, threads, _placement(gpu_layers, cpu_moe, n_cpu_moe))
@@ -124,6 +135,10 @@ def command(
         raise failure
     if plot is not None:
         _plot(rows, plot, quiet)
+    if report_to is not None:
+        from mobe_gguf.evaluate.page import of_eval
+
+        options.write_report(of_eval(facts_of(reference), rows, text, settings, known), report_to, quiet)
 
 
 def _check_cards(files: tuple[Path, ...]) -> None:

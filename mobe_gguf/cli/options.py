@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mobe_gguf.core.errors import UsageError
+
+if TYPE_CHECKING:  # imports that take their time
+    from mobe_gguf.evaluate.page.data import Page
+    from mobe_gguf.formats.moments import Moments
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -102,7 +107,37 @@ as_json = click.option(
     callback=_check_stdout,
     help="Print the result as JSON on stdout.",
 )
+report = click.option(
+    "--report",
+    "report_to",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Write what was found as one HTML page, with pictures, tables and texts of the first file; it needs nothing else.",
+)
 quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+
+
+def check_report(path: Path | None, moments: Path | None) -> Moments | None:
+    """Before the work: that the page can be written; what it is to show of ``moments``, opened."""
+    if path is None:
+        return None
+    from mobe_gguf import runtime
+    from mobe_gguf.evaluate.page import check
+    from mobe_gguf.formats.moments import Moments
+
+    check(path)
+    runtime.tool("llama-server")
+    return None if moments is None else Moments(moments)
+
+
+def write_report(page: Page, path: Path, quiet: bool) -> None:
+    """The page into ``path``."""
+    from mobe_gguf.core.progress import say
+    from mobe_gguf.evaluate.page import write
+
+    write(page, path)
+    if not quiet:
+        say(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB; open it in a browser")
 
 
 def _number(name: str, text: str, default: int, unset: bool, kind: click.ParamType | type = int) -> Decorator:

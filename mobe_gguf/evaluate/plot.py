@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobe_gguf.core.atomic import atomic_path, destination
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.evaluate.labels import is_far, leader, place
 from mobe_gguf.evaluate.report import short_names
 
 if TYPE_CHECKING:
@@ -20,12 +21,11 @@ FORMATS = ("png", "svg", "pdf")
 #: factorized -> (legend, marker, color)
 STYLES = {False: ("plain", "o", "tab:blue"), True: ("MoBE", "D", "tab:red")}
 
-#: Places of a label beside its point, in points, near ones first; the first that is free is taken.
-OFFSETS = tuple(
-    (x * distance, y * distance)
-    for distance in (7, 14, 22, 32, 44)
-    for x, y in ((1, 1), (1, -1), (-1, -1), (-1, 1), (1, 0), (0, 1.4), (0, -1.4))
-)
+#: Inches of the figure; where labels find no place, the next larger one is tried.
+SIZES = ((9.0, 6.0), (12.0, 8.0), (16.0, 11.0))
+
+#: Pixels that a point takes to each side of its middle.
+MARK = 6.0
 
 
 def check(path: Path) -> None:
@@ -52,14 +52,24 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> list[Row]:
     check(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     drawn = [row for row in rows if 0 < row.divergence.kl.value < math.inf]
     if not drawn:
         raise MobeError(f"{path}: no file has a KL divergence above zero, so there is nothing to plot")
+    for size in SIZES:
+        figure = Figure(figsize=size, layout="constrained")
+        if _draw(figure, FigureCanvasAgg(figure), drawn):
+            break
+    with atomic_path(path) as part:
+        figure.savefig(part, format=path.suffix[1:].lower(), dpi=150)
+    return [row for row in rows if row not in drawn]
+
+
+def _draw(figure: Any, canvas: Any, drawn: Sequence[Row]) -> bool:
+    """Points, frontier and labels; whether each label found a place (one that did not is left out)."""
+    from matplotlib.ticker import LogFormatter
+
     unit, name = (1e9, "GB") if max(row.facts.n_bytes for row in drawn) >= 1e10 else (1e6, "MB")
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_yscale("log")
     axes.set_xlabel(f"file size, {name}")
@@ -90,10 +100,7 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> list[Row]:
         )
     axes.legend(loc="upper right")
     points = [(row.facts.n_bytes / unit, row.divergence.kl.value) for row in drawn]
-    _label(canvas, axes, points, _labels(drawn))
-    with atomic_path(path) as part:
-        figure.savefig(part, format=path.suffix[1:].lower(), dpi=150)
-    return [row for row in rows if row not in drawn]
+    return _label(canvas, axes, points, _labels(drawn))
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
@@ -112,50 +119,26 @@ def _bars(rows: Sequence[Row]) -> list[list[float]]:
     return [errors, errors]
 
 
-def _label(canvas: Any, axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Write each label beside its point where it covers no other label or point, if there is such a place."""
-    from matplotlib.transforms import Bbox
-
+def _label(canvas: Any, axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> bool:
+    """Write each label beside its point where it covers nothing; False if some have no such place and are left out."""
     canvas.draw()
-    renderer = canvas.get_renderer()
-    centers = axes.transData.transform(points)
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in centers]
-    taken.append(axes.get_legend().get_window_extent(renderer))
-    for point, label in zip(points, labels, strict=True):
-        for offset in OFFSETS:
-            text = _annotate(axes, point, label, offset)
-            box = _extent(text, renderer)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
+    renderer, inverse = canvas.get_renderer(), axes.transData.inverted()
+    style = {"fontsize": 8, "ha": "center", "va": "center"}
+    texts = [axes.text(*point, label, **style) for point, label in zip(points, labels, strict=True)]
+    sizes = [(box.width + 4, box.height + 2) for box in (t.get_window_extent(renderer) for t in texts)]
+    pixels = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+    frame = (axes.bbox.x0 + 2, axes.bbox.y0 + 2, axes.bbox.x1 - 2, axes.bbox.y1 - 2)
+    legend = axes.get_legend().get_window_extent(renderer)
+    boxes = place(pixels, sizes, frame, [(legend.x0, legend.y0, legend.x1, legend.y1)], MARK)
+    for text, pixel, box in zip(texts, pixels, boxes, strict=True):
+        if box is None:
             text.remove()
-        else:
-            box = _extent(_annotate(axes, point, label, OFFSETS[0]), renderer)
-        taken.append(box)
-
-
-def _annotate(axes: Any, point: tuple[float, float], label: str, offset: tuple[float, float]) -> Any:
-    """``label`` at ``offset`` from ``point``, with a line to it where that is far."""
-    x, y = offset
-    far = max(abs(x), abs(y)) > 14
-    return axes.annotate(
-        label,
-        point,
-        xytext=offset,
-        textcoords="offset points",
-        ha="left" if x > 0 else "right" if x < 0 else "center",
-        va="center",
-        fontsize=8,
-        arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.5} if far else None,
-    )
-
-
-def _extent(text: Any, renderer: Any) -> Any:
-    """The box of an annotation's letters; its own method takes its line in."""
-    from matplotlib.text import Text
-
-    text.update_positions(renderer)
-    return Text.get_window_extent(text, renderer)
+            continue
+        text.set_position(inverse.transform(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)))
+        if is_far(pixel, box):
+            ends = inverse.transform(leader(pixel, box))
+            axes.plot(ends[:, 0], ends[:, 1], color="gray", linewidth=0.5, zorder=1)
+    return None not in boxes
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:

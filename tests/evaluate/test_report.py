@@ -6,7 +6,9 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -103,25 +105,35 @@ def test_plot(tmp_path: Path, form: str):
     assert path.read_bytes().startswith(start) and list(tmp_path.iterdir()) == [path]
 
 
-def test_labels_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ten files in a bunch: each label has a place of its own."""
-    boxes = []
-    annotate = plot._annotate
+def test_labels_are_apart_and_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files in a bunch, in a corner, with long names: each label has a place of its own, inside the axes."""
+    figures = []
+    draw = plot._draw
 
-    def remember(*arguments):
-        text = annotate(*arguments)
-        boxes.append(text)
-        return text
+    def remember(figure: Any, canvas: Any, rows: Sequence[Row]) -> bool:
+        figures.append(figure)
+        return draw(figure, canvas, rows)
 
-    monkeypatch.setattr(plot, "_annotate", remember)
-    names = [f"model-q{i}" for i in range(10)]
-    rows = [row(f"{name}.gguf", 4_000_000 + 20_000 * i, 0.05 * 0.95**i) for i, name in enumerate(names)]
-    rows.append(row("model-far.gguf", 9_000_000, 0.0001))
+    monkeypatch.setattr(plot, "_draw", remember)
+    names = [f"model-q{i}" for i in range(20)]
+    rows = [row(f"{name}.gguf", 4_000_000 + 9_000 * i, 0.05 * 0.97**i) for i, name in enumerate(names)]
+    rows += [
+        row("model-far-with-a-long-name.gguf", 9_000_000, 0.0001),
+        row("model-top-right.gguf", 8_900_000, 0.06),
+    ]
     plot.plot(rows, tmp_path / "kl.png")
-    kept = [text for text in boxes if text.axes is not None]
-    assert [text.get_text() for text in kept] == [*(name.removeprefix("model-") for name in names), "far"]
-    extents = [plot._extent(text, text.figure.canvas.get_renderer()) for text in kept]
+    figure = figures[-1]
+    renderer, axes = figure.canvas.get_renderer(), figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == [
+        r.facts.path.stem.removeprefix("model-") for r in rows
+    ]
+    extents = [text.get_window_extent(renderer) for text in axes.texts]
+    extents.append(axes.get_legend().get_window_extent(renderer))
     assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
+    assert all(
+        axes.bbox.x0 <= b.x0 and b.x1 <= axes.bbox.x1 and axes.bbox.y0 <= b.y0 and b.y1 <= axes.bbox.y1
+        for b in extents
+    )
 
 
 def test_plots_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
