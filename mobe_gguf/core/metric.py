@@ -25,6 +25,15 @@ FLOOR = 1e-4
 #: few or none is not believed to need nothing.
 PRIOR = 0.1
 
+#: Of second moments from t tokens of d inputs, the share ``1 / (1 + TRUSTED t / d)`` of what lies off the diagonal is not believed.
+TRUSTED = 0.3
+
+
+def shrinkage(tokens: float, d: int) -> float:
+    """Share of the moments' diagonal in what stands for them, ``(1 - share) S + share diag(S)``: sample covariances of few tokens show
+    correlations that are not there (Ledoit and Wolf 2004, whose share falls as d / t, too)."""
+    return 1.0 / (1.0 + TRUSTED * tokens / d)
+
 
 @dataclass(frozen=True)
 class Roots:

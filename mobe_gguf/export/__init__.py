@@ -24,7 +24,7 @@ from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.fitted import default_types, mismatch
 from mobe_gguf.export.imatrix import remarks
 from mobe_gguf.export.layout import Layout, Types, choose_types, lay_out
-from mobe_gguf.export.opened import Opened, open_model
+from mobe_gguf.export.opened import Opened, open_model, source_checksum
 from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.export.rounding import ByMoments, few_tokens
@@ -121,8 +121,9 @@ def _report(request: ExportRequest, model: Opened, types: Types, layout: Layout,
     if model.factors is not None and (note := mismatch(model.factors, types.choices)):
         report.notes.append(note)
     report.notes += remarks(model.imatrix, types.choices)
-    if model.moments is not None and (note := few_tokens(model.moments, types.choices)):
-        report.notes.append(note)
+    if model.moments is not None:
+        notes = model.moments.of_another(source_checksum(model)), few_tokens(model.moments, types.choices)
+        report.notes += [note for note in notes if note is not None]
     report.copied = sum(isinstance(tensor, Copied) for tensor in layout.encoded)
     if conversion.pre is not None:
         report.tokenizer_pre, report.tokenizer_why = conversion.pre.name, conversion.pre.why

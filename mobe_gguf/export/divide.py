@@ -1,4 +1,8 @@
-"""``--target-size`` and ``--target-bpw``: the types of bases, A and experts' matrices that make the best file of a size."""
+"""``--target-size`` and ``--target-bpw``: the types that make the best file of a size.
+
+Of bases, A and experts' matrices; with moments that say how large inputs are, of all matrices that they weigh: attention, shared experts, dense
+layers, output.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,17 @@ from math import prod
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import format_size
 from mobe_gguf.core.progress import bar
+from mobe_gguf.export import stream
 from mobe_gguf.export.imatrix import importances
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.refit import units_of, weigh_transforms
 from mobe_gguf.export.request import ExportRequest
-from mobe_gguf.export.rounding import bases, diagonals
+from mobe_gguf.export.rounding import bases, covers, diagonals
 from mobe_gguf.export.type_errors import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.quant.allocate import TooSmall, allocate
 from mobe_gguf.quant.mixture import Spec, layer_of
-from mobe_gguf.quant.recipe import Choice, is_fixed
+from mobe_gguf.quant.recipe import Choice, allows_quantization, is_fixed
 
 #: Any quantized type: what importance matrices are looked up for, before there is a choice.
 QUANTIZED = Choice("q4_k", "q4_k")
@@ -33,14 +38,17 @@ def divide(
     choose.
     """
     conversion, imatrix, recipe = model.conversion, model.imatrix, request.recipe
-    tensors, target = conversion.tensors, recipe.target
+    tensors, target, moments = conversion.tensors, recipe.target, model.moments
     if target is None:
         raise ValueError("the recipe has no target")
+    counted = None if moments is None else stream.counted(tensors, moments)
     wanted = {
         name
         for name, t in tensors.items()
-        if is_divided(name)
+        if is_divided(name, counted)
         and not t.forced
+        and allows_quantization(Spec(name, t.source.shape))
+        and (is_divided(name) or (moments is not None and covers(moments, t)))
         and not conversion.is_copied(name, choices[name])
         and not is_fixed(Spec(name, t.source.shape), recipe, name.replace("_exps.", "_basis.") in tensors)
     }
@@ -55,7 +63,6 @@ def divide(
     provisional = {**choices, **dict.fromkeys(wanted, QUANTIZED)}
     encoded = {n: c for n, c in provisional.items() if not conversion.is_copied(n, c)}
     weights = importances(imatrix, tensors, encoded)
-    moments = model.moments
     if moments is not None and model.factors is not None:
         weights |= bases(moments, model.factors)
     units = units_of(model.factors, imatrix, provisional, weights, moments) if model.factors else {}
@@ -63,11 +70,17 @@ def divide(
         weights |= diagonals(moments, {n: t for n, t in tensors.items() if n in wanted and n not in units})
     weights |= weigh_transforms(units, provisional, weights)
     layers = tuple(sorted({layer_of(name) for name in wanted}))
-    shares = shares_of(model.original, imatrix, layers)
+    shares = shares_of(model.original, imatrix, layers) if counted is None else None
+
+    def counts(name: str) -> float:
+        if counted is not None:
+            return counted.get(name, 1.0)
+        return 1.0 if shares is None else shares.get(layer_of(name), 1.0)
+
     options = {}
     with bar("measure types", len(wanted), request.options.quiet) as progress:
         found = measure(
-            tensors, wanted, units, weights, size, refit=request.options.refit, shares=shares, moments=moments
+            tensors, wanted, units, weights, size, refit=request.options.refit, counts=counts, moments=moments
         )
         for i, (name, curve) in enumerate(found, 1):
             options[name] = curve
@@ -87,8 +100,8 @@ def divide(
         ) from None
     how = _lines({name: option.type for name, option in chosen.items()})
     error = sum(option.error for option in chosen.values()) / len(layers)
-    counted = "each layer by its share of the residual stream" if shares else "all layers alike"
-    how.append(f"expected error {error:.4f} a layer, {counted}")
+    said = "each layer by its share of the residual stream" if shares or counted else "all layers alike"
+    how.append(f"expected error {error:.4f} a layer, {said}")
     return {**choices, **{n: Choice(o.type, o.type) for n, o in chosen.items()}}, how
 
 
@@ -98,12 +111,16 @@ def _lines(types: Mapping[str, str]) -> list[str]:
 
     by_kind: dict[str, dict[str, list[int]]] = {}
     for name, type_name in types.items():
-        match = re.fullmatch(r"blk\.\d+\.ffn_(\w+)_(basis|exps)\.weight", name)
-        assert match is not None, name
-        kind = f"{match[1]} B" if match[2] == "basis" else match[1]
+        match = re.fullmatch(r"blk\.\d+\.(?:ffn_(\w+)_(basis|exps)|(\w+))\.weight", name)
+        kind = name.removesuffix(".weight") if match is None else match[3] or match[1]
+        if match is not None and match[2] == "basis":
+            kind += " B"
         by_kind.setdefault(kind, {}).setdefault(type_name, []).append(layer_of(name))
     return [
         f"{kind}: "
-        + ", ".join(f"{t} in {format_layers(tuple(layers))}" for t, layers in sorted(found.items()))
+        + ", ".join(
+            t if layers == [-1] else f"{t} in {format_layers(tuple(layers))}"
+            for t, layers in sorted(found.items())
+        )
         for kind, found in sorted(by_kind.items())
     ]

@@ -18,7 +18,7 @@ from mobe_gguf.formats.gguf import number_of
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
 from mobe_gguf.models.original import Original
 from mobe_gguf.models.wab import WabCheckpoint
 
@@ -106,6 +106,14 @@ def _put_factors(conversion: Conversion, checkpoint: MobeCheckpoint, dense: bool
     if isinstance(checkpoint, (WabCheckpoint, GgufFactors)):  # of others the converter stacks the A's
         put_transforms(conversion, checkpoint)
     add_factors(conversion, checkpoint)
+
+
+def source_checksum(model: Opened) -> object:
+    """Of the original model: of factors what was recorded, which may be nothing."""
+    checkpoint = model.checkpoint
+    if isinstance(checkpoint, (MobeCheckpoint, GgufFactors)) and not isinstance(checkpoint, WabCheckpoint):
+        return recorded(checkpoint.config, "source_checksum")
+    return None if isinstance(checkpoint, WabCheckpoint) else checkpoint.checksum
 
 
 def _use_experts(conversion: Conversion, k: int) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.metric import Roots
+from mobe_gguf.core.metric import PRIOR, Roots, shrinkage
 from mobe_gguf.export.encoder import Encoder, EncodeRows, Nearest
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.report import Rounded
@@ -27,11 +27,24 @@ from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 
-def matrix(roots: Roots, e: int) -> torch.Tensor:
-    """S of expert ``e``, ``[d, d]`` float32."""
+def matrix(roots: Roots, e: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """S of expert ``e``, ``[d, d]`` float32, the less believed off its diagonal the fewer ``tokens`` ``[n]`` it was made of."""
     s = roots.root[e] @ roots.root[e].T
     if roots.rest is not None:
         s.diagonal().add_(roots.rest[e])
+    return s if tokens is None else shrunk(s, behind(tokens, e))
+
+
+def behind(tokens: torch.Tensor, e: int) -> float:
+    """Tokens that the moments of expert ``e`` are made of: its own, and what all have of the layer's mean."""
+    return float(tokens[e]) + PRIOR * float(tokens.float().mean())
+
+
+def shrunk(s: torch.Tensor, tokens: float) -> torch.Tensor:
+    """``s`` in place as ``core.metric.shrinkage`` says."""
+    diagonal = s.diagonal().clone()
+    s.mul_(1 - shrinkage(tokens, len(s)))
+    s.diagonal().copy_(diagonal)
     return s
 
 
@@ -81,7 +94,7 @@ class MomentsEncoder:
     by_matrix = True
 
     def open(self) -> EncodeRows:
-        roots = self.rounding.moments.find(self.name)
+        roots, tokens = self.rounding.moments.find(self.name), self.rounding.moments.tokens(self.name)
         assert roots is not None, self.name
         lock = threading.Lock()
         ready: dict[int, Any] = {}
@@ -92,16 +105,16 @@ class MomentsEncoder:
                 e = number if len(roots.root) > 1 else 0
                 if e not in ready:
                     ready.clear()
-                    ready[e] = self._rounder(roots, e)
+                    ready[e] = self._rounder(roots, e, tokens)
                 data, one = ready[e].encode(rows, self.type, name)
                 outcome.add(one)
                 return data
 
         return encode
 
-    def _rounder(self, roots: Roots, e: int) -> Rounder:
+    def _rounder(self, roots: Roots, e: int, tokens: torch.Tensor | None) -> Rounder:
         try:
-            return Rounder(matrix(roots, e), self.rounding.device)
+            return Rounder(matrix(roots, e, tokens), self.rounding.device)
         except MobeError as error:
             where = f"{self.rounding.moments.path}: {self.name}, matrix {e}"
             raise MobeError(

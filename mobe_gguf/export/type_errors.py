@@ -31,7 +31,6 @@ from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import layer_shares
 from mobe_gguf.quant.allocate import LADDER, Option
-from mobe_gguf.quant.mixture import layer_of
 from mobe_gguf.quant.recipe import fit, requires_imatrix
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
@@ -45,9 +44,11 @@ SAMPLE_ROWS = 64
 Size = Callable[[str, str], int]
 
 
-def is_divided(name: str) -> bool:
-    """Whether bits are divided among tensors of this name: all experts' matrices, factorized or not, and bases."""
-    return is_transform(name) or is_down(name) or name.endswith("_basis.weight")
+def is_divided(name: str, counted: Mapping[str, float] | None = None) -> bool:
+    """Whether bits are divided among tensors of this name: all experts' matrices, factorized or not, and bases; any matrix
+    of which is known what its error counts (``stream``)."""
+    experts = is_transform(name) or is_down(name) or name.endswith("_basis.weight")
+    return experts or (counted is not None and name in counted)
 
 
 def ladder(tensor: Tensor, weights: Importance | None) -> list[str]:
@@ -64,18 +65,18 @@ def measure(
     size: Size,
     *,
     refit: bool,
-    shares: Mapping[int, float] | None,
+    counts: Callable[[str], float],
     moments: Moments | None = None,
 ) -> Iterator[tuple[str, list[Option]]]:
     """The options of each tensor of ``wanted``, in the file's order.
 
-    ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``shares``: what layers
-    count, None if alike.  ``moments``: what the file is going to be rounded by; then these are errors after that.
+    ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``counts``: what an error
+    of a tensor counts.  ``moments``: what the file is going to be rounded by; then these are errors after that.
     """
     for name in (n for n in tensors if n in wanted):
         tensor, found = tensors[name], weights.get(name)
         types = ladder(tensor, found)
-        share = 1.0 if shares is None else shares.get(layer_of(name), 1.0)
+        share = counts(name)
         unit = units.get(name.replace("_basis.", "_exps."))
         if unit is None:
             errors = (
@@ -138,12 +139,12 @@ def _transform(unit: Unit, weights: Importance | None, types: list[str]) -> list
 
 def _rounded(tensor: Tensor, moments: Moments, types: list[str]) -> list[float]:
     """Of some rows of some matrices: rows are rounded independently of each other."""
-    roots = moments.find(tensor.name)
+    roots, tokens = moments.find(tensor.name), moments.tokens(tensor.name)
     assert roots is not None, tensor.name
     matrices = (m for piece in tensor.source.pieces() for m in piece.reshape(-1, *tensor.source.shape[-2:]))
     outcomes = {type_name: Outcome() for type_name in types}
     for e, w in enumerate(islice(matrices, SAMPLE)):
-        rounder = Rounder(matrix(roots, e if len(roots.root) > 1 else 0))
+        rounder = Rounder(matrix(roots, e if len(roots.root) > 1 else 0, tokens))
         for type_name, outcome in outcomes.items():
             rows = w[:: max(1, len(w) // SAMPLE_ROWS)][:SAMPLE_ROWS].float()
             if type_name in ROUNDED:

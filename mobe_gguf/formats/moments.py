@@ -73,6 +73,18 @@ class Moments:
         """sha256 over what the file was made of: model, text, settings."""
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
 
+    def of_another(self, checksum: object) -> str | None:
+        """What to tell a user whose model has another ``checksum`` than the one that was run; None if it is the same, or
+        either is not known."""
+        theirs = self.about.get("source_checksum")
+        if not isinstance(theirs, str) or not isinstance(checksum, str) or theirs == checksum:
+            return None
+        return (
+            f"warning: {self.path} was made of another model ({self.about.get('model')}, checksum {theirs[:12]}..., this one's is "
+            f"{checksum[:12]}...). Moments of a model's other formats serve, those of another model do harm. Make them with: mobe-gguf "
+            "moments MODEL FILE --text TEXT"
+        )
+
     # by the name of a GGUF tensor
 
     @property

@@ -17,6 +17,8 @@ from mobe_gguf.core.files import format_size, parse_size
 
 #: Types that are tried, where rows allow them and an importance matrix is there if they need one.
 LADDER = (
+    "iq1_s",
+    "iq1_m",
     "iq2_xxs",
     "iq2_xs",
     "iq2_s",
@@ -25,6 +27,7 @@ LADDER = (
     "iq3_s",
     "q3_k",
     "iq4_xs",
+    "mxfp4",
     "iq4_nl",
     "q4_k",
     "q5_k",

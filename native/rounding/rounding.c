@@ -1,4 +1,4 @@
-// Codes and scales of one block of columns, row by row, with everything that a row needs in the first-level cache.
+// Codes and scales of one block of columns; rows are independent of each other, some go side by side.
 //
 //   rounding_sweep     coordinate descent:  cost (w - q) S (w - q)^T of each row, gradient g = (w - q) S kept up to date
 //   rounding_feedback  GPTQ with the scales held:  S = L L^T, columns from the last to the first
@@ -108,24 +108,46 @@ static int32_t near_places(const float * table, int32_t n, int32_t k, float d, f
 
 struct row_scales { float * d, * dmin; uint8_t * k, * m; };
 
-// Sets d and dmin (halves) or k and m to the best that can be stored near the least squares; first and second are what they multiply, over
-// `width` columns from `from` on.  Returns whether anything changed; then q and g are brought up to date.
-static bool improve(const struct rounding_sweep * a, struct row_scales at, float * g, float * q, int64_t from, int64_t width,
-                    const float * first, const float * second, bool halves) {
-    double a11 = 0, a12 = 0, a22 = 0, b1 = 0, b2 = 0;
-    for (int64_t i = 0; i < width; i++) {
-        const float * row = a->s + (from + i) * a->lds + from;
-        if (first[i] != 0.0f || second) {
-            const double f = dot(row, first, width);
-            a11 += f * first[i];
+// Rows that go through a block side by side: S is larger than the first-level cache, and each of its rows is read once for all of them.
+#define SIDE 8
+
+struct row {
+    float * g, * q;
+    uint8_t * codes;
+    struct row_scales at;
+    float first[LARGEST_BLOCK], second[LARGEST_BLOCK];      // what the scale and the offset in question multiply
+    float s_first[LARGEST_BLOCK], s_second[LARGEST_BLOCK];  // S times that
+    float before[LARGEST_BLOCK];                            // q of a group before anything in it changed
+};
+
+// S times `first` (and `second`, which lie in `width` columns from `from` on) of `n` rows: columns `low` to `high` of that.
+static void products(const struct rounding_sweep * a, struct row * rows, int64_t n, int64_t from, int64_t width, int64_t low,
+                     int64_t high, bool second) {
+    for (int64_t i = low; i < high; i++) {
+        const float * s = a->s + i * a->lds + from;
+        for (int64_t r = 0; r < n; r++) {
+            rows[r].s_first[i] = dot(s, rows[r].first, width);
             if (second) {
-                a12 += f * second[i];
-                a22 += (double)dot(row, second, width) * second[i];
+                rows[r].s_second[i] = dot(s, rows[r].second, width);
             }
         }
-        b1 += (double)g[from + i] * first[i];
+    }
+}
+
+// Sets d and dmin (halves) or k and m of one row to the best that can be stored near the least squares; q follows, and
+// g from column `low` to `high`.
+static void improve(const struct rounding_sweep * a, struct row * row, int64_t from, int64_t width, int64_t low, int64_t high,
+                    bool second, bool halves) {
+    const struct row_scales at = row->at;
+    const float * g = row->g + from, * s_first = row->s_first + from, * s_second = row->s_second + from;
+    double a11 = 0, a12 = 0, a22 = 0, b1 = 0, b2 = 0;
+    for (int64_t i = 0; i < width; i++) {
+        a11 += (double)s_first[i] * row->first[i];
+        b1 += (double)g[i] * row->first[i];
         if (second) {
-            b2 += (double)g[from + i] * second[i];
+            a12 += (double)s_first[i] * row->second[i];
+            a22 += (double)s_second[i] * row->second[i];
+            b2 += (double)g[i] * row->second[i];
         }
     }
     double ds = 0;
@@ -167,84 +189,118 @@ static bool improve(const struct rounding_sweep * a, struct row_scales at, float
         }
     }
     if (!(best > 0)) {
-        return false;
+        return;
     }
     if (halves) {
         *at.d += scale.step;
     } else {
         *at.k = (uint8_t)scale.at;
     }
+    add_row(row->q + from, row->first, scale.step, width);
+    add_row(row->g + low, row->s_first + low, -scale.step, high - low);
     if (second) {
         if (halves || !at.m) {
             *at.dmin += offset.step;
         } else {
             *at.m = (uint8_t)offset.at;
         }
+        add_row(row->q + from, row->second, offset.step, width);
+        add_row(row->g + low, row->s_second + low, -offset.step, high - low);
     }
-    for (int64_t i = 0; i < width; i++) {
-        const float change = first[i] * scale.step + (second ? second[i] * offset.step : 0.0f);
-        if (change != 0.0f) {
-            q[from + i] += change;
-            add_row(g, a->s + (from + i) * a->lds, -change, a->columns);
+}
+
+static void improve_all(const struct rounding_sweep * a, struct row * rows, int64_t n, int64_t from, int64_t width, bool whole,
+                        bool second, bool halves) {
+    const int64_t low = whole ? 0 : from, high = whole ? a->columns : from + width;
+    products(a, rows, n, from, width, low, high, second);
+    for (int64_t r = 0; r < n; r++) {
+        improve(a, rows + r, from, width, low, high, second, halves);
+    }
+}
+
+// Brings g to what q has changed by since `before` in a group of columns, outside of the group, where that is done already.
+static void spread(const struct rounding_sweep * a, struct row * rows, int64_t n, int64_t start) {
+    for (int64_t i = 0; i < a->group; i++) {
+        const float * s = a->s + (start + i) * a->lds;
+        const int64_t end = start + a->group;
+        for (int64_t r = 0; r < n; r++) {
+            const float change = rows[r].q[start + i] - rows[r].before[i];
+            if (change != 0.0f) {
+                add_row(rows[r].g, s, -change, start);
+                add_row(rows[r].g + end, s + end, -change, a->columns - end);
+            }
         }
     }
-    return true;
 }
 
 // Number of columns whose code changed.
 int64_t rounding_sweep(const struct rounding_sweep * a) {
     const struct rounding_levels lv = a->levels;
     const float inverse_step = 1.0f / (lv.ladder[1] - lv.ladder[0]);
-    float ones[LARGEST_BLOCK], first[LARGEST_BLOCK], second[LARGEST_BLOCK];
+    struct row rows[SIDE];
     int64_t changed = 0;
-    for (int64_t i = 0; i < LARGEST_BLOCK; i++) {
-        ones[i] = 1.0f;
-    }
-    for (int64_t row = 0; row < a->rows; row++) {
-        float * g = a->g + row * a->ld;
-        float * q = a->q + row * a->ld;
-        uint8_t * codes = a->codes + row * a->ldc;
+    for (int64_t begin = 0; begin < a->rows; begin += SIDE) {
+        const int64_t n = begin + SIDE < a->rows ? SIDE : a->rows - begin;
+        for (int64_t r = 0; r < n; r++) {
+            rows[r].g = a->g + (begin + r) * a->ld;
+            rows[r].q = a->q + (begin + r) * a->ld;
+            rows[r].codes = a->codes + (begin + r) * a->ldc;
+        }
         for (int64_t start = 0; start < a->columns; start += a->group) {
             const int64_t gi = start / a->group, bi = start / a->block;
-            struct row_scales at = {
-                a->d ? a->d + row * a->ldd + bi : NULL,
-                a->dmin ? a->dmin + row * a->ldd + bi : NULL,
-                a->k ? a->k + row * a->ldk + gi : NULL,
-                a->m ? a->m + row * a->ldk + gi : NULL,
-            };
-            if (a->solve) {
+            float scale[SIDE], offset[SIDE], inverse[SIDE];
+            for (int64_t r = 0; r < n; r++) {
+                struct row * row = rows + r;
+                row->at = (struct row_scales){
+                    a->d ? a->d + (begin + r) * a->ldd + bi : NULL,
+                    a->dmin ? a->dmin + (begin + r) * a->ldd + bi : NULL,
+                    a->k ? a->k + (begin + r) * a->ldk + gi : NULL,
+                    a->m ? a->m + (begin + r) * a->ldk + gi : NULL,
+                };
                 for (int64_t i = 0; i < a->group; i++) {
-                    first[i] = lv.units[codes[start + i]];
+                    row->first[i] = lv.units[row->codes[start + i]];
+                    row->second[i] = 1.0f;
+                    row->before[i] = row->q[start + i];
                 }
-                improve(a, at, g, q, start, a->group, first, at.dmin ? ones : NULL, !at.k);
             }
-            const float scale = (at.d ? *at.d : 1.0f) * (at.k ? a->multipliers[*at.k] : 1.0f);
-            const float offset = at.dmin ? *at.dmin * (at.m ? a->minima[*at.m] : 1.0f) : 0.0f;
-            const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+            if (a->solve) {
+                improve_all(a, rows, n, start, a->group, false, a->dmin != NULL, !a->k);
+            }
+            for (int64_t r = 0; r < n; r++) {
+                const struct row_scales at = rows[r].at;
+                scale[r] = (at.d ? *at.d : 1.0f) * (at.k ? a->multipliers[*at.k] : 1.0f);
+                offset[r] = at.dmin ? *at.dmin * (at.m ? a->minima[*at.m] : 1.0f) : 0.0f;
+                inverse[r] = scale[r] == 0.0f ? 0.0f : 1.0f / scale[r];
+            }
             for (int64_t j = start; j < start + a->group; j++) {
                 const float * column = a->s + j * a->lds;
-                const float target = q[j] + g[j] / column[j];
-                const int32_t place = nearest(lv.ladder, lv.n, lv.even, inverse_step, (target - offset) * inverse);
-                const float value = lv.ladder[place] * scale + offset;
-                const float change = value - q[j];
-                if (change != 0.0f) {
-                    changed += codes[j] != lv.order[place];
-                    codes[j] = lv.order[place];
-                    q[j] = value;
-                    add_row(g, column, -change, a->columns);
-                }
-            }
-            const int64_t end = start + a->group;
-            if (a->solve && at.k && at.d && end % a->block == 0) {
-                const int64_t from = end - a->block;
-                for (int64_t i = 0; i < a->block; i++) {
-                    const int64_t group = (from + i) / a->group;
-                    first[i] = lv.units[codes[from + i]] * a->multipliers[a->k[row * a->ldk + group]];
-                    if (at.m) {
-                        second[i] = a->minima[a->m[row * a->ldk + group]];
+                for (int64_t r = 0; r < n; r++) {
+                    struct row * row = rows + r;
+                    const float target = row->q[j] + row->g[j] / column[j];
+                    const int32_t place = nearest(lv.ladder, lv.n, lv.even, inverse_step, (target - offset[r]) * inverse[r]);
+                    const float value = lv.ladder[place] * scale[r] + offset[r];
+                    const float change = value - row->q[j];
+                    if (change != 0.0f) {
+                        changed += row->codes[j] != lv.order[place];
+                        row->codes[j] = lv.order[place];
+                        row->q[j] = value;
+                        add_row(row->g + start, column + start, -change, a->group);
                     }
                 }
-                improve(a, at, g, q, from, a->block, first, at.dmin ? (at.m ? second : ones) : NULL, true);
+            }
+            spread(a, rows, n, start);
+            const int64_t end = start + a->group;
+            if (a->solve && a->k && a->d && end % a->block == 0) {
+                const int64_t from = end - a->block;
+                for (int64_t r = 0; r < n; r++) {
+                    struct row * row = rows + r;
+                    for (int64_t i = 0; i < a->block; i++) {
+                        const int64_t group = (begin + r) * a->ldk + (from + i) / a->group;
+                        row->first[i] = lv.units[row->codes[from + i]] * a->multipliers[a->k[group]];
+                        row->second[i] = a->m ? a->minima[a->m[group]] : 1.0f;
+                    }
+                }
+                improve_all(a, rows, n, from, a->block, true, a->dmin != NULL, true);
             }
         }
     }
@@ -254,20 +310,23 @@ int64_t rounding_sweep(const struct rounding_sweep * a) {
 void rounding_feedback(const struct rounding_feedback * a) {
     const struct rounding_levels lv = a->levels;
     const float inverse_step = 1.0f / (lv.ladder[1] - lv.ladder[0]);
-    for (int64_t row = 0; row < a->rows; row++) {
-        const float * w = a->w + row * a->ld;
-        float * error = a->error + row * a->ld;
-        float * left = a->left + row * a->ldleft;
+    for (int64_t begin = 0; begin < a->rows; begin += SIDE) {
+        const int64_t end = begin + SIDE < a->rows ? begin + SIDE : a->rows;
         for (int64_t j = a->columns - 1; j >= 0; j--) {
-            const int64_t group = row * a->lds + j / a->group;
-            const float scale = a->scale[group], offset = a->offset ? a->offset[group] : 0.0f;
             const float * column = a->l + j * a->ldl;
-            const float target = w[j] + left[j] / column[j];
-            const float unit = scale == 0.0f ? 0.0f : (target - offset) / scale;
-            const int32_t place = nearest(lv.ladder, lv.n, lv.even, inverse_step, unit);
-            a->codes[row * a->ldc + j] = lv.order[place];
-            error[j] = w[j] - (lv.ladder[place] * scale + offset);
-            add_row(left, column, error[j], j);
+            for (int64_t row = begin; row < end; row++) {
+                const int64_t group = row * a->lds + j / a->group;
+                const float scale = a->scale[group], offset = a->offset ? a->offset[group] : 0.0f;
+                const float w = a->w[row * a->ld + j];
+                float * left = a->left + row * a->ldleft;
+                const float target = w + left[j] / column[j];
+                const float unit = scale == 0.0f ? 0.0f : (target - offset) / scale;
+                const int32_t place = nearest(lv.ladder, lv.n, lv.even, inverse_step, unit);
+                const float error = w - (lv.ladder[place] * scale + offset);
+                a->codes[row * a->ldc + j] = lv.order[place];
+                a->error[row * a->ld + j] = error;
+                add_row(left, column, error, j);
+            }
         }
     }
 }

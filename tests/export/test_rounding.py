@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.cli import main
 from mobe_gguf.core import resources
+from mobe_gguf.core.metric import Roots
 from mobe_gguf.export import Recipe, export, parse_quant, parse_target
 from mobe_gguf.export.rounding import matrix
+from mobe_gguf.export.source import Tensor, Whole
+from mobe_gguf.export.stream import counted
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.quant.rounding import TYPES
@@ -127,6 +133,91 @@ def test_bits_are_divided_by_errors_after_this_rounding(model: Maker, moments: P
     recipe = Recipe(parse_quant("q4_0"), moments=str(moments), target=parse_target(None, 6.5))
     report = export(model("qwen3_moe", **SIZE), tmp_path / "out.gguf", recipe, dense=True, quiet=True)
     assert report.divided and report.bits_per_weight <= 6.5 and report.rounded is not None
+    said = " ".join(report.divided)
+    assert (
+        "attn_q: " in said and "down: " in said
+    )  # not of the experts alone: the moments say how large all are
+    small = export(
+        model("qwen3_moe", **SIZE),
+        tmp_path / "small.gguf",
+        replace(recipe, target=parse_target(None, 6.0)),
+        dense=True,
+        quiet=True,
+    )
+    assert small.bits_per_weight <= 6.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """Moments of which the diagonals are known: inputs of mean square ``squares`` in each channel."""
+
+    squares: dict[str, float]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.squares
+
+    def scale(self, name: str) -> float:
+        return self.squares[name]
+
+    def find(self, name: str) -> Roots:
+        return Roots(torch.eye(4)[None])
+
+
+def test_an_error_counts_by_its_share_of_the_stream() -> None:
+    """Embeddings of mean square 4; attention adds 4, experts 8, of two experts one half each."""
+    tensors = {
+        "token_embd.weight": torch.ones(3, 4),
+        "blk.0.attn_output.weight": torch.ones(4, 4) / 2,
+        "blk.0.attn_v.weight": torch.ones(4, 4),
+        "blk.0.ffn_down_exps.weight": torch.ones(2, 4, 4) / 2,
+        "blk.0.ffn_up_exps.weight": torch.ones(2, 4, 4),
+        "blk.0.ffn_norm.weight": torch.ones(4),
+        "blk.1.ffn_up.weight": torch.ones(4, 4),
+    }
+    given = {name: Tensor(name, Whole(x)) for name, x in tensors.items()}
+    moments = Known({"blk.0.attn_output.weight": 1.0, "blk.0.ffn_down_exps.weight": 1.0})
+    found = counted(given, cast(Moments, moments))
+    assert found is not None
+    assert found["blk.0.attn_v.weight"] == pytest.approx(2.0 * (4 / 8) ** 0.5)
+    assert found["blk.0.attn_output.weight"] == pytest.approx(4.0 * (4 / 8) ** 0.5)
+    assert found["blk.0.ffn_up_exps.weight"] == pytest.approx((8 / 16) ** 0.5)
+    assert found["blk.0.ffn_down_exps.weight"] == pytest.approx(2.0 * (8 / 16) ** 0.5)
+    assert "blk.1.ffn_up.weight" not in found  # nothing is known of what follows it
+
+
+def test_few_tokens_are_believed_less(moments: Path) -> None:
+    """Of what lies off the diagonal, the share that stays grows with the tokens."""
+    roots = Moments(moments).find("blk.0.ffn_gate_exps.weight")
+    assert roots is not None
+    n = len(roots.root)
+    whole = matrix(roots, 1)
+    few, many = (matrix(roots, 1, torch.full((n,), count)) for count in (10, 100_000))
+    off = ~torch.eye(len(whole), dtype=torch.bool)
+    for s in (few, many):
+        torch.testing.assert_close(s.diagonal(), whole.diagonal())
+    shares = [float((s[off] / whole[off]).median()) for s in (few, many)]
+    assert 0 < shares[0] < 0.5 < 0.9 < shares[1] < 1
+    one = matrix(roots, 1, torch.tensor([0] * n))  # no token at all: the diagonal, and never NaN
+    assert torch.equal(one, torch.diag(whole.diagonal()))
+
+
+def test_moments_of_a_model_with_the_same_shapes(model: Maker, moments: Path, tmp_path: Path) -> None:
+    """What nothing but the checksum tells apart is said."""
+    recipe, dense = (
+        Recipe(parse_quant("q4_0"), moments=str(moments)),
+        {"dense": True, "quiet": True, "dry_run": True},
+    )
+    own = export(model("qwen3_moe", **SIZE), tmp_path / "own.gguf", recipe, **dense)
+    assert not [note for note in own.notes if "another model" in note]
+    other = tmp_path / "other"
+    shutil.copytree(model("qwen3_moe", **SIZE), other)
+    path = other / "model.safetensors"
+    save_file(
+        {k: v + 1 if "norm" not in k else v for k, v in load_file(path).items()}, path, {"format": "pt"}
+    )
+    report = export(other, tmp_path / "out.gguf", recipe, **dense)
+    (note,) = [note for note in report.notes if "another model" in note]
+    assert str(moments) in note and "mobe-gguf moments" in note
 
 
 def test_experts_that_saw_little_are_named(model: Maker, tmp_path: Path) -> None:

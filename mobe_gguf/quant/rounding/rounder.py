@@ -29,6 +29,8 @@ from mobe_gguf.runtime import ggml
 #: Most sweeps, and the least share of the cost that one must have gained for another to follow.
 SWEEPS = 6
 GAIN = 0.02
+#: Rows that say what error feedback gains on nearest codes.
+SAMPLE = 64
 #: A row is resized by no more than this, up or down.
 MOST_SIZE = 1.5
 #: Types whose encoder does not search for a scale: the largest value is one of the levels, or signs alone are stored.  Shares of what it says
@@ -109,15 +111,14 @@ def round_rows(
     scales = Scales.of(one, stored, 1, device, torch.float32)
     grid = one.grid(stored, 1, device)
     codes = torch.from_numpy(stored.codes.astype(np.int64)).to(device, code_type(grid))[None]
-    gradient = problem.gradient(grid.values(codes))
-    first = before = float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
     fed = feedback(problem, factor, grid)
-    other = problem.gradient(grid.values(fed))
-    cost = float(((w - grid.values(fed)) * other).sum(dtype=torch.float64))
-    if cost < first:  # else the scales are all wrong for most columns, and nearest codes are better
-        codes, gradient = fed, other
-    else:
-        cost = first
+    some = slice(None, None, max(1, w.shape[1] // SAMPLE))
+    near, better = (float(_cost_of(problem, grid.values(x), some)) for x in (codes, fed))
+    if better < near:  # else the scales are all wrong for most columns, and nearest codes are better
+        codes = fed
+    gradient = problem.gradient(grid.values(codes))
+    cost = float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
+    first = before = cost * max(1.0, near / better) if better > 0 else cost
     for _ in range(sweeps):
         grid, changed = sweep(problem, codes, scales, grid, gradient=gradient)
         before, cost = cost, float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
@@ -132,6 +133,11 @@ def round_rows(
     if not np.isfinite(after):
         raise MobeError("rounding by moments gave values that are not finite; these moments cannot be used")
     return codes, scales, Outcome(first, after, size, problem.damping)
+
+
+def _cost_of(problem: Problem, q: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The cost of some rows alone."""
+    return Problem(problem.w[:, rows], problem.s, problem.damping).cost(q[:, rows]).sum()
 
 
 def _keep_size(scales: Scales, wanted: torch.Tensor, lost: torch.Tensor, costs: torch.Tensor) -> float:
