@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "Show what a model directory or GGUF file holds.",
     "verify": "Check a GGUF file: structure, shapes, finite values.",
     "eval": "Compare GGUF files with the original: KL divergence, perplexity, size.",
+    "serve-compare": "Ask two GGUF files the same in a browser, side by side.",
     "ablate": "Repeat the paper's studies on a model: bases, activations, error and KL divergence.",
     "demo": "Run the whole path on the tiny model that ships with the project.",
 }
@@ -70,7 +71,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"mobe_gguf.cli.{name}").command
+        return importlib.import_module(f"mobe_gguf.cli.{name.replace('-', '_')}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,14 +51,7 @@ if TYPE_CHECKING:  # imports that take their time
     help="Keep REFERENCE's predictions, as llama-perplexity --kl-divergence-base writes them.",
 )
 @options.threads
-@click.option("--gpu-layers", "-ngl", metavar="N", help="Layers in GPU memory: a number, auto or all.")
-@click.option("--cpu-moe", is_flag=True, help="Keep the experts in system memory.")
-@click.option(
-    "--n-cpu-moe",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Keep the experts of the first N layers in system memory.",
-)
+@options.placement
 @options.as_json
 @options.quiet
 def command(
@@ -112,7 +104,7 @@ def command(
     known = options.check_report(report_to, moments)
     if card:
         _check_cards(files)
-    settings = Settings(ctx, chunks, threads, _placement(gpu_layers, cpu_moe, n_cpu_moe))
+    settings = Settings(ctx, chunks, threads, options.llama_placement(gpu_layers, cpu_moe, n_cpu_moe))
     if text is None:
         text = heldout()
         if not quiet:
@@ -164,17 +156,6 @@ def _note(reference: Facts, rows: Sequence[Row], text: Path, quiet: bool) -> Non
         if not quiet:
             said = f"noted in {path}" if path else "has no card"
             console.print(f"{row.facts.path}: {said}", highlight=False, soft_wrap=True)
-
-
-def _placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> tuple[str, ...]:
-    """llama.cpp's own spelling of the options that say where weights go.  UsageError if it would not take them."""
-    if gpu_layers is not None and gpu_layers not in ("auto", "all") and not re.fullmatch(r"\d+", gpu_layers):
-        raise UsageError(f"--gpu-layers {gpu_layers}: expected a number of layers, auto or all")
-    return (
-        *(("-ngl", gpu_layers) if gpu_layers is not None else ()),
-        *(("--cpu-moe",) if cpu_moe else ()),
-        *(("--n-cpu-moe", str(n_cpu_moe)) if n_cpu_moe is not None else ()),
-    )
 
 
 def _show(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings, as_json: bool) -> None:

@@ -6,6 +6,7 @@ only said: the command gets None, for what was not asked for is not what was ask
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,36 @@ device = click.option(
 threads = click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
 )
+_PLACEMENT = (
+    click.option("--gpu-layers", "-ngl", metavar="N", help="Layers in GPU memory: a number, auto or all."),
+    click.option("--cpu-moe", is_flag=True, help="Keep the experts in system memory."),
+    click.option(
+        "--n-cpu-moe",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Keep the experts of the first N layers in system memory.",
+    ),
+)
+
+
+def placement(command: Callable[..., Any]) -> Callable[..., Any]:
+    """llama.cpp's options that say where weights go; :func:`llama_placement` takes them."""
+    for option in reversed(_PLACEMENT):
+        command = option(command)
+    return command
+
+
+def llama_placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> tuple[str, ...]:
+    """llama.cpp's own spelling of the options that say where weights go.  UsageError if it would not take them."""
+    if gpu_layers is not None and gpu_layers not in ("auto", "all") and not re.fullmatch(r"\d+", gpu_layers):
+        raise UsageError(f"--gpu-layers {gpu_layers}: expected a number of layers, auto or all")
+    return (
+        *(("-ngl", gpu_layers) if gpu_layers is not None else ()),
+        *(("--cpu-moe",) if cpu_moe else ()),
+        *(("--n-cpu-moe", str(n_cpu_moe)) if n_cpu_moe is not None else ()),
+    )
+
+
 resume = click.option("--resume", is_flag=True, help="Resume from OUT.work, if it is there.")
 verify = click.option(
     "--verify/--no-verify",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes  # prctl is no part of Python
 import json
 import os
 import signal
@@ -132,9 +133,11 @@ def serving(file: Path, *options: str) -> Iterator[Server]:
         server.stop()
 
 
+#: Loaded here: nothing may be imported between fork and exec.
+_LIBC = ctypes.CDLL(None)
+
+
 def _die_with_parent() -> None:
     """In the child, on Linux: it ends also where its parent is killed and can end nothing."""
-    with contextlib.suppress(Exception):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
