@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from marks import RUNTIME, SLOW, marks
 
+from mobe_gguf.core.names import ALL_PROJECTIONS
+from mobe_gguf.factorize.methods import METHODS
+
 PACKAGE = Path(__file__).resolve().parents[1] / "mobe_gguf"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -111,3 +114,94 @@ def test_marks_name_tests_that_exist() -> None:
     assert marks("export/test_shards.py::test_killed") == ("runtime", "slow")
     assert marks("core/test_names.py::test_x") == ("unit",)
     assert marks("models/test_gguf_source.py::test_x") == ("runtime",)
+
+
+def classes() -> dict[str, list[tuple[Path, ast.ClassDef]]]:
+    """Every class of the package by its name."""
+    found: dict[str, list[tuple[Path, ast.ClassDef]]] = {}
+    for path in MODULES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append((path, node))
+    return found
+
+
+def constructor(node: ast.ClassDef) -> ast.FunctionDef | None:
+    return next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+
+
+def has_constructor(name: str, known: dict[str, list[tuple[Path, ast.ClassDef]]]) -> bool:
+    """Whether a class of that name, or one that it inherits from, has a constructor of its own."""
+    return any(
+        constructor(node) is not None or any(has_constructor(ast.unparse(base), known) for base in node.bases)
+        for _, node in known.get(name, ())
+    )
+
+
+def skips(node: ast.ClassDef, known: dict[str, list[tuple[Path, ast.ClassDef]]]) -> bool:
+    """Whether its constructor leaves out that of its parents."""
+    own = constructor(node)
+    parents = any(has_constructor(ast.unparse(base), known) for base in node.bases)
+    return own is not None and parents and "super().__init__(" not in ast.unparse(own)
+
+
+def test_no_class_skips_the_constructor_it_inherits() -> None:
+    source = "class A:\n def __init__(self): pass\nclass B(A): pass\nclass C(B):\n def __init__(self): {}"
+    for body, expected in (("pass", True), ("A.__init__(self)", True), ("super().__init__()", False)):
+        nodes = ast.parse(source.format(body)).body
+        known = {n.name: [(Path(), n)] for n in nodes if isinstance(n, ast.ClassDef)}
+        assert skips(known["C"][0][1], known) is expected
+    known = classes()
+    found = [place(path, node) for pairs in known.values() for path, node in pairs if skips(node, known)]
+    assert not found
+
+
+def constants(node: ast.expr) -> Iterator[str]:
+    """Strings that are compared with: the operand itself, or members of a tuple."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    for part in getattr(node, "elts", ()):
+        yield from constants(part)
+
+
+def compared(source: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+    for node in ast.walk(source):
+        if isinstance(node, ast.Compare):
+            for operand in (node.left, *node.comparators):
+                yield from ((node, word) for word in constants(operand))
+        elif isinstance(node, ast.MatchValue):
+            yield from ((node.value, word) for word in constants(node.value))
+
+
+def test_no_names_of_projections_or_methods_are_compared() -> None:
+    """``core/sides``, ``models/layout`` and ``factorize/methods`` say what differs between them, as data."""
+    words = {*ALL_PROJECTIONS, *METHODS} - {"mobe"}  # which is a form of file, a word in names and a key, too
+    assert [w for _, w in compared(ast.parse("x == 'down' or 'gate' in y or z in ('up', 'w')")) if w in words]
+    found = [place(path, node) for path in MODULES for node, word in compared(tree(path)) if word in words]
+    assert not found
+    rooms = [PACKAGE / "factorize", PACKAGE / "models", PACKAGE / "quant"]
+    inner = [path for path in MODULES if any(room in path.parents for room in rooms)]
+    assert not [place(path, node) for path in inner for node, word in compared(tree(path)) if word in METHODS]
+
+
+def test_what_holds_a_model_is_not_asked_for_its_class() -> None:
+    """What differs between directories, GGUF files and kinds of factors is a method or an attribute of theirs."""
+    known = classes()
+    kinds = {"Tensors", "GgufModel", "GgufCheckpoint"}
+    while more := {
+        name
+        for name, pairs in known.items()
+        for _, node in pairs
+        if any(ast.unparse(base) in kinds for base in node.bases) and name not in kinds
+    }:
+        kinds |= more
+    assert {"Checkpoint", "MobeCheckpoint", "WabCheckpoint", "GgufFactors"} <= kinds
+    found = [
+        place(path, node)
+        for path in MODULES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "isinstance"
+        and any(isinstance(n, ast.Name) and n.id in kinds for n in ast.walk(node.args[1]))
+    ]
+    assert not found

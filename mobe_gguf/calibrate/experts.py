@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from mobe_gguf.calibrate.roots import add_products, directions, mirror, root, size_of
+from mobe_gguf.calibrate.source import Source
 from mobe_gguf.calibrate.workspace import States, Workspace
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.formats.safetensors import Entry
-from mobe_gguf.models.checkpoint import Checkpoint
 
 #: Rows of an expert that are computed at once.
 ROWS = 4096
@@ -66,7 +66,7 @@ def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> A
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def fill(module: nn.Module, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: str) -> None:
+def fill(module: nn.Module, checkpoint: Source, layer: int, dtype: torch.dtype, device: str) -> None:
     """All experts' weights of a layer, read one by one."""
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     both = torch.empty(n, 2 * p, d, dtype=dtype, device=device)
@@ -82,8 +82,9 @@ def fill(module: nn.Module, checkpoint: Checkpoint, layer: int, dtype: torch.dty
 class Experts:
     """The experts of one MoE layer of ``checkpoint``, over all that they were ``fed``."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, module: nn.Module, fed: Fed, work: Workspace, dtype: torch.dtype, device: str):  # fmt: skip
-        self.checkpoint, self.layer, self.module, self.fed, self.work = checkpoint, layer, module, fed, work
+    def __init__(self, checkpoint: Source, layer: int, module: nn.Module, fed: Fed, work: Workspace, dtype: torch.dtype, device: str):  # fmt: skip
+        self.checkpoint, self.layer, self.fed, self.work = checkpoint, layer, fed, work
+        self.module: Any = module  # transformers'
         self.dtype, self.device = dtype, device
         self.n, self.d, self.p = checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
         self.places = fed.by_expert(self.n)

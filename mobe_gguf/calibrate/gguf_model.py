@@ -15,9 +15,10 @@ import torch
 
 from mobe_gguf.calibrate.skeleton import unloadable
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.models.checkpoint import all_finite
-from mobe_gguf.models.families import Family, family_of
+from mobe_gguf.core.names import ALL_PROJECTIONS
+from mobe_gguf.models.families import family_of
 from mobe_gguf.models.gguf_source import GgufModel, Stored
+from mobe_gguf.models.tensors import all_finite
 
 #: GGUF architecture -> model type of transformers.
 KNOWN = {"qwen3moe": "qwen3_moe", "qwen2moe": "qwen2_moe"}
@@ -43,7 +44,7 @@ NAMES = {
 
 
 class GgufCheckpoint:
-    """Answers what the layers ask of a :class:`mobe_gguf.models.checkpoint.Checkpoint`.
+    """A :class:`mobe_gguf.calibrate.source.Source`, as a Hugging Face directory is one.
 
     MobeError if the file is damaged, or of an architecture that is not among KNOWN.
     """
@@ -60,18 +61,12 @@ class GgufCheckpoint:
                 f"  llama-imatrix -m {path} -f TEXT -o imatrix.gguf\nwhich factorize and export take with --imatrix"
             )
         self.model_type = KNOWN[self.model.arch]
-        self.family: Family = family_of({"model_type": self.model_type})
-        for x in (
-            "moe_layers",
-            "n_layer",
-            "n_expert",
-            "n_expert_used",
-            "n_embd",
-            "n_ff_exp",
-            "checksum",
-            "expert",
-        ):
-            setattr(self, x, getattr(self.model, x))
+        self.family = family_of({"model_type": self.model_type})
+        self.moe_layers = self.model.moe_layers
+        self.n_layer, self.n_expert = self.model.n_layer, self.model.n_expert
+        self.n_expert_used, self.checksum = self.model.n_expert_used, self.model.checksum
+        self.n_embd, self.n_ff_exp = self.model.n_embd, self.model.n_ff_exp
+        self.expert = self.model.expert
 
     def hf_config(self) -> Any:
         """transformers' config; it reads most of it out of the file, and lacks what follows."""
@@ -135,6 +130,10 @@ class GgufCheckpoint:
         """As :meth:`get` gives it."""
         return torch.float32
 
+    def matrix(self, name: str) -> torch.Tensor:
+        """As :meth:`get`."""
+        return self.get(name)
+
     def get(self, name: str) -> torch.Tensor:
         """Dequantized, float32, in transformers' shape."""
         stored = self._tensors[name]
@@ -143,10 +142,8 @@ class GgufCheckpoint:
             raise MobeError(f"{self.path}: tensor {stored.name} holds values that are NaN or Inf")
         return tensor[None] if name.endswith("shared_expert_gate.weight") and tensor.dim() == 1 else tensor
 
-    matrix = get
-
     def check_whole(self) -> None:
         self.model.check_whole()
         for layer in self.model.moe_layers:
-            for projection in ("gate", "up", "down"):
+            for projection in ALL_PROJECTIONS:
                 self.model.check_experts(layer, projection)

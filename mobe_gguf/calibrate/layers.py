@@ -18,6 +18,7 @@ from torch import nn
 from mobe_gguf.calibrate.dense import Names, Sum, Watch, gguf_names
 from mobe_gguf.calibrate.experts import Experts, Fed, fill, watch
 from mobe_gguf.calibrate.skeleton import Call, Enough, Skeleton
+from mobe_gguf.calibrate.source import Source
 from mobe_gguf.calibrate.workspace import States, Workspace
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
@@ -26,7 +27,6 @@ from mobe_gguf.core.memory import own_memory
 from mobe_gguf.core.progress import Bar
 from mobe_gguf.formats.moments import KEY_WEIGHS
 from mobe_gguf.formats.safetensors import Entry, write_safetensors
-from mobe_gguf.models.checkpoint import Checkpoint
 
 #: Tokens sent through a layer at once, where memory allows.
 BATCH = 4096
@@ -60,7 +60,7 @@ class Run:
         bar: Bar,
     ):
         self.skeleton, self.work, self.settings, self.bar = skeleton, work, settings, bar
-        self.checkpoint: Checkpoint = skeleton.checkpoint
+        self.checkpoint: Source = skeleton.checkpoint
         self.tokens, self.budget = tokens, budget
         self.names: Names = gguf_names(str(self.checkpoint.config.get("model_type")), self.checkpoint.n_layer)
         self.batches = list(tokens.split(max(1, self._batch() // tokens.shape[1])))

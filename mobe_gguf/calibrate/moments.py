@@ -21,6 +21,7 @@ import torch
 from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
 from mobe_gguf.calibrate.layers import SHARE, Run, Settings
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
+from mobe_gguf.calibrate.source import Source
 from mobe_gguf.calibrate.text import default_texts, read_tokens
 from mobe_gguf.calibrate.workspace import Workspace
 from mobe_gguf.core.atomic import atomic_path, check_output, destination
@@ -64,7 +65,7 @@ def collect(
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out)
-    checkpoint: Any = GgufCheckpoint(model) if model.is_file() else Checkpoint(model)
+    checkpoint: Source = GgufCheckpoint(model) if model.is_file() else Checkpoint(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")
     checkpoint.check_whole()
@@ -122,7 +123,7 @@ def _free(device: str) -> int:
 
 
 def _check_space(
-    out: Path, work: Workspace, checkpoint: Checkpoint, tokens: torch.Tensor, dtype: torch.dtype
+    out: Path, work: Workspace, checkpoint: Source, tokens: torch.Tensor, dtype: torch.dtype
 ) -> None:
     """Two sets of states, what the experts of a layer are fed and their sums; how large the file becomes shows only later."""
     a_set = tokens.numel() * checkpoint.n_embd * dtype.itemsize

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mobe_gguf.calibrate.source import Source
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.models.checkpoint import Checkpoint, all_finite
+from mobe_gguf.models.tensors import all_finite
 
 
 class Enough(Exception):
@@ -107,11 +108,11 @@ class Skeleton:
     MobeError if transformers does not know the model, or only by code out of its directory, which is never run.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
+    def __init__(self, checkpoint: Source, device: str = "cpu"):
         self.checkpoint, self.device = checkpoint, device
         path = checkpoint.path
         try:
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoModelForCausalLM
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
         except ImportError as e:
@@ -119,10 +120,7 @@ class Skeleton:
                 f"this needs transformers 5 ({e}); install it:\n  pip install 'transformers>=5'"
             ) from e
         try:
-            if isinstance(checkpoint, Checkpoint):
-                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            else:
-                config = checkpoint.hf_config()
+            config = checkpoint.hf_config()
             self.dtype = _dtype(config, checkpoint)
             with _NoWeights():
                 self.model = AutoModelForCausalLM.from_config(
@@ -294,7 +292,7 @@ class Skeleton:
         return [f"{name}.weight" for name, module in self.model.named_modules() if module in both]
 
 
-def _dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(config: Any, checkpoint: Source) -> torch.dtype:
     """As ``from_pretrained(dtype="auto")`` has it: what config.json says, else the type of the first tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

@@ -9,16 +9,21 @@ know a shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from mobe_gguf.core.names import ALL_PROJECTIONS, MOBE_VERSION, MOBE_VERSION_DOWN
+
 
 @dataclass(frozen=True)
 class Side:
-    """``output``: the bases lie on the output side; the fit then works on the transposed problem."""
+    """``output``: the bases lie on the output side; the fit then works on the transposed problem.  ``version``: of the GGUF layout
+    that has such bases."""
 
     output: bool
+    version: int
 
     def _turned(self, rows: int, columns: int) -> tuple[int, int]:
         return (columns, rows) if self.output else (rows, columns)
@@ -55,9 +60,18 @@ class Side:
         return combined @ transform if self.output else transform @ combined
 
 
-INPUT, OUTPUT = Side(False), Side(True)
+INPUT, OUTPUT = Side(False, MOBE_VERSION), Side(True, MOBE_VERSION_DOWN)
+
+#: Where the bases of each projection lie.
+SIDES = dict.fromkeys(ALL_PROJECTIONS, INPUT) | {"down": OUTPUT}
 
 
 def side(projection: str) -> Side:
     """Of ``gate``, ``up`` or ``down``."""
-    return OUTPUT if projection == "down" else INPUT
+    return SIDES[projection]
+
+
+def by_side(projections: Iterable[str]) -> list[tuple[str, ...]]:
+    """The projections of each side, input first; a side without any is left out."""
+    there = tuple(projections)
+    return [found for of in (INPUT, OUTPUT) if (found := tuple(p for p in there if side(p) == of))]

@@ -17,11 +17,11 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import amount, describe_size
 from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import merged_name
-from mobe_gguf.formats.contents import ListedTensor, original_params, rows
+from mobe_gguf.formats.contents import ListedTensor, class_of, original_params, rows
 from mobe_gguf.formats.gguf import GgufFile, is_count, missing_tensors, read_model, shown
-from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.models.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.models.factors import ModelDirectory, recorded
+from mobe_gguf.models.layout import OPTIONAL
+from mobe_gguf.models.original import open_directory
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def describe_gguf(file: GgufFile) -> Description:
     if factorized and (not is_count(version) or version not in (names.MOBE_VERSION, names.MOBE_VERSION_DOWN)):
         known = f"{names.MOBE_VERSION} and {names.MOBE_VERSION_DOWN}"
         problems.append(f"key {key} is {shown(version)}, this program knows {known}")
-    elif "down" in factorized and is_count(version) and version < names.MOBE_VERSION_DOWN:
-        problems.append(f"key {key} is {version}, bases of down need {names.MOBE_VERSION_DOWN}")
+    elif is_count(version) and (newer := [p for p in factorized if side(p).version > version]):
+        problems.append(f"key {key} is {version}, bases of {newer[0]} need {side(newer[0]).version}")
     return Description(
         path=str(file.path),
         kind="gguf",
@@ -174,7 +174,7 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
     mix = file.tensors.get(names.mix_name(layer, projection))
     if transform is None:
         fused = file.tensors.get(merged_name(layer))
-        if projection == "gate" and not _has_gates(file):
+        if projection in OPTIONAL and not _has_gates(file):
             return Projection("-")
         if fused is None or basis is not None:
             problems.append(f"tensor {names.transform_name(layer, projection)} is missing")
@@ -233,10 +233,7 @@ def _n_embd(file: GgufFile, layer: int) -> int:
 
 
 def _describe_directory(path: Path) -> Description:
-    kind = "factors" if (path / FACTORS_NAME).is_file() else "huggingface"
-    checkpoint = Checkpoint(path) if kind == "huggingface" else GgufFactors(path)
-    if kind == "huggingface" and checkpoint.is_mobe:
-        kind, checkpoint = "mobe", MobeCheckpoint(path)
+    checkpoint = open_directory(path)
     labels = _labels(checkpoint)
     infos = {name: checkpoint.info(name) for name in checkpoint.names}
     entries = [
@@ -247,7 +244,7 @@ def _describe_directory(path: Path) -> Description:
     ]
     description = Description(
         path=str(path),
-        kind=kind,
+        kind=checkpoint.kind,
         arch=checkpoint.family.name,
         n_layer=checkpoint.n_layer,
         n_expert=checkpoint.n_expert,
@@ -270,16 +267,16 @@ def _describe_directory(path: Path) -> Description:
     replaced = [name for layer in description.layers for name in layer.factorized]
     dense = math.prod((checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd))
     description.original_params = description.n_params - in_factors + len(replaced) * dense
-    if isinstance(checkpoint, MobeCheckpoint):
-        description.activation = checkpoint.activation
+    if (factors := checkpoint.factors) is not None:
+        description.activation = factors.activation
         index = next((layer.index for layer in description.layers if layer.factorized), None)
         if index is not None:
-            layer = checkpoint.layer(index)
+            layer = factors.layer(index)
             description.group_count = layer.group_count(layer.projections[0])
     return description
 
 
-def _layer(checkpoint: Checkpoint, index: int) -> Layer:
+def _layer(checkpoint: ModelDirectory, index: int) -> Layer:
     found = {}
     for projection in names.ALL_PROJECTIONS:
         family = checkpoint.family
@@ -288,7 +285,7 @@ def _layer(checkpoint: Checkpoint, index: int) -> Layer:
             found[projection] = Projection("-")
             continue
         dtype = checkpoint.info(sources[0]).dtype.lower()
-        layer = checkpoint.layer(index) if isinstance(checkpoint, MobeCheckpoint) else None
+        layer = None if (factors := checkpoint.factors) is None else factors.layer(index)
         if layer is None or projection not in layer.projections:
             found[projection] = Projection(dtype)
             continue
@@ -313,14 +310,14 @@ def _recorded_error(config: dict[str, Any], layer: int, projection: str) -> floa
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _labels(checkpoint: Checkpoint) -> dict[str, str]:
+def _labels(checkpoint: ModelDirectory) -> dict[str, str]:
     """Tensor name -> class of ``contents.CLASSES``, for everything that belongs to routed experts."""
     labels = {}
     for index in checkpoint.moe_layers:
-        layer = checkpoint.layer(index) if isinstance(checkpoint, MobeCheckpoint) else None
+        layer = None if (factors := checkpoint.factors) is None else factors.layer(index)
         for projection in names.ALL_PROJECTIONS:
             factorized = layer is not None and projection in layer.projections
-            label = "A" if factorized else "down" if projection == "down" else "experts"
+            label = "A" if factorized else class_of(names.transform_name(index, projection))
             for name in checkpoint.expert_sources(index, projection):
                 labels[name] = label
     return labels

@@ -29,7 +29,7 @@ from mobe_gguf.formats.safetensors import SINGLE_NAME, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
 from mobe_gguf.models.original import open_original
-from mobe_gguf.models.writer import copy_small_files
+from mobe_gguf.models.writer import copy_files
 from mobe_gguf.runtime import ggml
 from mobe_gguf.runtime.logits import logits
 
@@ -80,7 +80,7 @@ def agreement(
     vocabulary = checkpoint.shape(checkpoint.family.embedding)[0]
     tokens = np.random.default_rng(0).integers(vocabulary, size=n_tokens)
     result = Agreement(n)
-    limit = _limit(whole, isinstance(checkpoint, MobeCheckpoint) and not fitted)
+    limit = _limit(whole, checkpoint.factors is not None and not fitted)
     if limit is None:
         result.notes.append(
             "the file's types are too small, or its factors too far from the model, for a verdict on its weights: its keys and "
@@ -151,8 +151,8 @@ def _layer_of(name: str) -> int:
 
 
 def _open(path: Path) -> Checkpoint:
-    source = open_original(path)
-    if not isinstance(source, Checkpoint):
+    source = open_original(path).directory
+    if source is None:
         raise UsageError(f"--model {path}: a Hugging Face model directory is compared with, not a GGUF file")
     if source.config.get("model_type") in OWN_CODE:
         raise UsageError(
@@ -238,7 +238,7 @@ def _other_keys(file: GgufFile, new: GgufFile) -> Iterator[str]:
 def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> None:
     """An ordinary model of the first ``n`` layers that uses ``used`` experts, as the file; FP8 and factors become float32."""
     out.mkdir()
-    copy_small_files(checkpoint.path, out)
+    copy_files(checkpoint.small_files(), out)
     config = {
         k: v
         for k, v in checkpoint.config.items()
@@ -256,15 +256,14 @@ def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> No
 def _entries(checkpoint: Checkpoint, n: int) -> Iterator[Entry]:
     replaced: dict[str, tuple[Reconstruction, int]] = {}
     factors: set[str] = set()
-    layers = checkpoint.moe_layers if isinstance(checkpoint, MobeCheckpoint) else ()
-    for index in (i for i in layers if i < n):
-        assert isinstance(checkpoint, MobeCheckpoint)
-        layer = checkpoint.layer(index)
+    source = checkpoint.factors
+    layers = [] if source is None else [source.layer(i) for i in checkpoint.moe_layers if i < n]
+    for layer in layers:
         factors |= set(layer.factor_names)
         for projection in (p for p in ALL_PROJECTIONS if p in layer.projections):
             read = Reconstruction(layer, projection)
             for e in range(checkpoint.n_expert):
-                replaced[checkpoint.family.expert_weight(index, e, projection)] = (read, e)
+                replaced[checkpoint.family.expert_weight(layer.index, e, projection)] = (read, e)
     for name, (read, e) in replaced.items():
         matrix = read(e)
         yield Entry.of(name, matrix)

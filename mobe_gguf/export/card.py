@@ -23,9 +23,8 @@ from mobe_gguf.core.files import amount, readable
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export.origin import HUB, Origin
 from mobe_gguf.export.report import Report
-from mobe_gguf.formats.contents import rows
-from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.formats.contents import WEIGHTS, rows
+from mobe_gguf.models.factors import FactorDirectory, ModelDirectory, recorded
 from mobe_gguf.quant.recipe import Recipe
 
 #: Says that a page is ours, and by a checksum over the rest that nobody changed it.
@@ -46,7 +45,7 @@ class Subject:
 
     report: Report
     keys: Mapping[str, Any]
-    checkpoint: Checkpoint
+    checkpoint: ModelDirectory
     recipe: Recipe
     origin: Origin
     dense: bool
@@ -55,7 +54,7 @@ class Subject:
     @property
     def factorized(self) -> bool:
         """Whether the file holds factors."""
-        return isinstance(self.checkpoint, MobeCheckpoint) and not self.dense
+        return self.checkpoint.factors is not None and not self.dense
 
     @property
     def name(self) -> str:
@@ -247,9 +246,10 @@ def _front_matter(values: Mapping[str, Any]) -> str:
 def _about(subject: Subject) -> list[str]:
     origin, report = subject.origin, subject.report
     of = f"[{origin.base}]({HUB}{origin.base})" if origin.base else origin.source
-    if not isinstance(subject.checkpoint, MobeCheckpoint):
+    factors = subject.checkpoint.factors
+    if factors is None:
         return [f"{of} as GGUF: {amount(report.n_params)} parameters."]
-    form = _form(subject.checkpoint)
+    form = _form(factors)
     if subject.dense:
         return [
             f"{of} as GGUF, its experts as {PAPER} gives them back, multiplied out: {form}. "
@@ -262,7 +262,7 @@ def _about(subject: Subject) -> list[str]:
     ]
 
 
-def _form(checkpoint: MobeCheckpoint) -> str:
+def _form(checkpoint: FactorDirectory) -> str:
     layers = [checkpoint.layer(index) for index in checkpoint.moe_layers]
     layers = [layer for layer in layers if layer.projections]
     found = [p for p in ALL_PROJECTIONS if any(p in layer.projections for layer in layers)]
@@ -292,7 +292,7 @@ def _file_row(subject: Subject) -> str:
     types = ", ".join(
         f"{row.label} {'/'.join(t for t, _ in row.types.most_common())}"
         for row in rows(report.entries)
-        if row.label in ("A", "B", "down", "experts")
+        if row.label in WEIGHTS
     )
     size = f"{report.n_bytes / 1e9:.2f} GB" if report.n_bytes >= 10**9 else f"{report.n_bytes / 1e6:.2f} MB"
     return (

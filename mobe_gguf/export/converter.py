@@ -30,8 +30,8 @@ from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.source import Lazy, Source, Tensor, Whole, cast, evaluate
 from mobe_gguf.export.write import Encoded, Head
 from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME
-from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.config_values import for_converter
+from mobe_gguf.models.factors import ModelDirectory
 from mobe_gguf.quant.mixture import Facts, Spec
 from mobe_gguf.quant.recipe import Choice, Recipe, plan
 
@@ -143,7 +143,7 @@ class HfConversion:
 
 
 def convert(
-    checkpoint: Checkpoint, out: Path, tokenizer_pre: str | None = None, verbose: bool = False
+    checkpoint: ModelDirectory, out: Path, tokenizer_pre: str | None = None, verbose: bool = False
 ) -> HfConversion:
     """Run the converter's model class over ``checkpoint``; ``out`` is only a name here.
 
@@ -190,7 +190,7 @@ def list_tensors(result: HfConversion, gguf: Any, caught: dict[str, Any], hparam
         _untie(result)
 
 
-def _fused_of(checkpoint: Checkpoint) -> dict[str, list[tuple[str, int, slice]]]:
+def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slice]]]:
     """Tensors with all experts of a layer -> the expert matrices in them: the names that each has by itself, its index and rows.
 
     The converter's classes of most families know experts one by one only.
@@ -234,7 +234,7 @@ def _untie(result: HfConversion) -> None:
         result.writer.add_tensor_info("output.weight", source.shape, np.dtype(np.float32), n_bytes)
 
 
-def _model_class(conversion: Any, checkpoint: Checkpoint, hparams: dict[str, Any]) -> Any:
+def _model_class(conversion: Any, checkpoint: ModelDirectory, hparams: dict[str, Any]) -> Any:
     """The converter's class; ``hparams["architectures"]`` is corrected where it names one of the authors' classes."""
     names = [*(hparams.get("architectures") or []), ARCHITECTURES.get(checkpoint.family.name)]
     for name in names:

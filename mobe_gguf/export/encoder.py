@@ -15,7 +15,7 @@ import torch
 
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import Tensor
-from mobe_gguf.models.checkpoint import all_finite
+from mobe_gguf.models.tensors import all_finite
 from mobe_gguf.runtime import ggml
 
 #: ``(rows [n, row] of any float type, number of their matrix, their name for messages) -> bytes [n, bytes of a row]``.

@@ -13,12 +13,14 @@ import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.sides import side
 from mobe_gguf.export.conversion import Conversion, KeyWriter, add_keys
 from mobe_gguf.export.source import Stacked, Tensor, Whole
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, Reconstruction
+from mobe_gguf.models.factors import FactorDirectory, MobeLayer
+from mobe_gguf.models.mobe_checkpoint import Reconstruction
 
 
-def check_factors(checkpoint: MobeCheckpoint) -> None:
+def check_factors(checkpoint: FactorDirectory) -> None:
     """Compare all shapes of experts and factors, before work is done on them.
 
     MobeError names the tensor that contradicts the others, or the layers whose groups differ: the format has one number
@@ -29,10 +31,6 @@ def check_factors(checkpoint: MobeCheckpoint) -> None:
         layer = checkpoint.layer(index)
         for projection in layer.projections:  # asking for a size checks every shape
             group_counts.setdefault(layer.group_count(projection), f"layer {index} {projection}")
-        if "down" not in layer.projections and not checkpoint.is_fused(index, "down"):
-            for name in checkpoint.expert_sources(index, "down"):
-                if name.endswith(".weight"):
-                    checkpoint.expect_shape(name, checkpoint.expert_shape("down"), "from config.json")
     if not group_counts:
         raise MobeError(
             f"{checkpoint.path}: config.json has num_B, but there is no tensor B_gate or B_up. "
@@ -43,7 +41,7 @@ def check_factors(checkpoint: MobeCheckpoint) -> None:
         raise MobeError(f"{checkpoint.path}: all layers must have the same number of groups, found {said}")
 
 
-def put_transforms(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
+def put_transforms(conversion: Conversion, checkpoint: FactorDirectory) -> None:
     """Put the A's in the place of the original experts that they are for, in ``conversion.tensors``."""
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
@@ -52,7 +50,7 @@ def put_transforms(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
             _put(conversion, layer, projection, shape, partial(layer.transform, projection))
 
 
-def put_experts(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
+def put_experts(conversion: Conversion, checkpoint: FactorDirectory) -> None:
     """Put the multiplied-out experts in the place of all A's in ``conversion.tensors``: an ordinary model."""
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
@@ -78,7 +76,7 @@ def _put(
     conversion.replace(name, Stacked(stack, read))
 
 
-def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
+def add_factors(conversion: Conversion, checkpoint: FactorDirectory) -> None:
     """Put basis and mix behind each factorized A in ``conversion.tensors``, and set the ``mobe`` keys.
 
     ``checkpoint`` went through :func:`check_factors`.
@@ -87,11 +85,9 @@ def add_factors(conversion: Conversion, checkpoint: MobeCheckpoint) -> None:
     groups, version = 1, names.MOBE_VERSION
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
-        if "down" in layer.projections:
-            version = names.MOBE_VERSION_DOWN
         for projection in layer.projections:
             behind[names.transform_name(index, projection)] = _factors(conversion, layer, projection)
-            groups = layer.group_count(projection)
+            groups, version = layer.group_count(projection), max(version, side(projection).version)
     conversion.tensors = {
         tensor.name: tensor
         for found in conversion.tensors.values()

@@ -10,8 +10,8 @@ from typing import Any
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.formats.safetensors import read_json
-from mobe_gguf.models.gguf_factors import FACTORS_NAME
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
+from mobe_gguf.models.factors import FactorDirectory, recorded
+from mobe_gguf.models.gguf_source import FACTORS_NAME
 from mobe_gguf.quant.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fit
 
 
@@ -53,7 +53,7 @@ def default_types(model: Path) -> tuple[str, str, str]:
     return ALIASES.get(basis, basis), basis, basis
 
 
-def mismatch(checkpoint: MobeCheckpoint, choices: Mapping[str, Choice]) -> str | None:
+def mismatch(checkpoint: FactorDirectory, choices: Mapping[str, Choice]) -> str | None:
     """What to tell a user whose factors get other quantized types than they were fitted for; None if they do not."""
     fitted = dict(zip(("basis", "transform"), fitted_types(checkpoint.path, checkpoint.config), strict=True))
     got: dict[str, set[str]] = {"basis": set(), "transform": set()}

@@ -20,7 +20,7 @@ from mobe_gguf.export.source import Source, Tensor
 from mobe_gguf.export.tokenizer import Recognized
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.gguf import ALIGNMENT, MAGIC, padded
-from mobe_gguf.models.gguf_factors import GgufFactors
+from mobe_gguf.models.factors import FactorDirectory
 from mobe_gguf.models.gguf_source import GgufModel, Stored
 from mobe_gguf.quant.mixture import Facts, Spec
 from mobe_gguf.quant.recipe import (
@@ -99,7 +99,7 @@ class GgufConversion:
 
     pre: Recognized | None = None
 
-    def __init__(self, factors: GgufFactors, source: GgufModel):
+    def __init__(self, factors: FactorDirectory, source: GgufModel):
         self.model = source
         self.arch = source.arch
         self.writer = Keys(source)

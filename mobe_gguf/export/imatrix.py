@@ -26,6 +26,7 @@ import torch
 
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import is_basis, is_transform, merged_name
 from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.imatrix import ImatrixFile, Statistics, smoothed
@@ -79,7 +80,7 @@ class Imatrix:
         experts, mix = names.transform_name(layer, projection), names.mix_name(layer, projection)
         for file in self.files:
             stems = [mix] if file.of_mobe else [experts, merged_name(layer)]
-            if projection == "down":
+            if side(projection).output:
                 stems = [experts]  # of down this is what A multiplies
             name = next((stem for stem in stems if stem in file.names), None)
             entry = None if name is None else file.entry(name)

@@ -16,10 +16,9 @@ from mobe_gguf.export.refit import find_original
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.formats.gguf import number_of
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.models.gguf_factors import FACTORS_NAME, GgufFactors
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
-from mobe_gguf.models.original import Original
+from mobe_gguf.models.factors import FactorDirectory, ModelDirectory, recorded
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.original import Original, open_directory
 from mobe_gguf.models.wab import WabCheckpoint
 
 
@@ -31,12 +30,12 @@ class Opened:
     there is none.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: ModelDirectory
     conversion: Conversion
     imatrix: Imatrix
     moments: Moments | None
     origin: Origin
-    factors: MobeCheckpoint | None
+    factors: FactorDirectory | None
     original: Original | None = None
     why: str | None = None
 
@@ -50,17 +49,18 @@ def open_model(request: ExportRequest) -> Opened:
     checkpoint = _checkpoint(request.model, options)
     imatrix = Imatrix(recipe.imatrix)
     moments = Moments(Path(recipe.moments)) if recipe.moments else None
-    if isinstance(checkpoint, MobeCheckpoint):
-        check_factors(checkpoint)
+    factors = checkpoint.factors
+    if factors is not None:
+        check_factors(factors)
     conversion = _convert(checkpoint, request.out, options)
-    if isinstance(checkpoint, MobeCheckpoint):
-        _put_factors(conversion, checkpoint, options.dense)
+    if factors is not None:
+        _put_factors(conversion, factors, options.dense)
     origin = Origin.of(checkpoint, options.base_model, options.dense)
     conversion.finish(recipe.file_type, request.out, origin)
     add_keys(conversion.writer, imatrix.keys())
     if options.experts_used is not None:
         _use_experts(conversion, options.experts_used)
-    factors = checkpoint if isinstance(checkpoint, MobeCheckpoint) and not options.dense else None
+    factors = None if options.dense else factors
     if options.original is not None and factors is None:
         raise UsageError(
             "--original says what factors are solved for again, and none are written here; leave it out"
@@ -71,39 +71,34 @@ def open_model(request: ExportRequest) -> Opened:
     return Opened(checkpoint, conversion, imatrix, moments, origin, factors, original, why)
 
 
-def _checkpoint(model: Path, options: ExportOptions) -> Checkpoint:
+def _checkpoint(model: Path, options: ExportOptions) -> ModelDirectory:
     if options.wab is not None:
         return WabCheckpoint(model, options.wab)
-    if (model / FACTORS_NAME).is_file():
-        return GgufFactors(model)
-    checkpoint = Checkpoint(model)
-    if checkpoint.is_mobe or not (options.allow_dense or options.dense):
-        checkpoint = MobeCheckpoint(model)
+    checkpoint = open_directory(model)
+    if checkpoint.factors is None and not (options.allow_dense or options.dense):
+        return MobeCheckpoint(model)  # says why it is none
     return checkpoint
 
 
-def _convert(checkpoint: Checkpoint, out: Path, options: ExportOptions) -> Conversion:
+def _convert(checkpoint: ModelDirectory, out: Path, options: ExportOptions) -> Conversion:
     """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
     checkpoint.check_whole()
-    if not isinstance(checkpoint, GgufFactors):
-        if options.source is not None:
-            raise UsageError(
-                f"--source is for factors of a GGUF file, and {checkpoint.path} is a Hugging Face directory"
-            )
+    factors, source = checkpoint.factors, checkpoint.gguf_source(options.source)
+    if factors is None or source is None:
         return convert(checkpoint, out, options.tokenizer_pre, options.verbose)
     if options.tokenizer_pre is not None:
         raise UsageError("--tokenizer-pre: the tokenizer is that of the GGUF file; leave the option out")
-    conversion = GgufConversion(checkpoint, checkpoint.open_source(options.source))
+    conversion = GgufConversion(factors, source)
     if any(out.exists() and out.samefile(file) for file in conversion.files()):
         raise UsageError(f"{out} is the file that the factors are of; write to another")
     return conversion
 
 
-def _put_factors(conversion: Conversion, checkpoint: MobeCheckpoint, dense: bool) -> None:
+def _put_factors(conversion: Conversion, checkpoint: FactorDirectory, dense: bool) -> None:
     if dense:
         put_experts(conversion, checkpoint)
         return
-    if isinstance(checkpoint, (WabCheckpoint, GgufFactors)):  # of others the converter stacks the A's
+    if not checkpoint.under_expert_names:  # else the converter stacks the A's
         put_transforms(conversion, checkpoint)
     add_factors(conversion, checkpoint)
 

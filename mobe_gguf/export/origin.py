@@ -16,9 +16,8 @@ from pathlib import Path
 
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import readable
-from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.factors import ModelDirectory, recorded
 from mobe_gguf.models.hub import model_id
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, recorded
 
 HUB = "https://huggingface.co/"
 
@@ -38,7 +37,7 @@ class Origin:
     of_mobe: bool
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, base: str | None = None, dense: bool = False) -> Origin:
+    def of(cls, checkpoint: ModelDirectory, base: str | None = None, dense: bool = False) -> Origin:
         """``base`` as a user says it; UsageError if it is no id.  ``dense``: the factors are multiplied out."""
         if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is None:
             raise UsageError(f"--base-model {base}: expected an id of the hub such as Qwen/Qwen3-30B-A3B")
@@ -48,7 +47,7 @@ class Origin:
             path = Path(factorized)
         base = base or model_id(path)
         source = name = readable(path.name).removesuffix(".gguf") if base is None else base.partition("/")[2]
-        of_mobe = isinstance(checkpoint, MobeCheckpoint)
+        of_mobe = checkpoint.factors is not None
         if of_mobe and "mobe" not in name.lower():
             name += "-MoBE"
         return cls(f"{name}-dense" if of_mobe and dense else name, source, base, of_mobe)

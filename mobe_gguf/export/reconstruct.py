@@ -28,11 +28,11 @@ from mobe_gguf.export.converter import ARCHITECTURES
 from mobe_gguf.export.factors import check_factors
 from mobe_gguf.export.shards import Parts, fingerprint
 from mobe_gguf.formats.safetensors import DTYPES, INDEX_NAME, STORED, Entry, write_safetensors
-from mobe_gguf.models.checkpoint import all_finite
-from mobe_gguf.models.gguf_factors import FACTORS_NAME
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
+from mobe_gguf.models.gguf_source import FACTORS_NAME
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, ModelWithFactors, Reconstruction
+from mobe_gguf.models.tensors import all_finite
 from mobe_gguf.models.wab import WabCheckpoint, WabFiles
-from mobe_gguf.models.writer import MAX_SHARD, copies, copy_small_files, shard_names, shards
+from mobe_gguf.models.writer import MAX_SHARD, copy_files, shard_names, shards
 
 #: Keys of config.json that only a MoBE checkpoint has.
 MOBE_KEYS = ("num_B", "activation", "mobe")
@@ -58,7 +58,7 @@ class Reconstructed:
     notes: list[str] = field(default_factory=list)
 
 
-def open_factors(model: Path, wab: WabFiles | None) -> MobeCheckpoint:
+def open_factors(model: Path, wab: WabFiles | None) -> ModelWithFactors:
     """The MoBE checkpoint ``model``, or the authors' training output ``wab`` for it.
 
     MobeError if its factors are those of a GGUF file: they are multiplied out into such a file.
@@ -72,7 +72,7 @@ def open_factors(model: Path, wab: WabFiles | None) -> MobeCheckpoint:
 
 
 def reconstruct_model(
-    checkpoint: MobeCheckpoint,
+    checkpoint: ModelWithFactors,
     out: Path,
     *,
     dtype: str | None = None,
@@ -115,7 +115,7 @@ def reconstruct_model(
             try:
                 result.files_kept = _write(checkpoint, parts, dict(zip(names, runs, strict=True)), quiet)
                 index = {entry.name: name for name, run in zip(names, runs, strict=True) for entry in run}
-                copy_small_files(checkpoint.path, parts.folder)
+                copy_files(checkpoint.small_files(), parts.folder)
                 write_json(
                     parts.folder / INDEX_NAME,
                     {"metadata": {"total_size": result.n_bytes}, "weight_map": index},
@@ -138,7 +138,7 @@ def _check_absent(out: Path) -> None:
         raise MobeError(f"{out} exists already. Choose another OUT or remove it.")
 
 
-def _write(checkpoint: MobeCheckpoint, parts: Parts, runs: dict[str, list[Entry]], quiet: bool) -> int:
+def _write(checkpoint: ModelWithFactors, parts: Parts, runs: dict[str, list[Entry]], quiet: bool) -> int:
     """Write the shards that are not finished; returns how many were."""
     parts.load()
     kept = len(parts.finished)
@@ -156,21 +156,21 @@ def _write(checkpoint: MobeCheckpoint, parts: Parts, runs: dict[str, list[Entry]
     return kept
 
 
-def _key(checkpoint: MobeCheckpoint, *settings: Any) -> str:
+def _key(checkpoint: ModelWithFactors, *settings: Any) -> str:
     return fingerprint(checkpoint.source_files(), checkpoint.activation, *settings)
 
 
 # tensors
 
 
-def _entries(checkpoint: MobeCheckpoint, target: torch.dtype, convert_all: bool) -> Iterator[Entry]:
+def _entries(checkpoint: ModelWithFactors, target: torch.dtype, convert_all: bool) -> Iterator[Entry]:
     """All tensors of the output, those of an expert stack one after the other."""
     layers = [checkpoint.layer(index) for index in checkpoint.moe_layers]
     units = [(layer, projection) for layer in layers for projection in layer.projections]
     dropped = {name for layer in layers for name in layer.factor_names}
     others = {
         entry.name: entry
-        for entry in copies(checkpoint, [(layer.index, projection) for layer, projection in units])
+        for entry in checkpoint.copies([(layer.index, projection) for layer, projection in units])
         if entry.name not in dropped
     }
     for name, entry in others.items():
@@ -220,7 +220,7 @@ def _converted(entry: Entry, target: torch.dtype) -> Entry:
 
 
 def _dequantized(
-    checkpoint: MobeCheckpoint, entry: Entry, scales: Entry | None, target: torch.dtype
+    checkpoint: ModelWithFactors, entry: Entry, scales: Entry | None, target: torch.dtype
 ) -> Entry:
     """A block-scaled FP8 tensor in another type."""
 
@@ -237,7 +237,7 @@ def _dequantized(
 # config.json
 
 
-def original_config(checkpoint: MobeCheckpoint, target: torch.dtype) -> tuple[dict[str, Any], list[str]]:
+def original_config(checkpoint: ModelWithFactors, target: torch.dtype) -> tuple[dict[str, Any], list[str]]:
     """config.json of the ordinary model, and what was changed in it that a user may have to mend.
 
     ``architectures`` and ``auto_map`` of the authors' checkpoints may name their own classes, and code that does not

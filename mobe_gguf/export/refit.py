@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -36,10 +35,8 @@ from mobe_gguf.export.refit_solve import ANCHOR_BY_MOMENTS, cost, kept, resized,
 from mobe_gguf.export.report import Refit
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.models.gguf_factors import GgufFactors
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer, recorded
+from mobe_gguf.models.factors import FactorDirectory, MobeLayer, recorded
 from mobe_gguf.models.original import Original, open_original
-from mobe_gguf.models.wab import WabCheckpoint
 from mobe_gguf.quant.recipe import FLOATS, Choice
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Rounder
 from mobe_gguf.quant.small import Squares
@@ -360,7 +357,7 @@ class SolvedMix:
 
 
 def units_of(
-    checkpoint: MobeCheckpoint,
+    checkpoint: FactorDirectory,
     imatrix: Imatrix,
     choices: Mapping[str, Choice],
     weights: Mapping[str, Importance],
@@ -431,20 +428,15 @@ class Refitting:
 
 
 def find_original(
-    checkpoint: MobeCheckpoint, given: str | os.PathLike[str] | None
+    checkpoint: FactorDirectory, given: str | os.PathLike[str] | None
 ) -> tuple[Original | None, str | None]:
     """The model that the factors are of, and why there is none.
 
     ``given`` by the user, or where factorize found it.  MobeError if the one that was given is another model.
     """
-    if isinstance(checkpoint, WabCheckpoint):
-        return open_original(checkpoint.path), None
-    if isinstance(checkpoint, GgufFactors):
-        return checkpoint.open_source(given), None
-    source = recorded(checkpoint.config, "source")
-    if given is None and not isinstance(source, str):
+    path = checkpoint.original_path(given)
+    if path is None:
         return None, "where the original model is was not recorded"
-    path = Path(source if given is None else given)
     if given is None and not path.exists():
         return None, f"the original model is no longer at {path}"
     try:
@@ -457,7 +449,7 @@ def find_original(
     return original, None
 
 
-def _check_original(checkpoint: MobeCheckpoint, original: Original, checksum: object) -> None:
+def _check_original(checkpoint: FactorDirectory, original: Original, checksum: object) -> None:
     """MobeError if ``checkpoint`` holds factors of another model."""
     where = f"--original {original.path}"
     if original.is_mobe:

@@ -18,12 +18,13 @@ import torch
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import PRIOR, Roots, shrinkage
+from mobe_gguf.core.sides import side
 from mobe_gguf.export.encoder import Encoder, EncodeRows, Nearest
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.report import Rounded
 from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer
+from mobe_gguf.models.factors import FactorDirectory, MobeLayer
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 
@@ -182,7 +183,7 @@ def diagonals(moments: Moments, tensors: Mapping[str, Tensor]) -> dict[str, Impo
     return found
 
 
-def bases(moments: Moments, factors: MobeCheckpoint) -> dict[str, Importance]:
+def bases(moments: Moments, factors: FactorDirectory) -> dict[str, Importance]:
     """Weights of the columns of the bases of gate and up: of basis j ``sum_i mix_ij^2 diag(S_i)`` over the experts that use it."""
 
     def reader(layer: MobeLayer, projection: str) -> Callable[[], np.ndarray]:
@@ -205,7 +206,7 @@ def bases(moments: Moments, factors: MobeCheckpoint) -> dict[str, Importance]:
     for index in factors.moe_layers:
         layer = factors.layer(index)
         for projection in layer.projections:
-            if projection != "down" and names.transform_name(index, projection) in moments:
+            if not side(projection).output and names.transform_name(index, projection) in moments:
                 origin = f"{Path(moments.path).name} (second moments)"
                 found[names.basis_name(index, projection)] = Importance(origin, reader(layer, projection))
     return found

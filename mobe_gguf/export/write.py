@@ -20,8 +20,8 @@ from mobe_gguf.export.encoder import Encoder, NearestEncoder
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import Tensor, chunks
 from mobe_gguf.formats.gguf import ALIGNMENT, padded
-from mobe_gguf.models.checkpoint import all_finite
 from mobe_gguf.models.gguf_source import Stored
+from mobe_gguf.models.tensors import all_finite
 from mobe_gguf.quant.small import Squares
 from mobe_gguf.runtime import ggml
 

@@ -118,13 +118,19 @@ def _shared(metric: Metric, n: int, like: torch.Tensor) -> Metric:
     own = [metric.slice(slice(i, i + 1), like) for i in range(n)] if metric.per_expert else []
     if not own:
         return metric.slice(slice(0, 1), like)
-    if own[0].root.dim() == 2:
-        return Metric(sum(m.root[0].square() for m in own).div(n).sqrt())
-    return Metric(_root(sum(_moment(m) for m in own) / n))
+    roots = [m.root for m in own if m.root is not None]
+    if roots[0].dim() == 2:
+        return Metric((_sum([root[0].square() for root in roots]) / n).sqrt())
+    return Metric(_root(_sum([_moment(m) for m in own]) / n))
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    return sum(parts[1:], parts[0])
 
 
 def _moment(metric: Metric) -> torch.Tensor:
     """S ``[d, d]`` of one expert's full metric."""
+    assert metric.root is not None
     root = metric.root[0]
     s = root @ root.T
     return s if metric.rest is None else s + metric.rest[0].square().diag()
@@ -176,13 +182,14 @@ def _mean(w: torch.Tensor, metric: Metric) -> torch.Tensor:
     ``(sum_i W_i S_i) (sum_i S_i)^-1``.
     """
     n, p, d = w.shape
-    if not metric.per_expert:
+    if metric.root is None or not metric.per_expert:
         return w.mean(0)
     full = metric.root.dim() == 3
     weighted = torch.zeros(p, d, dtype=torch.float64)
     total = torch.zeros((d, d) if full else (d,), dtype=torch.float64)
     for i in range(n):
         own = metric.slice(slice(i, i + 1), total)
+        assert own.root is not None
         s = _moment(own) if full else own.root[0].square()
         weighted += w[i].double() @ s if full else w[i] * s
         total += s

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.layers import format_layers
+from mobe_gguf.core.sides import by_side, side
 from mobe_gguf.factorize.expected import expected_time
 from mobe_gguf.factorize.job import Job, Result
 from mobe_gguf.factorize.plan import Plan, baseline
@@ -51,7 +52,7 @@ def cautions(job: Job) -> list[str]:
     lines += [f"note: {note}" for note in job.checkpoint.check_values().notes]
     lines += [f"note: {note}" for note in (job.imatrix.notes if job.imatrix else ())]
     rank, s = job.settings.rank, job.settings
-    if s.method == "mobe" and rank is not None and rank % 32 and set(s.projections) - {"down"}:
+    if s.how.fitted and rank is not None and rank % 32 and not all(side(p).output for p in s.projections):
         lines.append(
             f"warning: A has rows of --rank {rank} values, which are no whole blocks of 32: every --quant writes it as f16. "
             f"{rank // 32 * 32 or 32} and {-(-rank // 32) * 32} are"
@@ -157,13 +158,11 @@ def print_types(job: Job, console: Console) -> None:
     if not (s.for_basis or s.for_transform):
         return
     said = []
-    for side in (("gate", "up"), ("down",)):
-        found = tuple(p for p in side if p in s.projections)
-        if not found:
-            continue
+    sides = by_side(s.projections)
+    for found in sides:
         solver = s.solver(job.example(), found[0]).resolved(c.n_ff_exp, c.n_embd)
         basis_row, transform_row = solver.rows(c.n_ff_exp, c.n_embd)
-        of = f" of {_listed(found)}" if "down" in s.projections else ""
+        of = f" of {_listed(found)}" if side(found[0]).output or len(sides) > 1 else ""
         for factor, asked, got, row in (
             ("bases", s.for_basis, solver.basis_type, basis_row),
             ("A", s.for_transform, solver.transform_type, transform_row),

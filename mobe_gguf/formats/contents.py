@@ -21,6 +21,9 @@ CLASSES = {
     "other": r"",
 }
 
+#: The classes whose tensors are most of a model: experts' matrices and what stands for them.
+WEIGHTS = ("A", "B", "down", "experts")
+
 
 @dataclass(frozen=True)
 class ListedTensor:

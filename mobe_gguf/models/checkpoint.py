@@ -6,159 +6,76 @@ the tensor; a directory that opens has all its shards, whole, with the tensors t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
-from mobe_gguf.core.sides import side
 from mobe_gguf.formats.safetensors import (
-    DTYPES,
-    INDEX_NAME,
-    SINGLE_NAME,
+    Entry,
     TensorInfo,
     check_is_model_directory,
-    read_header,
     read_json,
-    read_weight_map,
 )
 from mobe_gguf.models.config_values import Judgement, check_values
+from mobe_gguf.models.factors import ModelDirectory
 from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of
 from mobe_gguf.models.foreign import check_format, check_names
 from mobe_gguf.models.layout import ExpertLayout
+from mobe_gguf.models.tensors import all_finite
 
 #: Types of an expert's matrix that can be factorized as they stand; F8_E4M3 besides, with its scales.
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+#: Files that hold weights in one way or another.
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
 T = TypeVar("T")
 
 
-class Checkpoint:
+class Checkpoint(ModelDirectory):
     """A Hugging Face model directory, opened lazily: headers now, tensors when asked for.
 
     Raises MobeError if config.json or a shard is missing or corrupt, if the index contradicts the shards, or if
     ``model_type`` is unknown.
     """
 
-    #: What is not factorized comes along into the output, beside a config.json of its own.
-    is_directory = True
+    kind = "huggingface"
+    config_name = "config.json"
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        check_is_model_directory(self.path)
-        self.config: dict[str, Any] = read_json(self.path / "config.json")
-        #: What a user should know of the directory.
-        self.notes: list[str] = []
-        check_format(self.path, self.config)
-        self.family = self._of_config(family_of)
-        self._tensors = self._read_headers()
-        self._open: dict[str, Any] = {}
+        path = Path(path)
+        check_is_model_directory(path)
+        self.config = read_json(path / self.config_name)
+        check_format(path, self.config)
+        with _naming(path):
+            family = family_of(self.config)
+        super().__init__(path, family)
 
     @property
-    def has_stale_index(self) -> bool:
-        """Whether an index lies beside the one file that holds everything."""
-        return (self.path / INDEX_NAME).exists() and (self.path / SINGLE_NAME).exists()
+    def directory(self) -> Checkpoint:
+        return self
 
-    def _read_headers(self) -> dict[str, TensorInfo]:
-        tensors: dict[str, TensorInfo] = {}
-        if (
-            self.path / SINGLE_NAME
-        ).exists():  # as transformers: before an index, which may be of an older version
-            if self.has_stale_index:
-                self.notes.append(
-                    f"{SINGLE_NAME} is read, and {INDEX_NAME} beside it is not, as transformers does it"
-                )
-            return {name: info for name, info in read_header(self.path / SINGLE_NAME).items()}
-        weight_map = read_weight_map(self.path / INDEX_NAME)
-        for shard in sorted(set(weight_map.values())):
-            if not (self.path / shard).is_file():
-                promised = [name for name, s in weight_map.items() if s == shard]
-                raise MobeError(
-                    f"{self.path}: shard {shard} is missing, but {INDEX_NAME} says that it holds {len(promised)} "
-                    f"tensors (the first is {promised[0]}). Download the model again; finished files are kept."
-                )
-            header = read_header(self.path / shard)
-            for name in (n for n, s in weight_map.items() if s == shard):
-                if name not in header:
-                    raise MobeError(
-                        f"{self.path}: {INDEX_NAME} says that tensor {name} is in {shard}, but it is not there. "
-                        "Index and shards are from different versions of the model; download it again."
-                    )
-                tensors[name] = header[name]
-        return tensors
+    def hf_config(self) -> Any:
+        """transformers' config of the model; its own errors."""
+        from transformers import AutoConfig
 
-    # tensors
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All tensor names, in the order of the index."""
-        return tuple(self._tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def info(self, name: str) -> TensorInfo:
-        """Header entry of a tensor; MobeError if there is none."""
-        if name not in self._tensors:
-            raise MobeError(f"{self.path}: tensor {name} is missing. Is the model complete, and of the family "
-                            f"'{self.family.name}' as config.json says?")  # fmt: skip
-        return self._tensors[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.info(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        info = self.info(name)
-        if info.dtype not in DTYPES:
-            raise MobeError(f"{self.path}: tensor {name} has type {info.dtype}, which is not supported")
-        return DTYPES[info.dtype]
-
-    def get(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored, no check of its values."""
-        info = self.info(name)
-        try:
-            return self._shard(info.shard).get_tensor(name)
-        except (SafetensorError, OSError, TypeError, KeyError) as e:
-            raise MobeError(f"{self.path / info.shard}: cannot read tensor {name}: {e}") from e
-
-    def get_row(self, name: str, row: int) -> torch.Tensor:
-        """``tensor[row]`` along the first axis, read without the rest of the tensor."""
-        info = self.info(name)
-        try:
-            return self._shard(info.shard).get_slice(name)[row]
-        except (SafetensorError, OSError, TypeError, KeyError) as e:
-            raise MobeError(f"{self.path / info.shard}: cannot read tensor {name}: {e}") from e
-
-    def _shard(self, shard: str) -> Any:
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.path / shard, framework="pt")
-        return self._open[shard]
-
-    def expect_shape(self, name: str, expected: tuple[int, ...], because: str) -> None:
-        """MobeError unless tensor ``name`` has the ``expected`` shape; ``because`` says where that comes from."""
-        got = self.shape(name)
-        if got != expected:
-            raise MobeError(
-                f"{self.path}: tensor {name} has shape {list(got)}, expected {list(expected)} ({because})"
-            )
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
 
     # the model
 
     def _of_config(self, read: Callable[[dict[str, Any]], T]) -> T:
         """``read(config)``; its MobeError names the file with its directory."""
-        try:
+        with _naming(self.path):
             return read(self.config)
-        except MobeError as e:
-            raise MobeError(f"{self.path}/{e.message}") from e
 
     def _said(self, keys: tuple[str, ...]) -> str:
         """``.../config.json: 'key' is value``, of the first of ``keys`` that is there."""
@@ -286,16 +203,6 @@ class Checkpoint:
         return ALL_PROJECTIONS
 
     # experts
-
-    def expert_shape(self, projection: str) -> tuple[int, int]:
-        """``[p, d]`` of gate and up, ``[d, p]`` of down, by config.json."""
-        return side(projection).matrix(self.n_ff_exp, self.n_embd)
-
-    def is_fused(self, layer: int, projection: str) -> bool:
-        """True if the layer's experts are stored in one tensor, :meth:`Family.fused_weight`."""
-        return self.family.expert_weight(layer, 0, projection) not in self and (
-            self.family.fused_weight(layer, projection) in self
-        )
 
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
         """Names of the tensors that :meth:`expert_stack` reads, scales included."""
@@ -443,9 +350,68 @@ class Checkpoint:
             kept -= sum(self.info(name).n_bytes for name in self.expert_sources(layer, projection)) // parts
         return kept
 
-    def source_files(self) -> list[Path]:
-        """All files that the model is read from."""
-        return [path for path in self.path.iterdir() if path.is_file()]
+    # what comes along into another directory
+
+    def small_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation config, remote code: whatever is not weights nor written anew."""
+        return [
+            path
+            for path in sorted(self.path.iterdir())
+            if path.is_file()
+            and path.suffix not in WEIGHT_SUFFIXES
+            and not path.name.endswith(".index.json")
+            and path.name != self.config_name
+            and not path.name.startswith(".")
+        ]
+
+    def copies(self, factorized: Iterable[tuple[int, str]]) -> list[Entry]:
+        """All tensors but the matrices of the ``factorized`` (layer, projection) units.
+
+        Where transformers 5 has fused a layer's experts into one tensor they are taken apart again, and the MoE block gets
+        its classic name: a MoBE checkpoint always has one tensor an expert.
+        """
+        factorized = set(factorized)
+        dropped = {source for unit in factorized for source in self.expert_sources(*unit)}
+        fused: dict[str, list[tuple[int, str]]] = {}
+        out: list[Entry] = []
+        for layer in self.moe_layers:
+            for projection in ALL_PROJECTIONS:
+                if self.is_fused(layer, projection):
+                    for source in self.expert_sources(layer, projection):
+                        fused.setdefault(source, []).append((layer, projection))
+        renamed = {
+            self.family.fused_weight(layer, "down").removesuffix("experts.down_proj"): self.family.block_name(
+                layer
+            )
+            + "."
+            for units in fused.values()
+            for layer, _ in units
+        }
+        for name in self.names:
+            info = self.info(name)
+            if name in fused:
+                for layer, projection in fused[name]:
+                    if (layer, projection) not in factorized:
+                        out += self._split(name, info, layer, projection)
+            elif name not in dropped:
+                for old, new in renamed.items():
+                    name = new + name.removeprefix(old) if name.startswith(old) else name
+                file = self.path / info.shard
+                out.append(Entry.copy(name, info.dtype, info.shape, file, info.begin, info.end))
+        return out
+
+    def _split(self, name: str, info: TensorInfo, layer: int, projection: str) -> Iterator[Entry]:
+        """One expert after the other out of a fused tensor ``[n, 2p, d]`` (gate first) or ``[n, d, p]``, or its scales."""
+        n, rows, columns = info.shape
+        part, halves = self.layout(layer).place(projection)
+        size = (info.end - info.begin) // n // halves
+        offset = part * size
+        suffix = "_scale_inv" if name.endswith("_scale_inv") else ""
+        for e in range(n):
+            begin = info.begin + e * halves * size + offset
+            to = self.family.expert_weight(layer, e, projection) + suffix
+            shape, file = (rows // halves, columns), self.path / info.shard
+            yield Entry.copy(to, info.dtype, shape, file, begin, begin + size)
 
     @cached_property
     def checksum(self) -> str:
@@ -468,9 +434,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def all_finite(tensor: torch.Tensor) -> bool:
-    """No NaN, no Inf: by the extremes, which a CPU finds in a tenth of the time that torch.isfinite takes."""
-    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the directory before a MobeError's ``config.json``."""
+    try:
+        yield
+    except MobeError as e:
+        raise MobeError(f"{path}/{e.message}") from e
 
 
 def dequantize_fp8(name: str, w: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -11,35 +11,37 @@ import os
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats.safetensors import INDEX_NAME, read_json
-from mobe_gguf.models.gguf_source import GgufModel, family
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+from mobe_gguf.models.config_values import Judgement
+from mobe_gguf.models.factors import FactorDirectory
+from mobe_gguf.models.gguf_source import FACTORS_NAME, GgufModel, family
 
-FACTORS_NAME = "factors.json"
 
-
-class GgufFactors(MobeCheckpoint):
+class GgufFactors(FactorDirectory):
     """A directory of factors, read as a MoBE checkpoint is; of a layer's matrices it has those that are factorized.
 
     Raises MobeError if ``factors.json`` or a shard is missing or damaged.
     """
 
+    kind = "factors"
+    under_expert_names = False
+
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        self.config: dict[str, Any] = read_json(self.path / FACTORS_NAME)
-        self.arch = self.config.get("architecture")
-        if not isinstance(self.arch, str) or not isinstance(self.config.get("mobe"), dict):
+        path = Path(path)
+        self.config = read_json(path / FACTORS_NAME)
+        arch = self.config.get("architecture")
+        if not isinstance(arch, str) or not isinstance(self.config.get("mobe"), dict):
             raise MobeError(
-                f"{self.path / FACTORS_NAME}: no 'architecture' or no 'mobe'; expected what mobe-gguf factorize writes"
+                f"{path / FACTORS_NAME}: no 'architecture' or no 'mobe'; expected what mobe-gguf factorize writes"
             )
-        self.family = family(self.arch)
-        if not (self.path / INDEX_NAME).is_file():
-            raise MobeError(f"{self.path}: {INDEX_NAME} is missing; factorize the model again")
-        self._tensors = self._read_headers()
-        self._open: dict[str, Any] = {}
+        if not (path / INDEX_NAME).is_file():
+            raise MobeError(f"{path}: {INDEX_NAME} is missing; factorize the model again")
+        self.arch = arch
+        super().__init__(path, family(arch))
 
     def _size(self, key: str) -> int:
         value = self.config.get(key)
@@ -74,14 +76,35 @@ class GgufFactors(MobeCheckpoint):
         return tuple(sorted({int(match[1]) for match in found if match}))
 
     def missing(self) -> list[str]:
-        """Nothing: all that is no factor is in the GGUF file, see :meth:`open_source`."""
+        """None: all that is no factor is in the GGUF file, see :meth:`open_source`."""
         return []
 
     def check_whole(self) -> None:
-        """Of the GGUF file; ``export`` checks the factors themselves."""
+        """MobeError unless the shapes of all factors agree."""
+        for index in self.moe_layers:
+            layer = self.layer(index)
+            for projection in layer.projections:
+                layer.rank(projection)
+
+    def check_values(self) -> Judgement:
+        """Nothing: the GGUF file's keys are those that the runtime reads."""
+        return Judgement()
 
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
-        return tuple(name for name in super().expert_sources(layer, projection) if name in self)
+        """Of what is factorized the A's; of what is not nothing, it is in the GGUF file."""
+        names = (self.family.expert_weight(layer, e, projection) for e in range(self.n_expert))
+        return tuple(name for name in names if name in self)
+
+    def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
+        """Out of the GGUF file."""
+        return self.open_source().expert_stack(layer, projection)
+
+    def original_path(self, given: str | os.PathLike[str] | None) -> Path:
+        """The GGUF file.  MobeError if it is not there, or another model."""
+        return self.open_source(given).path
+
+    def gguf_source(self, path: str | os.PathLike[str] | None) -> GgufModel:
+        return self.open_source(path)
 
     def open_source(self, path: str | os.PathLike[str] | None = None) -> GgufModel:
         """The GGUF file that these are factors of, from ``path`` or where it was then.

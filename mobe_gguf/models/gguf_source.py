@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,11 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
-from mobe_gguf.models.checkpoint import all_finite
+from mobe_gguf.formats.safetensors import Entry
 from mobe_gguf.models.config_values import Judgement
 from mobe_gguf.models.families import EMBEDDINGS, WRITERS, Family
 from mobe_gguf.models.layout import GATE_UP, OPTIONAL, ExpertLayout
+from mobe_gguf.models.tensors import all_finite
 from mobe_gguf.runtime import ggml
 
 #: Bytes that are copied at a time.  (1 GB takes 0.3 s of CPU time in pieces of 256 KiB, 0.7 to 1.5 s in pieces of 16 MiB,
@@ -43,6 +44,9 @@ SAMPLE = 4096
 
 #: Of a merged tensor: whose rows follow each other.
 MERGED = GATE_UP[0]
+
+#: Says what the factors of a GGUF file are of, in their directory.
+FACTORS_NAME = "factors.json"
 
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -144,7 +148,10 @@ class GgufModel:
     is_mobe = False
 
     #: All that is not factorized stays in the file.
-    is_directory = False
+    directory = None
+
+    #: Of the factors' directory.
+    config_name = FACTORS_NAME
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -236,6 +243,14 @@ class GgufModel:
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
         """Bytes that the factors' directory takes over from the model: none, they stay in the GGUF file."""
         return 0
+
+    def copies(self, units: Iterable[tuple[int, str]]) -> list[Entry]:
+        """Tensors that the factors' directory takes over: none, see :meth:`kept_bytes`."""
+        return []
+
+    def small_files(self) -> list[Path]:
+        """Files that it takes over: none."""
+        return []
 
     @cached_property
     def checksum(self) -> str:

@@ -13,160 +13,25 @@ and ``[n, m, d]`` for a mix row by row.  config.json holds ``num_B`` and ``activ
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import cached_property
-from typing import Any
 
 import torch
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
-from mobe_gguf.core.names import ACTIVATIONS, ALL_PROJECTIONS
+from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.core.sides import side
-from mobe_gguf.models.checkpoint import Checkpoint, all_finite
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.factors import FactorDirectory, MobeLayer, recorded
 
 
-def recorded(config: Mapping[str, Any], *path: str) -> Any:
-    """What ``factorize`` noted under the key ``mobe`` of config.json or factors.json, ``path`` further down; None if nothing."""
-    value: Any = config
-    for key in ("mobe", *path):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+class ModelWithFactors(FactorDirectory, Checkpoint):
+    """A Hugging Face model directory whose experts are factors, in it or beside it."""
 
 
-class MobeLayer:
-    """One MoE layer of a MoBE checkpoint.  All tensors come out as float32."""
-
-    def __init__(self, checkpoint: MobeCheckpoint, index: int):
-        self.checkpoint = checkpoint
-        self.index = index
-
-    @cached_property
-    def projections(self) -> tuple[str, ...]:
-        """The factorized projections, of ``gate``, ``up`` and ``down``; empty for an ordinary layer."""
-        return tuple(p for p in ALL_PROJECTIONS if self._names(p))
-
-    def _names(self, projection: str) -> list[tuple[str, str]]:
-        """``(basis, mix)`` tensor names, one pair a group."""
-        family, checkpoint = self.checkpoint.family, self.checkpoint
-        groups: list[int | None] = [None]
-        if family.basis(self.index, projection) not in checkpoint:
-            groups = []
-            while family.basis(self.index, projection, len(groups)) in checkpoint:
-                groups.append(len(groups))
-        return [
-            (family.basis(self.index, projection, g), family.mix(self.index, projection, g)) for g in groups
-        ]
-
-    @property
-    def factor_names(self) -> tuple[str, ...]:
-        """Tensors of the checkpoint that are a basis or a mix of this layer."""
-        return tuple(name for p in self.projections for pair in self._names(p) for name in pair)
-
-    @cached_property
-    def _checked(self) -> dict[str, tuple[int, int, int]]:
-        return {p: self._check(p) for p in self.projections}
-
-    def _check(self, projection: str) -> tuple[int, int, int]:
-        """``(g, m, r)`` of a projection after all shapes were found to agree; MobeError names the tensor."""
-        c = self.checkpoint
-        pairs = self._names(projection)
-        n, d, p, g = c.n_expert, c.n_embd, c.n_ff_exp, len(pairs)
-        if n % g:
-            raise MobeError(f"{c.path}: {pairs[0][0]}: {g} groups do not divide {n} experts")
-        first, on = c.shape(pairs[0][0]), side(projection)
-        if len(first) != 3 or first[on.d_axis] != d:
-            form = on.basis_form.format(d=d)
-            raise MobeError(f"{c.path}: tensor {pairs[0][0]} has shape {list(first)}, expected {form}")
-        m_group, rows, _ = first
-        r = first[on.r_axis]
-        for basis, mix in pairs:
-            c.expect_shape(basis, first, f"as {pairs[0][0]}")
-            shape = c.shape(mix)
-            if shape not in ((n // g, m_group), (n // g, m_group, rows)):
-                raise MobeError(
-                    f"{c.path}: tensor {mix} has shape {list(shape)}, expected {[n // g, m_group]}, or "
-                    f"{[n // g, m_group, rows]} when mixed row by row, from the shape of {basis}"
-                )
-            c.expect_shape(mix, c.shape(pairs[0][1]), f"as {pairs[0][1]}")
-        for e in range(n):
-            c.expect_shape(
-                c.family.expert_weight(self.index, e, projection),
-                on.transform(p, r),
-                f"p from config.json, r from {pairs[0][0]}",
-            )
-        return g, m_group * g, r
-
-    def group_count(self, projection: str) -> int:
-        """g."""
-        return self._checked[projection][0]
-
-    def n_basis(self, projection: str) -> int:
-        """m, over all groups."""
-        return self._checked[projection][1]
-
-    def rank(self, projection: str) -> int:
-        """r."""
-        return self._checked[projection][2]
-
-    def basis_shape(self, projection: str) -> tuple[int, int]:
-        """Shape of one basis: ``(r, d)``, of down ``(d, r)``."""
-        return side(projection).basis(self.rank(projection), self.checkpoint.n_embd)
-
-    def transform_shape(self, projection: str) -> tuple[int, int]:
-        """Shape of one expert's A: ``(p, r)``, of down ``(r, p)``."""
-        return side(projection).transform(self.checkpoint.n_ff_exp, self.rank(projection))
-
-    def is_row_mixed(self, projection: str) -> bool:
-        """True if every row of the basis has mixing weights of its own."""
-        self._checked[projection]
-        return len(self.checkpoint.shape(self._names(projection)[0][1])) == 3
-
-    def basis(self, projection: str) -> torch.Tensor:
-        """B ``[m, r, d]`` (of down ``[m, d, r]``), groups one after the other."""
-        self._checked[projection]
-        return torch.cat([self._read(basis) for basis, _ in self._names(projection)])
-
-    def basis_matrix(self, projection: str, index: int) -> torch.Tensor:
-        """B_j ``[r, d]`` (of down ``[d, r]``) in its stored type, read without the others; ``index`` counts through the groups."""
-        g, m, _ = self._checked[projection]
-        name = self._names(projection)[index // (m // g)][0]
-        return self._finite(name, self.checkpoint.get_row(name, index % (m // g)))
-
-    def group_basis(self, projection: str, group: int) -> torch.Tensor:
-        """B of one group ``[m/g, r, d]`` (of down ``[m/g, d, r]``), read without the others and not held twice."""
-        m = self.n_basis(projection) // self.group_count(projection)
-        out = torch.empty(m, *self.basis_shape(projection))
-        for j in range(m):
-            out[j] = self.basis_matrix(projection, group * m + j)
-        return out
-
-    def mix(self, projection: str) -> torch.Tensor:
-        """alpha ``[n, m/g]``, or ``[n, m/g, r]`` (of down ``[n, m/g, d]``): expert e mixes the bases of group ``e // (n/g)``."""
-        self._checked[projection]
-        return torch.cat([self._read(mix) for _, mix in self._names(projection)])
-
-    def transform(self, projection: str, expert: int) -> torch.Tensor:
-        """A_e ``[p, r]``, of down ``[r, p]``."""
-        self._checked[projection]
-        return self._read(self.checkpoint.family.expert_weight(self.index, expert, projection))
-
-    def _read(self, name: str) -> torch.Tensor:
-        return self._finite(name, self.checkpoint.get(name)).float()
-
-    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not all_finite(tensor):
-            raise MobeError(
-                f"{self.checkpoint.path}: tensor {name} holds NaN or Inf; factorize the model again"
-            )
-        return tensor
-
-
-class MobeCheckpoint(Checkpoint):
+class MobeCheckpoint(ModelWithFactors):
     """A directory of MoBE factors.  Raises MobeError if it is an ordinary model."""
 
-    #: What :meth:`layer` gives.
-    layer_class: type[MobeLayer] = MobeLayer
+    kind = "mobe"
 
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path)
@@ -187,31 +52,9 @@ class MobeCheckpoint(Checkpoint):
                 f"{mend}"
             )
 
-    @cached_property
-    def activation(self) -> str:
-        """f: one of ``names.ACTIVATIONS``."""
-        activation = self.config.get("activation")
-        if activation not in ACTIVATIONS:
-            raise MobeError(
-                f"{self.path}/config.json: 'activation' is {activation!r}; known: {', '.join(sorted(ACTIVATIONS))}"
-            )
-        return activation
-
-    def layer(self, index: int) -> MobeLayer:
-        """The MoE layer ``index``; one without bases is an ordinary layer, its ``projections`` are empty."""
-        if index not in self.moe_layers:
-            raise MobeError(
-                f"{self.path}: layer {index} has no routed experts; MoE layers are {list(self.moe_layers)}"
-            )
-        return self._layers.setdefault(index, self.layer_class(self, index))
-
     def ordinary(self, layer: int) -> tuple[str, ...]:
         """Projections of a MoE layer that are not factorized."""
         return tuple(p for p in ALL_PROJECTIONS if p not in self.layer(layer).projections)
-
-    @cached_property
-    def _layers(self) -> dict[int, MobeLayer]:
-        return {}
 
 
 #: Bytes of combined bases that :class:`Reconstruction` holds at a time, if they are of more than one expert; twice that

@@ -1,20 +1,24 @@
-"""The original model, whatever holds it: a Hugging Face directory or a GGUF file."""
+"""Opening what a path names: a model, whatever holds it, or a directory with a model or factors."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.formats.safetensors import Entry
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.config_values import Judgement
+from mobe_gguf.models.factors import ModelDirectory
 from mobe_gguf.models.families import Family
-from mobe_gguf.models.gguf_factors import FACTORS_NAME
-from mobe_gguf.models.gguf_source import GgufModel
+from mobe_gguf.models.gguf_factors import GgufFactors
+from mobe_gguf.models.gguf_source import FACTORS_NAME, GgufModel
 from mobe_gguf.models.layout import ExpertLayout
+from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
 
 class Original(Protocol):
@@ -26,7 +30,13 @@ class Original(Protocol):
     @property
     def config(self) -> dict[str, Any]: ...
 
-    is_directory: bool
+    @property
+    def directory(self) -> Checkpoint | None:
+        """Itself, if it is a Hugging Face directory: what is not factorized then comes along into the output."""
+
+    @property
+    def config_name(self) -> str:
+        """The file that says what the output is; its ``config`` with what the factors add."""
 
     @property
     def is_mobe(self) -> bool: ...
@@ -49,6 +59,12 @@ class Original(Protocol):
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
         """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
+
+    def copies(self, units: Iterable[tuple[int, str]]) -> list[Entry]:
+        """These tensors: all but the matrices of the ``units``."""
+
+    def small_files(self) -> list[Path]:
+        """Files beside the weights that come along, too."""
 
     def layout(self, layer: int) -> ExpertLayout: ...
     def expert_shape(self, projection: str) -> tuple[int, int]: ...
@@ -75,3 +91,11 @@ def open_original(path: str | os.PathLike[str]) -> Original:
             f"{path} holds factors of a GGUF file already. Export them:\n  mobe-gguf export {path} model.gguf --quant q4_k"
         )
     return Checkpoint(path)
+
+
+def open_directory(path: Path) -> ModelDirectory:
+    """Factors of a GGUF file, a MoBE checkpoint or an ordinary model.  MobeError if it is none of these, or damaged."""
+    if (path / FACTORS_NAME).is_file():
+        return GgufFactors(path)
+    checkpoint = Checkpoint(path)
+    return MobeCheckpoint(path) if checkpoint.is_mobe else checkpoint

@@ -26,8 +26,9 @@ import torch
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.names import PROJECTIONS, WAB_ACTIVATIONS
-from mobe_gguf.models.checkpoint import Checkpoint, all_finite
-from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, MobeLayer
+from mobe_gguf.models.factors import MobeLayer
+from mobe_gguf.models.mobe_checkpoint import ModelWithFactors
+from mobe_gguf.models.tensors import all_finite
 
 FILE = re.compile(r"model_layers_(\d+)_mlp_(\w+?)_proj(?:_group(\d+))?_WAB\.pth")
 
@@ -128,16 +129,17 @@ class WabLayer(MobeLayer):
         return tensor
 
 
-class WabCheckpoint(MobeCheckpoint):
+class WabCheckpoint(ModelWithFactors):
     """The original model at ``path`` with the factors in files of training for its experts.
 
     Raises MobeError if a file is missing or cannot be what its name says, or if the activation does not fit.
     """
 
     layer_class = WabLayer
+    under_expert_names = False
 
     def __init__(self, path: str | os.PathLike[str], said: WabFiles):
-        Checkpoint.__init__(self, path)
+        super().__init__(path)
         if self.is_mobe:
             raise MobeError(f"{self.path} is a MoBE checkpoint; --wab goes with the original model")
         self.activation = said.activation
@@ -145,9 +147,9 @@ class WabCheckpoint(MobeCheckpoint):
         self._loaded: tuple[tuple[int, str], list[dict[str, torch.Tensor]]] | None = None
         self._check_activation()
 
-    def ordinary(self, layer: int) -> tuple[str, ...]:
-        """Those of the original model: all."""
-        return Checkpoint.ordinary(self, layer)
+    def original_path(self, given: str | os.PathLike[str] | None) -> Path:
+        """Here."""
+        return self.path
 
     def source_files(self) -> list[Path]:
         return super().source_files() + [path for paths in self.files.values() for path in paths]

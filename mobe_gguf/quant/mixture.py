@@ -104,9 +104,9 @@ CATEGORIES = {
     "attn_k.weight": "k",
     "attn_q.weight": "q",
     "attn_output.weight": "attn_out",
-    "ffn_up": "up",
-    "ffn_gate": "gate",
-    "ffn_down": "down",
+    "ffn_up": "ffn_up",
+    "ffn_gate": "ffn_gate",
+    "ffn_down": "ffn_down",
 }
 ATTENTION_V_LIKE = ("v", "qkv", "kv_b")
 
@@ -156,12 +156,12 @@ class Mixture:
             return "q8_0"
         if category in ("k", "q"):
             return {"iq3_xs": "iq3_xxs", "iq3_xxs": "iq2_s"}.get(self.quant, self.base)
-        if category == "down":
+        if category == "ffn_down":
             return self._down(layer)
         if category == "attn_out":
             return self._attention_out()
         n = self.facts.n_layer
-        if category in ("gate", "up") and self.quant == "iq3_xs" and n // 8 <= layer < 7 * n // 8:
+        if category in ("ffn_gate", "ffn_up") and self.quant == "iq3_xs" and n // 8 <= layer < 7 * n // 8:
             return "iq3_xxs"
         return self.base
 
@@ -185,7 +185,7 @@ class Mixture:
             return "q4_k" if self.facts.n_gqa >= 4 or self.facts.n_expert >= 4 else more
         if category == "k" and self.facts.n_expert == 8:
             return "q4_k"
-        if category == "down":  # counted, not by layer: shared experts count too
+        if category == "ffn_down":  # counted, not by layer: shared experts count too
             self.seen_down += 1
             return more if self.seen_down <= self.facts.n_layer // 8 else self.base
         if category == "attn_out":

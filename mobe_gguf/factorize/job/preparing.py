@@ -36,7 +36,7 @@ def prepare(
     moments = Moments(Path(options.moments)) if options.moments is not None else None
     with disk_errors(out):
         settings = _settings(checkpoint, out, options, imatrix, moments, resume)
-    if not settings.how.is_factors and not checkpoint.is_directory:
+    if not settings.how.is_factors and checkpoint.directory is None:
         raise UsageError(
             f"--method {settings.method} writes an ordinary model, for its factors have no form of their own: it needs a Hugging Face "
             f"directory, and {model} is a GGUF file"
@@ -66,7 +66,7 @@ def prepare(
         checkpoint,
         out,
         settings,
-        plan_checkpoint(checkpoint, settings, goal and goal.nominal(), moments),
+        plan_checkpoint(checkpoint, settings, None if goal is None else goal.nominal(), moments),
         imatrix,
         goal,
         moments=moments,

@@ -115,7 +115,7 @@ def goal_of(
         goal = Goal(budget, {u: Parameters(settings, u[1], (n, p, d)) for u in units}, choices, ranks)
         least = f"{goal.least / (len(units) * n * p * d):.3f}"
     else:
-        if not isinstance(checkpoint, Checkpoint):
+        if checkpoint.directory is None:
             raise UsageError(
                 "--target with a size is for Hugging Face directories; give a share, as --target 0.75"
             )
@@ -127,8 +127,8 @@ def goal_of(
             transform=settings.for_transform,
             imatrix=(imatrix.path,) if imatrix else (),
         )
-        form = dict(groups=step, by_row=settings.mix == "row", activation=settings.activation)
-        file = predict(checkpoint, units, recipe, ranks, **form)
+        form: dict[str, Any] = dict(groups=step, by_row=settings.mix == "row", activation=settings.activation)
+        file = predict(checkpoint.directory, units, recipe, ranks, **form)
         if settings.target >= file.plain:
             raise UsageError(
                 f"--target {format_size(settings.target)}: an ordinary {settings.quant} file takes "

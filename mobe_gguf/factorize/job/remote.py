@@ -44,8 +44,8 @@ class JobAddress:
             job.settings,
             job.plan,
             None if job.sizes is None else tuple(job.sizes.items()),
-            job.imatrix and Path(job.imatrix.path).absolute(),
-            job.moments and job.moments.path.absolute(),
+            None if job.imatrix is None else Path(job.imatrix.path).absolute(),
+            None if job.moments is None else job.moments.path.absolute(),
             job.checkpoint.checksum,
             job.workspace.token(),
             job.goal if job.sizes is None else None,
@@ -68,8 +68,8 @@ class JobAddress:
             raise MobeError(f"{work}: on {host} this is another folder than the job's. {shared}")
         try:
             checkpoint = open_original(self.model)
-            imatrix = self.imatrix and ImatrixFile(self.imatrix)
-            moments = self.moments and Moments(self.moments)
+            imatrix = None if self.imatrix is None else ImatrixFile(self.imatrix)
+            moments = None if self.moments is None else Moments(self.moments)
         except MobeError as e:
             raise MobeError(f"on {host}: {e.message}\n{shared}") from e
         found = {

@@ -73,7 +73,7 @@ def run(
                     1,
                     f"layer {r.layer} {r.projection}: error {r.error:.5f}, {r.steps} steps, {r.seconds:.1f} s",
                 )
-        units = [results[unit] for unit in job.settings.units()]
+        units = [result for result in results.values() if result is not None]
         files = {unit: job.unit_path(*unit) for unit in job.settings.units()}
         write_output(job.out, job.checkpoint, files, _config(job, units))
     job.workspace.remove()

@@ -78,8 +78,9 @@ class Job:
     @property
     def moments_of_another(self) -> bool:
         """Whether the moments say that another model, or copy of it, was run; of a GGUF file the model was one of course."""
-        about = self.moments and self.checkpoint.is_directory and self.moments.about
-        return bool(about) and about.get("source_checksum") != self.checkpoint.checksum
+        if self.moments is None or self.checkpoint.directory is None or not self.moments.about:
+            return False
+        return self.moments.about.get("source_checksum") != self.checkpoint.checksum
 
     @cached_property
     def workspace(self) -> JobWorkspace:

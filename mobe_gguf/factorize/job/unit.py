@@ -45,7 +45,7 @@ def fit_unit(
     stack, weight = _read(job, layer, projection)
     if job.settings.how.fitted:
         settings = job.settings.solver(size, projection)
-        factors = _fit(layer, projection, stack, weight, settings, device, on_step)
+        factors: Factors | Matrices = _fit(layer, projection, stack, weight, settings, device, on_step)
     else:
         shape = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
         chosen, dtype = baseline(job.settings, *shape), STORED[job.settings.dtype]

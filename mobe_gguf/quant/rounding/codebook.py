@@ -15,7 +15,7 @@ O(E (n^2 + R n)); residuals are kept up to date within blocks of 256 columns, an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -152,11 +152,8 @@ def _start(w: torch.Tensor, s: torch.Tensor, type_name: str, name: str) -> np.nd
 
 
 def _copy(state: State) -> State:
-    return State(
-        state.book,
-        *(getattr(state, x).clone() for x in ("d", "level", "index", "sign", "unit")),
-        state.factors,
-    )
+    changing = {x: getattr(state, x).clone() for x in ("d", "level", "index", "sign", "unit")}
+    return replace(state, **changing)
 
 
 def _cost(q: torch.Tensor, s: torch.Tensor, sw: torch.Tensor, size: torch.Tensor) -> float:

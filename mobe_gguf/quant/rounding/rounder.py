@@ -23,6 +23,7 @@ from mobe_gguf.quant.rounding import codebook
 from mobe_gguf.quant.rounding.codebook_blocks import CODEBOOKS
 from mobe_gguf.quant.rounding.engine import Problem, code_type, feedback, sweep
 from mobe_gguf.quant.rounding.forms import TYPES, Stored, Type
+from mobe_gguf.quant.rounding.grid import Levels
 from mobe_gguf.quant.rounding.scales import Scales
 from mobe_gguf.runtime import ggml
 
@@ -162,6 +163,7 @@ def _search(one: Type, stored: Stored, w: torch.Tensor, weights: torch.Tensor) -
     for share in SHARES:
         d = (stored.d.astype(np.float32) * share).astype(np.float16)
         grid = one.grid(stored.replace(d=d))
+        assert isinstance(grid, Levels)
         scale = grid.scale.repeat_interleave(one.group, -1)
         unit = w[None] * grid.inverse.repeat_interleave(one.group, -1)
         error = (grid.ladder[grid.nearest(unit)] * scale - w[None]).square() * weights

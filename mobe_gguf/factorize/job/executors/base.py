@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,13 +19,14 @@ REPORT = 0.5
 Piece = tuple[Any, ...]
 Done = TypeVar("Done")
 Context = TypeVar("Context")
+Opened = TypeVar("Opened", covariant=True)
 OnStep = Callable[[float, float], None]
 
 
-class Address(Protocol[Context]):
+class Address(Hashable, Protocol[Opened]):
     """How another process comes by the context: hashable, and it can be pickled."""
 
-    def open(self) -> Context:
+    def open(self) -> Opened:
         """MobeError if that process does not see what this one does."""
 
 

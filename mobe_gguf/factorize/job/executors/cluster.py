@@ -54,7 +54,7 @@ def cluster(address: str | None) -> Iterator[None]:
         raise MobeError(
             "--ray needs Ray, which is not installed: pip install 'mobe-gguf[ray]', here and on every machine"
         ) from e
-    started = {"include_dashboard": False} if address == "local" else {}
+    started: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **started)
     except (ConnectionError, ValueError, RuntimeError, OSError) as e:
@@ -80,7 +80,7 @@ def on_ray(work: Work[Context, Done], pieces: list[Piece], device: str, progress
 
     needs = _needs(work.memory, len(pieces), device)
     steps = Queue(actor_options={"num_cpus": 0}) if progress.is_live else None
-    task = ray.remote(max_retries=0, **needs)(_work)
+    task: Any = ray.remote(max_retries=0, **needs)(_work)
     address = ray.put(work.address())
     action = ray.put(work.do)
     tries = dict.fromkeys(pieces, 0)

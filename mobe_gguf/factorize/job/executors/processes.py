@@ -51,8 +51,8 @@ def in_processes(
     def next_piece(i: int) -> None:
         if todo:
             piece = todo.popleft()
-            sent = address, work.do, piece, work.label(piece), devices[i]
-            running[pools[i].submit(_work, *sent)] = (i, piece)
+            sent = pools[i].submit(_work, address, work.do, piece, work.label(piece), devices[i])
+            running[sent] = (i, piece)
 
     try:
         with _interrupts_held():
