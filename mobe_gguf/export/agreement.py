@@ -139,7 +139,7 @@ def _size(checkpoint: Checkpoint, n: int) -> int:
     """Bytes in float32 of the first ``n`` layers, embeddings and output."""
     kept = (name for name in checkpoint.names if _layer_of(name) < n)
     made = 4 * sum(checkpoint.info(name).numel for name in kept)
-    if isinstance(checkpoint, MobeCheckpoint):
+    if checkpoint.factors is not None:
         made += 4 * n * 3 * checkpoint.n_expert * checkpoint.n_ff_exp * checkpoint.n_embd
     return made
 
