@@ -82,7 +82,7 @@ def main() -> None:
                 quiet=True,
             )
             files.append(file)
-        settings = evaluate.Settings(chunks=options.chunks, threads=options.threads)
+        settings = evaluate.EvalSettings(chunks=options.chunks, threads=options.threads)
         rows = evaluate.compare(reference, files, options.text, settings)
         Console(highlight=False, width=100).print(table(list(runs), results, rows))
 

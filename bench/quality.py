@@ -252,7 +252,7 @@ def main() -> None:
             files += make_mobe(options.model, out, options.calibration, imatrix, *steps, options.threads)
         if peer is not None:
             files += peers.make(peer, options.model, out, options.calibration, options.threads)
-        settings = evaluate.Settings(chunks=options.chunks, threads=options.threads)
+        settings = evaluate.EvalSettings(chunks=options.chunks, threads=options.threads)
         files = sorted([*files, *options.also], key=lambda file: -file.stat().st_size)
         rows = evaluate.compare(reference, files, options.text, settings)
         console = Console(highlight=False, width=100)

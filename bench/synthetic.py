@@ -20,7 +20,7 @@ from mobe_gguf import runtime
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import run_program
 from mobe_gguf.export.factors import add_mobe_keys
-from mobe_gguf.quant.recipe import fit
+from mobe_gguf.quant.recipe import fitting_type
 from mobe_gguf.runtime import ggml
 
 VOCABULARY = 4096
@@ -132,7 +132,7 @@ def is_prompt(tokens: int, k: int, used: float) -> bool:
 
 def size(quant: str, row: int) -> float:
     """Bytes a number of rows of ``row``, in ``quant`` or what is taken in its place."""
-    return ggml.type_info(fit(quant, row)).bits / 8
+    return ggml.type_info(fitting_type(quant, row)).bits / 8
 
 
 SHAPES = {
@@ -225,21 +225,21 @@ def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
         q, kv = shape.heads * HEAD_DIM, shape.kv_heads * HEAD_DIM
         for name, rows, row in (("q", q, d), ("k", kv, d), ("v", kv, d), ("output", d, q)):
             scale = row**-0.5 * (SMALL if name == "output" else 1)
-            yield f"{block}.attn_{name}.weight", (rows, row), fit(quant, row), scale
+            yield f"{block}.attn_{name}.weight", (rows, row), fitting_type(quant, row), scale
         yield f"{block}.ffn_gate_inp.weight", (n, d), "f32", d**-0.5
         for projection in names.PROJECTIONS:
             if not factorized:
-                yield f"{block}.ffn_{projection}_exps.weight", (n, p, d), fit(quant, d), d**-0.5
+                yield f"{block}.ffn_{projection}_exps.weight", (n, p, d), fitting_type(quant, d), d**-0.5
                 continue
-            yield names.transform_name(layer, projection), (n, p, p), fit(quant, p), (p * d) ** -0.5
-            yield names.basis_name(layer, projection), (m, p, d), fit(quant, d), 1.0
+            yield names.transform_name(layer, projection), (n, p, p), fitting_type(quant, p), (p * d) ** -0.5
+            yield names.basis_name(layer, projection), (m, p, d), fitting_type(quant, d), 1.0
             yield names.mix_name(layer, projection), (n, m), "f32", m**-0.5
         if factorized and shape.down:
-            yield names.transform_name(layer, "down"), (n, p, p), fit(quant, p), SMALL / p
-            yield names.basis_name(layer, "down"), (m, d, p), fit(quant, p), 1.0
+            yield names.transform_name(layer, "down"), (n, p, p), fitting_type(quant, p), SMALL / p
+            yield names.basis_name(layer, "down"), (m, d, p), fitting_type(quant, p), 1.0
             yield names.mix_name(layer, "down"), (n, m), "f32", m**-0.5
             continue
-        yield f"{block}.ffn_down_exps.weight", (n, d, p), fit(quant, p), SMALL * p**-0.5
+        yield f"{block}.ffn_down_exps.weight", (n, d, p), fitting_type(quant, p), SMALL * p**-0.5
 
 
 def _matrix(

@@ -133,7 +133,8 @@ def constructor(node: ast.ClassDef) -> ast.FunctionDef | None:
 def has_constructor(name: str, known: dict[str, list[tuple[Path, ast.ClassDef]]]) -> bool:
     """Whether a class of that name, or one that it inherits from, has a constructor of its own."""
     return any(
-        constructor(node) is not None or any(has_constructor(ast.unparse(base), known) for base in node.bases)
+        constructor(node) is not None
+        or any(has_constructor(b, known) for b in map(ast.unparse, node.bases) if b != name)
         for _, node in known.get(name, ())
     )
 
@@ -205,3 +206,30 @@ def test_what_holds_a_model_is_not_asked_for_its_class() -> None:
         and any(isinstance(n, ast.Name) and n.id in kinds for n in ast.walk(node.args[1]))
     ]
     assert not found
+
+
+#: Verbs of their modules, which are called as ``module.verb`` or by one command each.
+VERBS = {"check", "describe", "plot", "render", "resolve", "rounded", "run", "settle", "summary", "write"}
+
+
+def test_a_name_has_one_meaning() -> None:
+    """No two classes of the package share a name, nor two functions that other modules import by name."""
+    public = {name: pairs for name, pairs in classes().items() if not name.startswith("_")}
+    shared = {name: [place(*pair) for pair in pairs] for name, pairs in public.items() if len(pairs) > 1}
+    assert not shared
+    homes: dict[str, set[str]] = {}
+    for path in MODULES:
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for node in tree(path).body:
+            if isinstance(node, ast.FunctionDef):
+                homes.setdefault(node.name, set()).add(module)
+    imported: dict[str, set[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                for alias in node.names:
+                    if node.module in homes.get(alias.name, ()):
+                        imported.setdefault(alias.name, set()).add(node.module)
+    assert imported["side"] == {"mobe_gguf.core.sides"}
+    found = {name: modules for name, modules in imported.items() if len(modules) > 1}
+    assert set(found) <= VERBS, found

@@ -15,7 +15,7 @@ from parity import gguf_files
 from mobe_gguf import runtime
 from mobe_gguf.formats import types
 from mobe_gguf.formats.gguf import read_gguf
-from mobe_gguf.quant.mixture import Facts, Spec
+from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import (
     BLOCK,
     ENCODER_NEEDS,
@@ -23,7 +23,7 @@ from mobe_gguf.quant.recipe import (
     FLOATS,
     NEED_IMATRIX,
     Recipe,
-    fit,
+    fitting_type,
     parse_override,
     plan,
 )
@@ -95,7 +95,7 @@ def test_short_rows_as_llama_quantize_treats_them(row: int, tmp_path: Path) -> N
             continue
         assert done.returncode == 0, said[-500:]
         found = re.search(r"\] blk\.0\.ffn_down_exps\.weight .*\((\w+)\)$", said, re.MULTILINE)
-        assert found and found[1].lower() == fit(name, row), (name, row, found and found[0])
+        assert found and found[1].lower() == fitting_type(name, row), (name, row, found and found[0])
 
 
 @pytest.mark.parametrize("pure", [False, True])
@@ -110,7 +110,9 @@ def test_the_first_pattern_that_is_found_counts(pure: bool, tmp_path: Path) -> N
     file = read_gguf(path)
     specs = [Spec(info.name, info.shape) for info in file.tensors.values()]
     recipe = Recipe("q4_0", overrides=tuple(map(parse_override, patterns)), pure=pure)
-    ours = {name: choice.type for name, choice in plan(specs, recipe, Facts.of(file.arch, file.keys)).items()}
+    ours = {
+        name: choice.type for name, choice in plan(specs, recipe, ModelFacts.of(file.arch, file.keys)).items()
+    }
     assert ours == theirs
     assert ours["blk.0.ffn_gate_exps.weight"] == "q5_0" and ours["blk.1.attn_q.weight"] == "q4_1"
 
@@ -120,7 +122,7 @@ def test_where_export_obeys_a_pattern_and_llama_quantize_does_not(tmp_path: Path
     path = gguf_files.qwen3moe().write(tmp_path / "model.gguf")
     file = read_gguf(path)
     specs = [Spec(info.name, info.shape) for info in file.tensors.values()]
-    facts, gate = Facts.of(file.arch, file.keys), "blk.0.ffn_gate_exps.weight"
+    facts, gate = ModelFacts.of(file.arch, file.keys), "blk.0.ffn_gate_exps.weight"
     for quant, pattern, theirs in (
         ("f16", "gate_exps=q8_0", "f16"),
         ("q4_0", r"gate\Dexps=q8_0", "q4_0"),

@@ -24,7 +24,7 @@ from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.families import FAMILIES
 from mobe_gguf.models.gguf_source import GgufModel
-from mobe_gguf.quant.mixture import Facts
+from mobe_gguf.quant.mixture import ModelFacts
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -184,7 +184,7 @@ def test_keys_of_a_gguf_file(tmp_path: Path, data: st.DataObject) -> None:
         except MobeError as e:
             assert str(path) in e.message  # noqa: PT017
     try:
-        Facts.of("qwen3moe", read_gguf(path).keys)
+        ModelFacts.of("qwen3moe", read_gguf(path).keys)
     except MobeError as e:
         assert "expected" in e.message or str(path) in e.message  # noqa: PT017
 

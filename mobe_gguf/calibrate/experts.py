@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from mobe_gguf.calibrate.roots import add_products, directions, mirror, root, size_of
-from mobe_gguf.calibrate.source import Source
-from mobe_gguf.calibrate.workspace import States, Workspace
+from mobe_gguf.calibrate.runnable import Runnable
+from mobe_gguf.calibrate.workspace import LayersWorkspace, States
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import PRIOR
@@ -35,7 +35,7 @@ class Fed:
     done: int = 0
 
     @classmethod
-    def new(cls, work: Workspace, tokens: int, d: int, k: int, dtype: torch.dtype) -> Fed:
+    def new(cls, work: LayersWorkspace, tokens: int, d: int, k: int, dtype: torch.dtype) -> Fed:
         x = work.new("fed", (tokens, d), dtype)
         return cls(x, torch.empty(tokens, k, dtype=torch.int32), torch.empty(tokens, k))
 
@@ -66,7 +66,7 @@ def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> A
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def fill(module: nn.Module, checkpoint: Source, layer: int, dtype: torch.dtype, device: str) -> None:
+def fill(module: nn.Module, checkpoint: Runnable, layer: int, dtype: torch.dtype, device: str) -> None:
     """All experts' weights of a layer, read one by one."""
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     both = torch.empty(n, 2 * p, d, dtype=dtype, device=device)
@@ -82,7 +82,7 @@ def fill(module: nn.Module, checkpoint: Source, layer: int, dtype: torch.dtype, 
 class Experts:
     """The experts of one MoE layer of ``checkpoint``, over all that they were ``fed``."""
 
-    def __init__(self, checkpoint: Source, layer: int, module: nn.Module, fed: Fed, work: Workspace, dtype: torch.dtype, device: str):  # fmt: skip
+    def __init__(self, checkpoint: Runnable, layer: int, module: nn.Module, fed: Fed, work: LayersWorkspace, dtype: torch.dtype, device: str):  # fmt: skip
         self.checkpoint, self.layer, self.fed, self.work = checkpoint, layer, fed, work
         self.module: Any = module  # transformers'
         self.dtype, self.device = dtype, device
@@ -168,7 +168,7 @@ class Experts:
 class _Roots:
     """Roots of all experts, in scratch files as they will lie in the layer's."""
 
-    def __init__(self, work: Workspace, name: str, n: int, d: int, k: int):
+    def __init__(self, work: LayersWorkspace, name: str, n: int, d: int, k: int):
         self.k = k
         self.roots = work.new(f"{name}-root", (n, d, k), torch.float16)
         self.rests = work.new(f"{name}-rest", (n, d), torch.float16) if k < d else None

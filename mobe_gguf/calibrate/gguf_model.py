@@ -17,7 +17,7 @@ from mobe_gguf.calibrate.skeleton import unloadable
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.models.families import family_of
-from mobe_gguf.models.gguf_source import GgufModel, Stored
+from mobe_gguf.models.gguf_source import GgufModel, StoredTensor
 from mobe_gguf.models.tensors import all_finite
 
 #: GGUF architecture -> model type of transformers.
@@ -44,7 +44,7 @@ NAMES = {
 
 
 class GgufCheckpoint:
-    """A :class:`mobe_gguf.calibrate.source.Source`, as a Hugging Face directory is one.
+    """A :class:`mobe_gguf.calibrate.runnable.Runnable`, as a Hugging Face directory is one.
 
     MobeError if the file is damaged, or of an architecture that is not among KNOWN.
     """
@@ -100,14 +100,14 @@ class GgufCheckpoint:
         return dict(self.hf_config().to_dict())
 
     @cached_property
-    def _tensors(self) -> dict[str, Stored]:
+    def _tensors(self) -> dict[str, StoredTensor]:
         found = {}
         for name, info in self.model.file.tensors.items():
             stem, _, kind = name.rpartition(".")
             layer = re.match(r"blk\.(\d+)\.", name)
             plain = re.sub(r"^blk\.\d+\.", "blk.{}.", stem)
             if plain in NAMES:
-                found[f"{NAMES[plain].format(layer[1] if layer else '')}.{kind}"] = Stored.of(info)
+                found[f"{NAMES[plain].format(layer[1] if layer else '')}.{kind}"] = StoredTensor.of(info)
             elif not re.search(r"_exps$", stem):
                 raise MobeError(
                     f"{self.path}: tensor {name} is not known in the architecture {self.model.arch}"

@@ -17,9 +17,9 @@ from torch import nn
 
 from mobe_gguf.calibrate.dense import Names, Sum, Watch, gguf_names
 from mobe_gguf.calibrate.experts import Experts, Fed, fill, watch
+from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.skeleton import Call, Enough, Skeleton
-from mobe_gguf.calibrate.source import Source
-from mobe_gguf.calibrate.workspace import States, Workspace
+from mobe_gguf.calibrate.workspace import LayersWorkspace, States
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import describe_size
@@ -39,7 +39,7 @@ LIVE = 24
 
 
 @dataclass(frozen=True)
-class Settings:
+class MomentSettings:
     """How moments are gathered: see the options of ``mobe-gguf moments``."""
 
     keep: float = 0.999
@@ -54,13 +54,13 @@ class Run:
         self,
         skeleton: Skeleton,
         tokens: torch.Tensor,
-        work: Workspace,
-        settings: Settings,
+        work: LayersWorkspace,
+        settings: MomentSettings,
         budget: float,
         bar: Bar,
     ):
         self.skeleton, self.work, self.settings, self.bar = skeleton, work, settings, bar
-        self.checkpoint: Source = skeleton.checkpoint
+        self.checkpoint: Runnable = skeleton.checkpoint
         self.tokens, self.budget = tokens, budget
         self.names: Names = gguf_names(str(self.checkpoint.config.get("model_type")), self.checkpoint.n_layer)
         self.batches = list(tokens.split(max(1, self._batch() // tokens.shape[1])))
@@ -122,7 +122,7 @@ class Run:
     def _layer(self, layer: int, calls: list[Call], states: States, after: States) -> None:
         self.skeleton.load(layer)
         with torch.inference_mode():
-            found = Layer(self, layer, calls, states, after)
+            found = LayerRun(self, layer, calls, states, after)
             entries = found.gather()
         self._write(f"{layer:03d}", entries, found.weighs)
         self.skeleton.drop(layer)
@@ -163,7 +163,7 @@ class Run:
             write_safetensors(part, entries, {"format": "pt", KEY_WEIGHS: json.dumps(weighs)})
 
 
-class Layer:
+class LayerRun:
     """Layer ``number`` of a ``run``, its weights loaded but for the experts': takes ``states`` to ``after``."""
 
     def __init__(self, run: Run, number: int, calls: list[Call], states: States, after: States):

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
-from mobe_gguf.calibrate.layers import SHARE, Run, Settings
+from mobe_gguf.calibrate.layers import SHARE, MomentSettings, Run
+from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
-from mobe_gguf.calibrate.source import Source
 from mobe_gguf.calibrate.text import default_texts, read_tokens
-from mobe_gguf.calibrate.workspace import Workspace
+from mobe_gguf.calibrate.workspace import LayersWorkspace
 from mobe_gguf.core.atomic import atomic_path, check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import check_space, describe_size, why_not_written
@@ -65,7 +65,7 @@ def collect(
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out)
-    checkpoint: Source = GgufCheckpoint(model) if model.is_file() else Checkpoint(model)
+    checkpoint: Runnable = GgufCheckpoint(model) if model.is_file() else Checkpoint(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")
     checkpoint.check_whole()
@@ -92,7 +92,7 @@ def collect(
             "longer --text"
         )
     budget = settings.memory or int(SHARE * _free(device))
-    work = Workspace(destination(out))
+    work = LayersWorkspace.beside(destination(out))
     try:
         _check_space(out, work, checkpoint, tokens, skeleton.dtype)
         with silent(quiet), work.open(about, resume), bar("moments", len(skeleton.layers), quiet) as progress:
@@ -108,14 +108,14 @@ def collect(
 
 def _settings(
     ctx: int, chunks: int | None, rank: int | None, keep: float | None, memory: int | None
-) -> Settings:
+) -> MomentSettings:
     if (rank is not None and rank < 1) or ctx < 2 or (chunks is not None and chunks < 1):
         raise UsageError(f"--rank {rank}, --ctx {ctx}, --chunks {chunks}: expected at least 1, 2 and 1")
     if keep is not None and rank is not None:
         raise UsageError("--keep and --rank both say how many directions are kept; give one of them")
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"--keep {keep}: expected a share of the energy, above 0 and at most 1")
-    return Settings(0.999 if keep is None else keep, rank, memory)
+    return MomentSettings(0.999 if keep is None else keep, rank, memory)
 
 
 def _free(device: str) -> int:
@@ -123,7 +123,7 @@ def _free(device: str) -> int:
 
 
 def _check_space(
-    out: Path, work: Workspace, checkpoint: Source, tokens: torch.Tensor, dtype: torch.dtype
+    out: Path, work: LayersWorkspace, checkpoint: Runnable, tokens: torch.Tensor, dtype: torch.dtype
 ) -> None:
     """Two sets of states, what the experts of a layer are fed and their sums; how large the file becomes shows only later."""
     a_set = tokens.numel() * checkpoint.n_embd * dtype.itemsize
@@ -132,7 +132,7 @@ def _check_space(
     check_space(destination(out), needed, left, "Make room, write OUT elsewhere, or give fewer --chunks.")
 
 
-def _assemble(out: Path, work: Workspace, about: dict[str, Any], n_layer: int) -> dict[str, Any]:
+def _assemble(out: Path, work: LayersWorkspace, about: dict[str, Any], n_layer: int) -> dict[str, Any]:
     """All layers' files as one; returns the coverage."""
     files = [work.layer_file(f"{i:03d}") for i in range(n_layer)]
     files += [work.layer_file("output")] * work.layer_file("output").is_file()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mobe_gguf.calibrate.source import Source
+from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.models.tensors import all_finite
 
@@ -108,7 +108,7 @@ class Skeleton:
     MobeError if transformers does not know the model, or only by code out of its directory, which is never run.
     """
 
-    def __init__(self, checkpoint: Source, device: str = "cpu"):
+    def __init__(self, checkpoint: Runnable, device: str = "cpu"):
         self.checkpoint, self.device = checkpoint, device
         path = checkpoint.path
         try:
@@ -292,7 +292,7 @@ class Skeleton:
         return [f"{name}.weight" for name, module in self.model.named_modules() if module in both]
 
 
-def _dtype(config: Any, checkpoint: Source) -> torch.dtype:
+def _dtype(config: Any, checkpoint: Runnable) -> torch.dtype:
     """As ``from_pretrained(dtype="auto")`` has it: what config.json says, else the type of the first tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

@@ -14,25 +14,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mobe_gguf.core.atomic import held, rename, sync, write_json
+from mobe_gguf.core.atomic import rename, sync
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import why_not_written
+from mobe_gguf.core.workspace import Workspace
 from mobe_gguf.formats.safetensors import read_json
 
 
-class Workspace:
-    """The folder beside ``out``, locked; MobeError if another run holds it."""
-
-    def __init__(self, out: Path):
-        self.out = out
-        self.path = out.with_name(f"{out.name}.work")
+class LayersWorkspace(Workspace):
+    """The folder beside ``OUT``, locked; MobeError if another run holds it."""
 
     @contextlib.contextmanager
     def open(self, settings: Mapping[str, Any], resume: bool) -> Iterator[None]:
@@ -41,22 +37,20 @@ class Workspace:
         UsageError if what it holds was made with other ``settings`` (the first that differs is named with both values), or
         if there is unfinished work and ``resume`` was not asked for.
         """
-        self.path.mkdir(exist_ok=True)
-        with held(self.path / "lock", self.out):
+        with self.locked():
             self._check(settings, resume)
             for left in self.path.glob("scratch-*"):
                 left.unlink()
             yield
 
     def _check(self, settings: Mapping[str, Any], resume: bool) -> None:
-        file = self.path / "settings.json"
-        begun = file.is_file() and any(self.path.glob("layer-*"))
-        if not begun:
+        file = "settings.json"
+        if not (self.any(file) and self.any("layer-*")):
             for left in self.path.glob("states-*"):
                 left.unlink()
-            write_json(file, dict(settings))
+            self.write(file, dict(settings))
             return
-        there = read_json(file)
+        there = read_json(self.path / file)
         if not resume:
             raise UsageError(
                 f"{self.path} holds unfinished work. Go on with it:\n  --resume\nor remove it:\n  rm -r {self.path}"
@@ -67,10 +61,6 @@ class Workspace:
                     f"{self.path} was begun with {name} {there.get(name)}, now it is {value}. Give the same, or remove the "
                     f"folder to begin again:\n  rm -r {self.path}"
                 )
-
-    def remove(self) -> None:
-        """When OUT is there."""
-        shutil.rmtree(self.path)
 
     # layers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from mobe_gguf.core.progress import say
-from mobe_gguf.runtime.build import Recipe, build, describe, inherited
+from mobe_gguf.runtime.build import BuildRecipe, build, describe, inherited
 from mobe_gguf.runtime.install import Environment
 
 
@@ -60,6 +60,6 @@ def command(
     options = inherited(
         environment, cuda=cuda, cuda_arch=cuda_arch, vulkan=vulkan, portable=portable, test_tools=test_tools
     )
-    result = build(Recipe.patched(options), environment, jobs=jobs, force=force)
+    result = build(BuildRecipe.patched(options), environment, jobs=jobs, force=force)
     done = "up to date" if result.fresh else f"built in {result.seconds:.0f} s ({result.steps} steps)"
     say(f"{describe(result.stamp)}: {done}; tools in {environment.scripts}")

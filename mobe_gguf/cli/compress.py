@@ -111,7 +111,7 @@ def command(
     """
     from mobe_gguf.cli.factorize import check_device
     from mobe_gguf.compress import report
-    from mobe_gguf.compress.pipeline import Job, Wishes
+    from mobe_gguf.compress.pipeline import Compression, Wishes
     from mobe_gguf.models.hub import resolve
     from mobe_gguf.quant.recipe import parse_quant, parse_type
 
@@ -140,7 +140,7 @@ def command(
         measure=not no_measure,
         **wishes,
     )
-    job = Job(model, out, asked, quiet)
+    job = Compression(model, out, asked, quiet)
     try:
         result = job.run(resume)
     except KeyboardInterrupt as e:

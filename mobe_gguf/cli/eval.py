@@ -14,7 +14,7 @@ from mobe_gguf.cli import options
 from mobe_gguf.core.errors import Interrupted, MobeError, UsageError
 
 if TYPE_CHECKING:  # imports that take their time
-    from mobe_gguf.evaluate import Row, Settings
+    from mobe_gguf.evaluate import EvalSettings, Row
     from mobe_gguf.evaluate.facts import Facts
 
 
@@ -92,7 +92,7 @@ def command(
     Exit code 0: done; 1: it failed, and the message says why (files done before are still shown); 2: wrong usage; 130: stopped.
     """
     from mobe_gguf.core.progress import console
-    from mobe_gguf.evaluate import Settings, compare, facts_of, heldout
+    from mobe_gguf.evaluate import EvalSettings, compare, facts_of, heldout
 
     options.check_stdout()
     if plot is not None:
@@ -104,7 +104,7 @@ def command(
     known = options.check_report(report_to, moments)
     if card:
         _check_cards(files)
-    settings = Settings(ctx, chunks, threads, options.llama_placement(gpu_layers, cpu_moe, n_cpu_moe))
+    settings = EvalSettings(ctx, chunks, threads, options.llama_placement(gpu_layers, cpu_moe, n_cpu_moe))
     if text is None:
         text = heldout()
         if not quiet:
@@ -158,7 +158,7 @@ def _note(reference: Facts, rows: Sequence[Row], text: Path, quiet: bool) -> Non
             console.print(f"{row.facts.path}: {said}", highlight=False, soft_wrap=True)
 
 
-def _show(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings, as_json: bool) -> None:
+def _show(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings, as_json: bool) -> None:
     from rich.console import Console
 
     from mobe_gguf.core.progress import VERBATIM

@@ -182,14 +182,14 @@ def command(
     from mobe_gguf.factorize.expected import expected_time
     from mobe_gguf.factorize.job.executors import Place
     from mobe_gguf.factorize.spec import Options
-    from mobe_gguf.factorize.target import parse_target
+    from mobe_gguf.factorize.target import parse_goal
     from mobe_gguf.models.hub import resolve
     from mobe_gguf.quant.recipe import parse_quant
 
     asked = Options(
         layers=None if layers is None else parse_layers(layers),
         projections=None if projections is None else plan.parse_projections(projections),
-        target=None if target is None else parse_target(target),
+        target=None if target is None else parse_goal(target),
         quant=None if quant is None else parse_quant(quant),
         for_basis=_type("--for-basis", for_basis) or _type("--for", for_both),
         for_transform=_type("--for-transform", for_transform) or _type("--for", for_both),

@@ -49,7 +49,7 @@ def command(
     from mobe_gguf.plan.layout import read_layout
 
     options.check_stdout()
-    asked = report.Wishes(parse_size(size, "--size") if size else None, tokens_per_second, ctx)
+    asked = report.PlanWishes(parse_size(size, "--size") if size else None, tokens_per_second, ctx)
     layout = read_layout(resolve(model, headers_only=True))
     layout.expert_shape()
     found = forms.forms(layout)

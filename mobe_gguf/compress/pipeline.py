@@ -27,7 +27,7 @@ from mobe_gguf.core.atomic import check_output, destination, held, write_json
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size, sha256
 from mobe_gguf.core.progress import say
-from mobe_gguf.evaluate import Row, Settings, compare, heldout
+from mobe_gguf.evaluate import EvalSettings, Row, compare, heldout
 from mobe_gguf.evaluate.verify import verify
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.export.agreement import check_written
@@ -93,7 +93,7 @@ class Result:
     original: Path | None = None
 
 
-class Job:
+class Compression:
     """One compression; ``work`` is its folder."""
 
     def __init__(self, model: Path, out: Path, wishes: Wishes, quiet: bool = False):
@@ -159,7 +159,9 @@ class Job:
         original = self._stage("original", "original.gguf", self._original)
         made = self._rivals(original, max(path.stat().st_size for path in candidates.values()))
         files = {**{kind: path for kind, path in candidates.items()}, **{r.name: r.path for r in made}}
-        settings = Settings(ctx=self.wishes.ctx, chunks=self.wishes.eval_chunks, threads=self.wishes.threads)
+        settings = EvalSettings(
+            ctx=self.wishes.ctx, chunks=self.wishes.eval_chunks, threads=self.wishes.threads
+        )
         started = time.monotonic()
         rows = compare(original, files.values(), self.eval_text, settings, quiet=self.quiet)
         speeds = {name: rivals.speed(path, self.wishes.threads) for name, path in files.items()}

@@ -12,7 +12,7 @@ that files can be compared and counts tokens, ``logits`` knows the file between 
 from __future__ import annotations
 
 from mobe_gguf.evaluate.facts import Facts, facts_of
-from mobe_gguf.evaluate.measure import Row, Settings, compare, heldout, perplexity
+from mobe_gguf.evaluate.measure import EvalSettings, Row, compare, heldout, perplexity
 from mobe_gguf.evaluate.parse import Divergence, Estimate
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Estimate",
     "Facts",
     "Row",
-    "Settings",
+    "EvalSettings",
     "compare",
     "facts_of",
     "heldout",

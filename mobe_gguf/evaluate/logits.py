@@ -24,7 +24,7 @@ MAGIC = b"_logits_"
 
 
 @dataclass(frozen=True)
-class Layout:
+class LogitsLayout:
     """Sizes of one file; of each chunk of ``ctx`` tokens the second half is evaluated."""
 
     n_vocab: int
@@ -88,7 +88,7 @@ def scored(ctx: int) -> int:
 
 
 @contextlib.contextmanager
-def place(layout: Layout, keep: Path | None) -> Iterator[Path]:
+def place(layout: LogitsLayout, keep: Path | None) -> Iterator[Path]:
     """Where to write it: ``keep``, or a temporary directory that is removed.  MobeError if there is no room."""
     if keep is not None:
         parent = destination(keep).absolute().parent

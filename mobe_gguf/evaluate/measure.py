@@ -32,7 +32,7 @@ LEAST_SCORED = 100
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """``ctx``: tokens of a chunk, whose second half is evaluated; ``chunks`` of the text, None for all there are.
 
     ``threads``: None leaves them to llama.cpp.  ``options``: more of its options, for all files, as
@@ -83,7 +83,7 @@ def compare(
     reference: str | os.PathLike[str],
     files: Iterable[str | os.PathLike[str]],
     text: str | os.PathLike[str],
-    settings: Settings = Settings(),
+    settings: EvalSettings = EvalSettings(),
     *,
     keep_logits: str | os.PathLike[str] | None = None,
     reuse_logits: bool = False,
@@ -109,7 +109,7 @@ def compare(
             f"warning: chunks of {settings.ctx} tokens, but {reference} was trained on {origin.context} at most; "
             f"ask for --ctx {origin.context}"
         )
-    layout = logits.Layout(n_vocab, settings.ctx, chunks)
+    layout = logits.LogitsLayout(n_vocab, settings.ctx, chunks)
     rows = []
     with (
         logits.place(layout, Path(keep_logits) if keep_logits is not None else None) as base,
@@ -136,7 +136,7 @@ def compare(
 
 
 def perplexity(
-    file: str | os.PathLike[str], text: str | os.PathLike[str], settings: Settings = Settings()
+    file: str | os.PathLike[str], text: str | os.PathLike[str], settings: EvalSettings = EvalSettings()
 ) -> Estimate:
     """Perplexity of one GGUF file on ``text``.  Raises MobeError as :func:`compare` does."""
     file, text = Path(file), Path(text)
@@ -175,7 +175,7 @@ def _check_vocabularies(reference: Path, files: list[Path], quiet: bool) -> int:
     return len(expected.tokens)
 
 
-def _chunks(model: Path, text: Path, settings: Settings) -> int:
+def _chunks(model: Path, text: Path, settings: EvalSettings) -> int:
     """How many chunks to run; UsageError if that is impossible or too few, MobeError if the text cannot be read."""
     if settings.ctx < 4 or (settings.chunks is not None and settings.chunks < 1):
         raise UsageError(
@@ -206,7 +206,12 @@ def _chunks(model: Path, text: Path, settings: Settings) -> int:
 
 
 def _write_logits(
-    reference: Path, text: Path, base: Path, layout: logits.Layout, settings: Settings, progress: Bar
+    reference: Path,
+    text: Path,
+    base: Path,
+    layout: logits.LogitsLayout,
+    settings: EvalSettings,
+    progress: Bar,
 ) -> None:
     """Run the reference; what it predicts is in ``base`` then."""
     progress.update(reference.name)
@@ -225,7 +230,7 @@ def _write_logits(
 
 
 def _divergence(
-    file: Path, base: Path, layout: logits.Layout, settings: Settings, progress: Bar
+    file: Path, base: Path, layout: logits.LogitsLayout, settings: EvalSettings, progress: Bar
 ) -> Divergence:
     """Run one file against ``base``."""
     progress.update(file.name)

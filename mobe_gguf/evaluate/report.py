@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mobe_gguf.evaluate.facts import Facts
-from mobe_gguf.evaluate.measure import Row, Settings
+from mobe_gguf.evaluate.measure import EvalSettings, Row
 from mobe_gguf.evaluate.parse import Estimate
 
 #: Digits of a KL divergence: a file against itself has up to 1e-6 (of the shipped model; see ``measure.FIXED``), so the sixth says
@@ -21,7 +21,7 @@ from mobe_gguf.evaluate.parse import Estimate
 FLOOR_DIGITS = 5
 
 
-def table(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings) -> RenderableType:
+def table(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings) -> RenderableType:
     """The reference first, then the files as they were asked for; fits 100 columns."""
     names = short_names([reference.path, *(row.facts.path for row in rows)])
     unit, name = (
@@ -52,7 +52,7 @@ def table(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings)
     return Group(out, "", Text(legend(rows, text, settings)))
 
 
-def legend(rows: Sequence[Row], text: Path, settings: Settings) -> str:
+def legend(rows: Sequence[Row], text: Path, settings: EvalSettings) -> str:
     """What the columns are, and what they were measured on."""
     on = f" ({rows[0].scored} tokens of {rows[0].chunks} chunks of {settings.ctx})" if rows else ""
     bold = "MoBE files are bold. " if any(row.facts.factorized for row in rows) else ""
@@ -97,7 +97,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [name.removesuffix(".gguf") for name in plain]
 
 
-def as_json(reference: Facts, rows: Sequence[Row], text: Path, settings: Settings) -> dict[str, Any]:
+def as_json(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings) -> dict[str, Any]:
     """For ``--json``: plain values only; what is not a number is null."""
     return {
         "reference": _facts(reference)

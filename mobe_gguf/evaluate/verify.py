@@ -20,7 +20,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import CHUNK, sha256
 from mobe_gguf.core.progress import bar
 from mobe_gguf.evaluate.inspect import describe_gguf
-from mobe_gguf.formats.gguf import GgufFile, TensorInfo, join, padded, read_parts
+from mobe_gguf.formats.gguf import GgufFile, GgufTensor, join, padded, read_parts
 from mobe_gguf.quant.small import LEAST, Squares, is_small, small_line
 from mobe_gguf.runtime import ggml
 
@@ -121,7 +121,7 @@ def _keys(model: GgufFile) -> Iterator[tuple[str, str]]:
             yield names.key_activation(model.arch), f"it is {activation!r}, expected one of {known}"
 
 
-def _values(info: TensorInfo, squares: Squares) -> Iterator[str]:
+def _values(info: GgufTensor, squares: Squares) -> Iterator[str]:
     """What is wrong with a tensor's values: at most one line.  Of each piece some rows are added to ``squares``, where the type
     has a smallest size."""
     kind = ggml.type_info(info.type)
@@ -139,7 +139,7 @@ def _values(info: TensorInfo, squares: Squares) -> Iterator[str]:
                 squares.add(torch.from_numpy(ggml.dequantize(rows, info.type, info.shape[-1], threads=1)))
 
 
-def _where(rows: np.ndarray, info: TensorInfo, first: int) -> str:
+def _where(rows: np.ndarray, info: GgufTensor, first: int) -> str:
     """The first value that is not finite; ``rows`` are those from row ``first`` on."""
     values = ggml.dequantize(rows, info.type, info.shape[-1])
     wrong = np.argwhere(~np.isfinite(values))

@@ -23,7 +23,7 @@ from mobe_gguf.export.card import Subject, write_card
 from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.fitted import default_types, mismatch
 from mobe_gguf.export.imatrix import remarks
-from mobe_gguf.export.layout import Layout, Types, choose_types, lay_out
+from mobe_gguf.export.layout import FileLayout, Types, choose_types, lay_out
 from mobe_gguf.export.opened import Opened, open_model, source_checksum
 from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
@@ -111,7 +111,9 @@ def _rounding(model: Opened, types: Types) -> Rounding:
     return Nearest() if model.moments is None else ByMoments(model.moments, frozenset(types.units))
 
 
-def _report(request: ExportRequest, model: Opened, types: Types, layout: Layout, paths: list[Path]) -> Report:
+def _report(
+    request: ExportRequest, model: Opened, types: Types, layout: FileLayout, paths: list[Path]
+) -> Report:
     """What is known before a byte is written."""
     conversion, entries = model.conversion, layout.entries
     report = Report(str(paths[0]), conversion.arch, request.recipe.quant, entries, original_params(entries))

@@ -32,7 +32,7 @@ from mobe_gguf.export.write import Encoded, Head
 from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from mobe_gguf.models.config_values import for_converter
 from mobe_gguf.models.factors import ModelDirectory
-from mobe_gguf.quant.mixture import Facts, Spec
+from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import Choice, Recipe, plan
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
@@ -90,7 +90,7 @@ class HfConversion:
     def choose(self, recipe: Recipe) -> dict[str, Choice]:
         """As llama-quantize chooses, but for what the converter insists on."""
         specs = [Spec(t.name, t.source.shape) for t in self.tensors.values()]
-        choices = plan(specs, recipe, Facts.of(self.arch, self.keys))
+        choices = plan(specs, recipe, ModelFacts.of(self.arch, self.keys))
         return choices | {t.name: Choice(t.forced, t.forced) for t in self.tensors.values() if t.forced}
 
     def is_copied(self, name: str, choice: Choice) -> bool:

@@ -12,7 +12,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.formats.safetensors import read_json
 from mobe_gguf.models.factors import FactorDirectory, recorded
 from mobe_gguf.models.gguf_source import FACTORS_NAME
-from mobe_gguf.quant.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fit
+from mobe_gguf.quant.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fitting_type
 
 
 def fitted_types(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -66,7 +66,7 @@ def mismatch(checkpoint: FactorDirectory, choices: Mapping[str, Choice]) -> str 
                 ("transform", names.transform_name(index, projection), a_row),
             ):
                 chosen, wanted = choices[name].type, fitted[kind]
-                if wanted is not None and chosen not in FLOATS and chosen != fit(wanted, length):
+                if wanted is not None and chosen not in FLOATS and chosen != fitting_type(wanted, length):
                     got[kind].add(chosen)
     words = [
         f"{what} were fitted for {fitted[kind]} and are written as {', '.join(sorted(got[kind]))}"

@@ -21,8 +21,8 @@ from mobe_gguf.export.tokenizer import Recognized
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.gguf import ALIGNMENT, MAGIC, padded
 from mobe_gguf.models.factors import FactorDirectory
-from mobe_gguf.models.gguf_source import GgufModel, Stored
-from mobe_gguf.quant.mixture import Facts, Spec
+from mobe_gguf.models.gguf_source import GgufModel, StoredTensor
+from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import (
     Choice,
     Recipe,
@@ -109,7 +109,7 @@ class GgufConversion:
             for projection in factors.layer(index).projections:
                 source.check_experts(index, projection)
         for name, info in source.file.tensors.items():
-            stored = [Stored.of(info)]
+            stored = [StoredTensor.of(info)]
             if name in apart:
                 stored = [source.stored(apart[name], projection) for projection in ("gate", "up")]
             for part in stored:
@@ -145,19 +145,19 @@ class GgufConversion:
         specs, kept = [], {}
         for tensor in self.tensors.values():
             spec = Spec(tensor.name, tensor.source.shape)
-            if isinstance(tensor.source, Stored) and not (
+            if isinstance(tensor.source, StoredTensor) and not (
                 allows_quantization(spec) and is_named(spec, recipe)
             ):
                 kept[tensor.name] = Choice(tensor.source.type, tensor.source.type)
             else:
                 specs.append(spec)
-        return plan(specs, recipe, Facts.of(self.arch, self.keys)) | kept
+        return plan(specs, recipe, ModelFacts.of(self.arch, self.keys)) | kept
 
     def is_copied(self, name: str, choice: Choice) -> bool:
         """Whether the tensor passes through.  UsageError if it cannot, being of a type that cannot be decoded."""
         source = self.tensors[name].source
-        if not isinstance(source, Stored) or source.type == choice.type:
-            return isinstance(source, Stored)
+        if not isinstance(source, StoredTensor) or source.type == choice.type:
+            return isinstance(source, StoredTensor)
         if not ggml.type_info(source.type).decodes:
             raise UsageError(
                 f"tensor {name} has type {source.type}, which cannot be decoded; leave it as it is"

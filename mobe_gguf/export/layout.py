@@ -37,7 +37,7 @@ class Types:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """The tensors as they are written, in order, and what the report says of each."""
 
     encoded: list[Encoded]
@@ -73,7 +73,7 @@ def choose_types(request: ExportRequest, model: Opened) -> Types:
     return Types(choices, weights, collected, units, missing, divided)
 
 
-def lay_out(request: ExportRequest, model: Opened, types: Types, rounding: Rounding) -> Layout:
+def lay_out(request: ExportRequest, model: Opened, types: Types, rounding: Rounding) -> FileLayout:
     """Every tensor with the encoder that ``rounding`` has for it; what is solved for again encodes itself."""
     encoded, entries = _tensors(model.conversion, types.choices, types.weights, rounding)
     refitting = None
@@ -81,7 +81,7 @@ def lay_out(request: ExportRequest, model: Opened, types: Types, rounding: Round
         refitting = Refitting.of(types.units, model.original, model.why)
     if refitting is not None:
         encoded = refitting.put(encoded, types.collected)
-    return Layout(encoded, entries, refitting)
+    return FileLayout(encoded, entries, refitting)
 
 
 def _tensors(

@@ -16,7 +16,7 @@ from mobe_gguf.export.refit import find_original
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.formats.gguf import number_of
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.models.factors import FactorDirectory, ModelDirectory, recorded
+from mobe_gguf.models.factors import FactorDirectory, ModelDirectory
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.models.original import Original, open_directory
 from mobe_gguf.models.wab import WabCheckpoint
@@ -105,10 +105,7 @@ def _put_factors(conversion: Conversion, checkpoint: FactorDirectory, dense: boo
 
 def source_checksum(model: Opened) -> object:
     """Of the original model: of factors what was recorded, which may be nothing."""
-    checkpoint = model.checkpoint
-    if isinstance(checkpoint, (MobeCheckpoint, GgufFactors)) and not isinstance(checkpoint, WabCheckpoint):
-        return recorded(checkpoint.config, "source_checksum")
-    return None if isinstance(checkpoint, WabCheckpoint) else checkpoint.checksum
+    return model.checkpoint.original_checksum
 
 
 def _use_experts(conversion: Conversion, k: int) -> None:

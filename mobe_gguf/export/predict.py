@@ -20,7 +20,7 @@ from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.write import head_bytes, stored_bytes
 from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.quant.mixture import Facts, Spec
+from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import Recipe, plan
 
 
@@ -73,7 +73,7 @@ def predict(
                 "this model, so the size of its file cannot be told. Give --target as a share, as 0.75."
             )
     forced = {t.name: t.forced for t in conversion.tensors.values() if t.forced}
-    facts = Facts.of(arch, conversion.keys)
+    facts = ModelFacts.of(arch, conversion.keys)
     types: dict[tuple[int, str, int], tuple[str, str]] = {}
     factors: dict[str, tuple[int, ...]] = {}
     chosen: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _shapes(
     return (n, *on.transform(p, rank)), (bases, *basis), mix
 
 
-def types_of(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, facts: Facts) -> dict[str, str]:
+def types_of(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, facts: ModelFacts) -> dict[str, str]:
     choices = plan([Spec(name, shape) for name, shape in shapes.items()], recipe, facts)
     return {name: choice.type for name, choice in choices.items()}
 

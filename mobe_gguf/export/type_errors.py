@@ -31,7 +31,7 @@ from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import layer_shares
 from mobe_gguf.quant.allocate import LADDER, Option
-from mobe_gguf.quant.recipe import fit, requires_imatrix
+from mobe_gguf.quant.recipe import fitting_type, requires_imatrix
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 #: Experts of a layer that are measured; they are the first ones, for experts have no order.
@@ -53,7 +53,7 @@ def is_divided(name: str, counted: Mapping[str, float] | None = None) -> bool:
 
 def ladder(tensor: Tensor, weights: Importance | None) -> list[str]:
     """Types of LADDER that ``tensor`` can have, as its rows allow them."""
-    fitting = dict.fromkeys(fit(t, tensor.source.shape[-1]) for t in LADDER)
+    fitting = dict.fromkeys(fitting_type(t, tensor.source.shape[-1]) for t in LADDER)
     return [t for t in fitting if weights is not None or not requires_imatrix(tensor.name, t, "")]
 
 

@@ -20,7 +20,7 @@ from mobe_gguf.export.encoder import Encoder, NearestEncoder
 from mobe_gguf.export.imatrix import Importance
 from mobe_gguf.export.source import Tensor, chunks
 from mobe_gguf.formats.gguf import ALIGNMENT, padded
-from mobe_gguf.models.gguf_source import Stored
+from mobe_gguf.models.gguf_source import StoredTensor
 from mobe_gguf.models.tensors import all_finite
 from mobe_gguf.quant.small import Squares
 from mobe_gguf.runtime import ggml
@@ -90,12 +90,12 @@ class Copied(Encoded):
 
     def tofile(self, file: IO[bytes]) -> None:
         source = self.tensor.source
-        if not isinstance(source, Stored):
+        if not isinstance(source, StoredTensor):
             raise TypeError(f"{self.tensor.name}: only what is stored in a GGUF file can be copied")
         self.check(sum(file.write(block) for block in _valid_blocks(source)))
 
 
-def _valid_blocks(source: Stored) -> Iterator[bytes]:
+def _valid_blocks(source: StoredTensor) -> Iterator[bytes]:
     """The bytes of ``source``; MobeError if they hold a value or a scale that is not finite."""
     for block in source.blocks():
         if not ggml.is_valid(np.frombuffer(block, np.uint8), source.type):

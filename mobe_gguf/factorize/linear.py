@@ -59,7 +59,7 @@ def _dot(a: Pair, b: Pair) -> float:
 
 
 @dataclass
-class Point:
+class LinearPoint:
     """Bases, mix and what belongs to them: ``loss`` relative to |W|^2, its gradient, and what M is made of."""
 
     basis: torch.Tensor
@@ -81,7 +81,7 @@ class Curvature:
 
 
 @dataclass
-class Problem:
+class LinearProblem:
     """The projected problem of the linear form.  ``w`` ``[n, p, c]``: in the metric; ``block``: experts at once."""
 
     w: torch.Tensor
@@ -93,7 +93,7 @@ class Problem:
     def __post_init__(self) -> None:
         self.square = sum(float(x.square().sum(dtype=torch.float64)) for x in self.w)
 
-    def at(self, basis: torch.Tensor, mix: torch.Tensor, curved: bool = False) -> Point:
+    def at(self, basis: torch.Tensor, mix: torch.Tensor, curved: bool = False) -> LinearPoint:
         """Everything at one point, the curvature if it is asked for.  SingularError if a Gram matrix cannot be factorized."""
         m, r, d = basis.shape
         n = len(mix)
@@ -152,7 +152,7 @@ class Problem:
         if not math.isfinite(loss):
             raise SingularError("the loss is not finite")
         curvature = Curvature(inner, columns.div_(n), mixes) if columns is not None else None
-        return Point(basis, mix, loss / self.square, (target, to_mix), curvature)
+        return LinearPoint(basis, mix, loss / self.square, (target, to_mix), curvature)
 
     def square_of(self, experts: slice) -> float:
         return float(self.w[experts].square().sum(dtype=torch.float64))
@@ -266,7 +266,7 @@ def fit_linear(
     """
     iterations = min(steps, LONGEST)
     block = linear_block(problem.block, problem.w.shape[1], problem.w.shape[2], basis.shape[1])
-    whole = Problem(problem.w, problem.metric, problem.ridge, block)
+    whole = LinearProblem(problem.w, problem.metric, problem.ridge, block)
     last = math.nan
 
     def seen(step: int, loss: float) -> None:
@@ -287,7 +287,7 @@ def _whitened(basis: torch.Tensor, curvature: Curvature) -> torch.Tensor:
 
 
 def _minimise(
-    problem: Problem,
+    problem: LinearProblem,
     basis: torch.Tensor,
     mix: torch.Tensor,
     iterations: int,
@@ -322,7 +322,9 @@ def _minimise(
     return point.basis, point.mix, len(losses) - 1
 
 
-def _direction(point: Point, memory: deque[tuple[Pair, Pair, float]], precondition: _Preconditioner) -> Pair:
+def _direction(
+    point: LinearPoint, memory: deque[tuple[Pair, Pair, float]], precondition: _Preconditioner
+) -> Pair:
     """L-BFGS's, by the two loops."""
     q = point.gradient[0].clone(), point.gradient[1].clone()
     shares = []
@@ -344,7 +346,9 @@ def _direction(point: Point, memory: deque[tuple[Pair, Pair, float]], preconditi
     return q[0].neg_(), q[1].neg_()
 
 
-def _search(problem: Problem, point: Point, direction: Pair, slope: float, curved: bool) -> Point | None:
+def _search(
+    problem: LinearProblem, point: LinearPoint, direction: Pair, slope: float, curved: bool
+) -> LinearPoint | None:
     """The first point along ``direction`` that gains enough, steps halved; None if none does."""
     step = 1.0
     for _ in range(6):

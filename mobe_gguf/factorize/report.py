@@ -12,7 +12,7 @@ from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.layers import format_layers
 from mobe_gguf.core.sides import by_side, side
 from mobe_gguf.factorize.expected import expected_time
-from mobe_gguf.factorize.job import Job, Result
+from mobe_gguf.factorize.job import Job, JobResult
 from mobe_gguf.factorize.plan import Plan, baseline
 from mobe_gguf.factorize.spec import JobSettings
 from mobe_gguf.models.original import Original
@@ -73,7 +73,7 @@ def print_time(job: Job, device: str, console: Console) -> None:
     )
 
 
-def print_result(result: Result, console: Console) -> None:
+def print_result(result: JobResult, console: Console) -> None:
     """After the work: error per layer, parameters before and after."""
     projections = result.settings.projections
     table = Table(title="relative error, |W - W'|² / |W|²", title_justify="left")
@@ -114,7 +114,7 @@ def plan_json(job: Job) -> dict[str, Any]:
     return {"out": str(job.out), "settings": job.settings.to_json(), "plan": job.plan.to_json()}
 
 
-def result_json(result: Result) -> dict[str, Any]:
+def result_json(result: JobResult) -> dict[str, Any]:
     """``--json``."""
     return {
         "out": str(result.out),

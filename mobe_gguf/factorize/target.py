@@ -60,7 +60,7 @@ class Point:
 Cost = Callable[[Size], int]
 
 
-def parse_target(text: str) -> float | int:
+def parse_goal(text: str) -> float | int:
     """``"0.75"`` or ``"75%"`` -> 0.75, a share; ``"12.5GB"`` -> 12500000000, see :func:`parse_size`.  UsageError otherwise."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(%)?", text.strip())
     if match is None:
@@ -164,7 +164,7 @@ def once_more(points: Sequence[Point], chosen: Size, even: Sequence[Size]) -> li
 
 
 @dataclass(frozen=True)
-class Option:
+class SizeOption:
     """A size that a unit may get, what it costs and the error expected."""
 
     size: Size
@@ -172,13 +172,13 @@ class Option:
     error: float
 
 
-def options(points: Sequence[Point], cost: Cost, choices: Choices, reach: float) -> list[Option]:
+def options(points: Sequence[Point], cost: Cost, choices: Choices, reach: float) -> list[SizeOption]:
     """What the probes of one unit allow to choose from, by cost; each has a smaller error than all that cost less.
 
     Within a rank the logarithm of the error is linear in m between probes and goes on so, up to ``reach`` times the most
     that was probed and down to half of the least; of a rank that was probed once there is just that size.
     """
-    found: list[Option] = []
+    found: list[SizeOption] = []
     for rank in sorted({p.size.rank for p in points}):
         known = sorted((p.size.bases, p.error) for p in points if p.size.rank == rank)
         sizes = [m for m, _ in known]
@@ -186,9 +186,9 @@ def options(points: Sequence[Point], cost: Cost, choices: Choices, reach: float)
             sizes = list(
                 range(choices.near(sizes[0], BELOW), choices.near(sizes[-1], reach) + 1, choices.step)
             )
-        found += [Option(Size(m, rank), cost(Size(m, rank)), _interpolated(known, m)) for m in sizes]
+        found += [SizeOption(Size(m, rank), cost(Size(m, rank)), _interpolated(known, m)) for m in sizes]
     found.sort(key=lambda o: (o.cost, o.error))
-    best: list[Option] = []
+    best: list[SizeOption] = []
     for option in found:
         if not best or (option.cost > best[-1].cost and option.error < best[-1].error):
             best.append(option)
@@ -207,9 +207,9 @@ def _interpolated(known: Sequence[tuple[int, float]], bases: int) -> float:
     return math.exp(ys[i] + t * (ys[i + 1] - ys[i]))
 
 
-def allocate(
-    choices: Mapping[Unit, Sequence[Option]], weights: Mapping[Unit, float], budget: int
-) -> dict[Unit, Option]:
+def allocate_sizes(
+    choices: Mapping[Unit, Sequence[SizeOption]], weights: Mapping[Unit, float], budget: int
+) -> dict[Unit, SizeOption]:
     """Of each unit's :func:`options` one, with the least ``sum of weight * error`` and costs of at most ``budget`` together.
 
     All units start at their cheapest; then whichever gains most for each unit of cost is enlarged, along the lower convex

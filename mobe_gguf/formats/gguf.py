@@ -69,7 +69,7 @@ class Array:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class GgufTensor:
     """One entry of the tensor table.  ``shape`` in torch's order: ggml's ne0 last; ``offset`` in ``file``."""
 
     name: str
@@ -91,7 +91,7 @@ class GgufFile:
     version: int
     size: int
     keys: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, GgufTensor]
     key_spans: dict[str, tuple[int, int]]
 
     @property
@@ -326,7 +326,7 @@ class _Reader:
             table[name] = (name, shape[::-1], self.number("<I"), self.number("<Q"))
         return table
 
-    def place(self, entry: tuple[str, tuple[int, ...], int, int], start: int, alignment: int) -> TensorInfo:
+    def place(self, entry: tuple[str, tuple[int, ...], int, int], start: int, alignment: int) -> GgufTensor:
         name, shape, number, offset = entry
         self.where = f"tensor {name!r}"
         kind = types.BY_ID.get(number)
@@ -344,7 +344,7 @@ class _Reader:
                 f"its data ({n_bytes} bytes from {start + offset}) lie outside the file ({self.size} bytes) or off the "
                 "alignment; the file is cut off or damaged"
             )
-        return TensorInfo(name, shape, kind.name, start + offset, n_bytes, self.path)
+        return GgufTensor(name, shape, kind.name, start + offset, n_bytes, self.path)
 
     def take(self, n: int) -> bytes:
         begin = self.at

@@ -61,6 +61,10 @@ class Checkpoint(ModelDirectory):
         super().__init__(path, family)
 
     @property
+    def original_checksum(self) -> str | None:
+        return self.checksum
+
+    @property
     def directory(self) -> Checkpoint:
         return self
 

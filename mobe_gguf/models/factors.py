@@ -47,6 +47,11 @@ class ModelDirectory(Tensors, ABC):
 
     @property
     @abstractmethod
+    def original_checksum(self) -> str | None:
+        """Of the original model; of factors what was recorded, which may be nothing."""
+
+    @property
+    @abstractmethod
     def n_layer(self) -> int: ...
     @property
     @abstractmethod
@@ -245,6 +250,10 @@ class FactorDirectory(ModelDirectory):
     @property
     def factors(self) -> FactorDirectory:
         return self
+
+    @property
+    def original_checksum(self) -> str | None:
+        return recorded(self.config, "source_checksum")
 
     def original_path(self, given: str | os.PathLike[str] | None) -> Path | None:
         """The model that the factors were made of: as a user says it, or where ``factorize`` found it; None if neither is known."""

@@ -24,7 +24,7 @@ from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import merged_name
-from mobe_gguf.formats.gguf import GgufFile, TensorInfo, missing_tensors, read_model
+from mobe_gguf.formats.gguf import GgufFile, GgufTensor, missing_tensors, read_model
 from mobe_gguf.formats.safetensors import Entry
 from mobe_gguf.models.config_values import Judgement
 from mobe_gguf.models.families import EMBEDDINGS, WRITERS, Family
@@ -57,7 +57,7 @@ def family(arch: str) -> Family:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Values as they lie in a GGUF file: a tensor, or gate or up out of a merged one.
 
     ``shape`` in torch's order.  The last two axes are a matrix; the bytes of matrix i begin at ``offset + i * stride`` of
@@ -72,7 +72,7 @@ class Stored:
     stride: int
 
     @classmethod
-    def of(cls, info: TensorInfo) -> Stored:
+    def of(cls, info: GgufTensor) -> StoredTensor:
         """All of a tensor."""
         return cls(
             info.name,
@@ -84,7 +84,7 @@ class Stored:
         )
 
     @classmethod
-    def half(cls, info: TensorInfo, name: str, part: int) -> Stored:
+    def half(cls, info: GgufTensor, name: str, part: int) -> StoredTensor:
         """Gate (``part`` 0) or up (1) of the merged tensor ``[n, 2p, d]``, under a ``name`` of its own."""
         n, rows, d = info.shape
         stride = info.n_bytes // n
@@ -174,7 +174,7 @@ class GgufModel:
         return tuple(sorted({int(match[1]) for match in found if match}))
 
     @cached_property
-    def _first(self) -> Stored:
+    def _first(self) -> StoredTensor:
         """Up of the first MoE layer: the sizes of all others are compared with its."""
         if not self.moe_layers:
             raise MobeError(
@@ -289,20 +289,20 @@ class GgufModel:
 
     def matrix(self, name: str) -> torch.Tensor:
         """Any weight as float32."""
-        return Stored.of(self.file.tensors[name]).matrix(0)
+        return StoredTensor.of(self.file.tensors[name]).matrix(0)
 
     def embedding_rows(self, count: int) -> torch.Tensor | None:
         """The first rows of the embedding, as many as are decoded at a time; None if there is no such tensor."""
         info = self.file.tensors.get(EMBEDDINGS[-1])
-        return None if info is None else next(Stored.of(info).pieces())
+        return None if info is None else next(StoredTensor.of(info).pieces())
 
     # experts
 
-    def stored(self, layer: int, projection: str) -> Stored:
+    def stored(self, layer: int, projection: str) -> StoredTensor:
         """Where a layer's experts lie: ``[n, p, d]``, ``[n, d, p]`` for down.  MobeError if there are none."""
         name = names.transform_name(layer, projection)
         if name in self.file.tensors:
-            return Stored.of(self.file.tensors[name])
+            return StoredTensor.of(self.file.tensors[name])
         merged = self.file.tensors.get(merged_name(layer))
         if merged is None or projection not in MERGED:
             hint = f" Leave {projection} out:\n  --projections up" if projection in OPTIONAL else ""
@@ -323,7 +323,7 @@ class GgufModel:
                         f"{self.path}: tensor {found} belongs to {merged.name}, which is taken apart here; such a model "
                         "cannot be factorized from GGUF. Use its Hugging Face directory."
                     )
-        return Stored.half(merged, name, MERGED.index(projection))
+        return StoredTensor.half(merged, name, MERGED.index(projection))
 
     def layout(self, layer: int) -> ExpertLayout:
         """How the layer's experts are stored: all of a projection in one tensor, or gate and up in one."""

@@ -22,7 +22,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import converter
 from mobe_gguf.formats.gguf import GgufFile, first_value, read_model
 from mobe_gguf.formats.safetensors import read_header
-from mobe_gguf.quant.mixture import Facts
+from mobe_gguf.quant.mixture import ModelFacts
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -63,8 +63,8 @@ class Layout:
         return int(first_value(value) or default)
 
     @property
-    def facts(self) -> Facts:
-        return Facts.of(self.arch, dict(self.keys))
+    def facts(self) -> ModelFacts:
+        return ModelFacts.of(self.arch, dict(self.keys))
 
     @property
     def parameters(self) -> int:

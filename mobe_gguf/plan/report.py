@@ -19,7 +19,7 @@ from mobe_gguf.plan.memory import Beside
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanWishes:
     """What was asked for: the largest file, the slowest speed."""
 
     size: int | None = None
@@ -27,7 +27,7 @@ class Wishes:
     ctx: int = 32768
 
 
-def order(costs: Sequence[Cost], wishes: Wishes) -> list[Cost]:
+def order(costs: Sequence[Cost], wishes: PlanWishes) -> list[Cost]:
     """What fits and meets the wishes first, the best of them at the top; then the rest by size."""
     good = [c for c in costs if meets(c, wishes)]
     rest = [c for c in costs if not meets(c, wishes)]
@@ -36,13 +36,13 @@ def order(costs: Sequence[Cost], wishes: Wishes) -> list[Cost]:
     )
 
 
-def meets(cost: Cost, wishes: Wishes) -> bool:
+def meets(cost: Cost, wishes: PlanWishes) -> bool:
     """Whether it fits and is as small and as fast as was asked for."""
     small = wishes.size is None or cost.form.n_bytes <= wishes.size
     return cost.fits and small and cost.tokens_per_second >= (wishes.tokens_per_second or 0)
 
 
-def table(model: str, layout: Layout, costs: Sequence[Cost], wishes: Wishes) -> Table:
+def table(model: str, layout: Layout, costs: Sequence[Cost], wishes: PlanWishes) -> Table:
     """Best first; fits 100 columns."""
     out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
     out.add_column("form", overflow="fold")
@@ -64,11 +64,11 @@ def table(model: str, layout: Layout, costs: Sequence[Cost], wishes: Wishes) -> 
     return out
 
 
-def _small(cost: Cost, wishes: Wishes) -> bool:
+def _small(cost: Cost, wishes: PlanWishes) -> bool:
     return wishes.size is None or cost.form.n_bytes <= wishes.size
 
 
-def head(layout: Layout, machine: Machine, beside: Beside, wishes: Wishes) -> str:
+def head(layout: Layout, machine: Machine, beside: Beside, wishes: PlanWishes) -> str:
     """What is planned for: the model and the machine, a line each."""
     n, p, d = layout.expert_shape()
     size = (
@@ -87,7 +87,9 @@ def head(layout: Layout, machine: Machine, beside: Beside, wishes: Wishes) -> st
     )
 
 
-def advice(model: str, layout: Layout, costs: Sequence[Cost], wishes: Wishes, no_factors: str | None) -> str:
+def advice(
+    model: str, layout: Layout, costs: Sequence[Cost], wishes: PlanWishes, no_factors: str | None
+) -> str:
     """Which to take, why not factors, and the command."""
     lines = []
     if no_factors:
@@ -129,7 +131,7 @@ def page(
     machine: Machine,
     beside: Beside,
     costs: Sequence[Cost],
-    wishes: Wishes,
+    wishes: PlanWishes,
     no: str | None,
 ) -> RenderableType:
     """All of it, for a terminal."""
@@ -146,7 +148,7 @@ def as_json(
     machine: Machine,
     beside: Beside,
     costs: Sequence[Cost],
-    wishes: Wishes,
+    wishes: PlanWishes,
     no: str | None,
 ) -> dict[str, Any]:
     """The same as numbers: bytes, tokens a second."""

@@ -64,7 +64,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What the rules ask of the model, from its GGUF keys; ``n_layer`` is ``block_count``."""
 
     n_layer: int
@@ -72,7 +72,7 @@ class Facts:
     n_gqa: int
 
     @classmethod
-    def of(cls, arch: str, keys: Mapping[str, object]) -> Facts:
+    def of(cls, arch: str, keys: Mapping[str, object]) -> ModelFacts:
         """From GGUF keys and values; what is missing counts as llama.cpp counts it, and of one value a layer the first layer's
         (its ``n_gqa()``).  MobeError if a value is no number."""
 
@@ -132,7 +132,7 @@ class Mixture:
     quant: str
     base: str
     block: int
-    facts: Facts
+    facts: ModelFacts
     output: str | None = None
     imatrix: bool = False
     n_attention_v: int = 0

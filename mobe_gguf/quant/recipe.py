@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.tensors import is_basis, is_down, is_transform
 from mobe_gguf.quant.allocate import Target
-from mobe_gguf.quant.mixture import ATTENTION_V_LIKE, Facts, Mixture, Spec, category_of, in_order
+from mobe_gguf.quant.mixture import ATTENTION_V_LIKE, Mixture, ModelFacts, Spec, category_of, in_order
 
 #: Types that a tensor can be given: ggml name -> values a block.
 BLOCK = {
@@ -211,7 +211,7 @@ def parse_override(text: str) -> tuple[str, str]:
     return pattern, parse_type("--tensor-type", type_name)
 
 
-def plan(specs: Iterable[Spec], recipe: Recipe, facts: Facts) -> dict[str, Choice]:
+def plan(specs: Iterable[Spec], recipe: Recipe, facts: ModelFacts) -> dict[str, Choice]:
     """The type of every tensor, by name.
 
     UsageError if an override's pattern is found in the name of no tensor that may be quantized, or a type has no
@@ -244,7 +244,7 @@ def plan(specs: Iterable[Spec], recipe: Recipe, facts: Facts) -> dict[str, Choic
                 f"tensor {spec.name}: rows of {spec.row} are no whole blocks of {BLOCK[wanted]} ({wanted}), and llama.cpp "
                 f"defines no type to take instead. Choose one: --tensor-type '{re.escape(spec.name)}=q4_0'"
             )
-        choices[spec.name] = Choice(fit(wanted, spec.row), wanted)
+        choices[spec.name] = Choice(fitting_type(wanted, spec.row), wanted)
     if unused:
         raise _without_effect(sorted(unused)[0], recipe, [s.name for s in specs if allows_quantization(s)])
     return choices
@@ -317,7 +317,7 @@ def allows_quantization(spec: Spec) -> bool:
     return spec.n_dims >= 2 and spec.name.endswith("weight") and not any(part in spec.name for part in KEEP)
 
 
-def fit(type_name: str, row: int) -> str:
+def fitting_type(type_name: str, row: int) -> str:
     """``tensor_type_fallback``: ``type_name``, or what replaces it in rows that its blocks do not divide."""
     if row % BLOCK[type_name] == 0:
         return type_name

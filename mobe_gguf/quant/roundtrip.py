@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mobe_gguf.core.errors import UsageError
-from mobe_gguf.quant.recipe import BLOCK, ENCODER_NEEDS, FALLBACK, NEED_IMATRIX, fit, parse_type
+from mobe_gguf.quant.recipe import BLOCK, ENCODER_NEEDS, FALLBACK, NEED_IMATRIX, fitting_type, parse_type
 from mobe_gguf.runtime import ggml
 
 #: How often values are encoded until they stay.  Legacy types stay at once; k-quants choose scales by search and wander
@@ -65,7 +65,7 @@ def resolve(option: str, name: str, row: int) -> str:
             f"{option} {name}: rows of {row} are no whole blocks of {BLOCK[name]}, and llama.cpp defines no type to "
             "take instead. Choose another, for instance q4_0."
         )
-    fitting = fit(name, row)
+    fitting = fitting_type(name, row)
     if fitting in (*NEED_IMATRIX, *ENCODER_NEEDS):
         raise UsageError(
             f"{option} {name}: this type is encoded with an importance matrix of the factors, and there is none before "

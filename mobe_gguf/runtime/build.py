@@ -32,7 +32,7 @@ from mobe_gguf.core.files import sha256
 from mobe_gguf.core.progress import say
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime import install, patch, source
-from mobe_gguf.runtime.compile import Options
+from mobe_gguf.runtime.compile import BuildOptions
 from mobe_gguf.runtime.install import Environment
 from mobe_gguf.runtime.source import LLAMA_CPP, Pin
 
@@ -41,19 +41,19 @@ BACKENDS = ("cuda", "vulkan")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildRecipe:
     """All that decides what a build produces: source, patches, kernel sources, options.
 
     ``patches=(), kernels=None`` builds the unpatched runtime, in a variant of its own.
     """
 
-    options: Options
+    options: BuildOptions
     patches: tuple[Path, ...]
     kernels: Path | None
     pin: Pin = LLAMA_CPP
 
     @classmethod
-    def patched(cls, options: Options) -> Recipe:
+    def patched(cls, options: BuildOptions) -> BuildRecipe:
         """The recipe of this installation: its own patches and kernel sources."""
         patches = sorted(resources.path("patches").glob("*.patch"))
         return cls(options, tuple(patches), resources.path("native") / "ggml_mobe")
@@ -101,7 +101,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Result:
+class BuildResult:
     """What ``build`` did: Ninja's steps, seconds; ``fresh`` if there was nothing to do."""
 
     stamp: Mapping[str, Any]
@@ -111,13 +111,13 @@ class Result:
 
 
 def build(
-    recipe: Recipe,
+    recipe: BuildRecipe,
     environment: Environment | None = None,
     *,
     jobs: int | None = None,
     force: bool = False,
     cache: Path | None = None,
-) -> Result:
+) -> BuildResult:
     """Bring the runtime of ``recipe`` into ``environment`` (default: the running interpreter's).
 
     ``force`` compiles from scratch.  Raises ``MobeError`` when something that the build needs is missing or
@@ -128,7 +128,7 @@ def build(
     key = recipe.key()
     stamp = current(environment, key)
     if stamp and not force:
-        return Result(stamp, True, 0, time.monotonic() - start)
+        return BuildResult(stamp, True, 0, time.monotonic() - start)
     cache = cache or source.cache_dir()
     env = compiling.environment()
     compiling.check_toolchain(recipe.options, env)
@@ -152,7 +152,7 @@ def build(
         raise MobeError(
             f"{environment.libraries}: the runtime is not whole right after it was installed; build again: mobe-gguf build --force"
         )
-    return Result(stamp, False, steps, time.monotonic() - start)
+    return BuildResult(stamp, False, steps, time.monotonic() - start)
 
 
 def current(environment: Environment, key: str) -> Mapping[str, Any] | None:
@@ -162,7 +162,7 @@ def current(environment: Environment, key: str) -> Mapping[str, Any] | None:
 
 
 def _build(
-    recipe: Recipe,
+    recipe: BuildRecipe,
     key: str,
     environment: Environment,
     work: Path,
@@ -209,7 +209,7 @@ def _build(
     return steps
 
 
-def patched_tree(recipe: Recipe, work: Path, env: Mapping[str, str]) -> Path:
+def patched_tree(recipe: BuildRecipe, work: Path, env: Mapping[str, str]) -> Path:
     """Bring ``work/src`` to the patched source; files that do not change keep their time stamps."""
     tree, marker, fresh = work / "src", work / "source.key", work / "src.new"
     key = recipe.source_key()
@@ -228,7 +228,7 @@ def patched_tree(recipe: Recipe, work: Path, env: Mapping[str, str]) -> Path:
     return tree
 
 
-def copy_kernels(recipe: Recipe, work: Path, target: Path) -> None:
+def copy_kernels(recipe: BuildRecipe, work: Path, target: Path) -> None:
     """Bring ``target`` to the kernel sources; files that do not change keep their time stamps."""
     fresh = work / "ggml_mobe.new"
     source.remove(fresh)
@@ -255,7 +255,7 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def inherited(environment: Environment, **chosen: Any) -> Options:
+def inherited(environment: Environment, **chosen: Any) -> BuildOptions:
     """Options with what the user left open (None) as in the runtime that is installed, or the default.
 
     So that ``mobe-gguf build`` after ``mobe-gguf build --cuda`` has nothing to do.
@@ -264,7 +264,7 @@ def inherited(environment: Environment, **chosen: Any) -> Options:
     values = {**before, **{name: value for name, value in chosen.items() if value is not None}}
     if not values.get("cuda") and chosen.get("cuda_arch") is None:
         values.pop("cuda_arch", None)
-    return Options(**values)
+    return BuildOptions(**values)
 
 
 def describe(stamp: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ TAIL = 20
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """What the user chose about the build; each field changes what is compiled.
 
     ``cuda_arch`` is CMake's CUDA_ARCHITECTURES ("90", "80;90"); None stands for the GPUs of this machine.
@@ -109,7 +109,7 @@ class Options:
         return TOOLS + (TEST_TOOLS if self.test_tools else ())
 
 
-def definitions(options: Options) -> dict[str, str]:
+def definitions(options: BuildOptions) -> dict[str, str]:
     """The CMake cache entries that ``options`` ask for: no paths in them, so they can be part of a key."""
     chosen = {
         "CMAKE_BUILD_TYPE": "Release",
@@ -157,7 +157,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def check_toolchain(options: Options, env: Mapping[str, str]) -> None:
+def check_toolchain(options: BuildOptions, env: Mapping[str, str]) -> None:
     """Raise ``MobeError`` naming the missing program and how to get it, before anything is downloaded."""
 
     def found(variable: str, *names: str) -> bool:
@@ -196,7 +196,7 @@ def _nvcc(env: Mapping[str, str]) -> str | None:
     return shutil.which(env.get("CUDACXX") or "nvcc", path=path)
 
 
-def _check_cuda(options: Options, env: Mapping[str, str]) -> None:
+def _check_cuda(options: BuildOptions, env: Mapping[str, str]) -> None:
     """Raise ``MobeError`` if nvcc does not compile for the GPUs that were named, or has no cuBLAS beside it."""
     arch = definitions(options)["CMAKE_CUDA_ARCHITECTURES"]
     if why := _probe(

@@ -30,7 +30,7 @@ from typing import Any
 
 from mobe_gguf.core.atomic import write_json
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.runtime.compile import Options
+from mobe_gguf.runtime.compile import BuildOptions
 from mobe_gguf.runtime.source import Pin, remove
 
 #: Version of the stamp's format and of this layout.
@@ -131,7 +131,7 @@ def install(
     build: Path,
     pin: Pin,
     version: str,
-    options: Options,
+    options: BuildOptions,
     stamp: dict[str, Any],
 ) -> None:
     """Install what was compiled in ``build`` from ``tree`` (the source distribution's top directory).

@@ -26,7 +26,7 @@ from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import amount, describe_size
 from mobe_gguf.core.progress import say
-from mobe_gguf.evaluate import Settings, heldout, perplexity, tool
+from mobe_gguf.evaluate import EvalSettings, heldout, perplexity, tool
 from mobe_gguf.export import Recipe, Report, export, parse_quant
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import plan_checkpoint, settle
@@ -76,7 +76,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Measured:
+class DemoFile:
     """One GGUF file.  ``spread`` is llama-perplexity's standard error; ``speed``: tokens per second of decoding,
     on one core."""
 
@@ -103,7 +103,7 @@ class Measured:
 class Demo:
     """``error``: mean of |W - W'|^2 / |W|^2 over the factorized units; ``settings``: of the factorization."""
 
-    files: tuple[Measured, ...]
+    files: tuple[DemoFile, ...]
     settings: dict[str, Any]
     n_expert: int
     error: float
@@ -182,13 +182,13 @@ def _description(mobe: Path) -> dict[str, Any] | None:
     return about if isinstance(about, dict) else None
 
 
-def measure(model: str, source: Path, quant: str, directory: Path, text: Path, effort: Effort) -> Measured:
+def measure(model: str, source: Path, quant: str, directory: Path, text: Path, effort: Effort) -> DemoFile:
     """Write ``directory/model-quant.gguf`` from ``source``, measure its perplexity and, if SHOWN, let it write."""
     path = directory / f"{model}-{quant}.gguf"
     started = time.monotonic()
     report = export(source, path, Recipe(parse_quant(quant)), allow_dense=True, quiet=True)
-    found = perplexity(path, text, Settings(CONTEXT, effort.chunks, THREADS))
-    measured = Measured(model, quant, report, found.value, found.error)
+    found = perplexity(path, text, EvalSettings(CONTEXT, effort.chunks, THREADS))
+    measured = DemoFile(model, quant, report, found.value, found.error)
     if (model, quant) in SHOWN:
         written, speed = complete(path, effort.tokens)
         measured = replace(measured, text=written, speed=speed)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from mobe_gguf.cli import main
 from mobe_gguf.compress import pipeline, rivals
-from mobe_gguf.compress.pipeline import Job, Wishes
+from mobe_gguf.compress.pipeline import Compression, Wishes
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.formats.gguf import read_gguf
@@ -51,7 +51,7 @@ def wishes(text: Path, **more: object) -> Wishes:
 
 def test_the_better_of_both_becomes_out(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    result = Job(source, out, wishes(text, quant="q4_0"), quiet=True).run()
+    result = Compression(source, out, wishes(text, quant="q4_0"), quiet=True).run()
     by_name = {result.names[row.facts.path.name]: row.divergence.kl.value for row in result.rows}
     assert {"plain", "mobe"} <= by_name.keys() and len(by_name) > 2
     assert out.is_file() and not Path(f"{out}.work").exists()
@@ -69,7 +69,7 @@ def test_the_better_of_both_becomes_out(source: Path, text: Path, tmp_path: Path
 def test_a_factorized_file_where_it_is_asked_for(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     asked = wishes(text, quant="q4_0", form="mobe", measure=False, bases=2, rank=32, activation="tanh")
-    result = Job(source, out, asked, quiet=True).run()
+    result = Compression(source, out, asked, quiet=True).run()
     assert result.kind == "mobe" and not result.rows
     shape = read_gguf(out).tensors["blk.0.ffn_gate_basis.weight"].shape
     assert shape == (2, 32, 64)
@@ -78,7 +78,7 @@ def test_a_factorized_file_where_it_is_asked_for(source: Path, text: Path, tmp_p
 
 def test_the_size_is_kept(source: Path, text: Path, tmp_path: Path) -> None:
     out, size = tmp_path / "out.gguf", int(read_layout(source).parameters * 6.5 / 8)
-    Job(source, out, wishes(text, size=size, form="plain", measure=False), quiet=True).run()
+    Compression(source, out, wishes(text, size=size, form="plain", measure=False), quiet=True).run()
     assert 0.8 * size < out.stat().st_size <= size
 
 
@@ -87,25 +87,25 @@ def test_a_killed_job_resumes_and_makes_the_same(
 ) -> None:
     asked = wishes(text, quant="q4_0", form="mobe", measure=False, bases=2, rank=32)
     whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
-    Job(source, whole, asked, quiet=True).run()
+    Compression(source, whole, asked, quiet=True).run()
 
-    def stop(self: Job, path: Path, form: object) -> None:
+    def stop(self: Compression, path: Path, form: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_factorized", stop)
+        patch.setattr(Compression, "_factorized", stop)
         with pytest.raises(KeyboardInterrupt):
-            Job(source, out, asked, quiet=True).run()
+            Compression(source, out, asked, quiet=True).run()
     assert not out.exists() and Path(f"{out}.work").is_dir()
     with pytest.raises(MobeError, match="--resume"):
-        Job(source, out, asked, quiet=True).run()
+        Compression(source, out, asked, quiet=True).run()
     with pytest.raises(UsageError, match="rank: the stopped job had 32, now it is 48"):
-        Job(
+        Compression(
             source, out, wishes(text, quant="q4_0", form="mobe", measure=False, bases=2, rank=48), quiet=True
         ).run(True)
     with monkeypatch.context() as patch:  # what is finished is not made again
         patch.setattr(pipeline, "collect", lambda *_, **__: pytest.fail("gathered twice"))
-        Job(source, out, asked, quiet=True).run(resume=True)
+        Compression(source, out, asked, quiet=True).run(resume=True)
     assert (
         out.read_bytes()[-1000:] == whole.read_bytes()[-1000:] and out.stat().st_size == whole.stat().st_size
     )

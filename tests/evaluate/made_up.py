@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 
 from mobe_gguf.evaluate.page.data import (
-    Bar,
     Bars,
     Cell,
+    ChartBar,
     Command,
     Commands,
     Dot,
     Figure,
+    FileText,
     Generation,
     Generations,
     HeatMap,
     Line,
     Lines,
     Page,
+    PageTable,
     Scatter,
     Section,
-    Side,
-    Table,
     Token,
 )
 
@@ -50,13 +50,13 @@ def page(layers: int = 94, n: int = 16) -> Page:
     ]
     left = [Token(" and"), Token(f" he{HOSTILE}", "part"), Token(" said\n", "own")]
     generation = Generation(
-        "In the beginning", Side("a.gguf", left, [("␣and", 0.5)]), Side("b" * 60, left[:2]), 1
+        "In the beginning", FileText("a.gguf", left, [("␣and", 0.5)]), FileText("b" * 60, left[:2]), 1
     )
     sections = [
-        Section("quality", "Quality and size", "Note.", Scatter("file size, MB", "KL divergence, nats per token", dots(n)), Table(["file", "MB"], [[d.label, f"{d.x:.2f}"] for d in dots(n)], [n])),
-        Section("bits", "Bits and form", "Note.", HeatMap(kinds, columns, cells, "bits", "layers", "factorized"), Table(["where", "bits"], [[c, "4"] for c in columns])),
+        Section("quality", "Quality and size", "Note.", Scatter("file size, MB", "KL divergence, nats per token", dots(n)), PageTable(["file", "MB"], [[d.label, f"{d.x:.2f}"] for d in dots(n)], [n])),
+        Section("bits", "Bits and form", "Note.", HeatMap(kinds, columns, cells, "bits", "layers", "factorized"), PageTable(["where", "bits"], [[c, "4"] for c in columns])),
         Section("errors", "Error by layer", "Note.", Lines("layer", "relative squared error", lines, True)),
-        Section("sizes", "Sizes", "Note.", Bars(kinds, [Bar("original" * 12, [5, 4, 3, 2, 1]), Bar("b", [1, 0, 1, 0, 0.001])], "GB")),
+        Section("sizes", "Sizes", "Note.", Bars(kinds, [ChartBar("original" * 12, [5, 4, 3, 2, 1]), ChartBar("b", [1, 0, 1, 0, 0.001])], "GB")),
         Section("texts", "What they write", "Note.", Generations([generation])),
         Section("commands", HOSTILE, HOSTILE, Commands([Command("Run:", "llama-cli -m " + "x" * 300)])),
     ]  # fmt: skip

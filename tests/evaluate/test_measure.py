@@ -15,13 +15,13 @@ import tiny
 
 from mobe_gguf import evaluate
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.evaluate import Row, Settings, logits, report, tool
+from mobe_gguf.evaluate import EvalSettings, Row, logits, report, tool
 from mobe_gguf.evaluate.facts import facts_of
 from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.runtime.install import Environment
 
-SETTINGS = Settings(ctx=64, chunks=16, threads=1)
+SETTINGS = EvalSettings(ctx=64, chunks=16, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_remarks_on_what_is_compared(files, text, monkeypatch, capsys):
     other = replace(read_vocabulary(files["q8_0"]), begin=7)
     vocabulary = {files["f16"]: read_vocabulary(files["f16"]), files["q8_0"]: other}
     monkeypatch.setattr("mobe_gguf.evaluate.measure.read_vocabulary", vocabulary.get)
-    evaluate.compare(files["f16"], [files["q8_0"]], text, Settings(2050, 1, 1))
+    evaluate.compare(files["f16"], [files["q8_0"]], text, EvalSettings(2050, 1, 1))
     said = "".join(capsys.readouterr().err.split())
     assert "q8_0.ggufbeginsatextwithtoken7," in said
     assert "wastrainedon2048atmost;askfor--ctx2048" in said
@@ -142,7 +142,7 @@ def test_remarks_on_what_is_compared(files, text, monkeypatch, capsys):
 
 def test_logging_variables_of_the_user_do_not_matter(files, text, monkeypatch):
     monkeypatch.setenv("LLAMA_ARG_LOG_JSONL", "1")
-    (row,) = evaluate.compare(files["f16"], [files["q8_0"]], text, Settings(64, 4, 1), quiet=True)
+    (row,) = evaluate.compare(files["f16"], [files["q8_0"]], text, EvalSettings(64, 4, 1), quiet=True)
     assert row.divergence.perplexity.value > 1
 
 
@@ -151,12 +151,12 @@ def test_logging_variables_of_the_user_do_not_matter(files, text, monkeypatch):
 
 def test_logits_are_kept_or_removed(files, text, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    short = Settings(ctx=64, chunks=4, threads=1)
+    short = EvalSettings(ctx=64, chunks=4, threads=1)
     evaluate.compare(files["q8_0"], [], text, short, quiet=True)
     assert not list(tmp_path.iterdir())
     evaluate.compare(files["q8_0"], [], text, short, keep_logits=tmp_path / "kept", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-    layout = logits.Layout(len(read_vocabulary(files["q8_0"]).tokens), 64, 4)
+    layout = logits.LogitsLayout(len(read_vocabulary(files["q8_0"]).tokens), 64, 4)
     layout.check(tmp_path / "kept", signed=True)
     with open(tmp_path / "kept", "rb+") as file:
         file.truncate(layout.n_bytes - 1)
@@ -166,7 +166,7 @@ def test_logits_are_kept_or_removed(files, text, tmp_path, monkeypatch):
 
 def test_kept_logits_serve_the_same_run_only(files, text, tmp_path, monkeypatch):
     """llama-perplexity itself takes context, chunks and tokens from the file and asks for no more."""
-    kept, short = tmp_path / "kept", Settings(ctx=64, chunks=4, threads=1)
+    kept, short = tmp_path / "kept", EvalSettings(ctx=64, chunks=4, threads=1)
     evaluate.compare(files["f16"], [], text, short, keep_logits=kept, quiet=True)
     (row,) = evaluate.compare(
         files["f16"], [files["q2_k"]], text, short, keep_logits=kept, reuse_logits=True, quiet=True
@@ -183,7 +183,7 @@ def test_kept_logits_serve_the_same_run_only(files, text, tmp_path, monkeypatch)
     ):
         assert what in refused(monkeypatch, reference, [files["q2_k"]], its_text, settings, **again)
     with open(kept, "rb+") as file:
-        file.truncate(logits.Layout(len(read_vocabulary(files["q8_0"]).tokens), 64, 4).n_bytes)
+        file.truncate(logits.LogitsLayout(len(read_vocabulary(files["q8_0"]).tokens), 64, 4).n_bytes)
     assert "is not noted" in refused(monkeypatch, files["f16"], [files["q2_k"]], text, short, **again)
 
 
@@ -192,7 +192,7 @@ def test_a_model_against_itself_whatever_the_environment_says(files, text, monke
     monkeypatch.setenv("LLAMA_ARG_UBATCH", "32")
     monkeypatch.setenv("LLAMA_ARG_CACHE_TYPE_K", "q8_0")
     monkeypatch.setenv("LLAMA_ARG_FLASH_ATTN", "off")
-    (row,) = evaluate.compare(files["f16"], [files["f16"]], text, Settings(64, 8, 1), quiet=True)
+    (row,) = evaluate.compare(files["f16"], [files["f16"]], text, EvalSettings(64, 8, 1), quiet=True)
     assert abs(row.divergence.kl.value) < 5 * 10.0 ** -(report.FLOOR_DIGITS + 1)
     assert report.with_error(row.divergence.kl) in ("0.0000 ± 0.0000", "0.00000 ± 0.00000")
 
@@ -237,21 +237,21 @@ def test_other_vocabularies(files, text, tmp_path, monkeypatch):
 
 
 def test_texts_and_settings(files, text, tmp_path, monkeypatch):
-    def message(settings: Settings, path: Path = text) -> str:
+    def message(settings: EvalSettings, path: Path = text) -> str:
         return refused(monkeypatch, files["f16"], [files["q8_0"]], path, settings)
 
     n_tokens = count_tokens(files["f16"], text.read_bytes())
     there = n_tokens // 64
     assert f"{n_tokens} tokens, {there} chunks of 64, but {(there + 1) * 64} are needed" in message(
-        Settings(64, there + 1)
+        EvalSettings(64, there + 1)
     )
-    assert f"but {2 * n_tokens} are needed for 2 chunks" in message(Settings(n_tokens))
-    assert "93 tokens would be evaluated, at least 100 are needed: --chunks 4" in message(Settings(64, 3))
-    assert "expected at least 4 tokens and 1 chunk" in message(Settings(2))
-    assert "expected at least 4 tokens and 1 chunk" in message(Settings(64, 0))
+    assert f"but {2 * n_tokens} are needed for 2 chunks" in message(EvalSettings(n_tokens))
+    assert "93 tokens would be evaluated, at least 100 are needed: --chunks 4" in message(EvalSettings(64, 3))
+    assert "expected at least 4 tokens and 1 chunk" in message(EvalSettings(2))
+    assert "expected at least 4 tokens and 1 chunk" in message(EvalSettings(64, 0))
     assert "no-such.txt: cannot be read: No such file" in message(SETTINGS, tmp_path / "no-such.txt")
     with pytest.raises(UsageError):
-        evaluate.perplexity(files["f16"], text, Settings(64, 3))
+        evaluate.perplexity(files["f16"], text, EvalSettings(64, 3))
 
 
 def test_files_that_are_none(files, text, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_output_that_is_not_understood(files, text, monkeypatch):
         return tool.Finished(done.stdout.replace("Mean    KLD", "Average KLD"), done.stderr)
 
     monkeypatch.setattr(tool, "run", changed)
-    settings = Settings(ctx=64, chunks=4, threads=1)
+    settings = EvalSettings(ctx=64, chunks=4, threads=1)
     with pytest.raises(MobeError) as caught:
         evaluate.compare(files["q8_0"], [files["q2_k"]], text, settings, quiet=True)
     assert "q2_k.gguf: it printed no value of kl after 4 of 4 chunks:\n" in caught.value.message

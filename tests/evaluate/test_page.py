@@ -12,7 +12,7 @@ import pytest
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate import page as pages
 from mobe_gguf.evaluate.page import canvas, charts
-from mobe_gguf.evaluate.page.data import Dot, HeatMap, Lines, Page, Scatter, Section, Table
+from mobe_gguf.evaluate.page.data import Dot, HeatMap, Lines, Page, PageTable, Scatter, Section
 from mobe_gguf.evaluate.page.render import MOST
 from mobe_gguf.evaluate.page.texts import Step, pair
 
@@ -54,7 +54,7 @@ def test_a_page_without_sections() -> None:
 
 
 def test_pages_stay_small() -> None:
-    table = Table(["where", "what"], [[f"row {i}", "x" * 400] for i in range(20_000)])
+    table = PageTable(["where", "what"], [[f"row {i}", "x" * 400] for i in range(20_000)])
     html = pages.render(Page("a", "b", [], [Section("t", "T", "note", None, table)]))
     assert len(html.encode()) < MOST and "19000 more rows are left out." in html
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.evaluate import Divergence, Estimate, Facts, Row, Settings, plot, report
+from mobe_gguf.evaluate import Divergence, Estimate, EvalSettings, Facts, Row, plot, report
 from mobe_gguf.evaluate.parse import PERCENTILES
 
 
@@ -34,7 +34,9 @@ def row(name: str, n_bytes: int, kl: float, *, factorized: bool = False) -> Row:
 
 def shown(rows: list[Row]) -> list[str]:
     console = Console(width=100, record=True, file=io.StringIO(), highlight=False)
-    console.print(report.table(row("model-bf16.gguf", 16_000_000, 0).facts, rows, Path("a.txt"), Settings()))
+    console.print(
+        report.table(row("model-bf16.gguf", 16_000_000, 0).facts, rows, Path("a.txt"), EvalSettings())
+    )
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -75,14 +77,14 @@ def test_names_are_distinct():
 
 def test_json():
     rows = [row("a.gguf", 7_000_999, 0.02, factorized=True), row("b.gguf", 999, math.nan)]
-    plain = report.as_json(rows[1].facts, rows, Path("a.txt"), Settings(chunks=16))
+    plain = report.as_json(rows[1].facts, rows, Path("a.txt"), EvalSettings(chunks=16))
     a, b = json.loads(json.dumps(plain, allow_nan=False))["files"]
     assert a["bytes"] == 7_000_999 and a["bits_per_weight"] == 8 and a["bits_per_original_weight"] == 7
     assert a["factorized"] and a["kl_divergence"] == {"value": 0.02, "standard_error": 0.002222222}
     assert list(a["kl_percentiles"])[:3] == ["maximum", "99.9", "99"]
     assert b["kl_divergence"] == {"value": None, "standard_error": None}
     assert plain["tokens_evaluated"] == 4080 and plain["reference"]["perplexity"]["value"] == 21.4321
-    assert report.as_json(rows[0].facts, [], Path("a.txt"), Settings())["files"] == []
+    assert report.as_json(rows[0].facts, [], Path("a.txt"), EvalSettings())["files"] == []
 
 
 # plot

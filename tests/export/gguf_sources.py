@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mobe_gguf.formats.gguf import TensorInfo, read_gguf
+from mobe_gguf.formats.gguf import GgufTensor, read_gguf
 
 
-def raw(info: TensorInfo) -> np.ndarray:
+def raw(info: GgufTensor) -> np.ndarray:
     """A tensor's bytes."""
     return np.fromfile(info.file, np.uint8, info.n_bytes, offset=info.offset)
 

@@ -22,7 +22,7 @@ from mobe_gguf.export import Recipe, export
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.gguf import Array, read_gguf
-from mobe_gguf.quant.mixture import Facts
+from mobe_gguf.quant.mixture import ModelFacts
 from mobe_gguf.quant.recipe import Spec, plan
 
 #: Width of experts that are fed less than the hidden size.
@@ -87,7 +87,7 @@ def test_types_of_such_a_file_are_those_of_llama_quantize(quant: str, tmp_path: 
         r"\[ *\d+/ *\d+\] (\S+) .* type = +(\w+),.*?(?:\((\w+)\))?$", said.stdout + said.stderr, re.M
     )
     specs = [Spec(info.name, info.shape) for info in file.tensors.values()]
-    choices = plan(specs, Recipe(quant), Facts.of(file.arch, file.keys))
+    choices = plan(specs, Recipe(quant), ModelFacts.of(file.arch, file.keys))
     assert {n: c.type for n, c in choices.items()} == {n: (b or a).lower() for n, a, b in lines}
 
 
@@ -95,9 +95,9 @@ def test_types_of_such_a_file_are_those_of_llama_quantize(quant: str, tmp_path: 
 def test_the_first_layer_counts(kind: Callable[[list[int]], Any]) -> None:
     """Of the file and of the converter, as in llama.cpp's ``n_gqa()``; a layer without attention has 0 heads of keys."""
     keys = {"x.attention.head_count": 8, "x.attention.head_count_kv": kind([2, 1]), "x.block_count": 2}
-    assert Facts.of("x", keys) == Facts(n_layer=2, n_expert=0, n_gqa=4)
+    assert ModelFacts.of("x", keys) == ModelFacts(n_layer=2, n_expert=0, n_gqa=4)
     keys["x.attention.head_count_kv"] = kind([0, 2])
-    assert Facts.of("x", keys).n_gqa == 0
+    assert ModelFacts.of("x", keys).n_gqa == 0
 
 
 @pytest.mark.parametrize("value", ["2", ["a", "b"], -1, True, 2.0])

@@ -27,7 +27,7 @@ from mobe_gguf.export.report import importance_lines
 from mobe_gguf.export.source import Tensor, Whole
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.formats.imatrix import ImatrixFile, Statistics
-from mobe_gguf.quant.recipe import ALIASES, QUANTS, Facts, Spec, plan
+from mobe_gguf.quant.recipe import ALIASES, QUANTS, ModelFacts, Spec, plan
 
 #: Rows of whole blocks of 256, so that every type fits; A is as wide as the input, so that no size gives it away.
 SIZES = dict(hidden_size=256, moe_intermediate_size=256, head_dim=64, num_experts=4, num_hidden_layers=2)
@@ -169,7 +169,7 @@ def test_rules_that_ask_for_an_imatrix(model: Callable[..., Path], original: Pat
             r"\[ *\d+/ *\d+\] (\S+) .* type = +(\w+),.*?(?:\((\w+)\))?$", said.stdout + said.stderr, re.M
         )
         recipe = Recipe(parse_quant(quant), imatrix=(str(original),))
-        choices = plan(specs, recipe, Facts.of(file.arch, file.keys))
+        choices = plan(specs, recipe, ModelFacts.of(file.arch, file.keys))
         expected = {name: (new or old).lower() for name, old, new in lines}
         assert {name: c.type for name, c in choices.items()} == expected, quant
 

@@ -13,7 +13,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export import Recipe, encoder, export, refit, write
 from mobe_gguf.export.encoder import NearestEncoder
 from mobe_gguf.export.source import Stacked, Tensor, Whole
-from mobe_gguf.models.gguf_source import Stored
+from mobe_gguf.models.gguf_source import StoredTensor
 from mobe_gguf.quant import roundtrip
 from mobe_gguf.quant.recipe import BLOCK, NEED_IMATRIX
 from mobe_gguf.runtime import ggml
@@ -132,7 +132,7 @@ def test_what_passes_through_a_gguf_file_is_checked(type_name, tmp_path):
     data = ggml.quantize(np.ones((2, 8, 256), np.float32), type_name)
     path = tmp_path / "source.gguf"
     kind = ggml.type_info(type_name)
-    stored = Stored("t", path, type_name, (2, 8, 256), 0, data.nbytes // 2)
+    stored = StoredTensor("t", path, type_name, (2, 8, 256), 0, data.nbytes // 2)
     for damage in (False, True):
         raw = bytearray(data.tobytes())
         if damage:  # the last block's scale, or the last value

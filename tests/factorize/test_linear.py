@@ -10,7 +10,7 @@ from mobe_gguf.core.metric import Metric, Roots
 from mobe_gguf.core.projected import Projected
 from mobe_gguf.factorize import linear, solver
 from mobe_gguf.factorize.down import fit_down
-from mobe_gguf.factorize.linear import Problem, suits
+from mobe_gguf.factorize.linear import LinearProblem, suits
 from mobe_gguf.factorize.solver import Settings, fit
 
 N, P, D, M, R = 10, 24, 40, 3, 30
@@ -50,7 +50,7 @@ def test_loss_and_gradient_are_those_of_the_projected_problem(kind, block):
     basis, mix = draw(M, R, D, seed=7), draw(N, M, seed=8)
     to_basis, to_mix = torch.empty_like(basis), torch.empty_like(mix)
     expected = Projected(w, "none", at, 1e-3, N).loss_and_gradient(basis, mix, to_basis, to_mix)
-    problem = Problem(w, at, 1e-3, block)
+    problem = LinearProblem(w, at, 1e-3, block)
     point = problem.at(basis, mix)
     assert point.loss * problem.square / w.numel() == pytest.approx(expected, rel=1e-10)
     for ours, theirs in zip(point.gradient, (to_basis, to_mix), strict=True):
@@ -63,7 +63,7 @@ def test_curvature(kind):
     at = metric(kind)
     w = at.apply(draw(N, P, D, seed=6))
     basis, mix = draw(M, R, D, seed=7), draw(N, M, seed=8)
-    found = Problem(w, at, 1e-9, 4).at(basis, mix, True).curvature
+    found = LinearProblem(w, at, 1e-9, 4).at(basis, mix, True).curvature
     a = Projected(w, "none", at, 1e-9, N).transform(basis, mix).double()
     bases, columns = torch.zeros(M, R, M, R).double(), torch.zeros(D, D).double()
     mixes = torch.zeros(N, M, M).double()

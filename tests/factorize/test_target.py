@@ -22,13 +22,13 @@ from mobe_gguf.factorize.job import unit as units
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.factorize.target import (
     Choices,
-    Option,
     Point,
     Size,
-    allocate,
+    SizeOption,
+    allocate_sizes,
     once_more,
     options,
-    parse_target,
+    parse_goal,
     rank_candidates,
     search,
 )
@@ -54,13 +54,13 @@ from .test_job import contents, factorize, names
     ],
 )
 def test_targets(text, value):
-    assert parse_target(text) == value and type(parse_target(text)) is type(value)
+    assert parse_goal(text) == value and type(parse_goal(text)) is type(value)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1", "0", "-0.5", "12.5", "0G", "0.5 0.6", "nan"])
 def test_bad_targets(text):
     with pytest.raises(UsageError, match="--target"):
-        parse_target(text)
+        parse_goal(text)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -72,12 +72,12 @@ def test_the_allocation_is_the_best_at_its_own_cost(seed):
         costs = np.cumsum(rng.integers(1, 20, 5))
         errors = np.cumsum(np.sort(rng.random(5)))[::-1]  # convex in the index; costs make it any shape
         choices[unit] = [
-            Option(Size(i + 1, 1), int(c), float(e))
+            SizeOption(Size(i + 1, 1), int(c), float(e))
             for i, (c, e) in enumerate(zip(costs, errors, strict=True))
         ]
         weights[unit] = float(rng.random() + 0.1)
     budget = int(sum(o[0].cost for o in choices.values()) + rng.integers(0, 80))
-    chosen = allocate(choices, weights, budget)
+    chosen = allocate_sizes(choices, weights, budget)
     spent = sum(o.cost for o in chosen.values())
     loss = sum(weights[u] * o.error for u, o in chosen.items())
     assert spent <= budget
@@ -96,8 +96,8 @@ def test_the_allocation_is_the_best_at_its_own_cost(seed):
 
 
 def test_what_weighs_more_gets_more():
-    curve = [Option(Size(m, 8), 10 * m, math.exp(-m / 3)) for m in range(1, 13)]
-    chosen = allocate({(0, "up"): curve, (1, "up"): curve}, {(0, "up"): 4.0, (1, "up"): 1.0}, 120)
+    curve = [SizeOption(Size(m, 8), 10 * m, math.exp(-m / 3)) for m in range(1, 13)]
+    chosen = allocate_sizes({(0, "up"): curve, (1, "up"): curve}, {(0, "up"): 4.0, (1, "up"): 1.0}, 120)
     # equal slopes: 4 exp(-a/3) = exp(-b/3), so a - b = 3 log 4 = 4.2
     assert (chosen[0, "up"].size.bases, chosen[1, "up"].size.bases) == (8, 4)
 

@@ -40,7 +40,7 @@ NASTY = (0, 1, 2, 31, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63
 
 def sanitized(jobs: int) -> Path:
     """The directory of libllama and its libraries, compiled with AddressSanitizer; done again only after a change."""
-    recipe = build.Recipe.patched(compiling.Options())
+    recipe = build.BuildRecipe.patched(compiling.BuildOptions())
     cache = source.cache_dir()
     work = cache / f"asan-{recipe.variant()}"
     env = compiling.environment()

@@ -20,7 +20,7 @@ from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.types import BY_NAME
 from mobe_gguf.models import gguf_source
 from mobe_gguf.models.gguf_factors import GgufFactors
-from mobe_gguf.models.gguf_source import GgufModel, Stored
+from mobe_gguf.models.gguf_source import GgufModel, StoredTensor
 from mobe_gguf.models.mobe_checkpoint import reconstruct
 from mobe_gguf.models.original import open_original
 from mobe_gguf.runtime import ggml
@@ -127,7 +127,7 @@ def test_memory_while_copying_and_decoding(tmp_path: Path) -> None:
     """A tensor of 32 MB, in pieces."""
     big = np.zeros((1 << 15, 256), np.float32)
     path = write(tmp_path / "m.gguf", {"token_embd.weight": encoded(big, "f32"), **_up(experts())})
-    stored = Stored.of(GgufModel(path).file.tensors["token_embd.weight"])
+    stored = StoredTensor.of(GgufModel(path).file.tensors["token_embd.weight"])
     del big
     tracemalloc.start()
     assert sum(map(len, stored.blocks())) == 32 << 20

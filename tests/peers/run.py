@@ -75,7 +75,7 @@ def last_build(tree: Path) -> int:
 
 def peers_of_llama_cpp(jobs: int, pattern: str | None) -> int:
     """Compile and run CTest's tests; its exit code."""
-    recipe = build.Recipe.patched(build.inherited(Environment.active(), test_tools=True))
+    recipe = build.BuildRecipe.patched(build.inherited(Environment.active(), test_tools=True))
     build.build(recipe, jobs=jobs)
     env = compiling.environment()
     tree = source.cache_dir() / recipe.variant() / "build"
@@ -97,7 +97,7 @@ def peers_of_llama_cpp(jobs: int, pattern: str | None) -> int:
 
 def peers_of_the_package() -> int:
     """Run llama-cpp-python's tests against the installed package; pytest's exit code."""
-    recipe = build.Recipe.patched(build.inherited(Environment.active(), test_tools=True))
+    recipe = build.BuildRecipe.patched(build.inherited(Environment.active(), test_tools=True))
     tree = source.cache_dir() / recipe.variant() / "src"
     # from the source tree, where relative paths lead to the vocabularies, but not with its llama_cpp, which has no libraries
     # (which `python -m pytest` would put first on the path)

@@ -167,7 +167,7 @@ def test_factorized_forms_save_what_they_say(known: Callable[[str], Layout]) -> 
 
 def test_what_fits_and_is_best_comes_first(known: Callable[[str], Layout]) -> None:
     layout, beside = known("qwen3-30b-a3b"), memory.Beside(10**9, 10**8)
-    wishes = report.Wishes(size=int(14e9))
+    wishes = report.PlanWishes(size=int(14e9))
     costs = report.order([cost.cost(layout, f, machine(32e9), beside) for f in forms.forms(layout)], wishes)
     good = [c for c in costs if report.meets(c, wishes)]
     assert good and costs[: len(good)] == good

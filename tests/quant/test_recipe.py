@@ -24,16 +24,16 @@ from mobe_gguf.quant.recipe import (
     ENCODER_NEEDS,
     NEED_IMATRIX,
     QUANTS,
-    Facts,
+    ModelFacts,
     Spec,
     allows_quantization,
-    fit,
+    fitting_type,
     plan,
     requires_imatrix,
 )
 from mobe_gguf.runtime import ggml
 
-FACTS = Facts(n_layer=8, n_expert=16, n_gqa=4)
+FACTS = ModelFacts(n_layer=8, n_expert=16, n_gqa=4)
 SPECS = [
     Spec("token_embd.weight", (384, 256)),
     Spec("output.weight", (384, 256)),
@@ -73,7 +73,7 @@ def test_types_are_those_of_llama_quantize(case: str, model: Callable[..., Path]
         model(family, hidden_size=256, **sizes), plain, Recipe("f32"), allow_dense=True, quiet=True
     )
     specs, file = [Spec(e.name, e.shape) for e in report.entries], read_gguf(plain)
-    facts = Facts.of(file.arch, file.keys)
+    facts = ModelFacts.of(file.arch, file.keys)
     for quant in (*QUANTS, *ALIASES):
         for pure in (False, True):
             if quant == "q1_0" and any(s.row % BLOCK["q1_0"] for s in specs if allows_quantization(s)):
@@ -103,7 +103,7 @@ def test_types_of_factors_of_down_are_those_of_llama_quantize(
         found = re.findall(
             r"\[ *\d+/ *\d+\] (\S+) .* type = +(\w+),.*?(?:\((\w+)\))?$", said.stdout + said.stderr, re.M
         )
-        choices = plan(specs, Recipe(quant), Facts.of(file.arch, file.keys))
+        choices = plan(specs, Recipe(quant), ModelFacts.of(file.arch, file.keys))
         assert {n: c.type for n, c in choices.items()} == {n: (b or a).lower() for n, a, b in found}, quant
         if quant == "q4_k_m":
             assert choices["blk.0.ffn_down_basis.weight"].type == "q6_k"
@@ -220,7 +220,7 @@ def test_options_of_llama_quantize() -> None:
 
 @given(st.sampled_from(sorted(BLOCK)), st.integers(1, 20_000))
 def test_what_fits(type_name: str, row: int) -> None:
-    got = fit(type_name, row)
+    got = fitting_type(type_name, row)
     assert row % BLOCK[got] == 0
     assert (got == type_name) == (row % BLOCK[type_name] == 0)
     assert got != "f16" or type_name == "f16" or row % (128 if type_name == "q1_0" else 32)
@@ -238,7 +238,7 @@ def test_what_fits(type_name: str, row: int) -> None:
 )
 def test_fallbacks(wanted: str, row: int, got: str) -> None:
     """DeepSeek-V2-Lite and Ling-Lite have experts of 1408, and so A's with rows of 1408."""
-    assert fit(wanted, row) == got
+    assert fitting_type(wanted, row) == got
 
 
 @pytest.mark.parametrize(

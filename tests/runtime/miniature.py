@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobe_gguf.runtime.build import Recipe
-from mobe_gguf.runtime.compile import LIBRARIES, TOOLS, Options
+from mobe_gguf.runtime.build import BuildRecipe
+from mobe_gguf.runtime.compile import LIBRARIES, TOOLS, BuildOptions
 from mobe_gguf.runtime.source import Pin
 
 CMAKE = f"""
@@ -97,5 +97,5 @@ class Miniature:
     cache: Path
     archive: bytes
 
-    def recipe(self, patches: tuple[Path, ...] = (), kernels: Path | None = None) -> Recipe:
-        return Recipe(Options(), patches, kernels, self.pin)
+    def recipe(self, patches: tuple[Path, ...] = (), kernels: Path | None = None) -> BuildRecipe:
+        return BuildRecipe(BuildOptions(), patches, kernels, self.pin)

@@ -18,7 +18,7 @@ from mobe_gguf.runtime import build as building
 from mobe_gguf.runtime import compile as compiling
 from mobe_gguf.runtime import patch, source
 from mobe_gguf.runtime.build import build, inherited
-from mobe_gguf.runtime.compile import Options
+from mobe_gguf.runtime.compile import BuildOptions
 from mobe_gguf.runtime.install import Environment
 
 from .miniature import ALL_STEPS, FILES, PATCH, Miniature
@@ -112,12 +112,12 @@ def test_sources_that_change_during_a_build_are_noticed(
 
 
 def test_an_option_left_out_stays_as_installed(miniature: Miniature, environment: Environment):
-    assert inherited(environment, cuda=None, portable=None) == Options()
+    assert inherited(environment, cuda=None, portable=None) == BuildOptions()
     build(miniature.recipe(), environment, cache=miniature.cache)
     stamp = environment.stamp.read_text().replace('"cuda": false', '"cuda": true')
     environment.stamp.write_text(stamp.replace('"cuda_arch": null', '"cuda_arch": "90"'))
-    assert inherited(environment, cuda=None, cuda_arch=None) == Options(cuda=True, cuda_arch="90")
-    assert inherited(environment, cuda=False, cuda_arch=None) == Options()
+    assert inherited(environment, cuda=None, cuda_arch=None) == BuildOptions(cuda=True, cuda_arch="90")
+    assert inherited(environment, cuda=False, cuda_arch=None) == BuildOptions()
     with pytest.raises(UsageError, match="needs --cuda"):
         inherited(environment, cuda=False, cuda_arch="80")
 
@@ -332,19 +332,19 @@ def test_missing_tools_are_named(tmp_path: Path):
         (tmp_path / "bin" / program).symlink_to(shutil.which("true"))
     env = {"PATH": str(tmp_path / "bin")}
     with pytest.raises(MobeError, match=r"no C compiler found.*apt install g\+\+"):
-        compiling.check_toolchain(Options(), env)
+        compiling.check_toolchain(BuildOptions(), env)
     (tmp_path / "bin" / "gcc").symlink_to(shutil.which("true"))
     with pytest.raises(MobeError, match=r"no C\+\+ compiler found.*apt install g\+\+"):
-        compiling.check_toolchain(Options(), env)
+        compiling.check_toolchain(BuildOptions(), env)
     with pytest.raises(MobeError, match=r"\$CXX = no-such-compiler"):
-        compiling.check_toolchain(Options(), {**env, "CXX": "no-such-compiler -m64"})
+        compiling.check_toolchain(BuildOptions(), {**env, "CXX": "no-such-compiler -m64"})
     (tmp_path / "bin" / "g++").symlink_to(shutil.which("true"))
-    compiling.check_toolchain(Options(), env)
+    compiling.check_toolchain(BuildOptions(), env)
     with pytest.raises(MobeError, match="nvcc"):
-        compiling.check_toolchain(Options(cuda=True, cuda_arch="90"), {**env, "CUDACXX": "no-such-nvcc"})
+        compiling.check_toolchain(BuildOptions(cuda=True, cuda_arch="90"), {**env, "CUDACXX": "no-such-nvcc"})
     (tmp_path / "bin" / "cmake").unlink()
     with pytest.raises(MobeError, match="pip install cmake"):
-        compiling.check_toolchain(Options(), env)
+        compiling.check_toolchain(BuildOptions(), env)
 
 
 def test_an_unwritable_environment_is_named(

@@ -12,8 +12,8 @@ import pytest
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime import compile as compiling
-from mobe_gguf.runtime.build import Recipe, describe
-from mobe_gguf.runtime.compile import Options
+from mobe_gguf.runtime.build import BuildRecipe, describe
+from mobe_gguf.runtime.compile import BuildOptions
 from mobe_gguf.runtime.source import LLAMA_CPP
 from native import cuda_tree
 
@@ -41,7 +41,7 @@ def sdk(tmp_path: Path) -> dict[str, str]:
 
 
 def test_what_vulkan_needs_is_found_in_its_sdk(sdk: dict[str, str]):
-    compiling.check_toolchain(Options(vulkan=True), sdk)
+    compiling.check_toolchain(BuildOptions(vulkan=True), sdk)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_what_vulkan_lacks_is_named(sdk: dict[str, str], name: str, text: str | 
     path = Path(sdk["VULKAN_SDK"], name)
     path.write_text(text) if text is not None else path.unlink()
     with pytest.raises(MobeError, match=said) as caught:
-        compiling.check_toolchain(Options(vulkan=True), sdk)
+        compiling.check_toolchain(BuildOptions(vulkan=True), sdk)
     assert "apt install libvulkan-dev glslc spirv-headers" in caught.value.message
     assert "mobe-gguf build --no-vulkan" in caught.value.message and "\n" not in caught.value.message
-    compiling.check_toolchain(Options(), sdk)
+    compiling.check_toolchain(BuildOptions(), sdk)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def toolkit(tmp_path: Path) -> dict[str, str]:
 
 
 def test_what_cuda_needs_is_found_in_its_toolkit(toolkit: dict[str, str]):
-    compiling.check_toolchain(Options(cuda=True, cuda_arch="90"), toolkit)
+    compiling.check_toolchain(BuildOptions(cuda=True, cuda_arch="90"), toolkit)
 
 
 @pytest.mark.parametrize("name", ["include/cublas_v2.h", "lib64/libcublas.so", "lib64/stubs/libcuda.so"])
@@ -94,7 +94,7 @@ def test_what_cuda_lacks_is_named(toolkit: dict[str, str], name: str):
     home = Path(toolkit["CUDACXX"]).parents[1]
     (home / name).unlink()
     with pytest.raises(MobeError, match=rf"there is no {Path(name).name} in {home}") as caught:
-        compiling.check_toolchain(Options(cuda=True, cuda_arch="90"), toolkit)
+        compiling.check_toolchain(BuildOptions(cuda=True, cuda_arch="90"), toolkit)
     assert "mobe-gguf build --no-cuda" in caught.value.message and "\n" not in caught.value.message
 
 
@@ -119,12 +119,12 @@ def test_what_nvcc_does_not_compile_is_told(
         (tmp_path / "host").chmod(0o755)
         toolkit["CUDAHOSTCXX"] = str(tmp_path / "host")
     with pytest.raises(MobeError, match=re.escape(said)):
-        compiling.check_toolchain(Options(cuda=True, cuda_arch=arch), toolkit)
+        compiling.check_toolchain(BuildOptions(cuda=True, cuda_arch=arch), toolkit)
 
 
 def test_vulkan_has_a_build_tree_of_its_own(monkeypatch: pytest.MonkeyPatch):
     def variant(**options: bool) -> str:
-        return Recipe(Options(**options), (), None, LLAMA_CPP).variant()
+        return BuildRecipe(BuildOptions(**options), (), None, LLAMA_CPP).variant()
 
     monkeypatch.delenv("VULKAN_SDK", raising=False)
     plain, vulkan = variant(), variant(vulkan=True)

@@ -10,7 +10,7 @@ import pytest
 
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.runtime.build import Recipe, current, inherited
+from mobe_gguf.runtime.build import BuildRecipe, current, inherited
 from mobe_gguf.runtime.install import Environment
 
 
@@ -21,7 +21,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.usefixtures("built")
 def test_an_unchanged_build_returns_at_once():
     environment = Environment.active()
-    if not current(environment, Recipe.patched(inherited(environment)).key()):
+    if not current(environment, BuildRecipe.patched(inherited(environment)).key()):
         pytest.skip("patches or kernels have changed since the runtime was built: run mobe-gguf build")
     # neither HOME nor PATH is set: it needs no cache, compiler or cmake to see that all is there
     start = resource.getrusage(resource.RUSAGE_CHILDREN)

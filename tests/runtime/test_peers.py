@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run.source, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(run.build, "build", lambda *_, **__: None)
-    monkeypatch.setattr(run.build.Recipe, "variant", lambda _: "variant")
+    monkeypatch.setattr(run.build.BuildRecipe, "variant", lambda _: "variant")
     monkeypatch.setattr(run, "targets_and_tests", lambda *_: (["test-a"], ["a"], []))
     (tmp_path / "variant").mkdir()
     (tmp_path / "variant" / "build.log").touch()

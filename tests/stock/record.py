@@ -110,10 +110,10 @@ def leads(logits: np.ndarray) -> np.ndarray:
 
 def build_stock() -> Path:
     """The libraries of the unpatched runtime, built from the pinned source unless they are there."""
-    from mobe_gguf.runtime.build import Recipe, build
-    from mobe_gguf.runtime.compile import Options
+    from mobe_gguf.runtime.build import BuildRecipe, build
+    from mobe_gguf.runtime.compile import BuildOptions
 
-    build(Recipe(Options(), patches=(), kernels=None), stock_environment())
+    build(BuildRecipe(BuildOptions(), patches=(), kernels=None), stock_environment())
     return stock_environment().lib
 
 

@@ -31,7 +31,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> demo.Demo:
     return demo.run(tmp_path_factory.mktemp("demo"), QUICK)
 
 
-def by_quant(done: demo.Demo) -> dict[tuple[str, str], demo.Measured]:
+def by_quant(done: demo.Demo) -> dict[tuple[str, str], demo.DemoFile]:
     return {(file.model, file.quant): file for file in done.files}
 
 

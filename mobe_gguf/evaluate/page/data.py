@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 
-class Table(msgspec.Struct, frozen=True):
+class PageTable(msgspec.Struct, frozen=True):
     """Rows of text under ``columns``; the first column is left-aligned.  ``marked``: rows that stand out."""
 
     columns: Sequence[str]
@@ -70,7 +70,7 @@ class Lines(msgspec.Struct, frozen=True, tag="lines"):
     whole: bool = False
 
 
-class Bar(msgspec.Struct, frozen=True):
+class ChartBar(msgspec.Struct, frozen=True):
     """A horizontal bar of several parts."""
 
     label: str
@@ -81,7 +81,7 @@ class Bars(msgspec.Struct, frozen=True, tag="bars"):
     """Stacked bars; ``parts`` names the parts of each."""
 
     parts: Sequence[str]
-    bars: Sequence[Bar]
+    bars: Sequence[ChartBar]
     unit: str
 
 
@@ -92,7 +92,7 @@ class Token(msgspec.Struct, frozen=True):
     kind: str = ""
 
 
-class Side(msgspec.Struct, frozen=True):
+class FileText(msgspec.Struct, frozen=True):
     """One file's text; ``choices``: at the first difference, the likeliest tokens and their probabilities."""
 
     name: str
@@ -104,8 +104,8 @@ class Generation(msgspec.Struct, frozen=True):
     """What the original and the result continue ``prompt`` with.  ``same``: tokens before the first difference."""
 
     prompt: str
-    left: Side
-    right: Side
+    left: FileText
+    right: FileText
     same: int
 
 
@@ -134,7 +134,7 @@ class Section(msgspec.Struct, frozen=True):
     title: str
     note: str
     body: Body | None = None
-    table: Table | None = None
+    table: PageTable | None = None
 
 
 class Figure(msgspec.Struct, frozen=True):

@@ -17,9 +17,9 @@ from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.contents import ListedTensor, original_params, rows
-from mobe_gguf.formats.gguf import GgufFile, TensorInfo, read_model
+from mobe_gguf.formats.gguf import GgufFile, GgufTensor, read_model
 from mobe_gguf.formats.moments import Moments
-from mobe_gguf.models.gguf_source import Stored
+from mobe_gguf.models.gguf_source import MERGED, StoredTensor
 
 #: Kinds of a layer's tensors in the order of the picture, by what follows ``blk.N.``; gate and up in one tensor count as both.
 KINDS = {
@@ -108,13 +108,13 @@ class Weights:
     def projections(self, layer: int) -> list[str]:
         return [p for p in names.ALL_PROJECTIONS if self._stored(layer, p) is not None]
 
-    def _stored(self, layer: int, projection: str) -> Stored | None:
+    def _stored(self, layer: int, projection: str) -> StoredTensor | None:
         if info := self.file.tensors.get(names.transform_name(layer, projection)):
-            return Stored.of(info)
+            return StoredTensor.of(info)
         merged = self.file.tensors.get(merged_name(layer))
-        if merged is None or projection == "down":
+        if merged is None or projection not in MERGED:
             return None
-        return Stored.half(merged, names.transform_name(layer, projection), int(projection == "up"))
+        return StoredTensor.half(merged, names.transform_name(layer, projection), MERGED.index(projection))
 
     def experts(self, layer: int, projection: str) -> tuple[int, Callable[[int], torch.Tensor]]:
         """How many there are, and what gives the matrix of one: float32, ``[p, d]``, of down ``[d, p]``.
@@ -141,8 +141,8 @@ class Weights:
         return n, matrix
 
     @staticmethod
-    def _whole(info: TensorInfo) -> torch.Tensor:
-        return torch.cat(list(Stored.of(info).pieces())).view(info.shape)
+    def _whole(info: GgufTensor) -> torch.Tensor:
+        return torch.cat(list(StoredTensor.of(info).pieces())).view(info.shape)
 
 
 def errors(original: Path, result: Path, moments: Moments | None) -> Iterator[tuple[int, str, float]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mobe_gguf.evaluate.facts import Facts
-from mobe_gguf.evaluate.measure import Row, Settings
+from mobe_gguf.evaluate.measure import EvalSettings, Row
 from mobe_gguf.evaluate.page import sections
 from mobe_gguf.evaluate.page.data import Page
 from mobe_gguf.evaluate.report import short_names
@@ -18,7 +18,7 @@ PLAIN, MOBE = "plain", "MoBE"
 
 
 def of_eval(
-    reference: Facts, rows: Sequence[Row], text: Path, settings: Settings, moments: Moments | None
+    reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings, moments: Moments | None
 ) -> Page:
     """``rows`` as ``compare`` gave them, at least one; errors and texts of the first file are computed here.
 
@@ -53,7 +53,7 @@ def of_eval(
 
 
 def _again(
-    reference: Facts, rows: Sequence[Row], text: Path, settings: Settings, moments: Moments | None
+    reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings, moments: Moments | None
 ) -> list[str]:
     line = ["mobe-gguf", "eval", str(reference.path), *(str(row.facts.path) for row in rows)]
     line += ["--text", str(text), "--ctx", str(settings.ctx), "--chunks", str(rows[0].chunks)]

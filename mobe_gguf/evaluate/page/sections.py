@@ -14,9 +14,9 @@ from mobe_gguf.evaluate.facts import Facts
 from mobe_gguf.evaluate.measure import Row
 from mobe_gguf.evaluate.page import charts, files, texts
 from mobe_gguf.evaluate.page.data import (
-    Bar,
     Bars,
     Cell,
+    ChartBar,
     Command,
     Commands,
     Dot,
@@ -26,9 +26,9 @@ from mobe_gguf.evaluate.page.data import (
     Line,
     Lines,
     Page,
+    PageTable,
     Scatter,
     Section,
-    Table,
 )  # fmt: skip
 from mobe_gguf.evaluate.report import decimal, with_error
 from mobe_gguf.formats.gguf import read_model
@@ -96,7 +96,7 @@ def quality(measured: Measured) -> Section:
                 *([f"{speed:.1f}" if speed is not None else ""] if timed else []),
             ]
         )
-    table = Table([*columns, *(["tokens/s"] if timed else [])], rows, [order.index(measured.chosen)])
+    table = PageTable([*columns, *(["tokens/s"] if timed else [])], rows, [order.index(measured.chosen)])
     body = Scatter(f"file size, {unit}", "KL divergence, nats per token", dots)
     return Section("quality", "Quality and size", note, body, table)
 
@@ -141,7 +141,7 @@ def bits(path: Path) -> Section | None:
     )  # fmt: skip
     note = f"Bits that {path.name} spends for each weight of the original, by layer and kind of tensor. Stronger color: more bits."
     return Section(
-        "bits", "Bits and form", note, body, Table(["where", "types", "form", "bits/weight"], rows)
+        "bits", "Bits and form", note, body, PageTable(["where", "types", "form", "bits/weight"], rows)
     )
 
 
@@ -156,7 +156,7 @@ def errors(original: Path, result: Path, moments: Moments | None = None) -> Sect
         "of each layer."
     )
     rows = [[f"layer {layer}, {projection}", f"{error:.3e}"] for layer, projection, error in found]
-    return Section("errors", "Error by layer", note, Lines("layer", "relative squared error", lines, True), Table(["where", "error"], rows))  # fmt: skip
+    return Section("errors", "Error by layer", note, Lines("layer", "relative squared error", lines, True), PageTable(["where", "error"], rows))  # fmt: skip
 
 
 def routing(moments: Moments) -> Section | None:
@@ -187,7 +187,7 @@ def routing(moments: Moments) -> Section | None:
         f"Tokens of the calibration text that the router sent to each expert, in each layer from the most to the least used{_grouped(moments, names_of, n)}. "
         f"Rare: experts with less than {RARE:.0%} of the mean."
     )  # fmt: skip
-    return Section("routing", "Tokens routed to each expert", note, body, Table(["", "least", "median", "most", "rare"], rows))  # fmt: skip
+    return Section("routing", "Tokens routed to each expert", note, body, PageTable(["", "least", "median", "most", "rare"], rows))  # fmt: skip
 
 
 def _routed(layer: str, index: int, group: torch.Tensor, mean: float) -> Cell:
@@ -206,10 +206,12 @@ def sizes(paths: Sequence[Path]) -> Section:
     labels = [label for label in files.LABELS.values() if any(kinds[label] for kinds in found)]
     largest = max(sum(kinds.values()) for kinds in found)
     scale, unit = (1e9, "GB") if largest >= 1e10 else (1e6, "MB")
-    bars = [Bar(p.name, [kinds[k] / scale for k in labels]) for p, kinds in zip(paths, found, strict=True)]
+    bars = [
+        ChartBar(p.name, [kinds[k] / scale for k in labels]) for p, kinds in zip(paths, found, strict=True)
+    ]
     rows = [[label, *(f"{kinds[label] / scale:.3f}" for kinds in found)] for label in labels]
     rows.append(["all tensors", *(f"{sum(kinds.values()) / scale:.3f}" for kinds in found)])
-    table = Table(["kind", *(f"{path.name}, {unit}" for path in paths)], rows, [len(rows) - 1])
+    table = PageTable(["kind", *(f"{path.name}, {unit}" for path in paths)], rows, [len(rows) - 1])
     return Section(
         "sizes", "Sizes by kind of tensor", "Where the bytes are.", Bars(labels, bars, unit), table
     )
@@ -226,7 +228,7 @@ def generations(found: Generations) -> Section:
         "with what each found likeliest there; underlined: what only one of them says after it. A small difference decides "
         "where two tokens are about as likely, so a different text is not a worse one."
     )
-    table = Table(["", "equal tokens", "of"], rows)
+    table = PageTable(["", "equal tokens", "of"], rows)
     return Section("texts", "What they write", note, found, table)
 
 

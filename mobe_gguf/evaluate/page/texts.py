@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.evaluate.page.data import Generation, Generations, Side, Token
+from mobe_gguf.evaluate.page.data import FileText, Generation, Generations, Token
 from mobe_gguf.evaluate.server import Server, serving
 
 #: Prompts out of a text, words of each, and tokens that are generated.
@@ -91,12 +91,12 @@ def pair(prompt: str, names: tuple[str, str], left: Sequence[Step], right: Seque
         common[0].update(range(block.a, block.a + block.size))
         common[1].update(range(block.b, block.b + block.size))
 
-    def one(name: str, steps: Sequence[Step], shared: set[int]) -> Side:
+    def one(name: str, steps: Sequence[Step], shared: set[int]) -> FileText:
         def kind(i: int) -> str:
             return "" if i < same else "part" if i == same else "" if i in shared else "own"
 
         tokens = [Token(step.text, kind(i)) for i, step in enumerate(steps)]
         choices = steps[same].likeliest if same < len(steps) else ()
-        return Side(name, tokens, [(visible(text), share) for text, share in choices])
+        return FileText(name, tokens, [(visible(text), share) for text, share in choices])
 
     return Generation(prompt, one(names[0], left, common[0]), one(names[1], right, common[1]), same)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mobe_gguf.core.workspace import work_directory
 from mobe_gguf.factorize.job.preparing import prepare
-from mobe_gguf.factorize.job.running import Result, run
+from mobe_gguf.factorize.job.running import JobResult, run
 from mobe_gguf.factorize.job.state import Job
 
-__all__ = ["Job", "Result", "prepare", "run", "work_directory"]
+__all__ = ["Job", "JobResult", "prepare", "run", "work_directory"]

@@ -22,11 +22,11 @@ from mobe_gguf.factorize.target import (
     MOST,
     Choices,
     Goal,
-    Option,
     Point,
     Size,
+    SizeOption,
     Unit,
-    allocate,
+    allocate_sizes,
     once_more,
     options,
     probe_steps,
@@ -304,10 +304,10 @@ def choose(job: Job, probes: Mapping[Unit, Probes], weights: Mapping[int, float]
 
 def _allocate(
     job: Job, points: Mapping[Unit, Sequence[Point]], weights: Mapping[int, float], reach: float
-) -> dict[Unit, Option]:
+) -> dict[Unit, SizeOption]:
     goal = job.goal
     assert goal is not None
-    return allocate(
+    return allocate_sizes(
         {unit: options(found, goal.costs[unit], goal.choices, reach) for unit, found in points.items()},
         {unit: weights[unit[0]] for unit in points},
         goal.budget,

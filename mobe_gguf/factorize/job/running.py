@@ -32,7 +32,7 @@ from mobe_gguf.models.writer import write_output
 
 
 @dataclass(frozen=True)
-class Result:
+class JobResult:
     """What :func:`run` did: ``units`` in order, and the arithmetic of sizes; ``sizes`` of a ``--target`` job."""
 
     out: Path
@@ -45,7 +45,7 @@ class Result:
 
 def run(
     job: Job, *, device: str = "cpu", quiet: bool = False, workers: int | None = None, ray: str | None = None
-) -> Result:
+) -> JobResult:
     """Do the work, or what is left of it.  MobeError if it fails; finished units are kept then.
 
     ``device``: one, or several as ``cuda:0,cuda:1``, each with a process of its own.  ``workers``: units fitted at once on
@@ -77,7 +77,7 @@ def run(
         files = {unit: job.unit_path(*unit) for unit in job.settings.units()}
         write_output(job.out, job.checkpoint, files, _config(job, units))
     job.workspace.remove()
-    return Result(job.out, job.settings, job.plan, units, time.monotonic() - start, job.sizes)
+    return JobResult(job.out, job.settings, job.plan, units, time.monotonic() - start, job.sizes)
 
 
 def work(job: Job, do: Callable[..., Done]) -> Work[Job, Done]:

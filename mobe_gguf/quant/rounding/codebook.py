@@ -85,7 +85,7 @@ class State:
 
 
 @dataclass
-class Rounded:
+class RoundedCodes:
     """``data`` uint8 ``[E, R, row_bytes(n)]``; ``costs``, errors in the metric summed over rows: of libggml's codes, after the pass with
     feedback, after each sweep, and with the outputs' size kept; ``size``, what the cost of zeros would be."""
 
@@ -110,7 +110,7 @@ def round_matrices(
     reach: int = 1,
     keep_size: bool = True,
     name: str = "array",
-) -> Rounded:
+) -> RoundedCodes:
     """Codes of ``w`` ``[E, R, n]`` float32 in the metric ``s`` ``[E, n, n]``, positive definite, ``factor`` its :func:`feedback`'s R.
 
     ``reach``: how many levels up and down are tried for each span.  Raises ``MobeError`` as :func:`ggml.quantize`, which the start is
@@ -138,7 +138,7 @@ def round_matrices(
     if keep_size:
         _keep_size(s, size, state)
         costs["size kept"] = _cost(state.values(), s, sw, size)
-    return Rounded(state.data().reshape(experts, rows, -1), costs, float(size.double().sum()))
+    return RoundedCodes(state.data().reshape(experts, rows, -1), costs, float(size.double().sum()))
 
 
 def _start(w: torch.Tensor, s: torch.Tensor, type_name: str, name: str) -> np.ndarray:

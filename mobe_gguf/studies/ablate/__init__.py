@@ -7,6 +7,6 @@
 
 from __future__ import annotations
 
-from mobe_gguf.studies.ablate.study import Asked, Row, Study, Trial, run, settle
+from mobe_gguf.studies.ablate.study import Asked, Study, Trial, TrialResult, run, settle
 
-__all__ = ["Asked", "Row", "Study", "Trial", "run", "settle"]
+__all__ = ["Asked", "TrialResult", "Study", "Trial", "run", "settle"]

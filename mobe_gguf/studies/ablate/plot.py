@@ -8,10 +8,10 @@ from typing import Any
 
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.evaluate.plot import check
-from mobe_gguf.studies.ablate.study import BINS, EDGE, Row, Study
+from mobe_gguf.studies.ablate.study import BINS, EDGE, Study, TrialResult
 
 
-def plot(study: Study, rows: Sequence[Row], directory: Path) -> list[Path]:
+def plot(study: Study, rows: Sequence[TrialResult], directory: Path) -> list[Path]:
     """``bases.png``, ``activations.png``, ``values.png`` and, where it was measured, ``divergence.png`` in ``directory``.
 
     MobeError without matplotlib.
@@ -43,7 +43,7 @@ def _draw(path: Path, draw: Callable[[Any], None]) -> Path:
     return path
 
 
-def _bases(figure: Any, rows: Sequence[Row]) -> None:
+def _bases(figure: Any, rows: Sequence[TrialResult]) -> None:
     """Error of each unit, and their mean, against the number of bases."""
     axes = figure.add_subplot()
     bases = [row.trial.bases for row in rows]
@@ -58,7 +58,7 @@ def _bases(figure: Any, rows: Sequence[Row]) -> None:
     axes.legend(fontsize=8)
 
 
-def _activations(figure: Any, rows: Sequence[Row]) -> None:
+def _activations(figure: Any, rows: Sequence[TrialResult]) -> None:
     """Mean error of each activation, and that of each unit."""
     axes = figure.add_subplot()
     names = [row.trial.activation for row in rows]
@@ -69,7 +69,7 @@ def _activations(figure: Any, rows: Sequence[Row]) -> None:
     axes.grid(True, axis="y", alpha=0.25)
 
 
-def _values(figure: Any, rows: Sequence[Row]) -> None:
+def _values(figure: Any, rows: Sequence[TrialResult]) -> None:
     """Density of the combined bases' values before and after f."""
     edges = [-EDGE + 2 * EDGE * i / BINS for i in range(BINS + 1)]
     panels = figure.subplots(1, max(1, len(rows)), sharex=True, squeeze=False)[0]
@@ -84,7 +84,7 @@ def _values(figure: Any, rows: Sequence[Row]) -> None:
     panels[0].legend(fontsize=8)
 
 
-def _divergence(figure: Any, rows: Sequence[Row]) -> None:
+def _divergence(figure: Any, rows: Sequence[TrialResult]) -> None:
     """KL divergence against the mean error."""
     axes = figure.add_subplot()
     for row in rows:

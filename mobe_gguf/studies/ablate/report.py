@@ -11,10 +11,10 @@ from rich.text import Text
 from mobe_gguf.core.layers import format_layers
 from mobe_gguf.evaluate import Estimate
 from mobe_gguf.evaluate.report import with_error
-from mobe_gguf.studies.ablate.study import Row, Study
+from mobe_gguf.studies.ablate.study import Study, TrialResult
 
 
-def table(study: Study, rows: Sequence[Row]) -> RenderableType:
+def table(study: Study, rows: Sequence[TrialResult]) -> RenderableType:
     """A row for each trial; fits 100 columns."""
     out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
     for column in ("bases", "rank", "activation", "kept", "error", "error of outputs", "KL divergence"):

@@ -108,7 +108,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialResult:
     """What came out of one trial.
 
     ``kept``: share of the parameters of the factorized matrices.  ``errors``, ``objectives``: by ``"layer.projection"``,
@@ -182,7 +182,7 @@ def run(
     threads: int | None = None,
     resume: bool = False,
     quiet: bool = False,
-) -> list[Row]:
+) -> list[TrialResult]:
     """All trials of ``study``, those that an earlier run measured taken over; the rows also in ``OUT.work/rows/``.
 
     The factors and files of a trial are removed once it is measured: at no time is there more than one.
@@ -244,14 +244,14 @@ def _begin(out: Path, work: Path, checkpoint: Checkpoint, study: Study, resume: 
         workspace.write(STUDY, described)
 
 
-def _read(workspace: Workspace, name: str) -> Row | None:
+def _read(workspace: Workspace, name: str) -> TrialResult | None:
     try:
-        return record(Row, workspace.read(name))
+        return record(TrialResult, workspace.read(name))
     except (OSError, ValueError):
         return None
 
 
-def _said(row: Row) -> str:
+def _said(row: TrialResult) -> str:
     divergence = "" if row.divergence is None else f", KL divergence {row.divergence[0]:.5f}"
     return f"error {row.error:.5f}{divergence}"
 
@@ -264,7 +264,7 @@ def _measure(
     device: str,
     threads: int | None,
     progress: Bar,
-) -> Row:
+) -> TrialResult:
     """Factorize, look at the values, export, compare; then remove what it took."""
     out, file = work / trial.name, work / f"{trial.name}.gguf"
     if not out.exists():  # else an earlier run was stopped after it
@@ -281,7 +281,7 @@ def _measure(
     layer = mobe.layer(study.layers[0])
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     rank = layer.rank(study.projections[0])
-    row = Row(
+    row = TrialResult(
         trial,
         rank,
         rank / d + trial.bases * rank / (n * p),
@@ -304,7 +304,7 @@ def _divergence(
     if not reference.exists():
         export(checkpoint.path, reference, recipe, allow_dense=True, quiet=True)
     export(out, file, recipe, quiet=True)
-    settings = evaluate.Settings(study.ctx, study.chunks, threads)
+    settings = evaluate.EvalSettings(study.ctx, study.chunks, threads)
     logits = work / "logits"
     rows = evaluate.compare(
         reference,
@@ -337,7 +337,7 @@ def _combined(mobe: MobeCheckpoint) -> Iterator[torch.Tensor]:
                 yield combine(mix[e : e + 1], basis)
 
 
-def summary(checkpoint: Checkpoint, study: Study, rows: list[Row]) -> dict[str, Any]:
+def summary(checkpoint: Checkpoint, study: Study, rows: list[TrialResult]) -> dict[str, Any]:
     """What ``ablation.json`` and ``--json`` hold."""
     edges = [-EDGE + 2 * EDGE * i / BINS for i in range(BINS + 1)]
     return {

@@ -10,7 +10,7 @@ import torch
 from mobe_gguf.models.families import Family
 
 
-class Source(Protocol):
+class Runnable(Protocol):
     """What is asked of a model; ``models.Checkpoint`` and ``gguf_model.GgufCheckpoint`` have it.  Names of tensors are transformers'."""
 
     path: Path
