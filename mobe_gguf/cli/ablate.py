@@ -44,6 +44,7 @@ from mobe_gguf.core.errors import Interrupted, UsageError
 @options.device
 @options.seed()
 @click.option("--no-plot", is_flag=True, help="Draw no figures.")
+@options.report
 @options.resume
 @options.as_json
 @options.quiet
@@ -64,6 +65,7 @@ def command(
     device: str,
     seed: int,
     no_plot: bool,
+    report_to: Path | None,
     resume: bool,
     as_json: bool,
     quiet: bool,
@@ -98,6 +100,10 @@ def command(
     from mobe_gguf.studies.ablate.study import finish, summary
 
     check_device(device)
+    if report_to is not None:
+        from mobe_gguf.evaluate.page import check as check_page
+
+        check_page(report_to)
     if not no_plot:
         from mobe_gguf.evaluate.plot import check
         from mobe_gguf.studies.ablate.plot import plot
@@ -131,6 +137,10 @@ def command(
         plot(study, rows, work_directory(out))
     write_json(work_directory(out) / "ablation.json", found)
     finish(out)
+    if report_to is not None:
+        from mobe_gguf.studies.ablate.page import of_study
+
+        options.write_report(of_study(model, out, study, rows), report_to, quiet)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

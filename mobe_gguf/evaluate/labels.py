@@ -64,11 +64,13 @@ def place(
     frame: Box,
     taken: Sequence[Box],
     mark: float,
+    drawn: Sequence[tuple[Point, Point]] = (),
 ) -> list[Box | None]:
     """A box for each point's label of ``(width, height)``; None for a label that finds no place.
 
-    ``taken``: boxes that labels must leave free, beside the points themselves, each ``mark`` to all sides.  Labels choose one after
-    the other, in several orders of which the first counts that leaves no label over.  O(labels^2) for each of 192 candidates.
+    ``taken``: boxes that labels must leave free, beside the points themselves, each ``mark`` to all sides; ``drawn``: lines, likewise.
+    Labels choose one after the other, in several orders of which the first counts that leaves no label over.  O(labels^2) for each
+    of 192 candidates.
     """
     reach = 4 * max((w for w, _ in sizes), default=0.0)
     crowd = [sum(math.dist(p, q) < reach for q in points) for p in points]
@@ -82,7 +84,7 @@ def place(
     )
     best: list[Box | None] | None = None
     for order in orders:
-        found = _in_order(order, points, sizes, frame, taken, mark)
+        found = _in_order(order, points, sizes, frame, (taken, drawn), mark)
         if best is None or found.count(None) < best.count(None):
             best = found
         if None not in best:
@@ -95,12 +97,12 @@ def _in_order(
     points: Sequence[Point],
     sizes: Sequence[tuple[float, float]],
     frame: Box,
-    taken: Sequence[Box],
+    free: tuple[Sequence[Box], Sequence[tuple[Point, Point]]],
     mark: float,
 ) -> list[Box | None]:
-    """:func:`place`, where the labels choose in ``order``."""
+    """:func:`place`, where the labels choose in ``order``; ``free``: boxes and lines that they leave free."""
     marks = [(x - mark, y - mark, x + mark, y + mark) for x, y in points]
-    filled, lines = [*marks, *taken], list[tuple[Point, Point]]()
+    filled, lines = [*marks, *free[0]], [*free[1]]
     found: list[Box | None] = [None] * len(points)
 
     def fits(box: Box, i: int, strict: bool) -> bool:

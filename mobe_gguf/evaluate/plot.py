@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def _draw(figure: Any, canvas: Any, drawn: Sequence[Row]) -> bool:
         )
     axes.legend(loc="upper right")
     points = [(row.facts.n_bytes / unit, row.divergence.kl.value) for row in drawn]
-    return _label(canvas, axes, points, _labels(drawn))
+    return _label(canvas, axes, points, _labels(drawn), [drawn.index(row) for row in best])
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
@@ -119,8 +120,11 @@ def _bars(rows: Sequence[Row]) -> list[list[float]]:
     return [errors, errors]
 
 
-def _label(canvas: Any, axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> bool:
-    """Write each label beside its point where it covers nothing; False if some have no such place and are left out."""
+def _label(
+    canvas: Any, axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str], best: Sequence[int]
+) -> bool:
+    """Write each label beside its point where it covers nothing, the line through the ``best`` points included; False if some have
+    no such place and are left out."""
     canvas.draw()
     renderer, inverse = canvas.get_renderer(), axes.transData.inverted()
     style = {"fontsize": 8, "ha": "center", "va": "center"}
@@ -129,7 +133,8 @@ def _label(canvas: Any, axes: Any, points: Sequence[tuple[float, float]], labels
     pixels = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
     frame = (axes.bbox.x0 + 2, axes.bbox.y0 + 2, axes.bbox.x1 - 2, axes.bbox.y1 - 2)
     legend = axes.get_legend().get_window_extent(renderer)
-    boxes = place(pixels, sizes, frame, [(legend.x0, legend.y0, legend.x1, legend.y1)], MARK)
+    line = list(pairwise(pixels[i] for i in best))
+    boxes = place(pixels, sizes, frame, [(legend.x0, legend.y0, legend.x1, legend.y1)], MARK, line)
     for text, pixel, box in zip(texts, pixels, boxes, strict=True):
         if box is None:
             text.remove()

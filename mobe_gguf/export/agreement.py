@@ -27,6 +27,7 @@ from mobe_gguf.export.converter import ARCHITECTURES
 from mobe_gguf.formats.gguf import GgufFile, padded, read_gguf, read_model
 from mobe_gguf.formats.safetensors import SINGLE_NAME, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.gguf_factors import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
 from mobe_gguf.models.original import open_original
 from mobe_gguf.models.writer import copy_files
@@ -151,6 +152,10 @@ def _layer_of(name: str) -> int:
 
 
 def _open(path: Path) -> Checkpoint:
+    if (path / FACTORS_NAME).is_file():
+        raise UsageError(
+            f"--model {path}: these are factors of a GGUF file; a Hugging Face model is compared with"
+        )
     source = open_original(path).directory
     if source is None:
         raise UsageError(f"--model {path}: a Hugging Face model directory is compared with, not a GGUF file")

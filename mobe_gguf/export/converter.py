@@ -106,7 +106,7 @@ class HfConversion:
         self.model.ftype = gguf.LlamaFileType[file_type]
         self.model.fname_out = out
         path = self.model.dir_model
-        with _explained(path, "the tokenizer and metadata"), _no_remote_code(path):
+        with _explained(path, "the tokenizer and metadata"), no_remote_code(path):
             if origin is None:
                 self.model.prepare_metadata(vocab_only=False)
                 self._set_own_keys()
@@ -363,7 +363,7 @@ def _set_log_level(verbose: bool) -> None:
 
 
 @contextlib.contextmanager
-def _no_remote_code(path: Path) -> Iterator[None]:
+def no_remote_code(path: Path) -> Iterator[None]:
     """Keep the converter from running Python code out of the model's directory, which it allows by itself.
 
     A tokenizer.json says all that such code says of a vocabulary, so where it lies beside the code it is taken; so is

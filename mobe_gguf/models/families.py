@@ -238,7 +238,8 @@ def other_way(model_type: Any) -> str:
     if model_type in UNCONVERTED:
         return "llama.cpp does not know this family either"
     return (
-        "Convert it to GGUF with llama.cpp's converter (convert_hf_to_gguf.py --outtype bf16), then factorize the GGUF file:\n"
+        "Convert it to GGUF by llama.cpp's converter, then work on the GGUF file:\n"
+        "  mobe-gguf convert MODEL model.gguf\n"
         "  mobe-gguf factorize model.gguf factors/"
     )
 

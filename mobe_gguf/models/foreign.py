@@ -13,7 +13,7 @@ from typing import Any
 from mobe_gguf.core.errors import MobeError
 
 _BF16 = "Take the model in bf16 that it was made of"
-_GGUF = "Convert it to GGUF with llama.cpp's converter (convert_hf_to_gguf.py --outtype auto), and factorize the GGUF file"
+_GGUF = "Convert it to GGUF (mobe-gguf convert MODEL model.gguf), and factorize the GGUF file"
 
 #: ``quant_method`` of config.json -> what it is, and what to do.  FP8 in blocks is read, see ``checkpoint``.
 METHODS: Mapping[str, tuple[str, str]] = {

@@ -54,7 +54,7 @@ def page(layers: int = 94, n: int = 16) -> Page:
     )
     sections = [
         Section("quality", "Quality and size", "Note.", Scatter("file size, MB", "KL divergence, nats per token", dots(n)), PageTable(["file", "MB"], [[d.label, f"{d.x:.2f}"] for d in dots(n)], [n])),
-        Section("bits", "Bits and form", "Note.", HeatMap(kinds, columns, cells, "bits", "layers", "factorized"), PageTable(["where", "bits"], [[c, "4"] for c in columns])),
+        Section("bits", "Bits and form", "Note.", HeatMap(kinds, columns, cells, "bits", "layers and projections with a long name", "factorized"), PageTable(["where", "bits"], [[c, "4"] for c in columns])),
         Section("errors", "Error by layer", "Note.", Lines("layer", "relative squared error", lines, True)),
         Section("sizes", "Sizes", "Note.", Bars(kinds, [ChartBar("original" * 12, [5, 4, 3, 2, 1]), ChartBar("b", [1, 0, 1, 0, 0.001])], "GB")),
         Section("texts", "What they write", "Note.", Generations([generation])),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobe_gguf.evaluate.labels import crosses, inside, overlaps, place
@@ -12,6 +12,7 @@ FRAME = (0.0, 0.0, 600.0, 400.0)
 POINTS = st.lists(st.tuples(st.floats(0, 600), st.floats(0, 400)), min_size=1, max_size=25)
 
 
+@settings(deadline=None, max_examples=25)
 @given(POINTS, st.data())
 def test_labels_cover_nothing_and_stay_inside(points: list[tuple[float, float]], data: st.DataObject) -> None:
     sizes = [(data.draw(st.floats(10, 200)), 14.0) for _ in points]

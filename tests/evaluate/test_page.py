@@ -46,7 +46,7 @@ def test_numbers_are_tables_too() -> None:
     html = pages.render(made_up.page())
     for dot in made_up.dots(16):
         assert f"<td>{dot.label}</td>" in html
-    assert "2 files without a KL divergence above zero are not drawn" in html
+    assert "2 points of no value above zero are not drawn" in html
 
 
 def test_a_page_without_sections() -> None:

@@ -93,7 +93,8 @@ def test_other_families_are_those_that_the_converter_knows():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "said"), [("gpt_oss", "convert_hf_to_gguf.py"), ("jetmoe", "does not know this family")]
+    ("model_type", "said"),
+    [("gpt_oss", "mobe-gguf convert MODEL model.gguf"), ("jetmoe", "does not know this family")],
 )
 def test_what_works_instead(model_type, said):
     with pytest.raises(MobeError, match=said):

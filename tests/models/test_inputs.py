@@ -143,7 +143,7 @@ def test_fp8_blocks_over_both_halves(together: bool, own_model: Maker, model: Ma
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
         ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "remove 'quantization_config'"),
-        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "convert_hf_to_gguf.py"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "mobe-gguf convert MODEL model.gguf"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
     ],

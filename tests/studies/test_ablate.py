@@ -83,8 +83,13 @@ def test_what_is_measured_is_what_the_solver_makes(model, tmp_path):
 
 
 def test_a_table(model, tmp_path):
-    result = call(model, tmp_path / "out", *FAST, "--bases", 2, "--activations", "tanh", "--no-plot")
+    page = tmp_path / "page.html"
+    more = ("--bases", 2, "--activations", "tanh", "--no-plot", "--report", page)
+    result = call(model, tmp_path / "out", *FAST, *more)
     assert result.exit_code == 0, result.stderr
+    html = page.read_text()
+    assert all(f'<section id="{key}">' in html for key in ("errors", "layers", "values", "commands"))
+    assert 'id="divergence"' not in html and "2 bases, tanh" in html
     assert names(tmp_path / "out") == {"ablation.json"}
     assert "100.0%" in result.stdout and "layers 1, up, 3 steps" in result.stdout
     assert "[1/1] bases-002-tanh: error 0." in result.stderr

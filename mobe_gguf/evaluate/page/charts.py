@@ -59,7 +59,7 @@ def scatter(body: Scatter, canvas: Canvas) -> tuple[str, str]:
     """Points with a frontier and labels beside them."""
     dots = drawable(body.dots)
     if not dots:
-        return "", "No file has a KL divergence above zero, so nothing can be drawn."
+        return "", "No value is above zero, so nothing can be drawn."
     wide = canvas.width > 500
     height, top, bottom = (430.0 if wide else 400.0), 1.6 * LINE, 2.6 * LINE
     low, high = min(dot.y for dot in dots), max(dot.y for dot in dots)
@@ -83,7 +83,8 @@ def scatter(body: Scatter, canvas: Canvas) -> tuple[str, str]:
         canvas.text(left - 6, y, number(tick), "end")
     _x_axis(canvas, (x0, x1), (left, right), base, body.x_label)
     best = frontier(dots)
-    canvas.path([at(dot) for dot in best], "frontier")
+    line = [at(dot) for dot in best]
+    canvas.path(line, "frontier")
     series = names_of_series(body.dots)
     for dot in sorted(dots, key=lambda dot: dot.chosen):
         (x, y), size = at(dot), CHOSEN if dot.chosen else ORDINARY
@@ -100,10 +101,12 @@ def scatter(body: Scatter, canvas: Canvas) -> tuple[str, str]:
         for dot in dots
         if 0 < dot.error < dot.y
     ]
-    left_out = _label(canvas, dots, [at(dot) for dot in dots], (left + 2, top, right - 1, base - 2), spans)
+    left_out = _label(
+        canvas, dots, [at(dot) for dot in dots], (left + 2, top, right - 1, base - 2), spans, line
+    )
     said = f"{left_out} labels found no room; the table has all files. " if left_out else ""
     if len(dots) < len(body.dots):
-        said += f"{len(body.dots) - len(dots)} files without a KL divergence above zero are not drawn. "
+        said += f"{len(body.dots) - len(dots)} points of no value above zero are not drawn. "
     return canvas.svg(height), said
 
 
@@ -136,11 +139,12 @@ def _label(
     points: list[tuple[float, float]],
     frame: Box,
     taken: Sequence[Box],
+    line: Sequence[tuple[float, float]],
 ) -> int:
-    """Write the labels, leaving ``taken`` free; returns how many found no place."""
+    """Write the labels, leaving ``taken`` and the ``line`` free; returns how many found no place."""
     shown = [short(text, 16 if canvas.width < 500 else 30) for text in _without_prefix(dots)]
     sizes = [(width_of(text) + 2, FONT + 1.5) for text in shown]
-    boxes = place(points, sizes, frame, taken, CHOSEN + 1)
+    boxes = place(points, sizes, frame, taken, CHOSEN + 3, list(pairwise(line)))
     for dot, point, text, box in zip(dots, points, shown, boxes, strict=True):
         if box is None:
             continue
@@ -182,7 +186,10 @@ def heat(body: HeatMap, canvas: Canvas) -> tuple[str, str]:
     y = 0.0
     for block in range(blocks):
         columns = range(block * per_block, min(len(body.columns), (block + 1) * per_block))
-        canvas.text(left, y + LINE / 2, f"{body.across} {body.columns[columns[0]]} to {body.columns[columns[-1]]}", style="t title")  # fmt: skip
+        said = f"{body.across} {body.columns[columns[0]]} to {body.columns[columns[-1]]}"
+        fits = int(canvas.width / (FONT * 0.605))
+        x = min(left, canvas.width - width_of(short(said, fits)))
+        canvas.text(x, y + LINE / 2, short(said, fits), style="t title")
         y += 1.3 * LINE
         for row, label in enumerate(labels):
             canvas.text(left - 6, y + tall / 2, label, "end")
@@ -241,7 +248,7 @@ def lines(body: Lines, canvas: Canvas) -> tuple[str, str]:
         ]
         canvas.path(places, f"line c{k % 8}")
         finite = [p for p in line.points if math.isfinite(p[1])]
-        for (x, y), (layer, value) in zip(places, finite, strict=True):
+        for (x, y), (layer, value) in zip(places, finite, strict=True) if len(places) < 100 else ():
             canvas.mark(k, x, y, 3.0, f"{line.label}, {body.x_label} {layer:g}: {value:.4g}")
     return canvas.svg(height), ""
 
