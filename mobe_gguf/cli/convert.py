@@ -17,7 +17,7 @@ from mobe_gguf.cli import options
     help="Type of the matrices; auto keeps the source's, in 16 bits.",
 )  # fmt: skip
 @click.option(
-    "--tokenizer-pre", metavar="NAME", help="Pre-tokenizer (key tokenizer.ggml.pre), instead of the one that is recognized."
+    "--tokenizer-pre", metavar="NAME", help="Name of llama.cpp's pre-tokenizer, if it is not recognized."
 )  # fmt: skip
 @options.quiet
 def command(model: Path, out: Path, outtype: str, tokenizer_pre: str | None, quiet: bool) -> None:

@@ -27,7 +27,7 @@ from mobe_gguf.export.converter import ARCHITECTURES
 from mobe_gguf.formats.gguf import GgufFile, padded, read_gguf, read_model
 from mobe_gguf.formats.safetensors import SINGLE_NAME, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.models.gguf_factors import FACTORS_NAME
+from mobe_gguf.models.gguf_source import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
 from mobe_gguf.models.original import open_original
 from mobe_gguf.models.writer import copy_files

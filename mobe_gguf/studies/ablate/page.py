@@ -17,16 +17,16 @@ from mobe_gguf.evaluate.page.data import (
     Line,
     Lines,
     Page,
+    PageTable,
     Scatter,
     Section,
-    PageTable,
 )
 from mobe_gguf.evaluate.page.sections import commands
 from mobe_gguf.evaluate.report import with_error
-from mobe_gguf.studies.ablate.study import BINS, EDGE, Row, Study, Trial
+from mobe_gguf.studies.ablate.study import BINS, EDGE, Study, Trial, TrialResult
 
 
-def of_study(model: Path, out: Path, study: Study, rows: Sequence[Row]) -> Page:
+def of_study(model: Path, out: Path, study: Study, rows: Sequence[TrialResult]) -> Page:
     """``rows`` as ``run`` gave them, at least one."""
     measured = all(row.divergence is not None for row in rows)
     sections = [_divergence(study, rows)] if measured else []
@@ -51,11 +51,11 @@ def _label(trial: Trial) -> str:
     return f"{trial.bases} bases, {trial.activation}"
 
 
-def _cost(row: Row) -> float:
+def _cost(row: TrialResult) -> float:
     return row.objective if row.divergence is None else row.divergence[0]
 
 
-def _dots(rows: Sequence[Row], values: Sequence[tuple[float, float]]) -> list[Dot]:
+def _dots(rows: Sequence[TrialResult], values: Sequence[tuple[float, float]]) -> list[Dot]:
     best = min(rows, key=_cost)
     return [
         Dot(_label(row.trial), 100 * row.kept, value, row.trial.activation, error, row is best)
@@ -63,14 +63,14 @@ def _dots(rows: Sequence[Row], values: Sequence[tuple[float, float]]) -> list[Do
     ]
 
 
-def _divergence(study: Study, rows: Sequence[Row]) -> Section:
+def _divergence(study: Study, rows: Sequence[TrialResult]) -> Section:
     found = [row.divergence for row in rows if row.divergence is not None]
     note = "KL divergence of the model with these layers factorized from the original, against what the factors keep. Down and left is better."
     body = Scatter("kept of the matrices, %", "KL divergence, nats per token", _dots(rows, found))
     return Section("divergence", "KL divergence", note, body)
 
 
-def _errors(study: Study, rows: Sequence[Row]) -> Section:
+def _errors(study: Study, rows: Sequence[TrialResult]) -> Section:
     columns = ["", "rank", "kept", "error", *(["error of outputs"] if study.imatrix else []), "KL divergence"]
     table = [
         [
@@ -89,7 +89,7 @@ def _errors(study: Study, rows: Sequence[Row]) -> Section:
     return Section("errors", "Error and size", note, body, PageTable(columns, table, [best]))
 
 
-def _by_layer(study: Study, rows: Sequence[Row]) -> Section:
+def _by_layer(study: Study, rows: Sequence[TrialResult]) -> Section:
     units = [f"{layer}.{projection}" for layer in study.layers for projection in study.projections]
     shown = [unit.replace(".", " ") for unit in units]
     cells = [
@@ -110,7 +110,7 @@ def _by_layer(study: Study, rows: Sequence[Row]) -> Section:
     return Section("layers", "Error by layer", "Stronger color: more error.", body, PageTable(columns, table))
 
 
-def _values(rows: Sequence[Row]) -> Section:
+def _values(rows: Sequence[TrialResult]) -> Section:
     lines = []
     for activation in dict.fromkeys(row.trial.activation for row in rows):
         row = next(row for row in rows if row.trial.activation == activation)
