@@ -136,16 +136,16 @@ def install(
 ) -> None:
     """Install what was compiled in ``build`` from ``tree`` (the source distribution's top directory).
 
-    ``version`` is what pip will list.  Replaces whatever llama-cpp-python the environment holds.  ``stamp``
-    is completed with format and file list and written last: an interrupted installation is not mistaken
-    for a whole one.
+    ``version`` is what pip will list.  Replaces whatever llama-cpp-python the environment holds.  All of the new runtime lies
+    there before anything of the old one is touched; what then follows are some renames, between which there is no stamp: what
+    is interrupted before them leaves the old runtime, and what is interrupted there is not mistaken for a whole one.  ``stamp`` is
+    completed with format and file list and written last.
     """
-    environment.stamp.unlink(missing_ok=True)
     for directory in (environment.libraries, environment.scripts, environment.data):
         directory.mkdir(parents=True, exist_ok=True)
-    _uninstall(environment, pin)
-
-    with _replacing(environment.package) as package:
+    info = environment.libraries / f"{pin.name.replace('-', '_')}-{version}.dist-info"
+    links = [environment.scripts / tool for tool in options.tools]
+    with _beside(environment.package, environment.tree, info) as (package, parts, metadata_dir):
         shutil.copytree(
             tree / "llama_cpp",
             package,
@@ -153,14 +153,31 @@ def install(
             ignore=shutil.ignore_patterns("__pycache__", "lib"),
         )
         _copy_binaries(build / "bin", package / "lib", options.tools)
-    with _replacing(environment.tree) as parts:
         for name in TREE_PARTS:
             _copy(tree / "vendor" / "llama.cpp" / name, parts / name)
-    links = [environment.scripts / tool for tool in options.tools]
+        _write_metadata(metadata_dir, tree, pin, version)
+        elsewhere = [
+            *links,
+            *(environment.tree / file.relative_to(parts) for file in _files(parts)),
+            environment.stamp,
+        ]
+        rows = [
+            *(_record(environment.package.name, package, file) for file in _files(package)),
+            *(f"{info.name}/{file.relative_to(metadata_dir).as_posix()},," for file in _files(metadata_dir)),
+            *(f"{os.path.relpath(file, environment.libraries)},," for file in elsewhere),
+            f"{info.name}/RECORD,,",
+        ]
+        (metadata_dir / "RECORD").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        named = {_place(environment, row.split(",")[0]) for row in rows}
+        stale = _installed_files(environment, pin) - named
+        environment.stamp.unlink(missing_ok=True)
     for link in links:
         _link(link, environment.lib / link.name)
-    info = _write_dist_info(environment, tree, pin, version, links)
-
+    for path in stale:
+        path.unlink(missing_ok=True)
+    for other in environment.libraries.glob(f"{pin.name.replace('-', '_')}-*.dist-info"):
+        if other != info:
+            remove(other)
     files = {
         "libraries": _sizes(environment.libraries, [environment.package, info]),
         "scripts": _sizes(environment.scripts, links),
@@ -170,19 +187,27 @@ def install(
 
 
 @contextmanager
-def _replacing(final: Path) -> Iterator[Path]:
-    """``with _replacing(final) as new``: fill the directory ``new``; on success it takes final's place.
+def _beside(*finals: Path) -> Iterator[list[Path]]:
+    """``with _beside(a, b) as (x, y)``: fill the directories x and y; on success they take the places of a and b, one after the other.
 
-    What runs from the old directory goes on running: its files are unlinked, never written to.
+    What runs from the old directories goes on running: their files are unlinked, never written to.
     """
-    new, old = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
-    remove(new)
-    new.mkdir(parents=True)
+    new = [final.with_name(f".{final.name}.new") for final in finals]
     try:
+        for path in new:
+            remove(path)
+            path.mkdir(parents=True)
         yield new
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        for path in new:
+            shutil.rmtree(path, ignore_errors=True)
         raise
+    for path, final in zip(new, finals, strict=True):
+        _swap(path, final)
+
+
+def _swap(new: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old")
     remove(old)
     if final.exists():
         os.replace(final, old)
@@ -190,16 +215,21 @@ def _replacing(final: Path) -> Iterator[Path]:
     remove(old)
 
 
-def _uninstall(environment: Environment, pin: Pin) -> None:
-    """Remove the files of any llama-cpp-python that is installed in the environment."""
+def _place(environment: Environment, name: str) -> Path:
+    """Of a file, by its name in RECORD."""
+    return Path(os.path.normpath(environment.libraries / name))
+
+
+def _installed_files(environment: Environment, pin: Pin) -> set[Path]:
+    """Files of any llama-cpp-python that is installed in the environment, as its RECORD has them; none outside of its directories."""
+    found = set()
     for distribution in metadata.distributions(name=pin.name, path=[str(environment.libraries)]):
         for file in distribution.files or ():
-            path = Path(os.path.normpath(str(distribution.locate_file(file))))
+            path = _place(environment, str(file))
             roots = (environment.libraries, environment.scripts, environment.data)
             if any(map(path.is_relative_to, roots)):
-                path.unlink(missing_ok=True)
-    for info in environment.libraries.glob(f"{pin.name.replace('-', '_')}-*.dist-info"):
-        remove(info)
+                found.add(path)
+    return found
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -242,30 +272,17 @@ def _sizes(root: Path, paths: Sequence[Path]) -> dict[str, int]:
     return {file.relative_to(root).as_posix(): file.stat().st_size for file in found}
 
 
-def _write_dist_info(
-    environment: Environment, tree: Path, pin: Pin, version: str, links: Sequence[Path]
-) -> Path:
-    """Write the package's metadata directory (PEP 376, 427); return its path.
-
-    RECORD names every file of the runtime, also those outside of site-packages: ``pip uninstall`` leaves nothing.
-    """
-    info = environment.libraries / f"{pin.name.replace('-', '_')}-{version}.dist-info"
+def _write_metadata(info: Path, tree: Path, pin: Pin, version: str) -> None:
+    """All of the package's metadata directory but RECORD (PEP 376, 427)."""
     text = (tree / "PKG-INFO").read_text(encoding="utf-8")
-    with _replacing(info) as new:
-        (new / "METADATA").write_text(
-            text.replace(f"\nVersion: {pin.version}\n", f"\nVersion: {version}\n", 1), encoding="utf-8"
-        )
-        (new / "INSTALLER").write_text("mobe-gguf\n", encoding="utf-8")
-        _copy(tree / "LICENSE.md", new / "licenses" / "LICENSE.md")
-        rows = [_record(environment.libraries, file) for file in _files(environment.package)]
-        rows += [f"{info.name}/{file.relative_to(new).as_posix()},," for file in _files(new)]
-        elsewhere = [*links, *_files(environment.tree), environment.stamp]
-        rows += [f"{os.path.relpath(file, environment.libraries)},," for file in elsewhere]
-        rows.append(f"{info.name}/RECORD,,")
-        (new / "RECORD").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return info
+    (info / "METADATA").write_text(
+        text.replace(f"\nVersion: {pin.version}\n", f"\nVersion: {version}\n", 1), encoding="utf-8"
+    )
+    (info / "INSTALLER").write_text("mobe-gguf\n", encoding="utf-8")
+    _copy(tree / "LICENSE.md", info / "licenses" / "LICENSE.md")
 
 
-def _record(root: Path, file: Path) -> str:
+def _record(name: str, root: Path, file: Path) -> str:
+    """Line of RECORD for ``file`` below ``root``, which will be called ``name``."""
     digest = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).rstrip(b"=").decode()
-    return f"{file.relative_to(root).as_posix()},sha256={digest},{file.stat().st_size}"
+    return f"{name}/{file.relative_to(root).as_posix()},sha256={digest},{file.stat().st_size}"

@@ -16,10 +16,12 @@ import pytest
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.runtime import build as building
 from mobe_gguf.runtime import compile as compiling
+from mobe_gguf.runtime import install as installing
 from mobe_gguf.runtime import patch, source
 from mobe_gguf.runtime.build import build, inherited
 from mobe_gguf.runtime.compile import BuildOptions
 from mobe_gguf.runtime.install import Environment
+from mobe_gguf.runtime.install import _swap as swap
 
 from .miniature import ALL_STEPS, FILES, PATCH, Miniature
 
@@ -135,14 +137,41 @@ def test_an_interrupted_installation_is_not_taken_for_whole(
     miniature: Miniature, environment: Environment, patch_41: Path, monkeypatch: pytest.MonkeyPatch
 ):
     build(miniature.recipe(), environment, cache=miniature.cache)
+    for stopped_at in range(3):
+        swaps = []
+
+        def stopped(new: Path, final: Path, at: int = stopped_at, swaps: list[Path] = swaps) -> None:
+            swaps.append(final)
+            if len(swaps) > at:
+                raise KeyboardInterrupt
+            swap(new, final)
+
+        with monkeypatch.context() as context:
+            context.setattr(installing, "_swap", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                build(miniature.recipe((patch_41,)), environment, cache=miniature.cache)
+        # neither the old runtime nor the new one is there as a whole
+        assert not environment.stamp.exists()
+        assert not build(miniature.recipe(), environment, cache=miniature.cache).fresh
+        assert answer(environment) == 40
+
+
+@pytest.mark.parametrize("step", ["_copy_binaries", "_write_metadata", "_installed_files"])
+def test_an_installation_that_is_interrupted_early_leaves_the_old_runtime(
+    miniature: Miniature, environment: Environment, patch_41: Path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    """The new one lies there whole before anything of the old one is touched."""
+    build(miniature.recipe(), environment, cache=miniature.cache)
+    before = {path for path in environment.libraries.parent.rglob("*") if not path.is_dir()}
     with monkeypatch.context() as context:
-        context.setattr("mobe_gguf.runtime.install._write_dist_info", lambda *_: 1 / 0)
+        context.setattr(installing, step, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(miniature.recipe((patch_41,)), environment, cache=miniature.cache)
-    # neither the old runtime nor the new one is there as a whole
-    assert not environment.stamp.exists()
-    assert not build(miniature.recipe(), environment, cache=miniature.cache).fresh
+    assert {path for path in environment.libraries.parent.rglob("*") if not path.is_dir()} == before
+    assert build(miniature.recipe(), environment, cache=miniature.cache).fresh
     assert answer(environment) == 40
+    build(miniature.recipe((patch_41,)), environment, cache=miniature.cache)
+    assert answer(environment) == 41
 
 
 def test_an_interrupted_update_of_the_tree_is_not_taken_for_whole(
