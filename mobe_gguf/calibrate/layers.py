@@ -85,7 +85,7 @@ class Run:
         if states is None:
             begin, states = 0, self._states(self.work.states_file(0))
         assert begin is not None
-        self.bar.advance(begin)
+        self.bar.found(begin)
         for layer in range(begin, len(self.skeleton.layers)):
             after = self.work.new("states", self.shape, self.skeleton.dtype)
             self._layer(layer, [c[layer] for c in calls], states, after)

@@ -21,46 +21,30 @@ from typing import Any
 import torch
 
 from mobe_gguf.core.atomic import rename, sync
-from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import why_not_written
 from mobe_gguf.core.workspace import Workspace
-from mobe_gguf.formats.safetensors import read_json
+
+#: A finished layer's moments.
+LAYERS = "layer-*"
 
 
 class LayersWorkspace(Workspace):
-    """The folder beside ``OUT``, locked; MobeError if another run holds it."""
+    """The folder of a run over a model's layers."""
 
     @contextlib.contextmanager
     def open(self, settings: Mapping[str, Any], resume: bool) -> Iterator[None]:
-        """Make the folder, or with ``resume`` go on in it.
-
-        UsageError if what it holds was made with other ``settings`` (the first that differs is named with both values), or
-        if there is unfinished work and ``resume`` was not asked for.
-        """
-        with self.locked():
-            self._check(settings, resume)
-            for left in self.path.glob("scratch-*"):
-                left.unlink()
+        """Make the folder, or with ``resume`` go on in it; errors as :meth:`settled` and :meth:`locked` raise them."""
+        with self.locked(finished=(LAYERS,)):
+            self.settled("settings.json", settings, resume, (LAYERS,))
+            if not self.any(LAYERS):
+                self._clear("states-*")
+            self._clear("scratch-*")
             yield
 
-    def _check(self, settings: Mapping[str, Any], resume: bool) -> None:
-        file = "settings.json"
-        if not (self.any(file) and self.any("layer-*")):
-            for left in self.path.glob("states-*"):
-                left.unlink()
-            self.write(file, dict(settings))
-            return
-        there = read_json(self.path / file)
-        if not resume:
-            raise UsageError(
-                f"{self.path} holds unfinished work. Go on with it:\n  --resume\nor remove it:\n  rm -r {self.path}"
-            )
-        for name, value in settings.items():
-            if there.get(name) != value:
-                raise UsageError(
-                    f"{self.path} was begun with {name} {there.get(name)}, now it is {value}. Give the same, or remove the "
-                    f"folder to begin again:\n  rm -r {self.path}"
-                )
+    def _clear(self, pattern: str) -> None:
+        for left in self.path.glob(pattern):
+            left.unlink()
 
     # layers
 

@@ -13,6 +13,9 @@ from mobe_gguf.cli import options
 from mobe_gguf.core.errors import Interrupted, UsageError
 from mobe_gguf.core.files import parse_size
 
+#: Options that a plan stands for.
+PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -28,6 +31,13 @@ from mobe_gguf.core.files import parse_size
 )
 @click.option(
     "--quant", metavar="TYPE", help="Types of the file, as llama-quantize calls them, instead of by --size."
+)
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    help="Make the best file of a plan (mobe-gguf plan MODEL --json > FILE), instead of --size and the options of its form.",
+)  # fmt: skip
+@click.option(
+    "--plan-form", metavar="NAME", help="The form of the plan that is made, instead of its best that fits."
 )
 @click.option(
     "--text", "-f", "texts", type=click.Path(path_type=Path, exists=True), multiple=True, metavar="FILE",
@@ -89,6 +99,8 @@ def command(
     out: Path,
     size: str | None,
     bpw: float | None,
+    plan_file: Path | None,
+    plan_form: str | None,
     texts: tuple[Path, ...],
     memory: str | None,
     no_rivals: bool,
@@ -100,19 +112,23 @@ def command(
 ) -> None:
     """Make the best GGUF file of MODEL that a size allows: calibrate, fit, round, write, verify, measure.
 
-    MODEL is a Hugging Face model directory. Every matrix is rounded by the second moments of what it is fed. Where shared bases
+    MODEL is a Hugging Face model directory, or a GGUF file of q8_0 or better. Every matrix is rounded by the second moments of what it is fed. Where shared bases
     (MoBE) may pay, a factorized file is made as well; what has the least KL divergence from MODEL becomes OUT.gguf, also if that
     is a plain file. Work is kept in OUT.gguf.work until OUT is there; after a kill the same command with --resume continues.
 
     \b
       mobe-gguf compress Qwen3-30B-A3B/ qwen3.gguf --size 10G
       mobe-gguf compress Qwen3-30B-A3B/ qwen3.gguf --bpw 2.6 --text code.txt --text chats.jsonl
+      mobe-gguf compress Qwen3-30B-A3B/ qwen3.gguf --plan plan.json
       mobe-gguf plan Qwen3-30B-A3B/                    what fits this machine, with the command for it
     """
     from mobe_gguf.cli.factorize import check_device
     from mobe_gguf.compress import report
-    from mobe_gguf.compress.pipeline import Compression, Wishes
+    from mobe_gguf.compress.pipeline import Compression
+    from mobe_gguf.compress.wishes import Wishes, by_plan
+    from mobe_gguf.core.progress import console
     from mobe_gguf.models.hub import resolve
+    from mobe_gguf.plan.layout import read_layout
     from mobe_gguf.quant.recipe import parse_quant, parse_type
 
     options.check_stdout()
@@ -128,9 +144,15 @@ def command(
             wishes[name] = parse_type(f"--{name.replace('_', '-')}", wishes[name])
     model = resolve(model, quiet)
     limit = parse_size(size, "--size") if size else None
+    if plan_file is not None:
+        said = [f"--{name}" for name, value in (("size", size), ("bpw", bpw)) if value is not None]
+        said += [f"--{n.replace('_', '-')}" for n in PLANNED if _is_given(n)]
+        if said:
+            raise UsageError(f"--plan says what to make, and so does {said[0]}; leave one out")
+        wishes |= by_plan(plan_file, read_layout(model).parameters, plan_form)
+    elif plan_form is not None:
+        raise UsageError("--plan-form names a form of a plan; give its file with --plan")
     if bpw is not None:
-        from mobe_gguf.plan.layout import read_layout
-
         limit = int(read_layout(model).parameters * bpw / 8)
     asked = Wishes(
         size=limit,
@@ -141,6 +163,8 @@ def command(
         **wishes,
     )
     job = Compression(model, out, asked, quiet)
+    if not quiet:
+        console.print(f"work is kept in {job.work} until {out} is there", highlight=False, soft_wrap=True)
     try:
         result = job.run(resume)
     except KeyboardInterrupt as e:
@@ -155,3 +179,8 @@ def command(
         Console(width=None if sys.stdout.isatty() else 110, highlight=False, **VERBATIM).print(
             report.page(result)
         )
+
+
+def _is_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

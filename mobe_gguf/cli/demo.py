@@ -14,10 +14,11 @@ from mobe_gguf.core.errors import Interrupted
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="[DIR]", default="demo")
 def command(directory: Path) -> None:
-    """Run the whole path on the tiny model that ships with the project.
+    """Run `mobe-gguf compress` on the tiny model that ships with the project.
 
-    The model is factorized, the original and the MoBE checkpoint are exported, and sizes, held-out perplexity and generated text of
-    both are shown. All files stay in DIR (default: demo). A second run reuses factors with the same settings.
+    The model is calibrated, rounded and factorized, and compared with the original and with llama-quantize's files of about the
+    same size. The file that is best stays in DIR (default: demo), with its card; the command that was run is shown first. A stopped run
+    resumes.
     """
     from rich.console import Console
 

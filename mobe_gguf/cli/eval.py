@@ -168,8 +168,9 @@ def _show(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSetti
         click.echo(json.dumps(report.as_json(reference, rows, text, settings), indent=2, allow_nan=False))
         return
     out = Console(highlight=False, **VERBATIM)
-    out.width = min(out.width, 100) if sys.stdout.isatty() else 100
-    out.print(report.table(reference, rows, text, settings))
+    width = out.width if sys.stdout.isatty() else None
+    out.width = width or 1000  # into a pipe nothing is broken
+    out.print(report.table(reference, rows, text, settings, width))
 
 
 def _plot(rows: Sequence[Row], path: Path, quiet: bool) -> None:

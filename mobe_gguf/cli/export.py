@@ -11,7 +11,7 @@ import click
 
 from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
-from mobe_gguf.core.errors import Interrupted
+from mobe_gguf.core.errors import Interrupted, UsageError
 from mobe_gguf.core.progress import console
 
 if TYPE_CHECKING:  # imports of torch
@@ -78,6 +78,12 @@ TYPE_OPTIONS = {
 @click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight. Overrides --tensor-type.")
 @click.option(
     "--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight. Overrides --tensor-type."
+)
+@click.option(
+    "--quant-rest",
+    metavar="TYPE",
+    help="Where MODEL holds factors of a GGUF file: types of all that is no factor, as llama-quantize calls them.  [default: as in that "
+    "file]",
 )
 @click.option("--pure", is_flag=True, help="Give all matrices one type, not a mixture.")
 @click.option(
@@ -154,13 +160,15 @@ def command(model: Path, out: Path, as_json: bool, verify: bool, **given: Any) -
     the original is where factorize found it, or where --original says. Otherwise they come near to what the factors stand for.
 
     Where MODEL holds factors of a GGUF file, --quant applies to the factors alone. All other tensors are copied from that
-    file, except those that --tensor-type, --down-type, --output-tensor-type or --token-embedding-type name.
+    file, except where --quant-rest gives them other types, or --tensor-type, --down-type, --output-tensor-type or
+    --token-embedding-type name them. MODEL may be a GGUF file itself with --dense: it is written in the types of --quant.
 
     \b
     Examples:
       mobe-gguf export mobe/ out.gguf --quant q4_k
       mobe-gguf export mobe/ big.gguf --quant q8_0 --split-max-size 50G
-      mobe-gguf export factors/ out.gguf --quant q4_k --source model-q8_0.gguf
+      mobe-gguf export factors/ out.gguf --quant q4_k --quant-rest q4_k --source model-q8_0.gguf
+      mobe-gguf export model-q8_0.gguf out.gguf --dense --quant q3_k --moments moments.safetensors
       mobe-gguf export mobe/ dense.gguf --quant q4_k --dense
       mobe-gguf export original/ out.gguf --quant q4_k --wab trained/ --activation silu
       mobe-gguf export mobe/ f16.gguf --quant f16
@@ -225,6 +233,7 @@ def _recipe(model: Path, target: Target | None, given: Mapping[str, Any]) -> Rec
         overrides=tuple(parse_override(text) for text in given["tensor_type"]),
         pure=given["pure"],
         imatrix=given["imatrix"],
+        rest=_rest(model, given["quant_rest"]),
         moments=None if given["moments"] is None else str(given["moments"]),
         target=target,
         **{
@@ -232,6 +241,16 @@ def _recipe(model: Path, target: Target | None, given: Mapping[str, Any]) -> Rec
             for name, text in types.items()
         },
     )
+
+
+def _rest(model: Path, quant: str | None) -> str | None:
+    """``--quant-rest``; UsageError where MODEL is not of a GGUF file."""
+    from mobe_gguf.models.gguf_source import FACTORS_NAME
+    from mobe_gguf.quant.recipe import parse_quant
+
+    if quant is not None and not (model / FACTORS_NAME).is_file():
+        raise UsageError("--quant-rest is for factors of a GGUF file; here --quant is for the whole file")
+    return quant and parse_quant(quant)
 
 
 def _show(report: Report, dry_run: bool) -> None:
@@ -259,14 +278,13 @@ def _show(report: Report, dry_run: bool) -> None:
         f"{amount(report.n_params)} parameters, {report.n_params / report.original_params:.1%} of the original's "
         f"{amount(report.original_params)}; {report.bits_per_weight:.2f} bits per weight"
     )
-    size = report.data_bytes if dry_run else report.n_bytes
     done = "would be written" if dry_run else f"written in {report.seconds:.1f} s"
     where = (
         report.path if len(report.files) <= 1 else f"{len(report.files)} files, the first is {report.path}"
     )
     lines = report.notes + lines
     kept = f", {report.files_kept} files kept from an interrupted run" if report.files_kept else ""
-    lines.append(f"{where}: {describe_size(size)} {done}{kept}")
+    lines.append(f"{where}: {describe_size(report.n_bytes)} {done}{kept}")
     if report.card:
         lines.append(report.card)
     if report.compared is not None:

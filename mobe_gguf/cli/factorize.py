@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from mobe_gguf.cli import options
 from mobe_gguf.core.errors import Interrupted, UsageError
 from mobe_gguf.core.names import ACTIVATIONS
 from mobe_gguf.factorize.methods import METHODS
+
+if TYPE_CHECKING:
+    from mobe_gguf.factorize.spec import Options
 
 
 @click.command()
@@ -39,7 +42,7 @@ from mobe_gguf.factorize.methods import METHODS
 @click.option(
     "--target",
     metavar="SHARE|SIZE",
-    help="Instead of --bases: the share of the parameters to keep (0.75), or, with --quant, the size of the GGUF file (12.5GB; "
+    help="Instead of --bases: the share of the factorized matrices' parameters to keep (0.75), or, with --quant, the size of the GGUF file (12.5GB; "
     "powers of ten). Short fits choose the bases and the rank of each layer and projection: more where they reduce the error "
     "more.",
 )
@@ -154,6 +157,8 @@ def command(
     MODEL is one of three things. A Hugging Face directory (config.json, safetensors): OUT becomes a MoBE checkpoint, which
     `mobe-gguf export` writes as GGUF. A GGUF file of any MoE (the first file of a split one): OUT holds the factors alone, and
     `mobe-gguf export` puts them back into that file. An id on the Hugging Face hub, ORG/NAME: it is downloaded, also for --dry-run.
+    A config.json alone is enough for --dry-run.
+    With --dry-run a config.json alone is enough.
 
     Finished units stay in OUT.work until OUT is whole. A stopped job loses at most one unit: run the same command with --resume.
 
@@ -196,11 +201,13 @@ def command(
         wide=not published,
         **settings,
     )
+    if dry_run and _planned_bare(model, out, asked, as_json, quiet):
+        return
     place = Place.of(device, ray)
     if ray is None:
         for name in place.devices:
             check_device(name)
-    job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume, predict=_predict)
+    job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume, predict=_predict, dry=dry_run)
     if job.plan.shed <= 0 and not quiet:
         kept = job.plan.projected_after / job.plan.projected_before
         console.print(
@@ -238,6 +245,24 @@ def command(
         click.echo(json.dumps(report.result_json(result), indent=2))
     elif not quiet:
         report.print_result(result, console)
+
+
+def _planned_bare(model: Path, out: Path, asked: Options, as_json: bool, quiet: bool) -> bool:
+    """``--dry-run`` of a config.json alone: sizes; how long the work takes is not measured.  False if there is more."""
+    from mobe_gguf.core.progress import console
+    from mobe_gguf.factorize import job as jobs
+    from mobe_gguf.factorize import report
+    from mobe_gguf.plan.hollow import hollow, is_bare
+
+    if not is_bare(model):
+        return False
+    with hollow(model) as made:
+        job = jobs.prepare(made, out, asked, dry=True)
+        if as_json:
+            click.echo(json.dumps(report.plan_json(job), indent=2))
+        elif not quiet:
+            report.print_plan(job, console)
+    return True
 
 
 def _type(option: str, text: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Plain files of about the same size, as llama-quantize makes them with an importance matrix: what a result has to beat."""
+"""Plain files of about the same size, made by llama-quantize with an importance matrix: what a result has to beat."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from typing import Any
 
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.progress import bar
 from mobe_gguf.evaluate import tool
-from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.plan.forms import plain_form
 from mobe_gguf.plan.layout import Layout
 
-#: Plain types by falling size: rivals, and what gives all but the experts its type where a size is asked for.
+#: llama-quantize's mixtures.
 QUANTS = (
+    "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s",
+    "iq3_xs", "iq3_xxs", "q2_k", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
+)  # fmt: skip
+#: By falling size: what gives all but the experts its type where a size is asked for.
+LADDER = (
     "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m",
 )  # fmt: skip
 #: How much larger than the result a rival may be.
 LARGER = 1.10
+#: How many smaller ones are made: the largest of them.
+SMALLER = 1
 #: Tokens that the speed is measured on, and runs.
 TOKENS, RUNS = 64, 3
 
@@ -34,48 +41,54 @@ class Rival:
 
 
 def around(layout: Layout, size: int) -> list[str]:
-    """The types whose file is up to LARGER as large, and the next smaller: at most three."""
+    """All mixtures whose file is up to LARGER as large, and the next smaller ones, by falling size."""
     sizes = {quant: plain_form(layout, quant).n_bytes for quant in QUANTS}
-    larger = [quant for quant in QUANTS if size < sizes[quant] <= size * LARGER]
-    smaller = [quant for quant in QUANTS if sizes[quant] <= size]
-    chosen = larger[-2:] + smaller[: 3 - len(larger[-2:])]
+    by_size = sorted(QUANTS, key=lambda quant: -sizes[quant])
+    larger = [quant for quant in by_size if size < sizes[quant] <= size * LARGER]
+    chosen = larger + [quant for quant in by_size if sizes[quant] <= size][:SMALLER]
     return chosen or [min(sizes, key=lambda quant: abs(sizes[quant] - size))]
 
 
-def imatrix(original: Path, texts: Sequence[Path], out: Path, ctx: int, chunks: int | None) -> None:
-    """llama-imatrix over the first text that is plain; MobeError if it fails."""
-    text = next((path for path in texts if path.suffix != ".jsonl"), None)
-    if text is None:
+def imatrix(original: Path, texts: Sequence[Path], out: Path, ctx: int, threads: int | None) -> None:
+    """llama-imatrix over the texts that are plain; MobeError if there is none, or it fails."""
+    plain = [path for path in texts if path.suffix != ".jsonl"]
+    if not plain:
         raise MobeError(
-            "rivals need an importance matrix, and llama-imatrix reads plain text alone: give one --text that is no .jsonl, or --no-rivals"
+            "rivals need an importance matrix, and llama-imatrix reads plain text alone: give one --text that is no .jsonl, or "
+            "--no-rivals"
         )
-    more = ("-c", str(ctx), *(() if chunks is None else ("--chunks", str(chunks))))
-    with atomic_path(out) as part:
-        done = tool.run("llama-imatrix", "-m", str(original), "-f", str(text), "-o", str(part), *more)
+    joined = out.with_name("imatrix.txt")
+    with atomic_path(joined) as part, open(part, "wb") as file:
+        for path in plain:
+            file.write(path.read_bytes() + b"\n")
+    more = ("-c", str(ctx), "--no-ppl", *(() if threads is None else ("-t", str(threads))))
+    with bar("imatrix", 1, quiet=True) as progress, atomic_path(out) as part:
+        done = tool.run("llama-imatrix", "-m", str(original), "-f", str(joined), "-o", str(part), *more)
+        progress.advance()
         if not part.is_file() or part.stat().st_size == 0:
             raise done.failure(f"llama-imatrix -m {original} wrote nothing:")
 
 
-def write(model: Path, out: Path, quant: str, imatrix_file: Path) -> None:
-    """What llama-quantize makes of the model: the same types, chosen and encoded by the importance matrix."""
-    options = ExportOptions(dense=True, allow_dense=True, quiet=True)
-    write_model(ExportRequest(model, out, Recipe(quant, imatrix=(str(imatrix_file),)), options))
+def write(original: Path, out: Path, quant: str, imatrix_file: Path) -> None:
+    """What llama-quantize makes of the original by the importance matrix; MobeError if it fails."""
+    with atomic_path(out) as part:
+        name = quant.upper()
+        done = tool.run(
+            "llama-quantize",
+            "--allow-requantize",
+            "--imatrix",
+            str(imatrix_file),
+            str(original),
+            str(part),
+            name,
+        )
+        if not part.is_file() or part.stat().st_size == 0:
+            raise done.failure(f"llama-quantize {original} {name} wrote nothing:")
 
 
 def speed(path: Path, threads: int | None) -> float:
-    """Tokens a second of writing, by llama-bench; MobeError if it gives none."""
-    arguments: tuple[str, ...] = (
-        "-m",
-        str(path),
-        "-p",
-        "0",
-        "-n",
-        str(TOKENS),
-        "-r",
-        str(RUNS),
-        "-o",
-        "json",
-    )
+    """Tokens a second of writing, by one run of llama-bench; MobeError if it gives none."""
+    arguments: tuple[str, ...] = ("-m", str(path), "-p", "0", "-n", str(TOKENS), "-r", "1", "-o", "json")
     arguments += () if threads is None else ("-t", str(threads))
     done = tool.run("llama-bench", *arguments)
     try:

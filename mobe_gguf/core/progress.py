@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 #: Names of files and tensors are shown as they are: not as rich's markup (``[bold]``), nor its emoji (``:key:``).
 VERBATIM: dict[str, Any] = dict(markup=False, emoji=False)
@@ -32,6 +26,87 @@ def say(line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True)
 
 
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``, ``12 days``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"
+
+
+class Stages:
+    """Work of several stages under one display: which stage, what it is at, how long the whole still takes.
+
+    ``expected``: seconds of each stage in order, as far as they can be told before.  Only their ratios count once a stage is
+    done: what the finished ones took tells how fast this machine is.
+    """
+
+    def __init__(self, expected: Mapping[str, float]):
+        self.expected = dict(expected)
+        self.seconds: dict[str, float] = {}
+        self._now: str | None = None
+        self._began = self._share = 0.0
+        self._bars, self._bar = 1, -1
+
+    @contextlib.contextmanager
+    def stage(self, name: str, bars: int = 1) -> Iterator[None]:
+        """What happens inside is stage ``name``, which shows so many ``bars``, one after the other."""
+        self._now, self._began, self._share = name, time.monotonic(), 0.0
+        self._bars, self._bar = bars, -1
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self._began
+            self._now = None
+
+    def skip(self, name: str) -> None:
+        """``name`` was done by an earlier run: it takes no time, and says nothing of this machine."""
+        self.expected.pop(name, None)
+
+    def next_bar(self) -> None:
+        """Another bar of the stage begins."""
+        self._bar = min(self._bar + 1, self._bars - 1)
+
+    def at(self, share: float) -> None:
+        """How much of the bar is done."""
+        self._share = (self._bar + share) / self._bars
+
+    def left(self) -> float:
+        """Seconds that the whole still takes."""
+        done = {name: seconds for name, seconds in self.seconds.items() if name in self.expected}
+        spent, foreseen = sum(done.values()), sum(self.expected[name] for name in done)
+        inside = time.monotonic() - self._began if self._now else 0.0
+        now = self.expected.get(self._now or "", 0.0)
+        spent, foreseen = spent + inside, foreseen + now * self._share
+        speed = spent / foreseen if foreseen and spent else 1.0
+        to_come = sum(
+            s for name, s in self.expected.items() if name not in self.seconds and name != self._now
+        )
+        return speed * (to_come + now * (1 - self._share))
+
+    def label(self) -> str:
+        """``3/9 fit``."""
+        order = list(self.expected)
+        if self._now not in order:
+            return self._now or ""
+        return f"{order.index(self._now) + 1}/{len(order)} {self._now}"
+
+
+_stages: ContextVar[Stages | None] = ContextVar("stages", default=None)
+
+
+@contextlib.contextmanager
+def stages(expected: Mapping[str, float]) -> Iterator[Stages]:
+    """Make all bars inside parts of one display, see :class:`Stages`."""
+    made = Stages(expected)
+    token = _stages.set(made)
+    try:
+        yield made
+    finally:
+        _stages.reset(token)
+
+
 class Bar:
     """One bar over ``total`` units of work.  ``quiet`` shows nothing at all."""
 
@@ -40,9 +115,12 @@ class Bar:
         self._quiet = quiet
         self._label = label
         self._total = total
-        self._done = 0.0
+        self._done = self._found = 0.0
         self._start = time.monotonic()
-        self._task = progress.add_task(label, total=total) if progress else None
+        self._stages = _stages.get()
+        if self._stages is not None:
+            self._stages.next_bar()
+        self._task = progress.add_task(self._described(label), total=total, left="") if progress else None
 
     @property
     def is_live(self) -> bool:
@@ -52,19 +130,44 @@ class Bar:
     def update(self, label: str) -> None:
         """Change the text beside the bar (terminal only)."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=label)
+            self._progress.update(self._task, description=self._described(label), left=self._left())
 
     def advance(self, amount: float = 1.0, line: str | None = None) -> None:
         """Count ``amount`` units done; ``line`` is printed, above the bar or alone where there is none."""
+        self._count(amount)
+        self._tell(amount, line, self._left())
+
+    def found(self, amount: float = 1.0, line: str | None = None) -> None:
+        """Count ``amount`` units that an earlier run did: they say nothing of how long the others take."""
+        self._found += amount
+        self._count(amount)
+        self._tell(amount, line, "")
+
+    def _count(self, amount: float) -> None:
         self._done += amount
+        if self._stages is not None and self._total:
+            self._stages.at(min(1.0, self._done / self._total))
+
+    def _tell(self, amount: float, line: str | None, left: str) -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, advance=amount)
+            self._progress.update(self._task, advance=amount, left=left)
             if line:
                 self._progress.console.print(line, highlight=False, soft_wrap=True)
         elif line and not self._quiet:
-            spent = time.monotonic() - self._start
-            left = spent / self._done * (self._total - self._done) if self._done else 0.0
-            console.print(f"[{self._done:g}/{self._total:g}] {line}, {left:.0f} s left", highlight=False)
+            head = f"[{self._described('')}{self._done:g}/{self._total:g}]"
+            console.print(f"{head} {line}" + (f", {left}" if left else ""), highlight=False, soft_wrap=True)
+
+    def _described(self, label: str) -> str:
+        """With the stage that the bar is part of."""
+        return f"{self._stages.label()} {label}" if self._stages is not None else label
+
+    def _left(self) -> str:
+        here = self._done - self._found
+        if not here:
+            return ""
+        left = (time.monotonic() - self._start) / here * (self._total - self._done)
+        said = f"{duration(left)} left"
+        return said if self._stages is None else f"{said}, {duration(self._stages.left())} in all"
 
 
 @contextlib.contextmanager
@@ -78,7 +181,7 @@ def bar(label: str, total: float, quiet: bool = False) -> Iterator[Bar]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, transient=_stages.get() is not None) as progress:
         yield Bar(label, total, progress, quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,6 +17,17 @@ def record(kind: type[T], value: Any) -> T:
     what was found: ``Expected `int`, got `str` - at `$.steps```.
     """
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, dec_hook=_path)
     except msgspec.ValidationError as e:
         raise ValueError(str(e)) from e
+
+
+def plain(value: Any) -> Any:
+    """What :func:`record` makes ``value`` of again: dictionaries, lists, strings and numbers; paths as strings."""
+    return msgspec.to_builtins(value, enc_hook=str)
+
+
+def _path(kind: type[Any], value: Any) -> Any:
+    if kind is not Path or not isinstance(value, str):
+        raise NotImplementedError(f"{kind} in a record")
+    return Path(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,6 +86,35 @@ class Workspace:
         """As JSON, whole or not at all."""
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path / name, value)
+
+    def settled(
+        self, name: str, settings: Mapping[str, Any], resume: bool, finished: tuple[str, ...]
+    ) -> None:
+        """Note ``settings`` as JSON ``name``, or where files like ``finished`` are there compare them with what is noted.
+
+        UsageError if there is finished work and ``resume`` is not asked for, or a setting is another than it was: the first that
+        differs is named with both values.  MobeError if what is noted cannot be read.
+        """
+        now = json.loads(json.dumps(settings, default=str))
+        if not (self.path / name).is_file() or not any(self.any(pattern) for pattern in finished):
+            self.write(name, now)
+            return
+        if not resume:
+            raise UsageError(
+                f"{self.path} holds unfinished work. Go on with it:\n  --resume\nor remove it:\n  rm -r {self.path}"
+            )
+        try:
+            before = dict(self.read(name))
+        except (OSError, ValueError, TypeError) as e:
+            raise MobeError(
+                f"{self.path / name}: cannot be read ({e}). Begin again:\n  rm -r {self.path}"
+            ) from e
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise UsageError(
+                    f"{self.path} was begun with {key.replace('_', '-')} {before.get(key)}, now it is {value}. Give the same, or remove the "
+                    f"folder to begin again:\n  rm -r {self.path}"
+                )
 
     def deliver(self, name: str, to: Path) -> None:
         """Give a finished file the name that it is meant for."""

@@ -117,7 +117,7 @@ def compare(
     ):
         if reuse_logits:
             layout.check_origin(base, settings.origin(reference, text))
-            progress.advance(chunks)
+            progress.found(chunks)
         else:
             with atomic_path(base) as part:
                 _write_logits(reference, text, part, layout, settings, progress)

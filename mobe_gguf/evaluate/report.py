@@ -21,43 +21,70 @@ from mobe_gguf.evaluate.parse import Estimate
 FLOOR_DIGITS = 5
 
 
-def table(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings) -> RenderableType:
-    """The reference first, then the files as they were asked for; fits 100 columns."""
+#: Columns that go where the table is too wide, the first one first.
+DISPENSABLE = ("99 %", "median", "Δp", "ratio", "top-1")
+
+
+def table(
+    reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings, width: int | None = None
+) -> RenderableType:
+    """The reference first, then the files as they were asked for.  Names stay whole: where more than ``width`` columns would
+    be taken, some of the numbers are left out."""
     names = short_names([reference.path, *(row.facts.path for row in rows)])
     unit, name = (
         (1e9, "GB") if max(f.n_bytes for f in (reference, *(r.facts for r in rows))) >= 1e10 else (1e6, "MB")
     )
-    out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
-    out.add_column("file", overflow="fold")
-    for column in (name, "bits", "KL divergence", "median", "99 %", "top-1", "Δp", "PPL", "ratio"):
-        out.add_column(column, justify="right", no_wrap=True)
     first = rows[0].divergence.reference.value if rows else math.nan
-    size = (f"{reference.n_bytes / unit:.2f}", f"{reference.bits_per_weight:.2f}")
-    out.add_row(Text(names[0]), *size, *[""] * 5, f"{first:.3f}", "")
-    for row, label in zip(rows, names[1:], strict=True):
-        d = row.divergence
-        out.add_row(
-            Text(label),
-            f"{row.facts.n_bytes / unit:.2f}",
-            f"{row.facts.bits_per_weight:.2f}",
-            with_error(d.kl),
-            decimal(d.percentiles["Median"], 4),
-            decimal(d.percentiles["99.0%"], 3),
-            f"{d.top1.value:.1%}",
-            f"{d.delta_p.value:.1%}",
-            f"{d.perplexity.value:.3f}",
-            f"{d.ratio.value:.4f}",
-            style="bold" if row.facts.factorized else None,
-        )
+    lines = [_cells(reference, None, unit) | {"PPL": f"{first:.3f}"}]
+    lines += [_cells(row.facts, row, unit) for row in rows]
+    columns = [c for c in lines[-1] if c != "form" or any(row.facts.factorized for row in rows)]
+    for column in DISPENSABLE:
+        if width is None or _width(names, lines, columns) <= width:
+            break
+        columns.remove(column)
+    out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    out.add_column("file", no_wrap=True, overflow="fold")
+    for column in columns:
+        title = name if column == "size" else column
+        out.add_column(title, justify="left" if column == "form" else "right", no_wrap=True)
+    for line, label, facts in zip(lines, names, (reference, *(row.facts for row in rows)), strict=True):
+        cells = (line.get(column, "") for column in columns)
+        out.add_row(Text(label), *cells, style="bold" if facts.factorized else None)
     return Group(out, "", Text(legend(rows, text, settings)))
+
+
+def _cells(facts: Facts, row: Row | None, unit: float) -> dict[str, str]:
+    """By column, in order."""
+    cells = {
+        "form": "MoBE" if facts.factorized else "plain",
+        "size": f"{facts.n_bytes / unit:.2f}",
+        "bits": f"{facts.bits_per_original_weight:.2f}",
+    }
+    if row is None:
+        return cells
+    d = row.divergence
+    return cells | {
+        "KL divergence": with_error(d.kl),
+        "median": decimal(d.percentiles["Median"], 4),
+        "99 %": decimal(d.percentiles["99.0%"], 3),
+        "top-1": f"{d.top1.value:.1%}",
+        "Δp": f"{d.delta_p.value:.1%}",
+        "PPL": f"{d.perplexity.value:.3f}",
+        "ratio": f"{d.ratio.value:.4f}",
+    }
+
+
+def _width(names: Sequence[str], lines: Sequence[dict[str, str]], columns: Sequence[str]) -> int:
+    """Columns of text that the table takes, two between its own."""
+    widest = (max(len(column), *(len(line.get(column, "")) for line in lines)) for column in columns)
+    return max(map(len, names)) + sum(2 + w for w in widest)
 
 
 def legend(rows: Sequence[Row], text: Path, settings: EvalSettings) -> str:
     """What the columns are, and what they were measured on."""
     on = f" ({rows[0].scored} tokens of {rows[0].chunks} chunks of {settings.ctx})" if rows else ""
-    bold = "MoBE files are bold. " if any(row.facts.factorized for row in rows) else ""
     return (
-        f"{bold}bits: per number in the file. KL divergence from the first file, in nats: mean per token of "
+        "bits: of tensors in the file, for each of the original's weights. KL divergence from the first file, in nats: mean per token of "
         f"{text.name}{on}, median and 99th percentile. top-1: how often the likeliest token is the same. Δp: change of "
         "the next token's probability, root mean square. ratio: of perplexities."
     )

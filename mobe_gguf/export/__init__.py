@@ -29,8 +29,9 @@ from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.export.rounding import ByMoments, few_tokens
 from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
-from mobe_gguf.export.write import Copied, Encoded, write_gguf
+from mobe_gguf.export.write import Copied, Encoded, head_bytes, write_gguf
 from mobe_gguf.formats.contents import original_params
+from mobe_gguf.formats.gguf import padded
 from mobe_gguf.quant.allocate import parse_target
 from mobe_gguf.quant.recipe import Recipe, parse_override, parse_quant, parse_type
 from mobe_gguf.quant.small import is_small, small_line
@@ -92,11 +93,13 @@ def write_model(request: ExportRequest) -> Report:
         parts.files() if len(paths) > 1 else (),
         "Make room, write elsewhere, or choose a smaller --quant.",
     )
-    if not options.dry_run:
+    if options.dry_run:
+        report.n_bytes = _size(model, shards)
+    else:
         _write(request, model, parts, shards, report, rounding)
         report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
         report.refit = None if layout.refitting is None else layout.refitting.outcome()
-        report.n_bytes = sum(path.stat().st_size for path in paths)
+        report.n_bytes, report.written = sum(path.stat().st_size for path in paths), True
         sizes = [(e.tensor.name, e.type, e.squares.rms) for e in layout.encoded]
         if small := [found for found in sizes if is_small(*found[1:])]:
             report.notes.append(small_line(small))
@@ -109,6 +112,13 @@ def write_model(request: ExportRequest) -> Report:
 def _rounding(model: Opened, types: Types) -> Rounding:
     """By second moments where there are some, else libggml's own."""
     return Nearest() if model.moments is None else ByMoments(model.moments, frozenset(types.units))
+
+
+def _size(model: Opened, shards: list[list[Encoded]]) -> int:
+    """Bytes of all files together, before they are written."""
+    alignment = model.conversion.alignment
+    heads = sum(head_bytes(model.conversion.header(shards, i), alignment) for i in range(len(shards)))
+    return heads + sum(padded(tensor.nbytes, alignment) for shard in shards for tensor in shard)
 
 
 def _report(

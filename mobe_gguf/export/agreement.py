@@ -114,6 +114,8 @@ def check_written(path: Path, model: Path, *, layers: int = 2, fitted: bool = Fa
     """What ``export`` and ``compress`` do at their end: :func:`agreement` of the new file ``path`` in words, or why it was not
     compared.  MobeError if the file computes something else.
     """
+    if (model / FACTORS_NAME).is_file():
+        return "not compared with the model: it is a GGUF file, and mobe-gguf verify compares with Hugging Face directories"
     try:
         checkpoint = _open(model)
     except UsageError as e:

@@ -25,6 +25,7 @@ from mobe_gguf.export.origin import HUB, Origin
 from mobe_gguf.export.report import Report
 from mobe_gguf.formats.contents import WEIGHTS, rows
 from mobe_gguf.models.factors import FactorDirectory, ModelDirectory, recorded
+from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.quant.recipe import Recipe
 
 #: Says that a page is ours, and by a checksum over the rest that nobody changed it.
@@ -45,7 +46,7 @@ class Subject:
 
     report: Report
     keys: Mapping[str, Any]
-    checkpoint: ModelDirectory
+    checkpoint: ModelDirectory | GgufModel
     recipe: Recipe
     origin: Origin
     dense: bool
@@ -133,6 +134,26 @@ def note(card: Path, file: Path, measured: str) -> None:
         _rewrite(card, text)
     except OSError as e:
         raise MobeError(f"{card} cannot be written: {e.strerror or e}") from e
+
+
+def deliver(card: Path, file: Path, out: Path) -> str:
+    """Move ``card``, of ``file`` alone, to where the file goes; returns its place, or why it has none, as :func:`write_card`."""
+    text = card.read_text(encoding="utf-8")
+    for path in _places(out):
+        if not (old := _ours(path)) and old is not None or (old and _only_of(old, out)):
+            try:
+                with atomic_path(path) as part:
+                    part.write_text(text, encoding="utf-8")
+            except OSError as e:
+                return f"no card: {path} cannot be written: {e.strerror or e}"
+            return f"card: {path}"
+    return f"no card: {path} is there and is of other files, or was not made here"
+
+
+def _only_of(card: str, file: Path) -> bool:
+    """Whether a card of ours is of this file alone."""
+    found = [match[1] for line in card.splitlines() if (match := FILE_ROW.match(line))]
+    return all(_stem(Path(name)) == _stem(file) for name in found)
 
 
 def _places(file: Path) -> tuple[Path, Path]:
@@ -335,7 +356,7 @@ def command(subject: Subject) -> str:
     recipe, model = subject.recipe, readable(subject.checkpoint.path.absolute().name)
     words = [
         "mobe-gguf export",
-        f"{model}/",
+        f"{model}/" if subject.checkpoint.path.is_dir() else model,
         f"{_stem(Path(subject.report.path))}.gguf",
         f"--quant {recipe.quant}",
     ]
@@ -348,6 +369,7 @@ def command(subject: Subject) -> str:
     ):
         words += [f"{option} {value}"] if value else []
     words += [f"--tensor-type '{pattern}={kind}'" for pattern, kind in recipe.overrides]
+    words += [f"--quant-rest {recipe.rest}"] if recipe.rest else []
     words += ["--pure"] if recipe.pure else []
     words += [recipe.target.option()] if recipe.target else []
     words += [f"--imatrix {Path(path).name}" for path in recipe.imatrix]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import prod
 
 from mobe_gguf.core.errors import UsageError
-from mobe_gguf.core.files import format_size
+from mobe_gguf.core.files import describe_size, format_size
 from mobe_gguf.core.progress import bar
 from mobe_gguf.export import stream
 from mobe_gguf.export.imatrix import importances
@@ -98,8 +98,20 @@ def divide(
             f"{target.option()}: with the smallest types that can be had it is {smallest}. Give that or more, another --quant "
             "for the tensors that are not the experts', or --imatrix, which smaller types need."
         ) from None
+    largest = sum(max(option.n_bytes for option in curve) for curve in options.values())
     how = _lines({name: option.type for name, option in chosen.items()})
     error = sum(option.error for option in chosen.values()) / len(layers)
+    if largest < budget:
+        taken = largest + rest + head
+        what = (
+            f"{describe_size(taken)}"
+            if target.bits is None
+            else f"{8 * (largest + rest) / n_params:.2f} bits per weight"
+        )
+        how.append(
+            f"{target.option()} is more than can be used: all experts' matrices have the largest type that is tried, and the file "
+            f"takes {what}. Give the rest more bits by a larger --quant than {recipe.quant}"
+        )
     said = "each layer by its share of the residual stream" if shares or counted else "all layers alike"
     how.append(f"expected error {error:.4f} a layer, {said}")
     return {**choices, **{n: Choice(o.type, o.type) for n, o in chosen.items()}}, how

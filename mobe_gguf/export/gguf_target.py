@@ -99,15 +99,18 @@ class GgufConversion:
 
     pre: Recognized | None = None
 
-    def __init__(self, factors: FactorDirectory, source: GgufModel):
+    def __init__(self, factors: FactorDirectory | None, source: GgufModel):
         self.model = source
         self.arch = source.arch
         self.writer = Keys(source)
-        apart = {merged_name(i): i for i in factors.moe_layers if source.is_merged(i)}
+        self.whole = factors is None
+        layers = () if factors is None else factors.moe_layers
+        apart = {merged_name(i): i for i in layers if source.is_merged(i)}
         self.tensors: dict[str, Tensor] = {}
-        for index in factors.moe_layers:
-            for projection in factors.layer(index).projections:
-                source.check_experts(index, projection)
+        if factors is not None:
+            for index in layers:
+                for projection in factors.layer(index).projections:
+                    source.check_experts(index, projection)
         for name, info in source.file.tensors.items():
             stored = [StoredTensor.of(info)]
             if name in apart:
@@ -137,21 +140,34 @@ class GgufConversion:
         """The source's keys are whole; what depends on the types is set in :meth:`header`."""
 
     def choose(self, recipe: Recipe) -> dict[str, Choice]:
-        """The type of every tensor: factors by ``recipe``, others the one that they have unless an option names them.
+        """The type of every tensor: factors by ``recipe``, others the one that they have unless an option names them, or
+        ``recipe.rest`` or, where nothing is factorized, ``recipe`` is for them.
 
         UsageError as ``recipe.plan``.
         """
         self.recipe = recipe
+        facts = ModelFacts.of(self.arch, self.keys)
         specs, kept = [], {}
         for tensor in self.tensors.values():
             spec = Spec(tensor.name, tensor.source.shape)
+            allowed = allows_quantization(spec)
             if isinstance(tensor.source, StoredTensor) and not (
-                allows_quantization(spec) and is_named(spec, recipe)
+                allowed and (self.whole or is_named(spec, recipe))
             ):
                 kept[tensor.name] = Choice(tensor.source.type, tensor.source.type)
             else:
                 specs.append(spec)
-        return plan(specs, recipe, ModelFacts.of(self.arch, self.keys)) | kept
+        found = plan(specs, recipe, facts) | kept
+        if recipe.rest is not None:
+            rest = [
+                Spec(t.name, t.source.shape)
+                for t in self.tensors.values()
+                if isinstance(t.source, StoredTensor)
+            ]
+            others = plan(rest, Recipe(recipe.rest, imatrix=recipe.imatrix, moments=recipe.moments), facts)
+            changed = {s.name for s in rest if allows_quantization(s) and not is_named(s, recipe)}
+            found |= {name: choice for name, choice in others.items() if name in changed}
+        return found
 
     def is_copied(self, name: str, choice: Choice) -> bool:
         """Whether the tensor passes through.  UsageError if it cannot, being of a type that cannot be decoded."""

@@ -17,6 +17,7 @@ from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.formats.gguf import number_of
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.factors import FactorDirectory, ModelDirectory
+from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.models.original import Original, open_directory
 from mobe_gguf.models.wab import WabCheckpoint
@@ -30,7 +31,7 @@ class Opened:
     there is none.
     """
 
-    checkpoint: ModelDirectory
+    checkpoint: ModelDirectory | GgufModel
     conversion: Conversion
     imatrix: Imatrix
     moments: Moments | None
@@ -71,26 +72,34 @@ def open_model(request: ExportRequest) -> Opened:
     return Opened(checkpoint, conversion, imatrix, moments, origin, factors, original, why)
 
 
-def _checkpoint(model: Path, options: ExportOptions) -> ModelDirectory:
+def _checkpoint(model: Path, options: ExportOptions) -> ModelDirectory | GgufModel:
     if options.wab is not None:
         return WabCheckpoint(model, options.wab)
+    if model.is_file():
+        if not options.dense:
+            raise UsageError(
+                f"{model} is a GGUF file without factors. Factorize it, or write it in other types with --dense:\n"
+                f"  mobe-gguf factorize {model} factors/"
+            )
+        return GgufModel(model)
     checkpoint = open_directory(model)
     if checkpoint.factors is None and not (options.allow_dense or options.dense):
         return MobeCheckpoint(model)  # says why it is none
     return checkpoint
 
 
-def _convert(checkpoint: ModelDirectory, out: Path, options: ExportOptions) -> Conversion:
+def _convert(checkpoint: ModelDirectory | GgufModel, out: Path, options: ExportOptions) -> Conversion:
     """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
     checkpoint.check_whole()
     factors, source = checkpoint.factors, checkpoint.gguf_source(options.source)
-    if factors is None or source is None:
+    if isinstance(checkpoint, ModelDirectory) and (factors is None or source is None):
         return convert(checkpoint, out, options.tokenizer_pre, options.verbose)
+    assert source is not None
     if options.tokenizer_pre is not None:
         raise UsageError("--tokenizer-pre: the tokenizer is that of the GGUF file; leave the option out")
     conversion = GgufConversion(factors, source)
     if any(out.exists() and out.samefile(file) for file in conversion.files()):
-        raise UsageError(f"{out} is the file that the factors are of; write to another")
+        raise UsageError(f"{out} is the file that is read; write to another")
     return conversion
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import readable
 from mobe_gguf.models.factors import ModelDirectory, recorded
+from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.models.hub import model_id
 
 HUB = "https://huggingface.co/"
@@ -37,7 +38,9 @@ class Origin:
     of_mobe: bool
 
     @classmethod
-    def of(cls, checkpoint: ModelDirectory, base: str | None = None, dense: bool = False) -> Origin:
+    def of(
+        cls, checkpoint: ModelDirectory | GgufModel, base: str | None = None, dense: bool = False
+    ) -> Origin:
         """``base`` as a user says it; UsageError if it is no id.  ``dense``: the factors are multiplied out."""
         if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is None:
             raise UsageError(f"--base-model {base}: expected an id of the hub such as Qwen/Qwen3-30B-A3B")

@@ -147,7 +147,7 @@ def _write(checkpoint: ModelWithFactors, parts: Parts, runs: dict[str, list[Entr
         for name, run in runs.items():
             size = f"{name}: {describe_size(sum(entry.n_bytes for entry in run))}"
             if name in parts.finished:
-                progress.advance(1, f"{size}, finished earlier")
+                progress.found(1, f"{size}, finished earlier")
                 continue
             with atomic_path(parts.folder / name) as part:
                 write_safetensors(part, run, {"format": "pt"})

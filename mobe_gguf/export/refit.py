@@ -331,6 +331,8 @@ class Solved(Encoded):
             Refit(
                 before=float(old_error.sum()),
                 after=float(torch.where(better, new_error, old_error).sum()),
+                cost_before=float(old_cost.sum()),
+                cost_after=float(torch.where(better, new_cost, old_cost).sum()),
                 kept_before=float(old_kept.sum()),
                 kept_after=float(torch.where(better, new_kept, old_kept).sum()),
                 norm=float(sizes.sum()),

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mobe_gguf.core.files import amount
+from mobe_gguf.export.refit_solve import BIAS
 from mobe_gguf.formats.contents import ClassTotal, ListedTensor, rows
 from mobe_gguf.quant.recipe import FLOATS
 
@@ -21,7 +22,8 @@ class Refit:
     """What solving for A and mix again did, see ``refit``: squared errors of the outputs, summed over experts.
 
     ``original``: the model that they come near to; ``why``: why there is none.  ``before``: with the A's of the checkpoint
-    rounded as they are, ``after``: as written; ``kept_before``, ``kept_after``: their inner product with the outputs that they
+    rounded as they are, ``after``: as written; ``cost_before``, ``cost_after``: the same with what the outputs' size counts
+    (``refit_solve.cost``), by which the better A of each expert is taken; ``kept_before``, ``kept_after``: their inner product with the outputs that they
     should have, ``norm``: these outputs' squares.  ``solved``: matrices whose A is new, of ``matrices``.
     """
 
@@ -29,6 +31,8 @@ class Refit:
     why: str | None = None
     before: float = 0.0
     after: float = 0.0
+    cost_before: float = 0.0
+    cost_after: float = 0.0
     kept_before: float = 0.0
     kept_after: float = 0.0
     norm: float = 0.0
@@ -38,6 +42,8 @@ class Refit:
     def add(self, other: Refit) -> None:
         self.before += other.before
         self.after += other.after
+        self.cost_before += other.cost_before
+        self.cost_after += other.cost_after
         self.kept_before += other.kept_before
         self.kept_after += other.kept_after
         self.norm += other.norm
@@ -51,6 +57,8 @@ class Refit:
             "original": self.original,
             "matrices": self.matrices,
             "solved": self.solved,
+            "cost_before": self.cost_before / norm,
+            "cost_after": self.cost_after / norm,
             "error_before": self.before / norm,
             "error_after": self.after / norm,
             "size_before": self.kept_before / norm,
@@ -65,9 +73,10 @@ class Refit:
             return "A not solved again: the encoder leaves the bases as they are"
         to = self.original if self.original else f"what the factors stand for ({self.why})"
         return (
-            f"A and mix solved again for the rounded bases, {self.solved} of {self.matrices}, to come near to {to}: error "
-            f"{self.before / self.norm:.4f} -> {self.after / self.norm:.4f}, size of the outputs "
-            f"{self.kept_before / self.norm:.3f} -> {self.kept_after / self.norm:.3f}"
+            f"A and mix solved again for the rounded bases, {self.solved} of {self.matrices} (those that are better for it), to come near "
+            f"to {to}: cost {self.cost_before / self.norm:.4f} -> {self.cost_after / self.norm:.4f}, which is the error "
+            f"({self.before / self.norm:.4f} -> {self.after / self.norm:.4f}) and {BIAS:g} times the square of what the outputs' size lacks "
+            f"({self.kept_before / self.norm:.3f} -> {self.kept_after / self.norm:.3f} of what it should be)"
         )
 
 
@@ -91,7 +100,8 @@ class Rounded:
 
 @dataclass
 class Report:
-    """A GGUF file, written or to be written.  ``n_bytes`` is the whole file's size, 0 if only planned.
+    """A GGUF file, written or to be written.  ``n_bytes`` is the whole file's size, also where it is only planned and not
+    ``written``.
 
     ``original_params``: the same model with its experts as they were (equal to ``n_params`` if nothing is factorized).
     ``files``: all paths where it is split (``path`` is the first), of which ``files_kept`` an interrupted run had
@@ -107,6 +117,7 @@ class Report:
     entries: list[ListedTensor]
     original_params: int
     n_bytes: int = 0
+    written: bool = False
     seconds: float = 0.0
     tokenizer_pre: str | None = None
     tokenizer_why: str | None = None
@@ -145,6 +156,7 @@ class Report:
             "architecture": self.arch,
             "quant": self.quant,
             "bytes": self.n_bytes,
+            "written": self.written,
             "tensor_bytes": self.data_bytes,
             "parameters": self.n_params,
             "original_parameters": self.original_params,
@@ -182,11 +194,12 @@ def size_table(entries: Iterable[ListedTensor], title: str | None = None) -> Tab
     """Tensors by class, at most 100 columns wide."""
     entries = list(entries)
     table = Table(title=title, title_justify="left", pad_edge=False, box=None)
-    for column in ("class", "tensors", "types", "parameters", "MB", "bits/weight"):
-        table.add_column(column, justify="left" if column in ("class", "types") else "right")
     found = rows(entries)
     total = ClassTotal("all", sum(r.count for r in found), Counter(), sum(r.n_params for r in found))
     total.n_bytes = sum(r.n_bytes for r in found)
+    unit, name = (1e9, "GB") if total.n_bytes >= 10**10 else (1e6, "MB")
+    for column in ("class", "tensors", "types", "parameters", name, "bits/weight"):
+        table.add_column(column, justify="left" if column in ("class", "types") else "right")
     for row in (*found, total):
         types = ", ".join(t if n == row.count else f"{t} {n}" for t, n in row.types.most_common())
         table.add_row(
@@ -194,7 +207,7 @@ def size_table(entries: Iterable[ListedTensor], title: str | None = None) -> Tab
             str(row.count),
             Text(types, overflow="fold"),
             amount(row.n_params),
-            f"{row.n_bytes / 1e6:,.2f}",
+            f"{row.n_bytes / unit:,.2f}",
             f"{row.bits_per_weight:.2f}",
             style="bold" if row is total else None,
         )

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.layers import format_layers
+from mobe_gguf.core.progress import duration
 from mobe_gguf.core.sides import by_side, side
 from mobe_gguf.factorize.expected import expected_time
 from mobe_gguf.factorize.job import Job, JobResult
@@ -52,6 +53,11 @@ def cautions(job: Job) -> list[str]:
     lines += [f"note: {note}" for note in job.checkpoint.check_values().notes]
     lines += [f"note: {note}" for note in (job.imatrix.notes if job.imatrix else ())]
     rank, s = job.settings.rank, job.settings
+    if isinstance(s.target, float):
+        whole = job.plan.model_after / job.plan.model_before
+        lines.append(
+            f"note: --target {s.target:g} is of {_listed(s.projections)} alone; the whole model keeps {whole:.1%} of its parameters"
+        )
     if s.how.fitted and rank is not None and rank % 32 and not all(side(p).output for p in s.projections):
         lines.append(
             f"warning: A has rows of --rank {rank} values, which are no whole blocks of 32: every --quant writes it as f16. "
@@ -63,32 +69,36 @@ def cautions(job: Job) -> list[str]:
 def print_time(job: Job, device: str, console: Console) -> None:
     """How long the job will take."""
     t = expected_time(job, device)
-    probing = (
-        f"probing {_duration(t['probing'])}, fitting {_duration(t['fitting'])}; " if t["probing"] else ""
-    )
+    probing = f"probing {duration(t['probing'])}, fitting {duration(t['fitting'])}; " if t["probing"] else ""
     console.print(
-        f"time about {_duration(t['seconds'])} on {device} ({probing}{t['at_once']} units at once; by a trial of "
+        f"time about {duration(t['seconds'])} on {device} ({probing}{t['at_once']} units at once; by a trial of "
         f"{t['trial']:.1f} s on random experts, without reading, and a fit may stop sooner)",
         **PLAIN,
     )
 
 
 def print_result(result: JobResult, console: Console) -> None:
-    """After the work: error per layer, parameters before and after."""
-    projections = result.settings.projections
-    table = Table(title="relative error, |W - W'|² / |W|²", title_justify="left")
+    """After the work: error per layer, first the one that was minimized; parameters before and after."""
+    settings, projections = result.settings, result.settings.projections
+    by_inputs = settings.objective != "mse"
+    console.print(_minimized(settings), **PLAIN)
+    table = Table()
     table.add_column("layer", justify="right")
-    for name in (*projections, *(("m x r",) if result.sizes else ()), "seconds"):
+    weights = tuple(f"{name}, weights" for name in projections) if by_inputs else ()
+    for name in (*projections, *weights, *(("m x r",) if result.sizes else ()), "seconds"):
         table.add_column(name, justify="right")
     for layer in result.settings.layers:
         units = {u.projection: u for u in result.units if u.layer == layer}
         seconds = [u.seconds for u in units.values() if u.seconds is not None]
-        errors = [f"{units[p].error:.5f}" for p in projections]
+        errors = [f"{units[p].objective:.5f}" for p in projections]
+        errors += [f"{units[p].error:.5f}" for p in projections] if by_inputs else []
         if result.sizes:
             chosen = [result.sizes[layer, p] for p in projections]
             errors.append(", ".join(f"{size.bases} x {size.rank}" for size in chosen))
         table.add_row(str(layer), *errors, f"{sum(seconds):.1f}" if seconds else "-")
-    means = [_mean([u.error for u in result.units if u.projection == p]) for p in projections]
+    means = [_mean([u.objective for u in result.units if u.projection == p]) for p in projections]
+    if by_inputs:
+        means += [_mean([u.error for u in result.units if u.projection == p]) for p in projections]
     table.add_section()
     table.add_row(
         "mean", *(f"{m:.5f}" for m in means), *([""] if result.sizes else []), f"{result.seconds:.1f}"
@@ -107,6 +117,21 @@ def print_result(result: JobResult, console: Console) -> None:
     ):
         command += f" --{option}-type {name}" if name else ""
     console.print(command, **PLAIN)
+
+
+def _minimized(settings: JobSettings) -> str:
+    """What the fit minimized, for a heading."""
+    if settings.objective == "mse":
+        return "minimized: relative error of the weights, |W - W'|² / |W|²"
+    of = (
+        "every expert's inputs, from the moments"
+        if settings.moments
+        else "the inputs' squares, from the imatrix"
+    )
+    return (
+        f"minimized: relative error of the outputs, |(W - W') x|² / |W x|², over {of}; beside it that of the weights, "
+        "|W - W'|² / |W|², which is larger for it"
+    )
 
 
 def plan_json(job: Job) -> dict[str, Any]:
@@ -131,7 +156,7 @@ def _settings_line(s: JobSettings, model: Original) -> str:
         rank = baseline(s, model.n_expert, model.n_ff_exp, model.n_embd).rank
         return where + f"{s.method} of rank {rank}, objective {s.objective}, stored as {s.dtype}"
     if isinstance(s.target, float):
-        size = f"bases to keep {s.target:.1%} of the parameters"
+        size = f"bases to keep {s.target:.1%} of these matrices' parameters"
     elif s.target is not None:
         size = f"bases for a {s.quant} file of {describe_size(s.target)}"
     else:
@@ -194,15 +219,6 @@ def _listed(words: tuple[str, ...]) -> str:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3.5 h``, ``12 days``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def _count(n: int) -> str:

@@ -88,7 +88,7 @@ def original_params(entries: Iterable[ListedTensor]) -> int:
     for entry in entries:
         basis = (
             shapes.get(entry.name.replace("_exps.weight", "_basis.weight"))
-            if "_exps." in entry.name
+            if entry.name.endswith("_exps.weight")
             else None
         )
         if "_basis." in entry.name:

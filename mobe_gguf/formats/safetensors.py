@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -89,8 +90,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise _corrupt(path, f"its header is damaged ({e})") from e
     if end != size:
         raise _corrupt(path, f"its header describes {end} bytes, the file has {size}")
-    try:  # the library's own checks: overlaps, sizes against shapes
-        with safe_open(path, framework="pt"):
+    try:  # the library's own checks: overlaps, sizes against shapes.  "pt" would map all of it for writing: no more than memory holds
+        with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as e:
         raise _corrupt(path, str(e)) from e
@@ -99,8 +100,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Metadata of a file whose header is good (:func:`read_header`)."""
-    with safe_open(path, framework="pt") as f:
+    with safe_open(path, framework="numpy") as f:
         return f.metadata() or {}
+
+
+def read_tensor(path: Path, info: TensorInfo, row: int | None = None) -> torch.Tensor:
+    """A tensor of the file, or ``tensor[row]`` along the first axis: these bytes alone are mapped, privately.
+
+    OSError if they cannot be; MobeError if the type is none of DTYPES, or the file has become shorter.
+    """
+    if info.dtype not in DTYPES:
+        raise MobeError(f"{path}: type {info.dtype} is not supported")
+    dtype, shape, begin, size = DTYPES[info.dtype], info.shape, info.begin, info.n_bytes
+    if row is not None:
+        shape, size = shape[1:], size // shape[0]
+        begin += row * size
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    if path.stat().st_size < info.end:
+        raise MobeError(f"{path}: it has become shorter while it was read")
+    raw = torch.from_numpy(np.memmap(path, np.uint8, "c", begin, (size,)))
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(shape)
 
 
 def _tensor_info(shard: str, entry: dict[str, Any], data: int) -> TensorInfo:

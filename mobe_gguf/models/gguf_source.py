@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mobe_gguf.core import names
-from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.formats.gguf import GgufFile, GgufTensor, missing_tensors, read_model
@@ -239,6 +239,23 @@ class GgufModel:
     def n_params(self) -> int:
         """Parameters of the whole model."""
         return sum(math.prod(info.shape) for info in self.file.tensors.values())
+
+    #: As a ``ModelDirectory`` has them: an ordinary model, all of it in the file.
+    factors = None
+
+    @property
+    def original_checksum(self) -> str:
+        return self.checksum
+
+    def gguf_source(self, path: str | os.PathLike[str] | None) -> GgufModel:
+        """Itself; UsageError if another ``path`` is given."""
+        if path is not None:
+            raise UsageError(f"--source is for factors of a GGUF file, and {self.path} is one itself")
+        return self
+
+    def source_files(self) -> list[Path]:
+        """The files that it is in."""
+        return sorted({info.file for info in self.file.tensors.values()})
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
         """Bytes that the factors' directory takes over from the model: none, they stay in the GGUF file."""

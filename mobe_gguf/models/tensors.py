@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats.safetensors import (
@@ -20,6 +18,7 @@ from mobe_gguf.formats.safetensors import (
     SINGLE_NAME,
     TensorInfo,
     read_header,
+    read_tensor,
     read_weight_map,
 )
 from mobe_gguf.models.families import Family
@@ -37,7 +36,6 @@ class Tensors:
         #: What a user should know of the directory.
         self.notes: list[str] = []
         self._tensors = self._read_headers()
-        self._open: dict[str, Any] = {}
 
     @property
     def has_stale_index(self) -> bool:
@@ -100,22 +98,17 @@ class Tensors:
         """The tensor as it is stored, no check of its values."""
         info = self.info(name)
         try:
-            return self._shard(info.shard).get_tensor(name)
-        except (SafetensorError, OSError, TypeError, KeyError) as e:
+            return read_tensor(self.path / info.shard, info)
+        except (OSError, ValueError) as e:
             raise MobeError(f"{self.path / info.shard}: cannot read tensor {name}: {e}") from e
 
     def get_row(self, name: str, row: int) -> torch.Tensor:
         """``tensor[row]`` along the first axis, read without the rest of the tensor."""
         info = self.info(name)
         try:
-            return self._shard(info.shard).get_slice(name)[row]
-        except (SafetensorError, OSError, TypeError, KeyError) as e:
+            return read_tensor(self.path / info.shard, info, row)
+        except (OSError, ValueError) as e:
             raise MobeError(f"{self.path / info.shard}: cannot read tensor {name}: {e}") from e
-
-    def _shard(self, shard: str) -> Any:
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.path / shard, framework="pt")
-        return self._open[shard]
 
     def expect_shape(self, name: str, expected: tuple[int, ...], because: str) -> None:
         """MobeError unless tensor ``name`` has the ``expected`` shape; ``because`` says where that comes from."""

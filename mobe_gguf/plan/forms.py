@@ -62,6 +62,19 @@ class Form:
     def factorized(self) -> bool:
         return self.bases > 0
 
+    def made(self) -> dict[str, str | int | None]:
+        """Options of ``mobe-gguf compress`` that make it, by name."""
+        if not self.factorized:
+            return {"form": "plain", "quant": self.quant}
+        return {
+            "form": "mobe",
+            "quant": self.quant,
+            "bases": self.bases,
+            "rank": self.rank,
+            "basis_type": self.basis_type,
+            "transform_type": self.transform_type,
+        }
+
     def tensor_bytes(self, name: str) -> int:
         return stored_bytes(self.shapes[name], self.types[name])
 

@@ -128,7 +128,7 @@ def _of_gguf(file: GgufFile) -> Layout:
 # Hugging Face
 
 
-def _of_config(path: Path) -> Layout:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -137,6 +137,16 @@ def _of_config(path: Path) -> Layout:
         raise MobeError(
             f"{path}: holds no list 'architectures'; expected the config.json of a Hugging Face model"
         )
+    return config
+
+
+def source_shapes(path: Path) -> Shapes:
+    """Names and shapes of the tensors of the checkpoint that a ``config.json`` is of; MobeError as :func:`read_layout`."""
+    return _source_shapes(path, _read_config(path))[0]
+
+
+def _of_config(path: Path) -> Layout:
+    config = _read_config(path)
     quantized = config.get("quantization_config") or {}
     native = _native_bits(quantized) if isinstance(quantized, dict) else 16
     shapes, origin = _source_shapes(path, config)

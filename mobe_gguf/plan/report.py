@@ -185,6 +185,7 @@ def as_json(
                 "kl_basis": "table of the shipped model",
                 "fits": c.fits,
                 "meets_wishes": meets(c, wishes),
+                "make": c.form.made(),
                 "command": f"mobe-gguf compress {model} {layout.name}.gguf {c.form.options}",
             }
             for c in costs

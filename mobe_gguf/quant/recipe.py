@@ -156,7 +156,8 @@ class Recipe:
     ``token_embd.weight``.  ``pure``: one type for everything that is quantized at all.  ``imatrix``: files of
     llama-imatrix, see ``export/imatrix.py``; some rules differ when there is one.  ``moments``: a file of `mobe-gguf moments`, see
     ``export/rounding.py``; it stands for an importance matrix, too.  ``target``: choose the types of the
-    experts' matrices and bases, where nothing else names one, such that the file takes so much.
+    experts' matrices and bases, where nothing else names one, such that the file takes so much.  ``rest``: key of QUANTS, for all
+    that is no factor of a GGUF file's factors; None leaves it as it is in that file.
     """
 
     quant: str
@@ -170,6 +171,7 @@ class Recipe:
     imatrix: tuple[str, ...] = ()
     target: Target | None = None
     moments: str | None = None
+    rest: str | None = None
 
     @property
     def base(self) -> str:

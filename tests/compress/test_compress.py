@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from mobe_gguf.cli import main
 from mobe_gguf.compress import pipeline, rivals
-from mobe_gguf.compress.pipeline import Compression, Wishes
-from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.compress.pipeline import Compression
+from mobe_gguf.compress.wishes import Wishes
+from mobe_gguf.core.errors import UsageError
 from mobe_gguf.evaluate.inspect import describe
+from mobe_gguf.export import Recipe, export
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.plan.layout import read_layout
 
@@ -52,18 +56,16 @@ def wishes(text: Path, **more: object) -> Wishes:
 def test_the_better_of_both_becomes_out(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     result = Compression(source, out, wishes(text, quant="q4_0"), quiet=True).run()
-    by_name = {result.names[row.facts.path.name]: row.divergence.kl.value for row in result.rows}
+    by_name = {name: row.divergence.kl.value for name, row in result.rows.items()}
     assert {"plain", "mobe"} <= by_name.keys() and len(by_name) > 2
     assert out.is_file() and not Path(f"{out}.work").exists()
-    limit = max(
-        row.facts.n_bytes for row in result.rows if result.names[row.facts.path.name] in ("plain", "mobe")
-    )
-    fitting = {
-        result.names[r.facts.path.name]: r for r in result.rows if r.facts.n_bytes <= limit * pipeline.SLACK
-    }
+    limit = max(result.rows[name].facts.n_bytes for name in ("plain", "mobe"))
+    fitting = {name: row for name, row in result.rows.items() if row.facts.n_bytes <= limit}
     assert result.kind == min(fitting, key=lambda name: by_name[name])
     assert out.stat().st_size == fitting[result.kind].facts.n_bytes
-    assert all(speed > 0 for speed in result.speeds.values())
+    assert result.speeds.keys() == {*by_name, "original"} and all(s > 0 for s in result.speeds.values())
+    card = (tmp_path / "README.md").read_text()
+    assert "[out.gguf](out.gguf)" in card and f"KL divergence {by_name[result.kind]:.2f}"[:-1] in card
 
 
 def test_a_factorized_file_where_it_is_asked_for(source: Path, text: Path, tmp_path: Path) -> None:
@@ -97,9 +99,9 @@ def test_a_killed_job_resumes_and_makes_the_same(
         with pytest.raises(KeyboardInterrupt):
             Compression(source, out, asked, quiet=True).run()
     assert not out.exists() and Path(f"{out}.work").is_dir()
-    with pytest.raises(MobeError, match="--resume"):
+    with pytest.raises(UsageError, match="--resume"):
         Compression(source, out, asked, quiet=True).run()
-    with pytest.raises(UsageError, match="rank: the stopped job had 32, now it is 48"):
+    with pytest.raises(UsageError, match="was begun with rank 32, now it is 48"):
         Compression(
             source, out, wishes(text, quant="q4_0", form="mobe", measure=False, bases=2, rank=48), quiet=True
         ).run(True)
@@ -109,6 +111,88 @@ def test_a_killed_job_resumes_and_makes_the_same(
     assert (
         out.read_bytes()[-1000:] == whole.read_bytes()[-1000:] and out.stat().st_size == whole.stat().st_size
     )
+
+
+def test_a_gguf_source(source: Path, text: Path, tmp_path: Path) -> None:
+    """Moments, a plain and a factorized file out of a GGUF file, compared with the file itself; all of it in the file's types."""
+    gguf = tmp_path / "source.gguf"
+    export(source, gguf, Recipe("q8_0"), allow_dense=True, quiet=True)
+    shutil.copy(source / "tokenizer.json", tmp_path)
+    result = Compression(
+        gguf, tmp_path / "out.gguf", wishes(text, quant="q4_0", rivals=False), quiet=True
+    ).run()
+    assert {"plain", "mobe"} == result.rows.keys() and result.original == gguf.stat().st_size
+    for row in result.rows.values():
+        assert (
+            row.facts.n_bytes < 0.75 * result.original
+        )  # attention and embeddings, too, are not left in q8_0
+    assert 0 < result.rows["plain"].divergence.kl.value < 1
+
+
+def test_a_plan_says_what_to_make(source: Path, text: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(a) for a in arguments])
+
+    plan, out = tmp_path / "plan.json", tmp_path / "out.gguf"
+    planned = run("plan", source, "--ram", "8G", "--vram", "0", "--ctx", 512, "--json")
+    plan.write_text(planned.stdout)
+    forms = json.loads(planned.stdout)["forms"]
+    common = ("--text", text, "--ctx", 64, "--chunks", 6, "--no-measure", "--steps", 4, "-q")
+    done = run("compress", source, out, "--plan", plan, "--plan-form", "q6_k", *common)
+    assert done.exit_code == 0, done.output
+    (q6,) = [form for form in forms if form["name"] == "q6_k"]
+    assert out.stat().st_size == pytest.approx(q6["bytes"], rel=0.02)
+    factorized = next(form for form in forms if form["factorized"])
+    done = run("compress", source, out, "--plan", plan, "--plan-form", factorized["name"], *common)
+    assert done.exit_code == 0, done.output
+    basis = read_gguf(out).tensors["blk.0.ffn_up_basis.weight"].shape
+    assert basis[:2] == (factorized["make"]["bases"], factorized["make"]["rank"])
+    for options, said in (
+        (("--plan", plan, "--quant", "q4_0"), "--plan says what to make, and so does --quant"),
+        (("--plan-form", "q6_k"), "give its file with --plan"),
+        (("--plan", plan, "--plan-form", "q7"), "--plan-form q7: the plan has q8_0"),
+        (("--plan", text), "expected what this writes:\n  mobe-gguf plan MODEL --json"),
+    ):
+        done = run("compress", source, tmp_path / "no.gguf", *options, *common)
+        assert done.exit_code in (1, 2) and said in done.output, done.output
+    plan.write_text(json.dumps(json.loads(planned.stdout) | {"parameters": 1}))
+    done = run("compress", source, tmp_path / "no.gguf", "--plan", plan, *common)
+    assert done.exit_code == 1 and "with 1 parameters, MODEL has" in done.output
+
+
+def test_killed_in_every_stage_the_result_is_the_same(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job, stopped in each stage in turn and taken up again: what it wrote by then is there, what follows is not."""
+    asked = wishes(text, quant="q4_0", verify=False)
+    whole, out = tmp_path / "whole" / "out.gguf", tmp_path / "out.gguf"
+    whole.parent.mkdir()
+    expected = Compression(source, whole, asked, quiet=True).run()
+    stages = ("_plain", "_fit", "_factorized", "_original", "_rivals", "_best", "_finish", "_deliver")
+    real = type("Real", (), {stop: staticmethod(getattr(Compression, stop)) for stop in stages})
+    made: list[str] = []
+    for number, stop in enumerate((*stages, "")):
+
+        def killed(self: Compression, *arguments: object, stop: str = stop) -> object:
+            made.append(stop)
+            if stop == "_deliver":  # OUT is there, and the work folder still
+                getattr(real, stop)(self, *arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if stop:
+                patch.setattr(Compression, stop, killed)
+                with pytest.raises(KeyboardInterrupt):
+                    Compression(source, out, asked, quiet=True).run(resume=number > 0)
+            else:
+                result = Compression(source, out, asked, quiet=True).run(resume=True)
+    assert made == list(stages)
+    assert out.read_bytes() == whole.read_bytes() and result.kind == expected.kind
+    assert {n: r.divergence.kl for n, r in result.rows.items()} == {
+        n: r.divergence.kl for n, r in expected.rows.items()
+    }
+    assert (tmp_path / "README.md").read_text() == (whole.parent / "README.md").read_text()
+    assert not Path(f"{out}.work").exists()
 
 
 def test_rivals_are_of_about_the_size(source: Path) -> None:

@@ -89,3 +89,20 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
         "job.json -> result.json",
         f"sync {work.path.parent.name}",
     ]
+
+
+def test_settings_are_noted_and_compared(work: Workspace) -> None:
+    with work.locked():
+        work.settled("job.json", {"rank": 3, "where": Path("a")}, False, ("done-*",))
+        work.settled(
+            "job.json", {"rank": 4, "where": Path("a")}, False, ("done-*",)
+        )  # nothing is finished yet
+        work.write("done-1", 1)
+        with pytest.raises(UsageError, match="holds unfinished work. Go on with it:\n  --resume"):
+            work.settled("job.json", {"rank": 4, "where": Path("a")}, False, ("done-*",))
+        with pytest.raises(UsageError, match="was begun with rank 4, now it is 5"):
+            work.settled("job.json", {"rank": 5, "where": Path("a")}, True, ("done-*",))
+        work.settled("job.json", {"rank": 4, "where": Path("a")}, True, ("done-*",))
+        (work.path / "job.json").write_text("[")
+        with pytest.raises(MobeError, match="cannot be read"):
+            work.settled("job.json", {"rank": 4}, True, ("done-*",))

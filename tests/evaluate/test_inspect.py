@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -14,11 +15,14 @@ import torch
 from click.testing import CliRunner
 from models.editing import edit_config, edit_tensors
 from parity.gguf_files import GgufFile, factorize, qwen3moe
+from rich.console import Console
 
 from mobe_gguf.cli import main
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import Recipe, export
+from mobe_gguf.export.report import size_table
+from mobe_gguf.formats.contents import ListedTensor, original_params
 
 Maker = Callable[..., Path]
 
@@ -27,6 +31,31 @@ def run(*args: Any) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, ["inspect", *map(str, args)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def test_biases_of_experts_are_counted_once() -> None:
+    """gpt-oss: 97.9 % of the original was said of a plain file, each bias being taken for a basis."""
+    entries = [
+        ListedTensor("blk.0.ffn_down_exps.weight", "q8_0", (4, 64, 32), 1),
+        ListedTensor("blk.0.ffn_down_exps.bias", "f32", (4, 64), 1),
+        ListedTensor("blk.0.ffn_up_exps.bias", "f32", (4, 32), 1),
+    ]
+    assert original_params(entries) == sum(e.n_params for e in entries) == 4 * (64 * 32 + 64 + 32)
+    entries += [
+        ListedTensor("blk.0.ffn_up_exps.weight", "q8_0", (4, 32, 8), 1),
+        ListedTensor("blk.0.ffn_up_basis.weight", "q8_0", (2, 8, 64), 1),
+    ]
+    assert original_params(entries) == 4 * (64 * 32 + 64 + 32) + 4 * 32 * 64
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "unit", "said"), [(151_397_600_000, "GB", "151.40"), (5_000_000, "MB", "5.00")]
+)
+def test_sizes_are_in_a_unit_that_fits(n_bytes: int, unit: str, said: str) -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(size_table([ListedTensor("blk.0.ffn_up_exps.weight", "q8_0", (4, 64, 32), n_bytes)]))
+    lines = console.export_text().splitlines()
+    assert lines[0].split()[4] == unit and all(said in line.split() for line in lines[1:] if line.strip())
 
 
 def test_checkpoint_and_its_gguf_agree(mobe: Maker, tmp_path: Path) -> None:

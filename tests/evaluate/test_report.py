@@ -32,11 +32,10 @@ def row(name: str, n_bytes: int, kl: float, *, factorized: bool = False) -> Row:
     )
 
 
-def shown(rows: list[Row]) -> list[str]:
-    console = Console(width=100, record=True, file=io.StringIO(), highlight=False)
-    console.print(
-        report.table(row("model-bf16.gguf", 16_000_000, 0).facts, rows, Path("a.txt"), EvalSettings())
-    )
+def shown(rows: list[Row], width: int | None = 100) -> list[str]:
+    console = Console(width=width or 1000, record=True, file=io.StringIO(), highlight=False)
+    reference = row("model-bf16.gguf", 16_000_000, 0).facts
+    console.print(report.table(reference, rows, Path("a.txt"), EvalSettings(), width))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -44,10 +43,21 @@ def test_table_fits_and_shows_whole_names():
     name = "some-model-of-a-long-name-128x3b-instruct-iq4_xs"
     lines = shown([row(f"{name}.gguf", 123_456_789_000, 0.0239), row("x.gguf", 10, 3.25)])
     assert max(map(len, lines)) <= 100
-    first = [line.split()[0] for line in lines if line and not line.startswith(" ")]
-    assert name in "".join(first)
-    assert any("123.46" in line and "0.0239 ± 0.0027" in line and "21.432" in line for line in lines)
-    assert lines[0].split()[1] == "GB"
+    assert any(
+        line.startswith(f"{name} ") and "123.46" in line and "0.0239 ± 0.0027" in line and "21.432" in line
+        for line in lines
+    )
+    assert lines[0].split()[1] == "GB" and "KL divergence" in lines[0] and "99 %" not in lines[0]
+
+
+def test_into_a_pipe_nothing_is_left_out_or_broken():
+    name = "a-name-" * 20
+    lines = shown([row(f"{name}.gguf", 7_000_999, 0.02, factorized=True)], None)
+    (line,) = [line for line in lines if line.startswith(name)]
+    assert lines[0].split()[:4] == ["file", "form", "MB", "bits"] and "Δp" in lines[0]
+    # bits of the original's 8 million weights, not of the file's 7 million; no word of a bold face that a pipe lacks
+    assert line.split()[1:4] == ["MoBE", "7.00", "7.00"] and "bold" not in "".join(lines)
+    assert "for each of the original's weights" in "".join(lines)
 
 
 def test_no_negative_zero_and_no_number():

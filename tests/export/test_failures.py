@@ -64,6 +64,16 @@ def test_command(mobe: Maker, tmp_path: Path) -> None:
     assert all(len(line) <= 100 for line in err.splitlines() if line[:1].isalpha() and "  " in line)
 
 
+@pytest.mark.parametrize("options", [(), ("--dense",), ("--split-max-size", "300K")])
+def test_a_dry_run_knows_the_size(options: tuple[str, ...], mobe: Maker, tmp_path: Path) -> None:
+    arguments = (mobe("qwen2_moe"), tmp_path / "out.gguf", "--quant", "q8_0", "--json", *options)
+    planned = json.loads(run(*arguments, "--dry-run")[1])
+    assert planned["bytes"] > planned["tensor_bytes"] and not any(tmp_path.iterdir())
+    written = json.loads(run(*arguments)[1])
+    assert planned["bytes"] == written["bytes"] == sum(p.stat().st_size for p in tmp_path.glob("*.gguf"))
+    assert (planned["written"], written["written"]) == (False, True)
+
+
 def test_quiet(mobe: Maker, tmp_path: Path) -> None:
     assert run(mobe("qwen2_moe"), tmp_path / "out.gguf", "--quant", "f16", "-q") == (0, "", "")
 

@@ -427,6 +427,46 @@ def test_commands(quantized: Path, tmp_path: Path) -> None:
     assert code == 1 and "holds factors of a GGUF file already" in err and f"export {tmp_path / 'f'}" in err
 
 
+def test_types_of_the_rest(quantized: Path, tmp_path: Path) -> None:
+    """``--quant-rest``: all that is no factor gets what llama-quantize gives it; a file without factors goes by ``--quant``."""
+    factors, out = factorize(quantized, tmp_path / "f"), tmp_path / "o.gguf"
+    options = ("--quant", "q4_0", "--quant-rest", "q5_0")
+    code, said, err = cli("export", factors, out, *options, "--json")
+    assert code == 0, err
+    found, source = read_gguf(out).tensors, read_gguf(quantized).tensors
+    changed = {n for n in found if n in source and found[n].type != source[n].type}
+    assert "blk.0.attn_q.weight" in changed and found["blk.0.attn_q.weight"].type == "q5_0"
+    assert "blk.0.ffn_down_exps.weight" in changed and found["blk.0.ffn_up_exps.weight"].type == "q4_0"
+    assert all(found[n].type == source[n].type for n in found if "norm" in n or "gate_inp" in n)
+    assert (
+        np.square(
+            values(read_gguf(out), "blk.0.attn_q.weight")
+            - values(read_gguf(quantized), "blk.0.attn_q.weight")
+        ).mean()
+        < 1e-4
+    )
+    assert json.loads(said)["bytes"] > cli_bytes(factors, tmp_path)
+    code, _, err = cli("export", quantized, out, "--quant", "q4_0")
+    assert code == 2 and "--dense" in err
+    code, _, err = cli("export", quantized, out, "--quant", "q4_0", "--quant-rest", "q4_0", "--dense")
+    assert code == 2 and "--quant is for the whole file" in err
+    code, _, err = cli("export", quantized, out, "--quant", "q4_0", "--dense")
+    assert code == 0, err
+    types = {n: t.type for n, t in read_gguf(out).tensors.items()}
+    assert types["blk.0.ffn_up_exps.weight"] == types["blk.1.attn_k.weight"] == "q4_0"
+    assert types["blk.0.attn_norm.weight"] == "f32" and types.keys() == source.keys()
+    assert np.isfinite(logits(out)).all()
+    code, _, err = cli("export", quantized, quantized, "--quant", "q4_0", "--dense")
+    assert code == 2 and "is the file that is read" in err
+
+
+def cli_bytes(factors: Path, tmp_path: Path) -> int:
+    """What the file takes whose rest stays as it was."""
+    return int(
+        json.loads(cli("export", factors, tmp_path / "kept.gguf", "--quant", "q4_0", "--json")[1])["bytes"]
+    )
+
+
 def test_a_moved_source(quantized: Path, tmp_path: Path) -> None:
     """Found beside the factors or by --source; else asked for, with the command to type."""
     source = Path(shutil.copy(quantized, tmp_path / "source.gguf"))

@@ -301,9 +301,9 @@ def test_command(recorded: Any, tmp_path: Path) -> None:
         return CliRunner().invoke(main, ["export", str(source), str(out), "--quant", "q4_0", *options])
 
     done = run("--original", str(original), "--json")
-    assert done.exit_code == 0 and f"to come near to {original}: error" in done.stderr, done.output
+    assert done.exit_code == 0 and f"to come near to {original}: cost" in done.stderr, done.output
     said = json.loads(done.stdout)["refit"]
-    assert said["original"] == str(original) and said["error_after"] < said["error_before"]
+    assert said["original"] == str(original) and said["cost_after"] < said["cost_before"]
     done = run("--no-refit", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["refit"] is None
     done = run("--original", str(source))

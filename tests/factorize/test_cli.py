@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -44,8 +45,8 @@ def test_the_whole_command(model, tmp_path):
     for expected in (
         "qwen3_moe, 3 of 3 layers MoE, 8 experts (2 used) of 48 x 64",
         "layers 0,2, gate and up: 4 bases of rank 48",
-        "[1/4] layer 0 gate: error 0.",
-        "[4/4] layer 2 up: error 0.",
+        "[1/4] layer 0 gate: error of the weights 0.",
+        "[4/4] layer 2 up: error of the weights 0.",
         "0 s left",
         "whole model",
         "mobe-gguf export",
@@ -122,6 +123,64 @@ def test_dry_run_writes_nothing(model, tmp_path):
     plan = json.loads(call(model("deepseek_v3"), tmp_path / "out", "--dry-run", "--json").stdout)
     assert plan["settings"]["layers"] == [1, 2] and plan["plan"]["units"] == 4
     assert not any(tmp_path.iterdir())
+
+
+def test_dry_run_beside_unfinished_work_and_out(model, tmp_path):
+    work, out = tmp_path / "out.work", tmp_path / "out"
+    (work / "units").mkdir(parents=True)
+    (work / "job.json").write_text("{}")
+    out.mkdir()
+    result = call(model("qwen3_moe"), out, "--dry-run")
+    assert result.exit_code == 0 and "whole model" in result.stderr
+    assert (work / "job.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_dry_run_of_a_config_alone(family, model, tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(model(family) / "config.json", tmp_path / "bare")
+    whole = json.loads(call(model(family), tmp_path / "out", "--dry-run", "--json").stdout)
+    for bare in (tmp_path / "bare", tmp_path / "bare" / "config.json"):
+        result = call(bare, tmp_path / "out", "--dry-run", "--json")
+        assert result.exit_code == 0, result.stderr
+        plan = json.loads(result.stdout)
+        assert plan["plan"]["model_before"] == whole["plan"]["model_before"]
+        assert plan["plan"]["projected_after"] == whole["plan"]["projected_after"]
+    assert "safetensors" in refused(1, tmp_path / "bare", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_error_that_is_shown_is_the_one_that_was_minimized(model, tmp_path, monkeypatch):
+    result = call(model("qwen3_moe"), tmp_path / "out", "--steps", 2, "--bases", 4, "--layers", "0")
+    assert "minimized: relative error of the weights" in result.stderr
+    text = tmp_path / "text.txt"
+    text.write_text("The keeper counted 12 ships; she'd never counted so many. " * 60)
+    moments = tmp_path / "m.safetensors"
+    done = CliRunner().invoke(
+        main, ["moments", str(model("qwen3_moe")), str(moments), "--text", str(text), "--ctx", "32", "-q"]
+    )
+    assert done.exit_code == 0, done.output
+    common = ("--steps", 2, "--bases", 4, "--layers", "0", "--moments", moments)
+    result = call(model("qwen3_moe"), tmp_path / "by", *common, "--json")
+    unit = json.loads(result.stdout)["units"][0]
+    assert f"layer 0 gate: error of the outputs {unit['objective']:.5f}" in result.stderr
+    result = call(model("qwen3_moe"), tmp_path / "by2", *common)
+    heading = result.stderr.index("minimized: relative error of the outputs")
+    first, weights = (
+        result.stderr.index(f"{unit['objective']:.5f}", heading),
+        result.stderr.index(f"{unit['error']:.5f}", heading),
+    )
+    assert unit["objective"] < unit["error"] and first < weights
+
+
+def test_a_target_says_what_the_whole_model_keeps(model, tmp_path):
+    result = call(model("qwen3_moe"), tmp_path / "out", "--target", "0.75", "--dry-run")
+    plan = json.loads(
+        call(model("qwen3_moe"), tmp_path / "o", "--target", "0.75", "--dry-run", "--json").stdout
+    )["plan"]
+    kept = plan["model_after"] / plan["model_before"]
+    assert kept > 0.76
+    assert f"--target 0.75 is of gate and up alone; the whole model keeps {kept:.1%}" in result.stderr
 
 
 def test_help_does_not_need_torch_and_shows_examples():

@@ -51,6 +51,27 @@ def test_shards(model):
     assert single.checksum != sharded.checksum
 
 
+def test_a_shard_larger_than_memory(own_model):
+    """16 TB, all hole behind its first tensors: the head is read, and tensors without the rest."""
+    path = own_model() / "model.safetensors"
+    before = Checkpoint(path.parent)
+    stack, head = before.expert_stack(0, "up"), read_header(path)
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        data = file.read()
+        size = 1 << 43
+        header["hole"] = {"dtype": "U8", "shape": [size], "data_offsets": [len(data), len(data) + size]}
+        raw = json.dumps(header).encode()
+        raw += b" " * (-len(raw) % 8)
+        file.seek(0)
+        file.write(struct.pack("<Q", len(raw)) + raw + data)
+        file.truncate(8 + len(raw) + len(data) + size)
+    after = Checkpoint(path.parent)
+    assert after.info("hole").n_bytes == size and len(after.names) == len(head) + 1
+    assert torch.equal(after.expert_stack(0, "up"), stack)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, model):
     exact, half = Checkpoint(model("olmoe")), Checkpoint(model("olmoe", dtype=dtype))

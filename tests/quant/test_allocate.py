@@ -154,6 +154,12 @@ def test_bits_per_weight_and_options_before_it(source: Path, tmp_path: Path) -> 
     assert done.exit_code == 2 and not out.exists()
     least = float(re.search(r"--target-bpw 1.5: .* it is (\d\.\d+)", done.stderr)[1])  # type: ignore[index]
     assert run("--target-bpw", f"{least + 0.001:.3f}", "--dry-run").exit_code == 0
+    done = run("--target-size", "9M", "--dry-run", "--json")
+    took = json.loads(done.stdout)["bytes"]
+    assert took < 4_000_000 and "--target-size 9M is more than can be used" in done.stderr
+    assert (
+        f"the file takes {took / 1e6:.2f} MB" in done.stderr and "larger --quant than q4_k_m" in done.stderr
+    )
     done = run("--target-size", "1M", "--target-bpw", "4")
     assert done.exit_code == 2 and "leave one out" in done.stderr
 

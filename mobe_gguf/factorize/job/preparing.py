@@ -19,11 +19,18 @@ from mobe_gguf.models.original import Original, open_original
 
 
 def prepare(
-    model: Path, out: Path, options: Options, *, resume: bool = False, predict: probing.Predict | None = None
+    model: Path,
+    out: Path,
+    options: Options,
+    *,
+    resume: bool = False,
+    predict: probing.Predict | None = None,
+    dry: bool = False,
 ) -> Job:
     """Check everything that can be checked from headers, and settle the settings.  Writes nothing.
 
-    ``predict``: what tells the size of a GGUF file, for a target in bytes.
+    ``predict``: what tells the size of a GGUF file, for a target in bytes.  ``dry``: nothing will be, so it does not matter what is
+    at OUT or in its work directory; with ``resume`` the job there is planned.
 
     Raises MobeError or UsageError: source broken or already factorized, OUT in the way, settings that do not fit.
     """
@@ -35,7 +42,7 @@ def prepare(
     imatrix = ImatrixFile(options.imatrix) if options.imatrix is not None else None
     moments = Moments(Path(options.moments)) if options.moments is not None else None
     with disk_errors(out):
-        settings = _settings(checkpoint, out, options, imatrix, moments, resume)
+        settings = _settings(checkpoint, out, options, imatrix, moments, resume, dry)
     if not settings.how.is_factors and checkpoint.directory is None:
         raise UsageError(
             f"--method {settings.method} writes an ordinary model, for its factors have no form of their own: it needs a Hugging Face "
@@ -87,6 +94,7 @@ def _settings(
     imatrix: ImatrixFile | None,
     moments: Moments | None,
     resume: bool,
+    dry: bool,
 ) -> JobSettings:
     """Those of the job in the work directory if it is resumed, else new ones."""
     if imatrix:
@@ -95,6 +103,8 @@ def _settings(
         options = options.replace(moments=moments.checksum)
     workspace = JobWorkspace.beside(out)
     work = workspace.path
+    if dry and not resume:
+        return settle(options, checkpoint)
     if os.path.lexists(out):
         if resume and work.exists():
             raise MobeError(f"{out} is whole already: there is nothing left to do. {work} can be removed.")

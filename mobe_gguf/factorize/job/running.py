@@ -63,7 +63,7 @@ def run(
         _describe(job)
         with bar("factorize", len(results), quiet) as progress:
             for r in filter(None, results.values()):
-                progress.advance(1, f"layer {r.layer} {r.projection}: error {r.error:.5f}, finished earlier")
+                progress.found(1, f"layer {r.layer} {r.projection}: {_error(job, r)}, finished earlier")
             left = [unit for unit, result in results.items() if result is None]
             for r in each(work(job, fit_unit), left, place, progress):
                 if ray is not None:
@@ -71,13 +71,20 @@ def run(
                 results[r.layer, r.projection] = r
                 progress.advance(
                     1,
-                    f"layer {r.layer} {r.projection}: error {r.error:.5f}, {r.steps} steps, {r.seconds:.1f} s",
+                    f"layer {r.layer} {r.projection}: {_error(job, r)}, {r.steps} steps, {r.seconds:.1f} s",
                 )
         units = [result for result in results.values() if result is not None]
         files = {unit: job.unit_path(*unit) for unit in job.settings.units()}
         write_output(job.out, job.checkpoint, files, _config(job, units))
     job.workspace.remove()
     return JobResult(job.out, job.settings, job.plan, units, time.monotonic() - start, job.sizes)
+
+
+def _error(job: Job, result: UnitResult) -> str:
+    """What was minimized, in words."""
+    if job.settings.objective == "mse":
+        return f"error of the weights {result.error:.5f}"
+    return f"error of the outputs {result.objective:.5f}"
 
 
 def work(job: Job, do: Callable[..., Done]) -> Work[Job, Done]:
@@ -110,7 +117,7 @@ def _choose_sizes(job: Job, place: Place, quiet: bool) -> Job:
             progress.advance(1, f"layer {unit[0]} {unit[1]}: error {said}")
 
     with bar("probe", len(units), quiet) as progress:
-        progress.advance(len(probes))
+        progress.found(len(probes))
         probe({unit: [] for unit in units if unit not in probes}, progress)
     weights, why = probing.layer_weights(job)
     if not quiet:
@@ -118,7 +125,7 @@ def _choose_sizes(job: Job, place: Place, quiet: bool) -> Job:
     again = probing.to_probe_again(job, {unit: probes[unit] for unit in units}, weights)
     with bar("probe again", sum(1 for sizes in again.values() if sizes), quiet) as progress:
         left = {unit: sizes for unit, sizes in again.items() if sizes and probes[unit].again is None}
-        progress.advance(sum(1 for sizes in again.values() if sizes) - len(left))
+        progress.found(sum(1 for sizes in again.values() if sizes) - len(left))
         probe(left, progress)
     sizes = probing.choose(job, {unit: probes[unit] for unit in units}, weights)
     return replace(job, sizes=sizes, plan=plan_checkpoint(job.checkpoint, job.settings, sizes, job.moments))

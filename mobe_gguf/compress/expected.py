@@ -1,0 +1,43 @@
+"""How long the stages of a compression take in proportion to each other, for the time that is left."""
+
+from __future__ import annotations
+
+from mobe_gguf.compress import rivals
+from mobe_gguf.compress.wishes import Wishes
+from mobe_gguf.plan.layout import Layout
+
+#: Tokens of the calibration text, where all of it is used.
+TOKENS = 400_000
+#: Seconds a stage takes for each parameter of the model, or for each parameter and 1,000 tokens of text.
+ROUND, FIT, STORE, QUANTIZE = 4e-6, 8e-6, 1e-7, 1e-7
+GATHER, PREDICT = 4e-8, 1.5e-8
+
+
+def seconds(layout: Layout, wishes: Wishes, factors: bool) -> dict[str, float]:
+    """Of each stage, in order; on the machine where the constants were measured (2 cores, the shipped model)."""
+    n, active = layout.parameters, _active(layout)
+    tokens = (TOKENS if wishes.chunks is None else wishes.chunks * wishes.ctx) / 1000
+    scored = (wishes.eval_chunks or 500) * wishes.ctx / 1000
+    made = {"moments": GATHER * tokens * active}
+    if wishes.form != "mobe":
+        made["plain"] = ROUND * n
+    if factors:
+        made |= {"fit": FIT * n, "write": ROUND * n / 2}
+    if not wishes.measure:
+        return made
+    made["original"] = STORE * n
+    names = rivals.around(layout, wishes.size or layout.parameters // 2) if wishes.rivals else []
+    if names:
+        made["imatrix"] = PREDICT * tokens * active
+        made |= dict.fromkeys(names, QUANTIZE * n)
+    files = len(names) + 1 + factors
+    made["measure"] = PREDICT * scored * active * (files + 1)
+    made["speed"] = 1.0 * (files + 1)
+    return made
+
+
+def _active(layout: Layout) -> float:
+    """Parameters that a token passes."""
+    shape = layout.expert_shape()
+    experts = 3 * shape[0] * shape[1] * shape[2] * len(layout.expert_layers)
+    return layout.parameters - experts * (1 - layout.n_expert_used / max(1, layout.n_expert))

@@ -1,0 +1,66 @@
+"""Each file against the original, one after the other: what is measured stays measured when a job is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mobe_gguf.compress import rivals
+from mobe_gguf.core.progress import bar
+from mobe_gguf.core.records import plain, record
+from mobe_gguf.core.workspace import Workspace
+from mobe_gguf.evaluate import EvalSettings, Row, compare, facts_of
+from mobe_gguf.evaluate.facts import Facts
+
+
+class Measures:
+    """Of files of a job in ``workspace``, against ``original`` on ``text``.  The original's logits are kept there, too."""
+
+    def __init__(self, workspace: Workspace, original: Path, text: Path, settings: EvalSettings, quiet: bool):
+        self.workspace, self.original, self.text = workspace, original, text
+        self.settings, self.quiet = settings, quiet
+
+    @property
+    def reference(self) -> Facts:
+        return facts_of(self.original)
+
+    def rows(self, files: Mapping[str, Path]) -> dict[str, Row]:
+        """What each file comes to, by its name."""
+        found = {name: row for name in files if (row := self._read(name)) is not None}
+        logits = self.workspace.path / "logits"
+        left = {name: path for name, path in files.items() if name not in found}
+        names = iter(left)
+
+        def keep(row: Row) -> None:
+            name = next(names)
+            found[name] = row
+            self.workspace.write(f"measured/{name}.json", plain(row))
+
+        if left:
+            compare(
+                self.original,
+                left.values(),
+                self.text,
+                self.settings,
+                keep_logits=logits,
+                reuse_logits=logits.exists(),
+                quiet=self.quiet,
+                on_row=keep,
+            )
+        return {name: found[name] for name in files}
+
+    def _read(self, name: str) -> Row | None:
+        try:
+            return record(Row, self.workspace.read(f"measured/{name}.json"))
+        except (OSError, ValueError):
+            return None  # not measured yet, or by another version
+
+    def speeds(self, files: Mapping[str, Path]) -> dict[str, float]:
+        """Tokens a second of each: the median of runs that take turns, so that what else the machine does falls on all alike."""
+        runs: dict[str, list[float]] = {name: [] for name in files}
+        with bar("speed", rivals.RUNS * len(files), self.quiet) as progress:
+            for _ in range(rivals.RUNS):
+                for name, path in files.items():
+                    runs[name].append(rivals.speed(path, self.settings.threads))
+                    progress.advance()
+        return {name: sorted(found)[len(found) // 2] for name, found in runs.items()}

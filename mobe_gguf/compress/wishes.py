@@ -1,0 +1,119 @@
+"""What a compression is asked for: by options, or by a line of ``mobe-gguf plan --json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.files import sha256
+from mobe_gguf.core.records import record
+
+FORMS = ("auto", "plain", "mobe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """``size`` in bytes, of the file; without it ``quant`` decides.  ``bases``, ``rank``, ``activation``,
+    ``basis_type``, ``transform_type``: of the factorized form, chosen where they are None.  ``text``: to calibrate with,
+    ``eval_text``: to measure on, the shipped ones if None."""
+
+    size: int | None = None
+    form: str = "auto"
+    quant: str | None = None
+    text: tuple[Path, ...] = ()
+    eval_text: Path | None = None
+    ctx: int = 512
+    chunks: int | None = None
+    eval_chunks: int | None = 64
+    bases: int | None = None
+    rank: int | None = None
+    activation: str | None = None
+    steps: int | None = None
+    basis_type: str | None = None
+    transform_type: str | None = None
+    memory: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    rivals: bool = True
+    measure: bool = True
+    verify: bool = True
+
+    def check(self) -> None:
+        """UsageError if it does not say what to make."""
+        if self.form not in FORMS:
+            raise UsageError(f"--form {self.form}: expected one of {', '.join(FORMS)}")
+        if self.size is None and self.quant is None:
+            raise UsageError(
+                "say how large the file may be: --size 80G or --bpw 2.5 (or --quant q3_k, or --plan FILE); mobe-gguf plan MODEL lists what "
+                "fits"
+            )
+
+    def description(self) -> dict[str, Any]:
+        """What must be the same where a job is resumed, as JSON has it; texts by their content."""
+        made = dataclasses.asdict(self) | {"text": [sha256(path) for path in self.text]}
+        made["eval_text"] = self.eval_text and sha256(self.eval_text)
+        return {k: v for k, v in made.items() if k not in ("memory", "device", "threads", "verify")}
+
+
+@dataclass(frozen=True)
+class FormOptions:
+    """How a form of a plan is made: values of options of the same names."""
+
+    form: str
+    quant: str
+    bases: int | None = None
+    rank: int | None = None
+    basis_type: str | None = None
+    transform_type: str | None = None
+
+
+@dataclass(frozen=True)
+class PlannedForm:
+    name: str
+    make: FormOptions
+    meets_wishes: bool
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """Of what ``mobe-gguf plan --json`` writes, what is needed here."""
+
+    model: str
+    parameters: int
+    forms: tuple[PlannedForm, ...]
+
+
+def by_plan(path: Path, parameters: int, form: str | None = None) -> dict[str, Any]:
+    """Wishes by the best form of a plan that fits, or by the one whose name is ``form``; of a model of so many ``parameters``.
+
+    MobeError if ``path`` holds no plan, or one of another model; UsageError if nothing in it fits, or no form has the name.
+    """
+    try:
+        plan = record(PlanFile, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as e:
+        raise MobeError(
+            f"--plan {path}: cannot be read ({e}); expected what this writes:\n  mobe-gguf plan MODEL --json > {path}"
+        ) from e
+    if plan.parameters != parameters:
+        raise MobeError(
+            f"--plan {path}: it is of {plan.model} with {plan.parameters} parameters, MODEL has {parameters}. PlanFile anew:\n  "
+            f"mobe-gguf plan MODEL --json > {path}"
+        )
+    if form is not None:
+        found = next((p for p in plan.forms if p.name == form), None)
+        if found is None:
+            raise UsageError(
+                f"--plan-form {form}: the plan has {', '.join(p.name for p in plan.forms)}; give one of these"
+            )
+    else:
+        found = next((p for p in plan.forms if p.meets_wishes), None)
+        if found is None:
+            raise UsageError(
+                f"--plan {path}: nothing in it fits the machine that it is for; choose one by --plan-form, for instance "
+                f"{plan.forms[0].name if plan.forms else 'q2_k'}"
+            )
+    return dataclasses.asdict(found.make)
