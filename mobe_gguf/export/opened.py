@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.export.conversion import Conversion, add_keys
@@ -92,9 +93,8 @@ def _convert(checkpoint: ModelDirectory | GgufModel, out: Path, options: ExportO
     """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
     checkpoint.check_whole()
     factors, source = checkpoint.factors, checkpoint.gguf_source(options.source)
-    if isinstance(checkpoint, ModelDirectory) and (factors is None or source is None):
-        return convert(checkpoint, out, options.tokenizer_pre, options.verbose)
-    assert source is not None
+    if source is None:  # a GGUF file is its own
+        return convert(cast(ModelDirectory, checkpoint), out, options.tokenizer_pre, options.verbose)
     if options.tokenizer_pre is not None:
         raise UsageError("--tokenizer-pre: the tokenizer is that of the GGUF file; leave the option out")
     conversion = GgufConversion(factors, source)
