@@ -18,6 +18,24 @@ def test_generated_pages_are_up_to_date():
     assert not stale, f"stale: {', '.join(stale)}; run python docs/generate.py"
 
 
+def test_what_to_touch_is_where_it_is_said_to_be():
+    """Names in backquotes of docs/architecture.md, each in the file that is named next to it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## What to touch")[1]
+    pairs = re.findall(r"`(\w+)`(?: \w+){0,4}?\s(?:in|of)\s`(mobe_gguf/[\w/]+\.py)`", text.replace("\n", " "))
+    assert {name for name, _ in pairs} >= {
+        "FAMILIES",
+        "VALUES",
+        "ARCHITECTURES",
+        "KNOWN",
+        "Method",
+        "COMMANDS",
+        "LLAMA_CPP",
+    }
+    for name, path in pairs:
+        found = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(class |def )?{name}\b", found, re.MULTILINE), f"{path} has no {name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path):
     """Relative links of Markdown, and paths of this repository in backquotes."""
