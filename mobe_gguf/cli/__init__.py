@@ -28,7 +28,7 @@ COMMANDS = {
     "inspect": "Show what a model directory or GGUF file holds.",
     "verify": "Check a GGUF file: structure, shapes, finite values.",
     "eval": "Compare GGUF files with the original: KL divergence, perplexity, size.",
-    "serve-compare": "Ask two GGUF files the same in a browser, side by side.",
+    "serve-compare": "Send a prompt to two GGUF files and compare the answers in a browser.",
     "ablate": "Repeat the paper's studies on a model: bases, activations, error and KL divergence.",
     "demo": "Run the whole path on the tiny model that ships with the project.",
 }

@@ -27,10 +27,10 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
     type=click.Choice(["auto", "plain", "mobe"]),
     default="auto",
     show_default=True,
-    help="auto makes a plain file and, where it may pay, a factorized one, measures both and keeps the better.",
+    help="Form of the file. auto makes a plain one and, where it may pay, a factorized one, measures both and keeps the better.",
 )
 @click.option(
-    "--quant", metavar="TYPE", help="Types of the file, as llama-quantize calls them, instead of by --size."
+    "--quant", metavar="TYPE", help="Types of the file, by llama-quantize's name, instead of --size."
 )
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
@@ -41,11 +41,11 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 )
 @click.option(
     "--text", "-f", "texts", type=click.Path(path_type=Path, exists=True), multiple=True, metavar="FILE",
-    help="Text to calibrate with; may be given several times.  [default: the text that ships with the program]",
+    help="Text to calibrate with. Repeatable.  [default: the text that ships with the program]",
 )  # fmt: skip
 @click.option(
     "--eval-text", type=click.Path(path_type=Path, exists=True), metavar="FILE",
-    help="Text to measure on; it must not be one of --text.  [default: the held-out text that ships with the program]",
+    help="Text to measure on, none of --text.  [default: the held-out text that ships with the program]",
 )  # fmt: skip
 @click.option(
     "--chunks",
@@ -62,13 +62,18 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
     help="Chunks to measure on.",
 )
 @click.option(
-    "--bases", type=click.IntRange(min=1), metavar="M", help="Bases of a layer, instead of the chosen number."
+    "--bases",
+    type=click.IntRange(min=1),
+    metavar="M",
+    help="Basis matrices in a layer.  [default: chosen by size]",
 )
-@click.option("--rank", type=click.IntRange(min=1), metavar="R", help="Rows of a basis.")
+@click.option(
+    "--rank", type=click.IntRange(min=1), metavar="R", help="Rows of a basis.  [default: chosen by size]"
+)
 @click.option(
     "--activation",
     type=click.Choice(["none", "tanh", "silu"]),
-    help="Of the combined bases.  [default: none]",
+    help="Function on the mixed bases.  [default: none]",
 )
 @click.option("--basis-type", metavar="TYPE", help="Type of the bases B, instead of what --quant gives them.")
 @click.option(
@@ -80,7 +85,7 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 )
 @click.option("--no-rivals", is_flag=True, help="Make no plain files of about the same size to compare with.")
 @click.option(
-    "--no-measure", is_flag=True, help="Measure nothing (no copy of the original in 16 bits is made then)."
+    "--no-measure", is_flag=True, help="Measure nothing. No 16-bit copy of the original is then made."
 )
 @click.option(
     "--steps",
@@ -112,9 +117,9 @@ def command(
 ) -> None:
     """Make the best GGUF file of MODEL that a size allows: calibrate, fit, round, write, verify, measure.
 
-    MODEL is a Hugging Face model directory, or a GGUF file of q8_0 or better. Every matrix is rounded by the second moments of what it is fed. Where shared bases
-    (MoBE) may pay, a factorized file is made as well; what has the least KL divergence from MODEL becomes OUT.gguf, also if that
-    is a plain file. Work is kept in OUT.gguf.work until OUT is there; after a kill the same command with --resume continues.
+    MODEL is a Hugging Face model directory, or a GGUF file of q8_0 or better. Rounding minimizes the output error of every matrix on
+    the calibration text. If shared bases (MoBE) may pay, a factorized file is made, too. The file with the least KL divergence from MODEL becomes OUT.gguf, even if
+    it is a plain one. Unfinished work stays in OUT.gguf.work. After a kill, run the same command with --resume.
 
     \b
       mobe-gguf compress Qwen3-30B-A3B/ qwen3.gguf --size 10G

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # imports that take their time
 @options.report
 @click.option(
     "--moments", type=click.Path(path_type=Path), metavar="FILE",
-    help="Of `mobe-gguf moments`: the report then shows errors of outputs, and the tokens that each expert saw.",
+    help="Second moments from `mobe-gguf moments`. The report then shows output errors, and the tokens that each expert saw.",
 )  # fmt: skip
 @click.option(
     "--card", is_flag=True, help="Add each FILE's results to the README.md that export wrote beside it."

@@ -97,8 +97,8 @@ TYPE_OPTIONS = {
     "--moments",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Second moments of `mobe-gguf moments`, of the original model: every matrix that they know the inputs of is rounded by what an error "
-    "does to its outputs. Also serves as an importance matrix.",
+    help="Second moments of the original model's inputs, from `mobe-gguf moments`. Rounding then minimizes output error instead of weight "
+    "error. Also serves as an importance matrix.",
 )
 @click.option(
     "--refit/--no-refit",
@@ -156,8 +156,8 @@ def command(model: Path, out: Path, as_json: bool, verify: bool, **given: Any) -
     which is downloaded. Each tensor gets the type that llama-quantize would give it for the same TYPE, so q4_k means q4_k_m.
     Router, norms and mixing weights stay f32. An existing OUT.gguf is replaced when the new one is whole.
 
-    Where bases are quantized, the transforms and the mix are solved for again. They come near to the original model's matrices if
-    the original is where factorize found it, or where --original says. Otherwise they come near to what the factors stand for.
+    If bases are quantized, export solves for the transforms and the mix again. It brings them near to the original model's matrices if
+    the original is where factorize found it, or where --original says. Otherwise it brings them near to the factors' own matrices.
 
     Where MODEL holds factors of a GGUF file, --quant applies to the factors alone. All other tensors are copied from that
     file, except where --quant-rest gives them other types, or --tensor-type, --down-type, --output-tensor-type or

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 @click.option(
     "--published",
     is_flag=True,
-    help="The form of the MoBE paper: as many rows as an expert's gate (d/2 if those are more than d), a quarter as many bases as "
-    "experts, tanh. It is also what the other options of the form start from, if any of them is given. Without any of them: few "
-    "bases with more rows that keep as many parameters, and no activation, which decodes faster.",
+    help="The MoBE paper's form: n/4 bases of n experts, as many rows as an expert's gate has (d/2 if that is more than d), tanh. Any "
+    "other option of the form changes this one. Without such options, a few bases with more rows keep as many parameters, without "
+    "activation, which decodes faster.",
 )
 @click.option(
     "--target",

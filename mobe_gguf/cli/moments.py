@@ -32,13 +32,13 @@ from mobe_gguf.core.errors import Interrupted
     type=float,
     metavar="SHARE",
     help="Keep the strongest directions of a layer's moments that hold this share of their energy, and a diagonal for the rest. If "
-    "that is more than half of them, keep all. At most 1024 of more channels than that.  [default: 0.999]",
+    "that is more than half of the directions, keep all. With more than 1024 channels keep at most 1024.  [default: 0.999]",
 )
 @click.option(
     "--rank",
     type=int,
     metavar="K",
-    help="Keep K directions instead; of down's inputs all are kept. OUT takes 2 n d K bytes a layer for n experts with d inputs.",
+    help="Keep K directions instead, and all of down's inputs. OUT takes 2 n d K bytes a layer for n experts with d inputs.",
 )
 @click.option(
     "--memory",
@@ -62,10 +62,10 @@ def command(
     """Run a text through MODEL and sum the second moments of every matrix's inputs, for `--moments` of factorize and export.
 
     MODEL is a Hugging Face model directory, or a GGUF file of qwen3moe or qwen2moe. transformers (version 5) runs one layer at a
-    time, so the model need not fit into memory. One layer must; if its experts do not, they are read one after the other. FP8 and
-    GGUF weights are dequantized. The inputs of experts are weighted by the router. Finished layers stay in OUT.work, with the
-    states of all tokens after the last of them (2 bytes a token and channel). --resume continues from there. Memory and time by
-    model: docs/calibration.md.
+    time, so the model need not fit into memory. One layer must. If its experts do not, they are read one after the other. FP8 and
+    GGUF weights are dequantized. The router weighs the inputs of experts. Finished layers stay in OUT.work, with the states of all
+    tokens after the last of them (2 bytes a token and channel). --resume continues from there. docs/calibration.md has memory and
+    time by model.
 
     \b
     Example:

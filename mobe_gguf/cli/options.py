@@ -143,7 +143,7 @@ report = click.option(
     "report_to",
     type=click.Path(path_type=Path),
     metavar="FILE.html",
-    help="Write what was found as one HTML page, with pictures and tables; it needs nothing else.",
+    help="Write the results as one self-contained HTML page, with plots and tables.",
 )
 quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 

@@ -37,7 +37,7 @@ def command(
     n_cpu_moe: int | None,
     quiet: bool,
 ) -> None:
-    """Ask two GGUF files the same in a browser: answers side by side, differing tokens marked, speeds shown.
+    """Send a prompt to two GGUF files and compare the answers in a browser: differing tokens marked, speeds shown.
 
     Two llama-servers and a page run on this computer until Ctrl-C; if one of the servers ends, all do. They listen on 127.0.0.1 alone.
     From another computer: ssh -L PORT:127.0.0.1:PORT, then open the page there. Both files must fit into memory together.
