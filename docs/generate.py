@@ -108,18 +108,21 @@ def families_page() -> str:
         "|---|---|---|---|---|---|",
     ]
     for family in families.FAMILIES:
-        remote = [t for t in family.model_types if t in ("bailing_moe", "kimi_k2")]
+        remote = family.remote
         moments = "no" if family.model_types[0] in remote else "yes" + "".join(f", not {t}" for t in remote)
         why = f"transformers has no class for {', '.join(remote)}" if remote else ""
         lines.append(
             f"| {', '.join(f'`{t}`' for t in family.model_types)} | yes | yes | {moments} | gate, up, down | {why} |"
         )
     for model_type, (_, why) in families.OTHERS.items():
-        known = model_type not in families.UNCONVERTED
+        known = model_type not in families.UNCONVERTED | families.OTHERWISE
         row = ["no", "yes", "no", "gate, up, down"] if known else ["no", "no", "no", "no"]
         if model_type == "nemotron_h":
             row[3] = "up, down"
-        why = f"not written: {why}" if known else "llama.cpp's converter does not know it"
+        if model_type in families.UNCONVERTED:
+            why = "llama.cpp's converter does not know it"
+        elif known:
+            why = f"not written: {why}"
         lines.append(f"| `{model_type}` | {' | '.join(row)} | {why} |")
     lines += ["", "## Values of config.json that are refused", "", *REFUSED_TEXT.strip().split("\n"), ""]
     lines += ["| family | key | accepted | the runtime |", "|---|---|---|---|"]
@@ -135,7 +138,8 @@ def families_page() -> str:
 
 FAMILIES_TEXT = """
 What is read as a Hugging Face directory was compared with transformers on small random models (`tests/parity`), factorized and not,
-with one tensor for each expert and with fused ones. Bailing's and Kimi's code is not in transformers and not run here: their files
+with one tensor for each expert and with fused ones; logits agree to 1e-10 of their energy (Qwen3-Next, whose linear attention is
+summed in another order, to 1e-8). Bailing's and Kimi's code is not in transformers and not run here: their files
 are compared with files of the same model that have ordinary experts. A MoE that is not read so goes through a GGUF file:
 llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any types, and `export` puts the factors back into it. "yes" under
 GGUF says of the families that are not read as directories that the converter has a class for them; each was not tried here.

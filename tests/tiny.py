@@ -75,8 +75,71 @@ _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", dict(num_local_experts=8, intermediate_size=48)),
 }
 
-#: Every family that :func:`make_model` builds.
+_SIGMOID = dict(
+    num_key_value_heads=4,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    moe_intermediate_size=48,
+)
+
+#: Families that have tests of their own, ``tests/parity/test_more_families.py``.
+_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4_moe": (
+        "Glm4Moe",
+        _SIGMOID | dict(num_key_value_heads=2, head_dim=16, n_group=1, topk_group=1, num_nextn_predict_layers=0),
+    ),
+    "glm4_moe_lite": ("Glm4MoeLite", _MLA | dict(n_group=1, topk_group=1)),
+    "dots1": ("Dots1", _SIGMOID | dict(head_dim=16, n_group=1, topk_group=1, norm_topk_prob=True)),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        dict(
+            moe_num_experts=8, moe_k=2, moe_intermediate_size=48, moe_num_shared_experts=1, moe_layer_start_index=1,
+            moe_layer_interval=1, moe_layer_end_index=-1,
+        ),
+    ),
+    "minimax_m2": ("MiniMaxM2", dict(num_local_experts=8, intermediate_size=48, head_dim=16, rotary_dim=8)),
+    "exaone_moe": (
+        "ExaoneMoe",
+        dict(
+            num_experts=8, moe_intermediate_size=48, num_shared_experts=1, first_k_dense_replace=1, head_dim=16,
+            n_group=1, topk_group=1, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "lfm2_moe": (
+        "Lfm2Moe",
+        dict(
+            num_experts=8, moe_intermediate_size=48, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"],
+            tie_word_embeddings=True,
+        ),
+    ),
+    "deepseek_v32": ("DeepseekV32", _MLA | dict(n_group=2, topk_group=1)),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1", dict(num_experts=8, moe_topk=2, moe_intermediate_size=48, intermediate_size=48, head_dim=16)
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        dict(
+            num_experts=8, moe_intermediate_size=48, shared_expert_intermediate_size=80, head_dim=16, num_hidden_layers=4,
+            linear_conv_kernel_dim=4, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
+            linear_num_value_heads=4,
+        ),
+    ),
+    "afmoe": (
+        "Afmoe",
+        dict(
+            num_experts=8, moe_intermediate_size=48, num_dense_layers=1, num_shared_experts=1, head_dim=16, num_hidden_layers=4,
+            mup_enabled=True,
+        ),
+    ),
+}  # fmt: skip
+
+#: Tokens that the converter looks for in the vocabularies of some families.
+_SPECIAL = ("[gMASK]", "<|user|>", "<|observation|>")
+
+#: Every family that :func:`make_model` builds and the tests go through; then all.
 FAMILIES = (*_CLASSES, "bailing_moe")
+ALL_FAMILIES = (*FAMILIES, *_MORE)
 
 
 def make_model(
@@ -103,6 +166,9 @@ def make_model(
         model = build(family, seed=seed, **overrides).to(dtype)
         model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=not fused)
     _tokenizer().save_pretrained(path)
+    if family == "deepseek_v32":  # its vocabulary's own setting, which the converter asks for
+        said = path / "tokenizer_config.json"
+        said.write_text(json.dumps(json.loads(said.read_text()) | {"add_bos_token": True}))
     return path
 
 
@@ -110,14 +176,15 @@ def build(family: str, *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
     """The transformers model of :func:`make_model`, float32 and in memory only."""
     import transformers
 
-    prefix, extra = _CLASSES[family]
+    prefix, extra = (_CLASSES | _MORE)[family]
     config = getattr(transformers, f"{prefix}Config")(**(_SIZES | extra | overrides))
     with torch.random.fork_rng():
         model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-            _fill(name, tensor, generator)
+            if not name.endswith((".A_log", ".dt_bias")):  # decay of a state: as it is initialized
+                _fill(name, tensor, generator)
     return model
 
 
@@ -214,7 +281,7 @@ def _tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_SIZES["vocab_size"],
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", *_SPECIAL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

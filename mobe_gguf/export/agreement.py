@@ -23,10 +23,10 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size, why_not_written
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
-from mobe_gguf.export.converter import ARCHITECTURES
-from mobe_gguf.formats.gguf import GgufFile, padded, read_gguf, read_model
+from mobe_gguf.formats.gguf import Array, GgufFile, padded, read_gguf, read_model
 from mobe_gguf.formats.safetensors import SINGLE_NAME, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.families import layer_of
 from mobe_gguf.models.gguf_source import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
 from mobe_gguf.models.original import open_original
@@ -44,11 +44,11 @@ TYPE_LIMITS = ((32.0, 1e-8), (16.0, 1e-3), (8.0, 0.2))
 #: Keys that may differ: how many layers there are, and what is named.
 _OWN_KEYS = ("block_count", "mobe.")
 
+#: GGUF's number for the type of arrays.
+_ARRAY = 9
+
 #: Bytes of float32 that are compared without being asked to: some seconds.
 QUICK = 200_000_000
-
-#: ``model_type`` that transformers knows only by code of the model's own.
-OWN_CODE = ("bailing_moe", "kimi_k2")
 
 
 @dataclass
@@ -89,7 +89,7 @@ def agreement(
         )
     graph_ok, file_ok = _compare(checkpoint, whole, n, tokens, result, limit)
     if not (graph_ok and file_ok):
-        for fewer in range(checkpoint.moe_layers[0] + 1, n):  # which layer is the first
+        for fewer in range(_compared(checkpoint, 1), n):  # which layer is the first
             graph_ok, file_ok = _compare(checkpoint, whole, fewer, tokens, result, limit)
             if not (graph_ok and file_ok):
                 break
@@ -135,22 +135,23 @@ def check_written(path: Path, model: Path, *, layers: int = 2, fitted: bool = Fa
 
 
 def _compared(checkpoint: Checkpoint, layers: int) -> int:
-    return min(checkpoint.n_layer, checkpoint.moe_layers[0] + max(1, layers))
+    """How many layers: those asked for, and at least one that attends, without which the runtime runs no model."""
+    kinds = checkpoint.config.get("layer_types")
+    attends = [
+        i for i, kind in enumerate(kinds or []) if "attention" in str(kind) and "linear" not in str(kind)
+    ]
+    return min(
+        checkpoint.n_layer, max(checkpoint.moe_layers[0] + max(1, layers), *(i + 1 for i in attends[:1]), 0)
+    )
 
 
 def _size(checkpoint: Checkpoint, n: int) -> int:
     """Bytes in float32 of the first ``n`` layers, embeddings and output."""
-    kept = (name for name in checkpoint.names if _layer_of(name) < n)
+    kept = (name for name in checkpoint.names if layer_of(name) < n)
     made = 4 * sum(checkpoint.info(name).numel for name in kept)
     if checkpoint.factors is not None:
         made += 4 * n * 3 * checkpoint.n_expert * checkpoint.n_ff_exp * checkpoint.n_embd
     return made
-
-
-def _layer_of(name: str) -> int:
-    """The layer that a tensor belongs to; -1 if to none."""
-    parts = name.split(".")
-    return next((int(parts[i + 1]) for i, p in enumerate(parts[:-1]) if p == "layers"), -1)
 
 
 def _open(path: Path) -> Checkpoint:
@@ -161,7 +162,7 @@ def _open(path: Path) -> Checkpoint:
     source = open_original(path).directory
     if source is None:
         raise UsageError(f"--model {path}: a Hugging Face model directory is compared with, not a GGUF file")
-    if source.config.get("model_type") in OWN_CODE:
+    if source.config.get("model_type") in source.family.remote:
         raise UsageError(
             f"--model {path}: transformers does not know {source.config.get('model_type')}; its code is not run"
         )
@@ -237,7 +238,12 @@ def _other_keys(file: GgufFile, new: GgufFile) -> Iterator[str]:
         return
     prefix = f"{new.arch}."
     for key in sorted(k for k in {*file.keys, *new.keys} if k.startswith(prefix)):
-        if key.removeprefix(prefix).startswith(_OWN_KEYS) or file.keys.get(key) == new.keys.get(key):
+        found, expected = file.keys.get(key), new.keys.get(key)
+        if isinstance(found, Array) and isinstance(expected, Array):  # a value for each layer
+            same = found.head[: expected.length] == expected.head
+        else:
+            same = found == expected
+        if same or key.removeprefix(prefix).startswith(_OWN_KEYS):
             continue
         yield f"key {key} is {file.keys.get(key)!r}, a new file of the model has {new.keys.get(key)!r}"
 
@@ -252,7 +258,7 @@ def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> No
         if k not in ("num_B", "activation", "mobe", "quantization_config")
     }
     lists = {k: v[:n] for k, v in config.items() if isinstance(v, list) and len(v) == checkpoint.n_layer}
-    config |= lists | {"num_hidden_layers": n, "architectures": [ARCHITECTURES[checkpoint.family.name]]}
+    config |= lists | {"num_hidden_layers": n, "architectures": [checkpoint.family.architecture]}
     config |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in config}
     if isinstance(used, int):  # of ``--experts-used``
         config |= {key: used for key in checkpoint.family.n_expert_used_keys if key in config}
@@ -275,7 +281,7 @@ def _entries(checkpoint: Checkpoint, n: int) -> Iterator[Entry]:
         matrix = read(e)
         yield Entry.of(name, matrix)
     for name in checkpoint.names:
-        if _layer_of(name) >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
+        if layer_of(name) >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
             continue
         info = checkpoint.info(name)
         if info.dtype.startswith("F8"):
@@ -291,6 +297,16 @@ def _float(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     raise MobeError(f"{checkpoint.path}: tensor {name} is fused and in FP8: not compared")
 
 
+def _of_layers(pair: bytes, n_layer: object, n: int) -> bytes:
+    """A key and its value; of a list with a number for each layer, the first ``n``."""
+    (length,) = struct.unpack_from("<Q", pair)
+    kind, at = struct.unpack_from("<I", pair, 8 + length)[0], 12 + length
+    if kind != _ARRAY or struct.unpack_from("<Q", pair, at + 4)[0] != n_layer:
+        return pair
+    size = (len(pair) - at - 12) // int(n_layer)  # type: ignore[call-overload]
+    return pair[: at + 4] + struct.pack("<Q", n) + pair[at + 12 : at + 12 + n * size]
+
+
 def _first_blocks(file: GgufFile, n: int, out: Path) -> None:
     """The first ``n`` blocks of ``file``, with all that is no block's."""
     kept = [
@@ -303,6 +319,8 @@ def _first_blocks(file: GgufFile, n: int, out: Path) -> None:
                 continue
             source.seek(begin)
             pairs.append(source.read(end - begin))
+            if name.startswith(f"{file.arch}."):
+                pairs[-1] = _of_layers(pairs[-1], file.keys.get(f"{file.arch}.block_count"), n)
             if name == f"{file.arch}.block_count":
                 pairs[-1] = pairs[-1][:-4] + struct.pack("<I", n)
     if file.arch == "deepseek2" and f"{file.arch}.attention.q_lora_rank" not in file.keys:

@@ -29,29 +29,18 @@ from mobe_gguf.export.conversion import add_keys
 from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.source import Lazy, Source, Tensor, Whole, cast, evaluate
 from mobe_gguf.export.write import Encoded, Head
-from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME
+from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from mobe_gguf.models.config_values import for_converter
 from mobe_gguf.models.factors import ModelDirectory
+from mobe_gguf.models.families import layer_of
 from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import Choice, Recipe, plan
 
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
 FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")
 
-#: Hugging Face class of a family, for a config.json whose ``architectures`` the converter does not know: the published
-#: checkpoints name the authors' own classes there (``Qwen3MoBEForCausalLM``), ours the original's.
-ARCHITECTURES = {
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "bailing_moe": "BailingMoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-}
-
 #: Architectures whose graph has no output matrix but its own: where the model's is tied to the embeddings, they are written again.
-UNTIED = ("qwen2moe", "olmoe", "bailingmoe")
+UNTIED = ("qwen2moe", "olmoe", "bailingmoe", "dots1", "exaone-moe", "minimax-m2")
 
 
 @dataclass
@@ -167,9 +156,7 @@ def convert(
         gguf = conversion.base.gguf
         result = HfConversion(own_keys=judgement.keys, notes=[*checkpoint.notes, *judgement.notes])
         caught: dict[str, Any] = {}
-        subclass = _catching(
-            model_class, conversion.base.LazyTorchTensor, caught, result, pre, _fused_of(checkpoint)
-        )
+        subclass = _catching(model_class, conversion.base.LazyTorchTensor, caught, result, pre, checkpoint)
         folder = checkpoint.path
         if checkpoint.has_stale_index:
             result.view = _without_index(checkpoint.path)
@@ -209,6 +196,20 @@ def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slic
     return found
 
 
+def _own_name(checkpoint: ModelDirectory, name: str) -> str:
+    """What the converter calls a tensor that lies beside fused experts."""
+    layer = layer_of(name)
+    fused = layer in checkpoint.moe_layers and checkpoint.is_fused(layer, "gate")
+    return checkpoint.family.own_name(name, layer) if fused else name
+
+
+def _predicts(checkpoint: ModelDirectory) -> bool:
+    """Whether there are layers that predict further tokens."""
+    return any(
+        layer_of(name) >= checkpoint.n_layer or re.match(r"(model\.)?mtp", name) for name in checkpoint.names
+    )
+
+
 def _without_index(path: Path) -> tempfile.TemporaryDirectory[str]:
     """A directory with links to all files of ``path`` but its index, which the converter would believe, in one of its name."""
     view = tempfile.TemporaryDirectory(prefix="mobe-gguf-")
@@ -236,7 +237,7 @@ def _untie(result: HfConversion) -> None:
 
 def _model_class(conversion: Any, checkpoint: ModelDirectory, hparams: dict[str, Any]) -> Any:
     """The converter's class; ``hparams["architectures"]`` is corrected where it names one of the authors' classes."""
-    names = [*(hparams.get("architectures") or []), ARCHITECTURES.get(checkpoint.family.name)]
+    names = [*(hparams.get("architectures") or []), checkpoint.family.architecture]
     for name in names:
         if name is None:
             continue
@@ -257,9 +258,11 @@ def _catching(
     caught: dict[str, Any],
     result: HfConversion,
     pre: Any,
-    fused: Mapping[str, list[tuple[str, int, slice]]],
+    checkpoint: ModelDirectory | None,
 ) -> Any:
-    """A subclass of the converter's model class ``base`` that hides B and W and puts what it makes in ``caught``."""
+    """A subclass of the converter's model class ``base`` that hides B and W and puts what it makes in ``caught``; ``checkpoint``: what
+    it reads, None if it is given names and shapes alone."""
+    fused = {} if checkpoint is None else _fused_of(checkpoint)
 
     class Marked(lazy):
         """A LazyTorchTensor whose conversions can be told from other operations, see ``source.is_cast``."""
@@ -274,6 +277,16 @@ def _catching(
 
     class Catching(base):
         model_arch = base.model_arch
+        #: Whether no layer predicts further tokens, which some classes expect of every model.
+        no_mtp = base.no_mtp if checkpoint is None else not _predicts(checkpoint)
+
+        def set_vocab(self) -> None:
+            try:
+                super().set_vocab()
+            except (FileNotFoundError, AttributeError, AssertionError) as e:
+                if not _is_in_json(self.dir_model, str(e)):
+                    raise
+                self._set_vocab_gpt2()
 
         @classmethod
         def filter_tensors(cls, item: Any) -> Any:
@@ -286,7 +299,7 @@ def _catching(
                         meta=tensor._meta, args=tensor._args, kwargs=tensor._kwargs, func=tensor._func
                     )
                 if name not in fused:
-                    yield name, tensor
+                    yield name if checkpoint is None else _own_name(checkpoint, name), tensor
                 for expert, index, rows in fused.get(name, ()):
                     yield (
                         expert,
@@ -321,6 +334,15 @@ def _catching(
                 logger.setLevel(level)
 
     return Catching
+
+
+def _is_in_json(path: Path, why: str) -> bool:
+    """Whether a vocabulary that a class of the converter cannot read, and says ``why``, lies there as tokenizer.json, too: the class
+    asks for a sentencepiece model, for ranks that Python code has, or for a setting as transformers 4 gives it."""
+    if "add_bos_token" in why:
+        said = path / "tokenizer_config.json"
+        return said.is_file() and read_json(said).get("add_bos_token") is True
+    return ("tokenizer.model" in why or "mergeable_ranks" in why) and (path / "tokenizer.json").is_file()
 
 
 def _catcher(base: Any, caught: dict[str, Any], result: HfConversion) -> Any:

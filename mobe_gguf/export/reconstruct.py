@@ -24,7 +24,6 @@ from mobe_gguf.core.atomic import atomic_path, rename, write_json
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import check_space, describe_size, why_not_written
 from mobe_gguf.core.progress import bar
-from mobe_gguf.export.converter import ARCHITECTURES
 from mobe_gguf.export.factors import check_factors
 from mobe_gguf.export.shards import Parts, fingerprint
 from mobe_gguf.formats.safetensors import DTYPES, INDEX_NAME, STORED, Entry, write_safetensors
@@ -246,7 +245,7 @@ def original_config(checkpoint: ModelWithFactors, target: torch.dtype) -> tuple[
     config = {key: value for key, value in checkpoint.config.items() if key not in MOBE_KEYS}
     config.pop("quantization_config", None)
     names = [name for name in config.get("architectures") or [] if not _is_mobe_class(name)]
-    config["architectures"] = names or [ARCHITECTURES[checkpoint.family.name]]
+    config["architectures"] = names or [checkpoint.family.architecture]
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = str(target).removeprefix("torch.")

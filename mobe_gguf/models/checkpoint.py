@@ -27,7 +27,7 @@ from mobe_gguf.formats.safetensors import (
 )
 from mobe_gguf.models.config_values import Judgement, check_values
 from mobe_gguf.models.factors import ModelDirectory
-from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of
+from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of, layer_of
 from mobe_gguf.models.foreign import check_format, check_names
 from mobe_gguf.models.layout import ExpertLayout
 from mobe_gguf.models.tensors import all_finite
@@ -159,7 +159,7 @@ class Checkpoint(ModelDirectory):
         the router of each MoE layer."""
         needed = [self.family.embedding, self.family.final_norm]
         needed += [self.router(layer) for layer in self.moe_layers]
-        if not self.config.get("tie_word_embeddings"):
+        if not self.family.is_tied(self.config):
             needed.append(self.family.output)
         return [name for name in needed if name not in self]
 
@@ -383,14 +383,7 @@ class Checkpoint(ModelDirectory):
                 if self.is_fused(layer, projection):
                     for source in self.expert_sources(layer, projection):
                         fused.setdefault(source, []).append((layer, projection))
-        renamed = {
-            self.family.fused_weight(layer, "down").removesuffix("experts.down_proj"): self.family.block_name(
-                layer
-            )
-            + "."
-            for units in fused.values()
-            for layer, _ in units
-        }
+        layers = {layer for units in fused.values() for layer, _ in units}
         for name in self.names:
             info = self.info(name)
             if name in fused:
@@ -398,8 +391,8 @@ class Checkpoint(ModelDirectory):
                     if (layer, projection) not in factorized:
                         out += self._split(name, info, layer, projection)
             elif name not in dropped:
-                for old, new in renamed.items():
-                    name = new + name.removeprefix(old) if name.startswith(old) else name
+                if (layer := layer_of(name)) in layers:
+                    name = self.family.own_name(name, layer)
                 file = self.path / info.shard
                 out.append(Entry.copy(name, info.dtype, info.shape, file, info.begin, info.end))
         return out

@@ -246,8 +246,9 @@ def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
     return _magnitude(factor)
 
 
-def rotary(*kinds: str, latent: bool = False) -> Judge:
-    """Rotary scaling: ``kinds`` beside none are carried.  ``latent``: DeepSeek's graph, which scales all of attention, too."""
+def rotary(*kinds: str, latent: bool = False, partial_too: bool = False) -> Judge:
+    """Rotary scaling: ``kinds`` beside none are carried.  ``latent``: DeepSeek's graph, which scales all of attention, too;
+    ``partial_too``: the file says how many dimensions are rotated."""
 
     def judge(config: Config, judgement: Judgement) -> None:
         rope = rope_of(config)
@@ -255,7 +256,7 @@ def rotary(*kinds: str, latent: bool = False) -> Judge:
             rope["rope_type"],
             rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
         )
-        if partial not in (None, 1, 1.0):
+        if partial not in (None, 1, 1.0) and not partial_too:
             judgement.refuse("partial_rotary_factor", partial, "rotates all dimensions")
         if kind == "dynamic":
             judgement.notes.append(
@@ -300,6 +301,86 @@ def _scale_attention(
     judgement.keys["rope.scaling.yarn_log_multiplier"] = multiplier
     if not math.isclose(attn_factor, 1.0, rel_tol=1e-7):
         judgement.keys["rope.scaling.attn_factor"] = attn_factor
+
+
+def sparse_behind(config: Config, judgement: Judgement) -> None:
+    """``mlp_layer_types``: dense layers come first, and then no more."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        leading_dense(config, judgement)
+        return
+    dense = kinds.count("dense") if isinstance(kinds, list) else 0
+    if not isinstance(kinds, list) or kinds[:dense] != ["dense"] * dense:
+        judgement.refuse("mlp_layer_types", kinds, "has dense layers before all others alone")
+    judgement.hparams["first_k_dense_replace"] = dense
+
+
+def ernie_layers(config: Config, judgement: Judgement) -> None:
+    """The runtime counts experts' layers to the last one."""
+    end, n_layer = config.get("moe_layer_end_index"), config.get("num_hidden_layers")
+    if end not in (None, -1) and not (is_int(end) and is_int(n_layer) and end >= n_layer - 1):
+        judgement.refuse("moe_layer_end_index", end, "has experts to the last layer")
+
+
+def ernie_shared(config: Config, judgement: Judgement) -> None:
+    """The converter guesses the width of the shared experts; it is carried here."""
+    width, shared = (config.get(k) for k in ("moe_intermediate_size", "moe_num_shared_experts"))
+    if is_int(width) and is_int(shared) and shared:
+        judgement.keys["expert_shared_feed_forward_length"] = width * shared
+
+
+def rotary_width(config: Config, judgement: Judgement) -> None:
+    """MiniMax: the converter asks for ``rotary_dim`` alone."""
+    partial, head = rope_of(config).get("partial_rotary_factor"), config.get("head_dim")
+    if config.get("rotary_dim") is None and is_int(head):
+        judgement.hparams["rotary_dim"] = int(head * (1.0 if partial is None else partial))
+
+
+def by_layer(key: str, default: int) -> Judge:
+    """Hunyuan: the converter wants a list with a value for each layer, which must be one."""
+
+    def judge(config: Config, judgement: Judgement) -> None:
+        value = config.get(key) or default
+        values = value if isinstance(value, list) else [value]
+        if any(v != values[0] for v in values):
+            judgement.refuse(key, value, "has the same in every layer")
+        judgement.hparams[key] = [values[0]] * (config.get("num_hidden_layers") or 1)
+
+    return judge
+
+
+def hunyuan_width(config: Config, judgement: Judgement) -> None:
+    """transformers takes ``intermediate_size`` for experts, the runtime ``moe_intermediate_size``."""
+    width = config.get("moe_intermediate_size")
+    widths = {*(width if isinstance(width, list) else [width]), config.get("intermediate_size")} - {None}
+    if len(widths) != 1:
+        judgement.refuse(
+            "moe_intermediate_size", width, "needs experts of intermediate_size, as transformers has them"
+        )
+        return
+    judgement.hparams["moe_intermediate_size"] = [*widths] * (config.get("num_hidden_layers") or 1)
+
+
+def every_fourth_attends_to_all(config: Config, judgement: Judgement) -> None:
+    """AfMoE: windows but for every fourth layer, which has no rotary embedding."""
+    kinds, n_layer = config.get("layer_types"), config.get("num_hidden_layers") or 0
+    expected = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(n_layer)]
+    if kinds is not None and kinds != expected:
+        judgement.refuse("layer_types", kinds, "has a window in all layers but every fourth")
+
+
+def linear_heads(config: Config, judgement: Judgement) -> None:
+    """Linear attention: the runtime has one size for heads of keys and values."""
+    key, value = (config.get(k) for k in ("linear_key_head_dim", "linear_value_head_dim"))
+    if key != value:
+        judgement.refuse("linear_value_head_dim", value, f"takes that of keys, {key}")
+
+
+def linear_or_full(config: Config, judgement: Judgement) -> None:
+    """``layer_types``: linear or full attention."""
+    types = config.get("layer_types") or []
+    if other := [t for t in types if t not in ("linear_attention", "full_attention")]:
+        judgement.refuse("layer_types", other[0], "knows linear and full attention")
 
 
 def is_int(value: Any) -> TypeGuard[int]:

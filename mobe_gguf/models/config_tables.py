@@ -11,19 +11,28 @@ from mobe_gguf.models.config_rules import (
     Values,
     all_layers_attend,
     all_layers_moe,
+    by_layer,
     equal_heads,
+    ernie_layers,
+    ernie_shared,
+    every_fourth_attends_to_all,
     heads_fill_width,
+    hunyuan_width,
     leading_dense,
+    linear_heads,
+    linear_or_full,
     mla_epsilon,
     names,
     olmoe_epsilon,
     query_rank,
     rotary,
     rotary_head,
+    rotary_width,
     scaling_factor,
     sliding,
     sliding_if_used,
     some_shared,
+    sparse_behind,
     v2_groups,
     v2_norm,
     v3_groups,
@@ -35,13 +44,15 @@ _MLA = "moe_intermediate_size n_routed_experts num_experts num_local_experts int
     "qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim head_dim n_group topk_group first_k_dense_replace moe_layer_freq " \
     "n_shared_experts routed_scaling_factor layer_types"  # fmt: skip
 
+_SIGMOID = Only(("sigmoid",), "is told 'sigmoid', as transformers' class computes", "sigmoid")
+
 _DEEPSEEK_V3 = Values(
     carried=names(_MLA + " norm_topk_prob"),
     only={
         "hidden_act": SILU,
         "attention_bias": NO_BIAS,
         "rope_interleave": Only((True, None), "rotates neighbouring dimensions", True),
-        "scoring_func": Only(("sigmoid",), "is told 'sigmoid', as transformers' class computes", "sigmoid"),
+        "scoring_func": _SIGMOID,
         "topk_method": Only((None, "noaux_tc"), "chooses experts by 'noaux_tc'"),
     },
     judges=(
@@ -116,5 +127,127 @@ VALUES: Mapping[str, Values] = {
             "multi_gate": Only((False, None), "has one router a layer", False),
         },
         judges=(sliding_if_used, all_layers_attend, some_shared("num_shared_experts"), rotary()),
+    ),
+    "glm4_moe": Values(
+        carried=names(
+            "moe_intermediate_size n_routed_experts intermediate_size head_dim n_group topk_group first_k_dense_replace "
+            "n_shared_experts routed_scaling_factor norm_topk_prob use_qk_norm attention_bias partial_rotary_factor"
+        ),
+        only={"hidden_act": SILU},
+        judges=(
+            leading_dense, scaling_factor, v3_groups, some_shared("n_shared_experts"), rotary("linear", "yarn", partial_too=True),
+        ),
+    ),
+    "glm4_moe_lite": Values(
+        carried=names(_MLA + " norm_topk_prob mlp_layer_types"),
+        only=_DEEPSEEK_V3.only,
+        judges=(
+            sparse_behind, all_layers_attend, mla_epsilon, query_rank, rotary_head, equal_heads, scaling_factor, v3_groups,
+            some_shared("n_shared_experts"), rotary("linear", "yarn", latent=True),
+        ),
+        implied={"scoring_func": "sigmoid"},
+    ),
+    "dots1": Values(
+        carried=names(
+            "moe_intermediate_size n_routed_experts intermediate_size head_dim n_group topk_group first_k_dense_replace "
+            "n_shared_experts routed_scaling_factor norm_topk_prob sliding_window max_window_layers layer_types"
+        ),
+        only={"hidden_act": SILU, "attention_bias": NO_BIAS, "scoring_func": _SIGMOID},
+        judges=(
+            leading_dense, all_layers_attend, equal_heads, scaling_factor, v3_groups, some_shared("n_shared_experts"),
+            rotary("linear", "yarn"),
+        ),
+        implied={"scoring_func": "sigmoid"},
+    ),
+    "ernie4_5_moe": Values(
+        carried=names(
+            "intermediate_size moe_intermediate_size moe_k moe_num_experts moe_num_shared_experts moe_layer_start_index "
+            "moe_layer_end_index head_dim"
+        ),
+        only={
+            "hidden_act": SILU,
+            "use_bias": NO_BIAS,
+            "moe_layer_interval": Only((1, None), "has experts in every layer from the first on", 1),
+            "moe_norm_min": Only((1e-12,), "has no other least sum of routing weights", 1e-12),
+        },
+        judges=(ernie_layers, ernie_shared, some_shared("moe_num_shared_experts"), rotary("linear", "yarn")),
+    ),
+    "minimax_m2": Values(
+        carried=names("intermediate_size num_local_experts num_experts head_dim rotary_dim partial_rotary_factor"),
+        only={"hidden_act": SILU, "scoring_func": _SIGMOID},
+        judges=(rotary_width, rotary("linear", "yarn", partial_too=True)),
+        implied={"scoring_func": "sigmoid"},
+    ),
+    "exaone_moe": Values(
+        carried=names(
+            "intermediate_size moe_intermediate_size num_experts num_shared_experts head_dim first_k_dense_replace "
+            "mlp_layer_types layer_types sliding_window sliding_window_pattern routed_scaling_factor norm_topk_prob n_group topk_group"
+        ),
+        only={"hidden_act": SILU, "scoring_func": _SIGMOID},
+        judges=(sparse_behind, scaling_factor, some_shared("num_shared_experts"), rotary()),
+        implied={"scoring_func": "sigmoid"},
+    ),
+    "lfm2_moe": Values(
+        carried=names(
+            "intermediate_size moe_intermediate_size num_experts num_dense_layers norm_eps conv_L_cache layer_types head_dim "
+            "use_expert_bias tie_embedding"
+        ),
+        only={
+            "conv_bias": Only((False,), "has no such biases", False),
+            "norm_topk_prob": Only((True,), "normalizes the routing weights", True),
+            "routed_scaling_factor": Only((1.0, 1), "has no such factor", 1.0),
+            "tie_word_embeddings": Only((True,), "takes the embeddings for the output", True),
+        },
+        judges=(rotary("linear", "yarn"),),
+    ),
+    "deepseek_v32": Values(
+        carried=names(_MLA + " norm_topk_prob mlp_layer_types index_topk index_head_dim index_n_heads"),
+        only={k: v for k, v in _DEEPSEEK_V3.only.items() if k != "rope_interleave"} | {"mlp_bias": NO_BIAS},
+        judges=(
+            sparse_behind, mla_epsilon, rotary_head, equal_heads, scaling_factor, v3_groups, some_shared("n_shared_experts"),
+            rotary("linear", "yarn", latent=True),
+        ),
+        implied={"scoring_func": "sigmoid"},
+    ),
+    "hunyuan_v1_moe": Values(
+        carried=names(
+            "intermediate_size moe_intermediate_size num_experts num_local_experts moe_topk num_shared_expert head_dim eod_token_id "
+            "sep_token_id"
+        ),
+        only={"hidden_act": SILU, "attention_bias": NO_BIAS, "norm_topk_prob": Only((True, None), "normalizes", True)},
+        judges=(hunyuan_width, by_layer("moe_topk", 1), by_layer("num_shared_expert", 1), rotary("linear", "yarn")),
+    ),
+    "qwen3_next": Values(
+        carried=names(
+            "intermediate_size moe_intermediate_size shared_expert_intermediate_size num_experts num_local_experts head_dim "
+            "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads layer_types "
+            "decoder_sparse_step mlp_only_layers full_attention_interval partial_rotary_factor"
+        ),
+        only={
+            "hidden_act": SILU,
+            "attention_bias": NO_BIAS,
+            "norm_topk_prob": Only((True,), "normalizes the routing weights", True),
+        },
+        judges=(
+            all_layers_moe, linear_heads, linear_or_full, some_shared("shared_expert_intermediate_size"),
+            rotary("linear", "yarn", partial_too=True),
+        ),
+    ),
+    "afmoe": Values(
+        carried=names(
+            "intermediate_size moe_intermediate_size num_experts num_shared_experts num_dense_layers head_dim layer_types sliding_window "
+            "route_scale route_norm"
+        ),
+        only={
+            "hidden_act": SILU,
+            "attention_bias": NO_BIAS,
+            "mup_enabled": Only((True,), "scales the embeddings", False),
+            "global_attn_every_n_layers": Only((4,), "attends to all in every fourth layer", 4),
+            "route_norm": Only((True,), "is told to normalize, as transformers does", True),
+            "score_func": _SIGMOID,
+            "n_group": Only((1, None), "has no groups of experts", 1),
+        },
+        judges=(every_fourth_attends_to_all, some_shared("num_shared_experts"), rotary("linear", "yarn")),
+        implied={"route_norm": True},
     ),
 }  # fmt: skip

@@ -48,6 +48,33 @@ def by_sparse_step(config: Config, layer: int) -> bool:
     return layer not in dense and (layer + 1) % _count(config, "decoder_sparse_step", 1) == 0
 
 
+def by_layer_list(config: Config, layer: int) -> bool:
+    """GLM-4.7-Flash, EXAONE, DeepSeek-V3.2: ``mlp_layer_types`` names each layer "dense" or "sparse"; without it the first are
+    dense."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        return after_leading_dense(config, layer)
+    if not isinstance(kinds, list) or layer >= len(kinds) or not all(k in ("dense", "sparse") for k in kinds):
+        raise MobeError(
+            f"config.json: 'mlp_layer_types' must say 'dense' or 'sparse' of each layer, got {kinds!r}"
+        )
+    return bool(kinds[layer] == "sparse")
+
+
+def between(config: Config, layer: int) -> bool:
+    """ERNIE-4.5: from ``moe_layer_start_index`` to ``moe_layer_end_index`` (-1: the last) one in ``moe_layer_interval``."""
+    start, step = _count(config, "moe_layer_start_index", 0), _count(config, "moe_layer_interval", 1)
+    end = config.get("moe_layer_end_index", -1)
+    if type(end) is not int:
+        raise MobeError(f"config.json: 'moe_layer_end_index' must be an integer, got {end!r}")
+    return layer >= start and (end < 0 or layer <= end) and (layer + 1) % step == 0
+
+
+def after_dense_layers(config: Config, layer: int) -> bool:
+    """LFM2, AfMoE: the first ``num_dense_layers`` are dense."""
+    return layer >= _count(config, "num_dense_layers", 0)
+
+
 def _count(config: Config, key: str, default: int) -> int:
     """An integer that is not negative; ``default`` if it is missing, null or 0."""
     value = config.get(key)
@@ -66,11 +93,16 @@ class Family:
     Every ``*_keys`` field lists the spellings of one config key, the first that is present counts:
     transformers 5 and earlier versions differ.  ``projections`` maps ``gate``, ``up``, ``down`` to the
     tensor's own name; ``fused``: which of them share a tensor, and in which order, where all experts are in one;
-    ``is_moe(config, layer)`` tells whether a layer has routed experts.
+    ``is_moe(config, layer)`` tells whether a layer has routed experts.  ``architecture``: the class of transformers, by which
+    llama.cpp's converter knows the family, too; ``remote``: those of ``model_types`` that transformers has no class for.
+    ``block`` is where experts lie that have a tensor each, ``fused_block`` where all are in one, and ``renamed`` what of that
+    block is called otherwise: ``{fused: by itself}``.
     """
 
     name: str
     model_types: tuple[str, ...]
+    architecture: str
+    remote: tuple[str, ...] = ()
     n_expert_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     n_expert_used_keys: tuple[str, ...] = ("num_experts_per_tok",)
     n_ff_exp_keys: tuple[str, ...] = ("moe_intermediate_size",)
@@ -80,9 +112,18 @@ class Family:
     block: str = "model.layers.{layer}.mlp"
     projections: Mapping[str, str] = field(default_factory=lambda: _GATED_MLP)
     fused: tuple[tuple[str, ...], ...] = GATE_UP
+    router_name: str = "gate.weight"
+    fused_block: str = "model.layers.{layer}.mlp"
+    renamed: Mapping[str, str] = field(default_factory=dict)
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     output: str = "lm_head.weight"
+    tied_keys: tuple[str, ...] = ("tie_word_embeddings",)
+    tied_default: bool = False
+
+    def is_tied(self, config: Config) -> bool:
+        """Whether the output matrix is the embeddings."""
+        return bool(next((config[key] for key in self.tied_keys if key in config), self.tied_default))
 
     # numbers out of config.json
 
@@ -118,7 +159,19 @@ class Family:
 
     def router(self, layer: int, fused: bool = False) -> str:
         """The matrix ``[n, d]`` that chooses a token's experts; ``fused``: beside :meth:`fused_weight`."""
-        return f"model.layers.{layer}.mlp.gate.weight" if fused else f"{self.block_name(layer)}.gate.weight"
+        if not fused:
+            return f"{self.block_name(layer)}.{self.router_name}"
+        name = next((f for f, own in self.renamed.items() if own == self.router_name), self.router_name)
+        return f"{self.fused_block.format(layer=layer)}.{name}"
+
+    def own_name(self, name: str, layer: int) -> str:
+        """What a tensor of the layer's block that is called as beside fused experts is called beside single ones."""
+        prefix = self.fused_block.format(layer=layer) + "."
+        rest = name.removeprefix(prefix)
+        if rest == name:
+            return name
+        rest = next((own + rest[len(f) :] for f, own in self.renamed.items() if rest.startswith(f)), rest)
+        return f"{self.block_name(layer)}.{rest}"
 
     def expert_weight(self, layer: int, expert: int, projection: str) -> str:
         """One expert's matrix: W ``[p, d]`` in an original model, A ``[p, r]`` in a MoBE checkpoint (of down ``[d, p]`` and
@@ -127,10 +180,10 @@ class Family:
 
     def fused_weight(self, layer: int, projection: str) -> str:
         """All experts in one tensor, as ``save_pretrained(..., save_original_format=False)`` of transformers 5
-        writes them: gate and up together ``[n, 2p, d]`` (gate first), down ``[n, d, p]``; always under ``mlp``,
+        writes them: gate and up together ``[n, 2p, d]`` (gate first), down ``[n, d, p]``; under ``fused_block``,
         whatever the classic layout calls the block."""
         together = next(found for found in self.fused if projection in found)
-        return f"model.layers.{layer}.mlp.experts.{'_'.join(together)}_proj"
+        return f"{self.fused_block.format(layer=layer)}.experts.{'_'.join(together)}_proj"
 
     def basis(self, layer: int, projection: str, group: int | None = None) -> str:
         """B in a MoBE checkpoint: ``[m, r, d]``, or ``[m/g, r, d]`` of one group (of down ``[m, d, r]``)."""
@@ -142,11 +195,13 @@ class Family:
 
 
 def _number(config: Config, keys: tuple[str, ...], family: str) -> int:
-    """The first of ``keys`` that ``config`` holds, which must be a positive integer."""
+    """The first of ``keys`` that ``config`` holds, which must be a positive integer, or the same one for each layer."""
     for key in keys:
         value = config.get(key)
         if value is None:
             continue
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise MobeError(f"config.json: '{key}' must be a positive integer, got {value!r}")
         return value
@@ -154,32 +209,131 @@ def _number(config: Config, keys: tuple[str, ...], family: str) -> int:
     raise MobeError(f"config.json: no {names}, which the family {family} needs. Is the file complete?")
 
 
+_W123 = MappingProxyType({"gate": "w1", "up": "w3", "down": "w2"})
+
 FAMILIES = (
-    Family("qwen3_moe", ("qwen3_moe",), is_moe=by_sparse_step),
-    Family("qwen2_moe", ("qwen2_moe",), is_moe=by_sparse_step),
-    Family("deepseek_v2", ("deepseek_v2",), n_expert_keys=("n_routed_experts",), is_moe=after_leading_dense),
+    Family("qwen3_moe", ("qwen3_moe",), "Qwen3MoeForCausalLM", is_moe=by_sparse_step),
+    Family("qwen2_moe", ("qwen2_moe",), "Qwen2MoeForCausalLM", is_moe=by_sparse_step),
+    Family(
+        "deepseek_v2",
+        ("deepseek_v2",),
+        "DeepseekV2ForCausalLM",
+        n_expert_keys=("n_routed_experts",),
+        is_moe=after_leading_dense,
+    ),
     Family(
         "deepseek_v3",
         ("deepseek_v3", "kimi_k2"),
+        "DeepseekV3ForCausalLM",
+        remote=("kimi_k2",),
         n_expert_keys=("n_routed_experts",),
         is_moe=after_leading_dense,
     ),
     Family(
         "bailing_moe",
         ("bailing_moe",),
+        "BailingMoeForCausalLM",
+        remote=("bailing_moe",),
         is_moe=after_leading_dense,
         embedding="model.word_embeddings.weight",
     ),
-    Family("olmoe", ("olmoe",), n_ff_exp_keys=("intermediate_size",)),
+    Family("olmoe", ("olmoe",), "OlmoeForCausalLM", n_ff_exp_keys=("intermediate_size",)),
     Family(
         "mixtral",
         ("mixtral",),
+        "MixtralForCausalLM",
         n_expert_keys=("num_local_experts", "num_experts"),
         n_ff_exp_keys=("intermediate_size",),
         block="model.layers.{layer}.block_sparse_moe",
-        projections=MappingProxyType({"gate": "w1", "up": "w3", "down": "w2"}),
+        projections=_W123,
+    ),
+    Family(
+        "glm4_moe",
+        ("glm4_moe",),
+        "Glm4MoeForCausalLM",
+        n_expert_keys=("n_routed_experts",),
+        is_moe=after_leading_dense,
+    ),
+    Family(
+        "glm4_moe_lite",
+        ("glm4_moe_lite",),
+        "Glm4MoeLiteForCausalLM",
+        n_expert_keys=("n_routed_experts",),
+        is_moe=by_layer_list,
+    ),
+    Family(
+        "dots1",
+        ("dots1",),
+        "Dots1ForCausalLM",
+        n_expert_keys=("n_routed_experts",),
+        is_moe=after_leading_dense,
+    ),
+    Family(
+        "ernie4_5_moe",
+        ("ernie4_5_moe",),
+        "Ernie4_5_MoeForCausalLM",
+        n_expert_keys=("moe_num_experts",),
+        n_expert_used_keys=("moe_k",),
+        is_moe=between,
+        renamed=MappingProxyType({"gate.moe_statics.": "moe_statics."}),
+        tied_default=True,
+    ),
+    Family(
+        "minimax_m2",
+        ("minimax_m2",),
+        "MiniMaxM2ForCausalLM",
+        n_expert_keys=("num_local_experts", "num_experts"),
+        n_ff_exp_keys=("intermediate_size",),
+        block="model.layers.{layer}.block_sparse_moe",
+        projections=_W123,
+    ),
+    Family("exaone_moe", ("exaone_moe",), "ExaoneMoeForCausalLM", is_moe=by_layer_list),
+    Family(
+        "lfm2_moe",
+        ("lfm2_moe",),
+        "Lfm2MoeForCausalLM",
+        is_moe=after_dense_layers,
+        block="model.layers.{layer}.feed_forward",
+        fused_block="model.layers.{layer}.feed_forward",
+        projections=_W123,
+        final_norm="model.embedding_norm.weight",
+        tied_keys=("tie_embedding", "tie_word_embeddings"),
+        tied_default=True,
+    ),
+    Family(
+        "deepseek_v32",
+        ("deepseek_v32",),
+        "DeepseekV32ForCausalLM",
+        n_expert_keys=("n_routed_experts",),
+        is_moe=by_layer_list,
+    ),
+    Family(
+        "hunyuan_v1_moe",
+        ("hunyuan_v1_moe",),
+        "HunYuanMoEV1ForCausalLM",
+        n_expert_used_keys=("moe_topk",),
+        n_ff_exp_keys=("moe_intermediate_size", "intermediate_size"),
+        router_name="gate.wg.weight",
+    ),
+    Family("qwen3_next", ("qwen3_next",), "Qwen3NextForCausalLM", is_moe=by_sparse_step),
+    Family(
+        "afmoe",
+        ("afmoe",),
+        "AfmoeForCausalLM",
+        is_moe=after_dense_layers,
+        router_name="router.gate.weight",
     ),
 )
+
+#: Families by name.
+BY_NAME: Mapping[str, Family] = MappingProxyType({family.name: family for family in FAMILIES})
+
+
+def layer_of(name: str) -> int:
+    """The layer that a tensor belongs to; -1 if to none."""
+    parts = name.split(".")
+    found = (int(b) for a, b in zip(parts, parts[1:], strict=False) if a == "layers" and b.isdecimal())
+    return next(found, -1)
 
 
 def known_model_types() -> tuple[str, ...]:
@@ -202,33 +356,27 @@ def family_of(config: Config) -> Family:
 #: Other MoE families: ``model_type`` -> its class, by which llama.cpp's converter knows it or does not; and what is special in it.
 OTHERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "afmoe": ("AfmoeForCausalLM", "gated attention, norms around it"),
         "bailing_moe_v2": ("BailingMoeV2ForCausalLM", "remote code"),
-        "deepseek_v32": ("DeepseekV32ForCausalLM", "sparse attention"),
-        "dots1": ("Dots1ForCausalLM", "tables of its config's values"),
-        "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", "names of its own in config.json"),
-        "exaone_moe": ("ExaoneMoEForCausalLM", "sliding windows"),
         "flex_olmo": ("FlexOlmoForCausalLM", ""),
-        "glm4_moe": ("Glm4MoeForCausalLM", "tables of its config's values"),
-        "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", "tables of its config's values"),
         "gpt_oss": ("GptOssForCausalLM", "biases of experts, interleaved gate and up, MXFP4"),
         "granitemoe": ("GraniteMoeForCausalLM", "experts in linear layers of three dimensions"),
         "granitemoehybrid": ("GraniteMoeHybridForCausalLM", "experts in linear layers of three dimensions"),
         "granitemoeshared": ("GraniteMoeSharedForCausalLM", "experts in linear layers of three dimensions"),
-        "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", "lists by layer in config.json"),
         "jetmoe": ("JetMoeForCausalLM", ""),
-        "lfm2_moe": ("Lfm2MoeForCausalLM", "names of its own"),
         "llama4": ("Llama4ForConditionalGeneration", "transposed fused experts, multimodal"),
-        "minimax_m2": ("MiniMaxM2ForCausalLM", "names of its own"),
         "nemotron_h": ("NemotronHForCausalLM", "experts without gate"),
-        "phimoe": ("PhiMoEForCausalLM", "routing of its own"),
+        "phimoe": (
+            "PhiMoEForCausalLM",
+            "llama.cpp weighs the two experts by their softmax, the model by SparseMixer",
+        ),
         "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "linear attention, multimodal"),
-        "qwen3_next": ("Qwen3NextForCausalLM", "linear attention"),
     }
 )
 
 #: Of these the converter has no class.
 UNCONVERTED = frozenset(("flex_olmo", "jetmoe"))
+#: Of these llama.cpp's graph computes another model.
+OTHERWISE = frozenset(("phimoe",))
 
 
 def other_way(model_type: Any) -> str:
@@ -237,6 +385,8 @@ def other_way(model_type: Any) -> str:
         model_type = None  # a list, which is no key
     if model_type in UNCONVERTED:
         return "llama.cpp does not know this family either"
+    if model_type in OTHERWISE:
+        return f"{OTHERS[model_type][1]}: a GGUF file of it gives other answers than the model, so nothing is made of it here"
     return (
         "Convert it to GGUF by llama.cpp's converter, then work on the GGUF file:\n"
         "  mobe-gguf convert MODEL model.gguf\n"

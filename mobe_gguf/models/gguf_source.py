@@ -53,7 +53,7 @@ _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 def family(arch: str) -> Family:
     """Names of a GGUF file's factors: those of a MoBE checkpoint whose MoE blocks are ``blk.L``."""
-    return Family(arch, (), block="blk.{layer}")
+    return Family(arch, (), "", block="blk.{layer}")
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def _convert(
     model_class = package.get_model_class(hparams["architectures"][0])
     caught: dict[str, Any] = {}
     result = converter.HfConversion()
-    subclass = converter._catching(model_class, lazy, caught, result, None, {})
+    subclass = converter._catching(model_class, lazy, caught, result, None, None)
 
     if hasattr(subclass, "no_mtp") and not any(".mtp." in f".{n}" or "eh_proj" in n for n in shapes):
         subclass.no_mtp = True

@@ -11,18 +11,23 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.families import FAMILIES, family_of, known_model_types
 
+LEADING_DENSE = {
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "dots1", "ernie4_5_moe", "exaone_moe", "lfm2_moe", "afmoe",
+}  # fmt: skip
+
 
 def test_every_family_has_a_tiny_model():
-    assert {f.name for f in FAMILIES} == set(tiny.FAMILIES)
+    assert {f.name for f in FAMILIES} == set(tiny.ALL_FAMILIES)
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", tiny.ALL_FAMILIES)
 def test_numbers_of_a_real_config(name, model):
     checkpoint = Checkpoint(model(name))
     assert checkpoint.family.name == name
     assert (checkpoint.n_expert, checkpoint.n_expert_used) == (8, 2)
-    assert (checkpoint.n_embd, checkpoint.n_ff_exp, checkpoint.n_layer) == (64, 48, 3)
-    assert checkpoint.moe_layers == ((1, 2) if name.startswith("deepseek") else (0, 1, 2))
+    n_layer = 4 if name in ("qwen3_next", "afmoe") else 3
+    assert (checkpoint.n_embd, checkpoint.n_ff_exp, checkpoint.n_layer) == (64, 48, n_layer)
+    assert checkpoint.moe_layers == tuple(range(name in LEADING_DENSE, n_layer))
     assert not checkpoint.is_mobe
 
 
@@ -38,6 +43,10 @@ def test_numbers_of_a_real_config(name, model):
         ("deepseek_v2", dict(moe_layer_freq=[0, 1, 1, 0, 1, 1]), (1, 2, 4, 5)),
         ("bailing_moe", dict(first_k_dense_replace=0), (0, 1, 2, 3, 4, 5)),
         ("olmoe", {}, (0, 1, 2, 3, 4, 5)),
+        ("glm4_moe_lite", dict(mlp_layer_types=["dense", "dense", *["sparse"] * 4]), (2, 3, 4, 5)),
+        ("exaone_moe", dict(first_k_dense_replace=2), (2, 3, 4, 5)),
+        ("ernie4_5_moe", dict(moe_layer_start_index=1, moe_layer_end_index=3, moe_layer_interval=2), (1, 3)),
+        ("lfm2_moe", dict(num_dense_layers=4), (4, 5)),
         ("mixtral", {}, (0, 1, 2, 3, 4, 5)),
     ],
 )
