@@ -182,6 +182,7 @@ def command(
     """
     from mobe_gguf.core.layers import parse_layers
     from mobe_gguf.core.progress import console
+    from mobe_gguf.export.converter import rehearse
     from mobe_gguf.factorize import job as jobs
     from mobe_gguf.factorize import plan, report
     from mobe_gguf.factorize.expected import expected_time
@@ -208,6 +209,7 @@ def command(
         for name in place.devices:
             check_device(name)
     job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume, predict=_predict, dry=dry_run)
+    notes = rehearse(job.checkpoint) if job.settings.how.is_factors else []
     if job.plan.shed <= 0 and not quiet:
         kept = job.plan.projected_after / job.plan.projected_before
         console.print(
@@ -222,7 +224,7 @@ def command(
             **report.PLAIN,
         )
     if not quiet:
-        for line in report.cautions(job):
+        for line in [*report.cautions(job), *(f"warning: {note}" for note in notes)]:
             console.print(line, **report.PLAIN)
         report.print_types(job, console)
     if dry_run:

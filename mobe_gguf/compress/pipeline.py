@@ -34,9 +34,11 @@ from mobe_gguf.evaluate.verify import verify
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.export.agreement import check_written
 from mobe_gguf.export.card import card_of, deliver, note
+from mobe_gguf.export.converter import rehearse
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.spec import Options
 from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.original import open_original
 from mobe_gguf.plan.cost import expected_kl
 from mobe_gguf.plan.forms import Form, factorized_forms, plain_form, why_not_factorized
 from mobe_gguf.plan.layout import Layout, read_layout
@@ -85,6 +87,8 @@ class Compression:
 
     def run(self, resume: bool = False) -> Result:
         """All stages; the work folder goes when OUT is there."""
+        for line in rehearse(open_original(self.model)):
+            raise MobeError(line)  # a file is what this is for
         described = {"model": str(self.model.resolve()), **self.wishes.description()}
         with self.workspace.locked(finished=FINISHED):
             self.workspace.settled("job.json", described, resume, FINISHED)

@@ -24,6 +24,7 @@ import torch
 
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.names import ALL_PROJECTIONS, transform_name
 from mobe_gguf.export import tiktoken, tokenizer
 from mobe_gguf.export.conversion import add_keys
 from mobe_gguf.export.origin import Origin
@@ -33,6 +34,7 @@ from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from mobe_gguf.models.config_values import for_converter
 from mobe_gguf.models.factors import ModelDirectory
 from mobe_gguf.models.families import layer_of
+from mobe_gguf.models.original import Original
 from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import Choice, Recipe, plan
 
@@ -281,12 +283,13 @@ def _catching(
         no_mtp = base.no_mtp if checkpoint is None else not _predicts(checkpoint)
 
         def set_vocab(self) -> None:
-            try:
-                super().set_vocab()
-            except (FileNotFoundError, AttributeError, AssertionError) as e:
-                if not _is_in_json(self.dir_model, str(e)):
-                    raise
-                self._set_vocab_gpt2()
+            with _explained(self.dir_model, "the tokenizer", NoVocabulary):
+                try:
+                    super().set_vocab()
+                except (FileNotFoundError, AttributeError, AssertionError) as e:
+                    if not _is_in_json(self.dir_model, str(e)):
+                        raise
+                    self._set_vocab_gpt2()
 
         @classmethod
         def filter_tensors(cls, item: Any) -> Any:
@@ -419,15 +422,53 @@ def no_remote_code(path: Path) -> Iterator[None]:
         AutoTokenizer.from_pretrained = original  # type: ignore[method-assign]
 
 
+class NoVocabulary(MobeError):
+    """The tokenizer cannot be taken over; the model can."""
+
+
+def rehearse(checkpoint: Original) -> list[str]:
+    """What the end of the work will meet, before it begins: llama.cpp's converter is run over the headers of a Hugging Face model.
+
+    MobeError if it does not take the tensors or config.json; a note if it does not take the tokenizer, which can be mended later,
+    or if there is no runtime yet.  Nothing of a GGUF file.
+    """
+    model = checkpoint.directory
+    if model is None:
+        return []
+    try:
+        runtime.source_tree()
+    except MobeError:
+        return [
+            "llama.cpp is not built yet (mobe-gguf build), so it is not known whether its converter takes the model"
+        ]
+    conversion = convert(model, Path("model.gguf"))
+    for layer in model.moe_layers:
+        for projection in ALL_PROJECTIONS:
+            name, shape = transform_name(layer, projection), (model.n_expert, *model.expert_shape(projection))
+            made = conversion.tensors.get(name)
+            if made is None or tuple(made.source.shape) != shape:
+                got = "no such tensor" if made is None else f"shape {list(made.source.shape)}"
+                raise MobeError(
+                    f"{model.path}: llama.cpp's converter makes {got} of {name}, expected {list(shape)}"
+                )
+    try:
+        conversion.finish("MOSTLY_F16", Path("model.gguf"))
+    except NoVocabulary as e:
+        return [f"{e.message} Factors can be made; export needs the tokenizer"]
+    return []
+
+
 @contextlib.contextmanager
-def _explained(path: Path, what: str) -> Iterator[None]:
-    """Foreign code may raise anything about a model that it does not like: make that a MobeError."""
+def _explained(path: Path, what: str, kind: type[MobeError] = MobeError) -> Iterator[None]:
+    """Foreign code may raise anything about a model that it does not like: make that a MobeError of ``kind``."""
     try:
         yield
-    except MobeError:
-        raise
+    except MobeError as e:
+        if isinstance(e, kind):
+            raise
+        raise kind(e.message) from e
     except Exception as e:
-        raise MobeError(
+        raise kind(
             f"{path}: llama.cpp's converter cannot take over {what}: {type(e).__name__}: {e}. "
             "Run again with -v to see what it did."
         ) from e

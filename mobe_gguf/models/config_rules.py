@@ -349,6 +349,18 @@ def by_layer(key: str, default: int) -> Judge:
     return judge
 
 
+def hunyuan_rope(config: Config, judgement: Judgement) -> None:
+    """Hunyuan's "dynamic" is a base of its own, which the converter computes for the published values alone."""
+    rope, heads = rope_of(config), config.get("num_attention_heads")
+    head = (config.get("hidden_size") or 0) // heads if is_int(heads) and heads else 0
+    if rope["rope_type"] == "dynamic" and (rope.get("alpha"), rope.get("rope_theta", 10000.0), head) != (
+        1000,
+        10000,
+        128,
+    ):
+        judgement.refuse("alpha", rope.get("alpha"), "knows 1000, with rope_theta 10000 and heads of 128")
+
+
 def hunyuan_width(config: Config, judgement: Judgement) -> None:
     """transformers takes ``intermediate_size`` for experts, the runtime ``moe_intermediate_size``."""
     width = config.get("moe_intermediate_size")

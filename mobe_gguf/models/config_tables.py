@@ -17,6 +17,7 @@ from mobe_gguf.models.config_rules import (
     ernie_shared,
     every_fourth_attends_to_all,
     heads_fill_width,
+    hunyuan_rope,
     hunyuan_width,
     leading_dense,
     linear_heads,
@@ -190,22 +191,23 @@ VALUES: Mapping[str, Values] = {
     "lfm2_moe": Values(
         carried=names(
             "intermediate_size moe_intermediate_size num_experts num_dense_layers norm_eps conv_L_cache layer_types head_dim "
-            "use_expert_bias tie_embedding"
+            "tie_embedding"
         ),
         only={
+            "use_expert_bias": Only((True,), "adds a bias to choose experts by", True),
             "conv_bias": Only((False,), "has no such biases", False),
             "norm_topk_prob": Only((True,), "normalizes the routing weights", True),
             "routed_scaling_factor": Only((1.0, 1), "has no such factor", 1.0),
             "tie_word_embeddings": Only((True,), "takes the embeddings for the output", True),
         },
-        judges=(rotary("linear", "yarn"),),
+        judges=(heads_fill_width, rotary("linear", "yarn")),
     ),
     "deepseek_v32": Values(
         carried=names(_MLA + " norm_topk_prob mlp_layer_types index_topk index_head_dim index_n_heads"),
         only={k: v for k, v in _DEEPSEEK_V3.only.items() if k != "rope_interleave"} | {"mlp_bias": NO_BIAS},
         judges=(
             sparse_behind, mla_epsilon, rotary_head, equal_heads, scaling_factor, v3_groups, some_shared("n_shared_experts"),
-            rotary("linear", "yarn", latent=True),
+            rotary("linear", latent=True),
         ),
         implied={"scoring_func": "sigmoid"},
     ),
@@ -215,7 +217,7 @@ VALUES: Mapping[str, Values] = {
             "sep_token_id"
         ),
         only={"hidden_act": SILU, "attention_bias": NO_BIAS, "norm_topk_prob": Only((True, None), "normalizes", True)},
-        judges=(hunyuan_width, by_layer("moe_topk", 1), by_layer("num_shared_expert", 1), rotary("linear", "yarn")),
+        judges=(hunyuan_width, by_layer("moe_topk", 1), by_layer("num_shared_expert", 1), hunyuan_rope, rotary("linear", "yarn")),
     ),
     "qwen3_next": Values(
         carried=names(

@@ -186,6 +186,37 @@ def test_rank_without_blocks(model: Maker, tmp_path: Path) -> None:
     assert "no whole blocks" not in run(main, [*asked, "32"]).stderr
 
 
+def _extra_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["score.weight"] = torch.randn(2, 64)
+
+
+def _dense_layer(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.randn(96, 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(_extra_head, "score.weight"), (_dense_layer, "model.layers.0.mlp.up_proj.weight")]
+)
+def test_converter_is_asked_before_work(damage, said: str, own_model: Maker, tmp_path: Path) -> None:
+    """What export would meet at the end is met by ``factorize`` and ``compress`` at the start."""
+    path = own_model("qwen3_moe", num_hidden_layers=1)
+    edit_tensors(path, damage)
+    for command in (
+        ["factorize", path, tmp_path / "mobe", "--steps", "1"],
+        ["compress", path, tmp_path / "out.gguf", "--quant", "q8_0"],
+    ):
+        done = CliRunner().invoke(main, [str(word) for word in command])
+        assert done.exit_code == 1 and said in done.stderr, (command, done.stderr)
+    assert not (tmp_path / "mobe").exists() and not (tmp_path / "mobe.work").exists()
+
+
+def test_tokenizer_may_come_later(own_model: Maker, tmp_path: Path) -> None:
+    path = own_model("qwen3_moe", num_hidden_layers=1)
+    (path / "tokenizer.json").unlink()
+    done = CliRunner().invoke(main, ["factorize", str(path), str(tmp_path / "mobe"), "--dry-run"])
+    assert done.exit_code == 0 and "export needs the tokenizer" in " ".join(done.stderr.split()), done.stderr
+
+
 @pytest.mark.parametrize("family", tiny._CLASSES)
 def test_fused_experts_everywhere(family: str, model: Maker, tmp_path: Path) -> None:
     """transformers 5's form goes through ``factorize``, ``export``, ``export --dense`` and ``reconstruct``, as the other does."""
