@@ -26,7 +26,7 @@ from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.formats.gguf import Array, GgufFile, padded, read_gguf, read_model
 from mobe_gguf.formats.safetensors import SINGLE_NAME, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
-from mobe_gguf.models.families import layer_of
+from mobe_gguf.models.families import layer_in
 from mobe_gguf.models.gguf_source import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
 from mobe_gguf.models.original import open_original
@@ -147,7 +147,7 @@ def _compared(checkpoint: Checkpoint, layers: int) -> int:
 
 def _size(checkpoint: Checkpoint, n: int) -> int:
     """Bytes in float32 of the first ``n`` layers, embeddings and output."""
-    kept = (name for name in checkpoint.names if layer_of(name) < n)
+    kept = (name for name in checkpoint.names if layer_in(name) < n)
     made = 4 * sum(checkpoint.info(name).numel for name in kept)
     if checkpoint.factors is not None:
         made += 4 * n * 3 * checkpoint.n_expert * checkpoint.n_ff_exp * checkpoint.n_embd
@@ -281,7 +281,7 @@ def _entries(checkpoint: Checkpoint, n: int) -> Iterator[Entry]:
         matrix = read(e)
         yield Entry.of(name, matrix)
     for name in checkpoint.names:
-        if layer_of(name) >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
+        if layer_in(name) >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
             continue
         info = checkpoint.info(name)
         if info.dtype.startswith("F8"):

@@ -33,7 +33,7 @@ from mobe_gguf.export.write import Encoded, Head
 from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from mobe_gguf.models.config_values import for_converter
 from mobe_gguf.models.factors import ModelDirectory
-from mobe_gguf.models.families import layer_of
+from mobe_gguf.models.families import layer_in
 from mobe_gguf.models.original import Original
 from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import Choice, Recipe, plan
@@ -200,7 +200,7 @@ def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slic
 
 def _own_name(checkpoint: ModelDirectory, name: str) -> str:
     """What the converter calls a tensor that lies beside fused experts."""
-    layer = layer_of(name)
+    layer = layer_in(name)
     fused = layer in checkpoint.moe_layers and checkpoint.is_fused(layer, "gate")
     return checkpoint.family.own_name(name, layer) if fused else name
 
@@ -208,7 +208,7 @@ def _own_name(checkpoint: ModelDirectory, name: str) -> str:
 def _predicts(checkpoint: ModelDirectory) -> bool:
     """Whether there are layers that predict further tokens."""
     return any(
-        layer_of(name) >= checkpoint.n_layer or re.match(r"(model\.)?mtp", name) for name in checkpoint.names
+        layer_in(name) >= checkpoint.n_layer or re.match(r"(model\.)?mtp", name) for name in checkpoint.names
     )
 
 

@@ -27,7 +27,7 @@ from mobe_gguf.formats.safetensors import (
 )
 from mobe_gguf.models.config_values import Judgement, check_values
 from mobe_gguf.models.factors import ModelDirectory
-from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of, layer_of
+from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of, layer_in
 from mobe_gguf.models.foreign import check_format, check_names
 from mobe_gguf.models.layout import ExpertLayout
 from mobe_gguf.models.tensors import all_finite
@@ -391,7 +391,7 @@ class Checkpoint(ModelDirectory):
                     if (layer, projection) not in factorized:
                         out += self._split(name, info, layer, projection)
             elif name not in dropped:
-                if (layer := layer_of(name)) in layers:
+                if (layer := layer_in(name)) in layers:
                     name = self.family.own_name(name, layer)
                 file = self.path / info.shard
                 out.append(Entry.copy(name, info.dtype, info.shape, file, info.begin, info.end))

@@ -329,7 +329,7 @@ FAMILIES = (
 BY_NAME: Mapping[str, Family] = MappingProxyType({family.name: family for family in FAMILIES})
 
 
-def layer_of(name: str) -> int:
+def layer_in(name: str) -> int:
     """The layer that a tensor belongs to; -1 if to none."""
     parts = name.split(".")
     found = (int(b) for a, b in zip(parts, parts[1:], strict=False) if a == "layers" and b.isdecimal())
