@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the files here  [default: a temporary directory]")
     options = parser.parse_args()
     metric.TRUSTED = options.shrinkage
-    settings = evaluate.Settings(chunks=options.eval_chunks, threads=1)
+    settings = evaluate.EvalSettings(chunks=options.eval_chunks, threads=1)
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-tokens-") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
