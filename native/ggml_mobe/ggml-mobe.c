@@ -78,6 +78,18 @@ const char * ggml_mobe_proj_check(
     return NULL;
 }
 
+bool ggml_mobe_proj_is_sound(const struct ggml_tensor * dst) {
+    for (int i = 0; i < 4; i++) {
+        if (dst->src[i] == NULL) {
+            return false;
+        }
+    }
+    const struct ggml_tensor * ids = dst->src[3];
+    return ggml_mobe_proj_check(dst->src[0], dst->src[1], dst->src[2], ids) == NULL && dst->type == GGML_TYPE_F32 &&
+        dst->ne[0] == dst->src[0]->ne[1] && dst->ne[1] == ids->ne[0] && dst->ne[2] == ids->ne[1] && dst->ne[3] == 1 &&
+        ggml_mobe_activation_name((enum ggml_mobe_activation) ggml_get_op_params_i32(dst, 0)) != NULL;
+}
+
 struct ggml_tensor * ggml_mobe_proj(
         struct ggml_context       * ctx,
         struct ggml_tensor        * basis,

@@ -69,6 +69,9 @@ GGML_API const char * ggml_mobe_proj_check(
         const struct ggml_tensor * x,
         const struct ggml_tensor * ids);
 
+// whether dst, which another program describes, is such a node: operands, shape and activation as ggml_mobe_proj() makes them
+GGML_API bool ggml_mobe_proj_is_sound(const struct ggml_tensor * dst);
+
 // aborts when ggml_mobe_proj_check() finds a fault
 GGML_API struct ggml_tensor * ggml_mobe_proj(
         struct ggml_context       * ctx,

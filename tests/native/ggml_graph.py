@@ -26,6 +26,7 @@ void * ggml_new_tensor_3d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_
 void * ggml_view_2d(void * ctx, void * a, int64_t ne0, int64_t ne1, size_t nb1, size_t offset);
 void * ggml_view_3d(void * ctx, void * a, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2, size_t offset);
 size_t ggml_nbytes(const void * tensor);
+void * ggml_mul_mat(void * ctx, void * a, void * b);
 void * ggml_mul_mat_id(void * ctx, void * as, void * b, void * ids);
 void * ggml_mul(void * ctx, void * a, void * b);
 void * ggml_silu(void * ctx, void * a);
@@ -35,6 +36,7 @@ size_t ggml_tensor_overhead(void);
 size_t ggml_graph_overhead(void);
 
 const char * ggml_mobe_proj_check(const void * basis, const void * mix, const void * x, const void * ids);
+bool   ggml_mobe_proj_is_sound(const void * node);
 void * ggml_mobe_proj(void * ctx, void * basis, void * mix, void * x, void * ids, int activation);
 void * ggml_mobe_proj_cached(void * ctx, void * basis, void * mix, void * x, void * ids, int activation, void * cache);
 size_t ggml_mobe_cache_size(const ggml_mobe_shape * shape, int64_t n_slot);
@@ -45,6 +47,8 @@ void   ggml_mobe_proj_ref(const ggml_mobe_shape * shape, int activation, const f
 void * ggml_backend_init_by_type(int type, const char * params);
 void   ggml_backend_free(void * backend);
 void * ggml_backend_alloc_ctx_tensors(void * ctx, void * backend);
+void * ggml_backend_alloc_ctx_tensors_from_buft(void * ctx, void * buft);
+const char * ggml_backend_buft_name(void * buft);
 void   ggml_backend_buffer_free(void * buffer);
 void   ggml_backend_buffer_clear(void * buffer, uint8_t value);
 void   ggml_backend_tensor_set(void * tensor, const void * data, size_t offset, size_t size);

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import cffi
 import pytest
 from parity.gguf_files import factorize, qwen3moe
 
@@ -19,8 +20,11 @@ from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
 
-#: What an unpatched llama.cpp of the pinned version answers to the first command: major, minor, patch, padding, 24 bytes.
-STOCK_HELLO = bytes([7, 0, 0, 0]) + bytes(24)
+#: GGML_OP_MOBE_PROJ, the last of the operators, and RPC_CMD_GRAPH_COMPUTE: a command is one byte.
+MOBE_PROJ, GRAPH_COMPUTE = 101, 10
+
+#: In ``rpc_tensor``: its size, and where the operator's number lies.
+TENSOR_BYTES, OP_AT = 296, 52
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +123,117 @@ def test_two_servers_compute_what_one_process_does(server_program, files, tmp_pa
     assert len(got) >= 5 and got == pytest.approx(alone, rel=1e-3)
 
 
-def test_a_peer_without_the_operator_is_refused(server_program, files):
-    def answer(listener: socket.socket) -> None:
+def received(connection: socket.socket, count: int) -> bytes:
+    """Exactly ``count`` bytes; OSError when the other end is gone."""
+    parts = b""
+    while len(parts) < count:
+        part = connection.recv(count - len(parts))
+        if not part:
+            raise OSError
+        parts += part
+    return parts
+
+
+@contextlib.contextmanager
+def ended(connection: socket.socket):
+    """Ends the connection, whoever waits for it: a server has one client at a time."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def operators(graph: bytes) -> set[int]:
+    """The operators in a message RPC_CMD_GRAPH_COMPUTE: | device | n | n numbers of 8 bytes | n_tensors | tensors |."""
+    n_nodes = int.from_bytes(graph[4:8], "little")
+    tensors = graph[8 + 8 * n_nodes + 4 :]
+    assert tensors and len(tensors) % TENSOR_BYTES == 0
+    return {
+        int.from_bytes(tensors[at + OP_AT : at + OP_AT + 4], "little")
+        for at in range(0, len(tensors), TENSOR_BYTES)
+    }
+
+
+class Between:
+    """Stands between a client and a server, as one that does not know the operator if ``stock``; notes what a client sends."""
+
+    def __init__(self, endpoint: str, stock: bool) -> None:
+        self.host, self.port = endpoint.split(":")
+        self.stock = stock
+        self.seen: set[int] = set()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                connection, _ = listener.accept()
-                with connection:
-                    command = connection.recv(1 + 8 + 24, socket.MSG_WAITALL)  # it comes in three pieces
-                    assert command[0] == 14  # RPC_CMD_HELLO
-                    connection.sendall(len(STOCK_HELLO).to_bytes(8, "little") + STOCK_HELLO)
+                client, _ = self.listener.accept()
+                server = socket.create_connection((self.host, int(self.port)))
+                for target in (self._requests, self._answers):
+                    threading.Thread(target=target, args=(client, server), daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=answer, args=(listener,), daemon=True).start()
-        done = perplexity(files, "--rpc", f"127.0.0.1:{listener.getsockname()[1]}", "-ngl", "99")
-    assert done.returncode != 0
-    assert "RPC handshake failed" in done.stderr and "mobe-gguf build" in done.stderr, done.stderr[-2000:]
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError), ended(server):
+            while True:
+                head = received(client, 9)
+                body = received(client, int.from_bytes(head[1:], "little"))
+                if head[0] == GRAPH_COMPUTE:
+                    self.seen |= operators(body)
+                server.sendall(head + body)
+
+    def _answers(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError), ended(client):
+            hello = bytearray(received(server, 8 + 28))
+            assert hello[8:10] == bytes([7, 0])  # upstream's version: a stock client compares these
+            if self.stock:
+                hello[10] = 0
+            client.sendall(hello)
+            while part := server.recv(1 << 16):
+                client.sendall(part)
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["unpatched", "patched"])
+def test_a_server_without_the_operator_gets_all_else(server_program, files, stock, tmp_path):
+    """Its bases stay where they can be multiplied, and the answers are the same."""
+    with server(server_program, tmp_path / "1.log") as endpoint:
+        between = Between(endpoint, stock)
+        done = perplexity(files, "--rpc", between.endpoint, "-ngl", "99", "-v")
+        between.listener.close()
+    assert len(values(done)) >= 5 and values(done) == pytest.approx(values(perplexity(files)), rel=1e-3)
+    said = "does not know the operator of factorized experts" in done.stdout + done.stderr
+    assert len(between.seen) > 5, "nothing was computed there"
+    holds = b"qwen3moe.mobe.activation" in files[0].read_bytes() and b"tanh" in files[0].read_bytes()
+    assert (MOBE_PROJ in between.seen) == (holds and not stock)
+    assert said == (holds and stock)
+
+
+def test_what_a_server_takes_for_the_operator():
+    """A node that another program describes, whose number for another operator may be ours."""
+    from native.ggml_graph import F32, I32, ffi, library
+
+    fields = cffi.FFI()
+    fields.cdef(
+        "typedef struct { int type; void * buffer; int64_t ne[4]; size_t nb[4]; int op; int32_t op_params[16]; "
+        "int32_t flags; void * src[10]; } tensor;"
+    )
+    lib = library()
+    context = lib.ggml_init(ffi.new("ggml_init_params *", (1 << 20, ffi.NULL, True))[0])
+    d, r, m, n, k, t = 64, 32, 4, 8, 2, 3
+    operands = [
+        lib.ggml_new_tensor_3d(context, F32, d, r, m), lib.ggml_new_tensor_2d(context, F32, m, n),
+        lib.ggml_new_tensor_3d(context, F32, d, 1, t), lib.ggml_new_tensor_2d(context, I32, k, t),
+    ]  # fmt: skip
+    node = lib.ggml_mobe_proj(context, *operands, 2)
+    seen = fields.cast("tensor *", int(ffi.cast("intptr_t", node)))
+    assert seen.op == MOBE_PROJ and lib.ggml_mobe_proj_is_sound(node)
+    for array, index, value in (
+        (seen.ne, 0, r + 1), (seen.ne, 1, k + 1), (seen.ne, 2, t + 1), (seen.ne, 3, 2), (seen.op_params, 0, 3),
+        (seen.op_params, 0, -1), (seen.src, 0, fields.NULL), (seen.src, 3, fields.NULL), (seen.src, 2, seen.src[1]),
+    ):  # fmt: skip
+        before, array[index] = array[index], value
+        assert not lib.ggml_mobe_proj_is_sound(node), (index, value)
+        array[index] = before
+    assert lib.ggml_mobe_proj_is_sound(node)
+    lib.ggml_free(context)
