@@ -133,6 +133,7 @@ def families_page() -> str:
         for judge in values.judges:
             if text := inspect.getdoc(judge):
                 lines.append(f"| {name} | | | {' '.join(text.split()).replace('|', chr(92) + '|')} |")
+    lines += ["", "## Values with a key of this project", "", *OWN_KEYS_TEXT.strip().split("\n")]
     return "\n".join(lines) + "\n"
 
 
@@ -151,6 +152,18 @@ A file says less than config.json, and llama.cpp's graphs have constants where a
 answers, `factorize` and `export` refuse the model and name key, value and what the runtime computes. Everything else is carried; a
 test changes each key of each family on a small model and compares logits (`tests/export/test_config_values.py`).
 Lines without a key are rules over several.
+"""
+
+OWN_KEYS_TEXT = """
+Two values have keys of this project, set where a model needs them. Only the runtime of `mobe-gguf build` reads them: any other
+llama.cpp loads the file, ordinary or factorized, and gives other answers. Export says so.
+
+| key | value | families | without it |
+|---|---|---|---|
+| `<arch>.norm_topk_prob` | bool: whether routing weights are divided by their sum | qwen3_moe, qwen2_moe, olmoe | qwen3moe does, the others do not |
+| `<arch>.expert_group_top_count` | u32: of how many of its best experts the sum ranks a group | deepseek_v2 with `group_limited_greedy`: 1 | 2 |
+
+The first is not `expert_weights_norm`, which llama.cpp has: its model saver writes that as false for families whose graph normalizes all the same.
 """
 
 

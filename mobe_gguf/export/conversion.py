@@ -22,6 +22,8 @@ class KeyWriter(Protocol):
 
     def add_uint32(self, key: str, val: int) -> None: ...
 
+    def add_bool(self, key: str, val: bool) -> None: ...
+
     def add_float32(self, key: str, val: float) -> None: ...
 
     def add_string(self, key: str, val: str) -> None: ...
@@ -66,10 +68,12 @@ class Conversion(Protocol):
 
 
 def add_keys(writer: KeyWriter, values: Mapping[str, str | int | float]) -> None:
-    """Set keys: texts, whole numbers as u32, others as f32."""
+    """Set keys: texts, truth values, whole numbers as u32, others as f32."""
     for key, value in values.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         else:

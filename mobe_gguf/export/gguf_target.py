@@ -33,8 +33,8 @@ from mobe_gguf.quant.recipe import (
 from mobe_gguf.runtime import ggml
 
 #: Type numbers of GGUF values (ggml/docs/gguf.md).
-_U16, _U32, _I32, _F32, _STRING = 2, 4, 5, 6, 8
-_FORMATS = {_U16: "<H", _U32: "<I", _I32: "<i", _F32: "<f"}
+_U16, _U32, _I32, _F32, _BOOL, _STRING = 2, 4, 5, 6, 7, 8
+_FORMATS = {_U16: "<H", _U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?"}
 
 #: What a split file says of itself; the output may be cut in another way.
 SPLIT_NO, SPLIT_TENSORS, SPLIT_COUNT = "split.no", "split.tensors.count", "split.count"
@@ -57,6 +57,9 @@ class Keys:
 
     def add_uint32(self, name: str, value: int) -> None:
         self._add(name, value, pair(name, _U32, value))
+
+    def add_bool(self, name: str, value: bool) -> None:
+        self._add(name, value, pair(name, _BOOL, value))
 
     def add_float32(self, name: str, value: float) -> None:
         self._add(name, value, pair(name, _F32, value))

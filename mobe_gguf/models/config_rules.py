@@ -180,21 +180,41 @@ def scaling_factor(config: Config, judgement: Judgement) -> None:
         judgement.refuse("routed_scaling_factor", 0, "takes 0 for 1")
 
 
+#: What a file says by a key that no unpatched llama.cpp reads.
+PATCHED = "only the runtime of mobe-gguf build reads that; an unpatched llama.cpp loads the file and gives other answers"
+
+
+def normalized_if_said(stock: bool) -> Judge:
+    """Whether routing weights are divided by their sum; unpatched graphs have the constant ``stock``."""
+
+    def judge(config: Config, judgement: Judgement) -> None:
+        value = bool(config.get("norm_topk_prob", False))
+        if value != stock:
+            judgement.keys["norm_topk_prob"] = value
+            judgement.notes.append(
+                f"config.json: 'norm_topk_prob' is {value}, which the file says by a key of that name; {PATCHED}"
+            )
+
+    return judge
+
+
 def v2_groups(config: Config, judgement: Judgement) -> None:
-    """DeepSeek-V2 chooses groups by their best expert, the runtime by their two best; "greedy" has no groups at all."""
+    """DeepSeek-V2 chooses groups by their best expert, unpatched runtimes by their two best; "greedy" has no groups at all."""
     method, groups = config.get("topk_method", "greedy"), config.get("n_group") or 1
     if config.get("num_hidden_layers") in (47, 48) and config.get("vocab_size") == 154880:
         judgement.hparams["scoring_func"] = "softmax"  # the runtime would guess another model, with sigmoid
     if method == "greedy" and groups != 1:
         judgement.hparams |= {"n_group": None, "topk_group": None}
     elif groups != 1 and method == "group_limited_greedy":
-        judgement.refuse(
-            "topk_method",
-            method,
-            f"chooses among {groups} groups of experts by their two best, not by the best one",
-        )
+        v3_groups(config, judgement)
+        if judgement.hparams.get("n_group", groups) is not None:
+            judgement.keys["expert_group_top_count"] = 1
+            judgement.notes.append(
+                f"config.json: 'topk_method' is '{method}', which chooses groups of experts by their best one; the file says so by "
+                f"the key expert_group_top_count; {PATCHED}"
+            )
     if method not in ("greedy", "group_limited_greedy"):
-        judgement.refuse("topk_method", method, "knows 'greedy'")
+        judgement.refuse("topk_method", method, "knows 'greedy' and 'group_limited_greedy'")
 
 
 def v2_norm(config: Config, judgement: Judgement) -> None:

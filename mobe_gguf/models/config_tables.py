@@ -24,6 +24,7 @@ from mobe_gguf.models.config_rules import (
     linear_or_full,
     mla_epsilon,
     names,
+    normalized_if_said,
     olmoe_epsilon,
     query_rank,
     rotary,
@@ -65,22 +66,17 @@ _DEEPSEEK_V3 = Values(
 
 VALUES: Mapping[str, Values] = {
     "qwen3_moe": Values(
-        carried=names(_QWEN),
-        only={
-            "hidden_act": SILU,
-            "attention_bias": NO_BIAS,
-            "norm_topk_prob": Only((True,), "normalizes the routing weights", False),
-        },
-        judges=(all_layers_moe, sliding_if_used, all_layers_attend, rotary("linear", "yarn")),
+        carried=names(_QWEN + " norm_topk_prob"),
+        only={"hidden_act": SILU, "attention_bias": NO_BIAS},
+        judges=(
+            normalized_if_said(stock=True), all_layers_moe, sliding_if_used, all_layers_attend, rotary("linear", "yarn"),
+        ),
     ),
     "qwen2_moe": Values(
-        carried=names(_QWEN + " shared_expert_intermediate_size qkv_bias"),
-        only={
-            "hidden_act": SILU,
-            "norm_topk_prob": Only((False, None), "does not normalize the routing weights", False),
-        },
+        carried=names(_QWEN + " shared_expert_intermediate_size qkv_bias norm_topk_prob"),
+        only={"hidden_act": SILU},
         judges=(
-            all_layers_moe, sliding_if_used, all_layers_attend, heads_fill_width,
+            normalized_if_said(stock=False), all_layers_moe, sliding_if_used, all_layers_attend, heads_fill_width,
             some_shared("shared_expert_intermediate_size"), rotary("linear", "yarn"),
         ),
     ),
@@ -99,14 +95,16 @@ VALUES: Mapping[str, Values] = {
     ),
     "deepseek_v3": _DEEPSEEK_V3,
     "olmoe": Values(
-        carried=names("intermediate_size num_experts num_local_experts head_dim layer_types"),
+        carried=names("intermediate_size num_experts num_local_experts head_dim layer_types norm_topk_prob"),
         only={
             "hidden_act": SILU,
             "attention_bias": NO_BIAS,
             "clip_qkv": Only((None,), "does not clip queries, keys and values"),
-            "norm_topk_prob": Only((False, None), "does not normalize the routing weights", False),
         },
-        judges=(olmoe_epsilon, heads_fill_width, equal_heads, all_layers_attend, rotary("linear", "yarn")),
+        judges=(
+            normalized_if_said(stock=False), olmoe_epsilon, heads_fill_width, equal_heads, all_layers_attend,
+            rotary("linear", "yarn"),
+        ),
     ),
     "mixtral": Values(
         carried=names("intermediate_size num_local_experts num_experts head_dim sliding_window layer_types"),

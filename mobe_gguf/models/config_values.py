@@ -7,7 +7,8 @@ converter (``conversion/*.py``) writes and the pinned graph (``src/models/*.cpp`
 
 - ``CARRIED``: the file says it, or the shapes of its tensors do;
 - :class:`Only`: the graph computes one thing, so only values that mean it are accepted;
-- a judge: depends on several keys, or is carried by keys that the runtime reads and the converter does not write.
+- a judge: depends on several keys, or is carried by keys that the runtime reads and the converter does not write; a few of
+  these only the patched runtime reads (``config_rules.PATCHED``).
 
 ``tests/export/test_config_values.py`` changes every key of every family on a small model: what changes transformers' logits
 changes the file's alike, or is refused.

@@ -61,7 +61,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 CHANGES: tuple[dict[str, Any], ...] = (
     {"use_sliding_window": True, "sliding_window": 8},
     {"n_group": 4, "topk_group": 2},
-    {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "num_experts_per_tok": 4},
     {"scoring_func": "sigmoid"},
     {"scoring_func": "softmax"},
     {"q_lora_rank": None},
@@ -191,9 +191,6 @@ def test_tables_are_complete(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "change", "said"),
     [
-        ("qwen3_moe", {"norm_topk_prob": False}, "'norm_topk_prob' is False, and the runtime normalizes"),
-        ("qwen2_moe", {"norm_topk_prob": True}, "'norm_topk_prob' is True, and the runtime does not normalize"),
-        ("olmoe", {"norm_topk_prob": True}, "'norm_topk_prob' is True, and the runtime does not normalize"),
         ("deepseek_v2", {"norm_topk_prob": True}, "'norm_topk_prob' is True, and the runtime normalizes"),
         ("mixtral", {"sliding_window": 16}, "'sliding_window' is 16, and the runtime attends to all tokens"),
         ("mixtral", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', and the runtime computes silu"),
@@ -224,8 +221,40 @@ def test_missing_key_is_the_default(own_model: Callable[..., Path], tmp_path: Pa
     config = json.loads((source / "config.json").read_text())
     del config["norm_topk_prob"]
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MobeError, match=r"'norm_topk_prob' is 'False \(the default\)'"):
-        export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    assert read_gguf(tmp_path / "out.gguf").keys["qwen3moe.norm_topk_prob"] is False
+
+
+#: More experts than groups: otherwise the best experts are in the groups of the best ones.
+GROUPS = {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "num_experts_per_tok": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "key", "value"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, "qwen3moe.norm_topk_prob", False),
+        ("qwen2_moe", {"norm_topk_prob": True}, "qwen2moe.norm_topk_prob", True),
+        ("olmoe", {"norm_topk_prob": True}, "olmoe.norm_topk_prob", True),
+        ("deepseek_v2", GROUPS, "deepseek2.expert_group_top_count", 1),
+    ],
+)
+def test_routing_by_a_key_of_ours(
+    family: str, change: dict[str, Any], key: str, value: Any, model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The file says it and the runtime reads it; unpatched ones do not, of which a note warns.  Usual models have no such key."""
+    source = model(family, **change)
+    report = export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    assert read_gguf(tmp_path / "out.gguf").keys[key] == value
+    name, said = next(iter(change.items() if len(change) == 1 else [("topk_method", GROUPS["topk_method"])]))
+    assert any(f"'{name}' is" in note and str(said) in note and "unpatched" in note for note in report.notes)
+    got = logits(tmp_path / "out.gguf", TOKENS, [N_TOKENS])[N_TOKENS]
+    assert nmse(transformers_logits(source, TOKENS), got) < LIMIT
+
+    usual = model(family, **{name: said for name, said in change.items() if name == "num_experts_per_tok"})
+    report = export(usual, tmp_path / "usual.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    assert key not in read_gguf(tmp_path / "usual.gguf").keys
+    assert not any("unpatched" in note for note in report.notes)
+    assert nmse(logits(tmp_path / "usual.gguf", TOKENS, [N_TOKENS])[N_TOKENS], got) > 1e-4
 
 
 def test_keys_of_other_families_do_not_count(model: Callable[..., Path], tmp_path: Path) -> None:
