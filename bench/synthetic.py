@@ -53,8 +53,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one layer; r = p, one group, tanh.  ``terms``: non-zero coefficients an expert, None for all.  ``down``: whether
-    it is factorized as gate and up are."""
+    """Of one layer; one group, tanh.  ``rank``: rows of a basis, None for p.  ``terms``: non-zero coefficients an expert, None for
+    all.  ``down``: whether it is factorized as gate and up are."""
 
     n: int
     k: int
@@ -66,6 +66,11 @@ class Shape:
     activation: str = "tanh"
     terms: int | None = None
     down: bool = False
+    rank: int | None = None
+
+    @property
+    def r(self) -> int:
+        return self.rank or self.p
 
     @property
     def projections(self) -> int:
@@ -75,11 +80,11 @@ class Shape:
     @property
     def own(self) -> int:
         """Weights of one expert of a factorized model: A's, and an ordinary down."""
-        return self.projections * self.p**2 + (not self.down) * self.p * self.d
+        return self.projections * self.p * self.r + (not self.down) * self.p * self.d
 
     def basis_bytes(self, quant: str) -> float:
-        """One basis of each projection; rows of down's are p long."""
-        return self.p * self.d * (2 * size(quant, self.d) + self.down * size(quant, self.p))
+        """One basis of each projection; rows of down's are r long."""
+        return self.r * self.d * (2 * size(quant, self.d) + self.down * size(quant, self.r))
 
     def experts_used(self, tokens: int) -> float:
         """Different experts that ``tokens`` tokens together use, expected of even routing."""
@@ -97,8 +102,9 @@ class Shape:
         if not factorized:
             return Work((2 * used * each * long + used * each * short) / tokens, multiply=3 * k * each)
         own, basis, count = used * self.own * short / tokens, self.basis_bytes(quant), self.projections
+        each = self.r * d
         if self.activation == "none":  # each basis once for all experts
-            project = count * (m * each + k * m * p)
+            project = count * (m * each + k * m * self.r)
             return Work(m * basis / tokens + own, multiply=k * self.own + project)
         prompt = is_prompt(tokens, k, used)
         return Work(
@@ -112,7 +118,7 @@ class Shape:
 
     def cached(self, quant: str, missed: int) -> Work:
         """A token alone, with a cache of formed matrices that lacks ``missed`` of its k experts (of all projections alike)."""
-        k, each, count = self.k, self.p * self.d, self.projections
+        k, each, count = self.k, self.r * self.d, self.projections
         moved = self.bases_used(missed) * self.basis_bytes(quant)
         moved += count * k * each * size("q8_0", self.d)  # read, or written by a miss
         moved += k * self.own * size(quant, self.p)
@@ -211,7 +217,7 @@ def _add_tokenizer(writer, kinds) -> None:
 
 def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
     """``(name, dims with the row last, type, standard deviation)`` of every tensor."""
-    n, d, p, m = shape.n, shape.d, shape.p, shape.m
+    n, d, p, m, r = shape.n, shape.d, shape.p, shape.m, shape.r
 
     yield "token_embd.weight", (VOCABULARY, d), "q8_0", 1.0
     yield "output_norm.weight", (d,), "f32", None
@@ -231,12 +237,17 @@ def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
             if not factorized:
                 yield f"{block}.ffn_{projection}_exps.weight", (n, p, d), fitting_type(quant, d), d**-0.5
                 continue
-            yield names.transform_name(layer, projection), (n, p, p), fitting_type(quant, p), (p * d) ** -0.5
-            yield names.basis_name(layer, projection), (m, p, d), fitting_type(quant, d), 1.0
+            yield names.transform_name(layer, projection), (n, p, r), fitting_type(quant, r), (r * d) ** -0.5
+            yield names.basis_name(layer, projection), (m, r, d), fitting_type(quant, d), 1.0
             yield names.mix_name(layer, projection), (n, m), "f32", m**-0.5
         if factorized and shape.down:
-            yield names.transform_name(layer, "down"), (n, p, p), fitting_type(quant, p), SMALL / p
-            yield names.basis_name(layer, "down"), (m, d, p), fitting_type(quant, p), 1.0
+            yield (
+                names.transform_name(layer, "down"),
+                (n, r, p),
+                fitting_type(quant, p),
+                SMALL * (p * r) ** -0.5,
+            )
+            yield names.basis_name(layer, "down"), (m, d, r), fitting_type(quant, r), 1.0
             yield names.mix_name(layer, "down"), (n, m), "f32", m**-0.5
             continue
         yield f"{block}.ffn_down_exps.weight", (n, d, p), fitting_type(quant, p), SMALL * p**-0.5
@@ -292,11 +303,16 @@ def main() -> None:
     parser.add_argument("--quant", default="q4_k")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--terms", type=int)
+    parser.add_argument("--bases", type=int)
+    parser.add_argument("--rank", type=int)
     parser.add_argument("--activation", choices=names.ACTIVATIONS, default="tanh")
     parser.add_argument("--down", action="store_true", help="factorize down too")
     parser.add_argument("--out", type=Path, default=Path("."))
     options = parser.parse_args()
-    changes = {"terms": options.terms, "activation": options.activation, "down": options.down}
+    changes = {
+        "terms": options.terms, "activation": options.activation, "down": options.down, "rank": options.rank,
+        "m": options.bases or SHAPES[options.shape].m,
+    }  # fmt: skip
     for path in pair(options.out, options.shape, options.quant, options.layers, **changes):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
