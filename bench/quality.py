@@ -1,10 +1,12 @@
 """Quality at equal bytes: MoBE files of one model against llama-quantize's, each with an importance matrix, in one table.
 
-    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,mobe] [--peers [PYTHON]]
-                            [--also FILE.gguf]... [--plot FILE.png]
+    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,sized,default,mobe] [--sizes 3.0M,3.47M,4.63M]
+                            [--peers [PYTHON]] [--also FILE.gguf]... [--plot FILE.png]
 
 What a MoBE file has to be measured against is the plain file of its size: llama-quantize's own mixtures, and one of them with
-fewer bits for gate and up alone (``MIXED``), which is what a careful user would try first.  ``--peers`` adds
+fewer bits for gate and up alone (``MIXED``), which is what a careful user would try first.  ``ours`` are plain files rounded by moments, in types
+that llama-quantize's files have, and a second table says how many times less their KL divergence is; ``sized`` plain ones whose types
+`--target-size` chooses; ``default`` what `factorize --for q4_k` makes with no other option.  ``--peers`` adds
 AutoRound's files (see peers.py).  With ``--out`` everything made is kept, and a second run goes on with what is there.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +25,16 @@ from rich.console import Console
 from mobe_gguf import evaluate
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.core import resources
-from mobe_gguf.core.errors import run_program
+from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.core.progress import bar
 from mobe_gguf.evaluate import plot, report, tool
-from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.export import Recipe, export, parse_quant, parse_target
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import Options, default_bases
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.wab import WabFiles, wab_name
 
-#: iq2_s is left out: of a small MoE, llama-quantize makes the same file of it as of iq2_xs.
+#: iq2_s beside iq2_xs: of a small MoE, llama-quantize makes the same file of both.
 PLAIN = (
     "q8_0",
     "q6_k",
@@ -46,6 +49,7 @@ PLAIN = (
     "iq3_xxs",
     "q2_k",
     "iq2_m",
+    "iq2_s",
     "iq2_xs",
     "iq2_xxs",
 )
@@ -140,18 +144,52 @@ def make_plain(
     return reference, imatrix, files
 
 
-def make_ours(model: Path, out: Path, calibration: Path) -> list[Path]:
-    """Plain files in the types of OURS, rounded by second moments, in ``out``."""
-    moments, files = _moments(model, out, calibration), []
-    with bar("by moments", len(OURS)) as progress:
-        for name in OURS:
+def make_ours(model: Path, out: Path, calibration: Path, types: bool, sizes: Sequence[str]) -> list[Path]:
+    """Plain files rounded by second moments, in ``out``: in the types of OURS, and of ``sizes`` by `--target-size`."""
+    moments, files = str(_moments(model, out, calibration)), []
+    wanted = {f"ours-{name}": Recipe(parse_quant(name), moments=moments) for name in (OURS if types else ())}
+    for size in sizes:
+        wanted[f"sized-{size}"] = Recipe(REST, moments=moments, target=parse_target(size, None))
+    with bar("by moments", len(wanted)) as progress:
+        for name, recipe in wanted.items():
             progress.update(name)
-            files.append(out / f"ours-{name}.gguf")
+            files.append(out / f"{name}.gguf")
             if not files[-1].is_file():
-                recipe = Recipe(parse_quant(name), moments=str(moments))
                 export(model, files[-1], recipe, dense=True, quiet=True)
             progress.advance(1, f"{files[-1].name}: {files[-1].stat().st_size / 1e6:.2f} MB")
     return files
+
+
+def make_default(model: Path, out: Path, calibration: Path, sizes: Sequence[str]) -> list[Path]:
+    """What `factorize --moments FILE --for q4_k` makes, exported as it says, and for each of ``sizes``."""
+    moments, factors = str(_moments(model, out, calibration)), out / "factors-default"
+    if not factors.is_dir():
+        options = Options(moments=moments, for_basis="q4_k", for_transform="q4_k")
+        jobs.run(jobs.prepare(model, factors, options, resume=True), quiet=True)
+    wanted = {"mobe-default-q4_k": Recipe("q4_k_m", basis="q4_k", transform="q4_k", moments=moments)}
+    for size in sizes:
+        wanted[f"mobe-default-{size}"] = Recipe(REST, moments=moments, target=parse_target(size, None))
+    files = []
+    for name, recipe in wanted.items():
+        files.append(out / f"{name}.gguf")
+        try:
+            if not files[-1].is_file():
+                export(factors, files[-1], recipe, original=model, quiet=True)
+        except MobeError as error:  # the smallest types take more
+            print(f"{name}: {error.message}", flush=True)
+            files.pop()
+    return files
+
+
+def ratios(rows: Sequence[evaluate.Row]) -> list[str]:
+    """A line for each of OURS that llama-quantize's file was measured beside: KL divergences and how many times less ours is."""
+    found = {Path(row.facts.path).stem: row.divergence.kl.value for row in rows}
+    lines = ["| types | llama-quantize, imatrix | by moments | ratio |", "|---|---|---|---|"]
+    for name in OURS:
+        plain, ours = found.get(f"plain-{name}"), found.get(f"ours-{name}")
+        if plain is not None and ours is not None:
+            lines.append(f"| {name} | {plain:.4f} | {ours:.4f} | {ours / plain:.2f} |")
+    return lines if len(lines) > 2 else []
 
 
 def _moments(model: Path, out: Path, calibration: Path) -> Path:
@@ -181,6 +219,7 @@ def make_mobe(
                 basis=variant.basis,
                 transform=variant.transform,
                 imatrix=(str(imatrix),),
+                moments=str(moments) if variant.by == "moments" else None,
             )
             if not file.is_file() and variant.by == "published":
                 train_published(checkpoint, factors, published_steps)
@@ -220,8 +259,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=models / "heldout.txt")
     parser.add_argument("--out", type=Path, help="keep the files here  [default: a temporary directory]")
     parser.add_argument(
-        "--only", default="plain,mobe", help="files to make, of plain,ours,mobe  [default: plain,mobe]"
+        "--only",
+        default="plain,mobe",
+        help="files to make, of plain,ours,sized,default,mobe  [default: plain,mobe]",
     )
+    parser.add_argument("--sizes", default="3.0M,3.47M,4.63M", help="of `sized` and `default`")
     parser.add_argument(
         "--peers",
         nargs="?",
@@ -242,11 +284,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-quality-") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        plain, ours, mobe = (name in options.only.split(",") for name in ("plain", "ours", "mobe"))
+        kinds = "plain", "ours", "sized", "default", "mobe"
+        plain, ours, sized, default, mobe = (name in options.only.split(",") for name in kinds)
+        sizes = options.sizes.split(",")
         made = make_plain(options.model, out, options.calibration, options.threads, plain)
         reference, imatrix, files = made
-        if ours:
-            files += make_ours(options.model, out, options.calibration)
+        if ours or sized:
+            files += make_ours(options.model, out, options.calibration, ours, sizes if sized else ())
+        if default:
+            files += make_default(options.model, out, options.calibration, sizes)
         if mobe:
             steps = options.steps, options.published_steps
             files += make_mobe(options.model, out, options.calibration, imatrix, *steps, options.threads)
@@ -257,6 +303,7 @@ def main() -> None:
         rows = evaluate.compare(reference, files, options.text, settings)
         console = Console(highlight=False, width=100)
         console.print(report.table(evaluate.facts_of(reference), rows, options.text, settings))
+        print(*ratios(rows), sep="\n")
         if options.plot is not None:
             plot.plot(rows, options.plot)
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mobe_gguf.cli import options
 from mobe_gguf.core.errors import Interrupted, UsageError
 from mobe_gguf.core.files import parse_size
+
+if TYPE_CHECKING:  # imports that take their time
+    from mobe_gguf.compress.pipeline import Compression, Result
 
 #: Options that a plan stands for.
 PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
@@ -96,6 +101,7 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 @options.verify
 @options.ctx
 @options.device
+@options.report
 @options.resume
 @options.quiet
 @options.as_json
@@ -110,6 +116,7 @@ def command(
     memory: str | None,
     no_rivals: bool,
     no_measure: bool,
+    report_to: Path | None,
     resume: bool,
     quiet: bool,
     as_json: bool,
@@ -137,6 +144,7 @@ def command(
     from mobe_gguf.quant.recipe import parse_quant, parse_type
 
     options.check_stdout()
+    options.check_report(report_to, None)
     check_device(wishes["device"])
     if size is not None and bpw is not None:
         raise UsageError("--size and --bpw both say how large the file may be; leave one out")
@@ -171,7 +179,7 @@ def command(
     if not quiet:
         console.print(f"work is kept in {job.work} until {out} is there", highlight=False, soft_wrap=True)
     try:
-        result = job.run(resume)
+        result = job.run(resume, None if report_to is None else partial(_write_page, job, report_to, quiet))
     except KeyboardInterrupt as e:
         raise Interrupted(f"stopped; what is finished is kept in {job.work}, --resume continues") from e
     if as_json:
@@ -184,6 +192,15 @@ def command(
         Console(width=None if sys.stdout.isatty() else 110, highlight=False, **VERBATIM).print(
             report.page(result)
         )
+
+
+def _write_page(job: Compression, path: Path, quiet: bool, result: Result) -> None:
+    """The page of ``--report``, while the work folder is there."""
+    from mobe_gguf.compress.page import of_compression
+
+    again = shlex.join(["mobe-gguf", *sys.argv[1:]])
+    page = of_compression(result, job.original, job.moments, job.eval_text, job.wishes.threads, again)
+    options.write_report(page, path, quiet)
 
 
 def _is_given(name: str) -> bool:

@@ -246,7 +246,7 @@ def command(
     if as_json:
         click.echo(json.dumps(report.result_json(result), indent=2))
     elif not quiet:
-        report.print_result(result, console)
+        report.print_result(result, console, settings.get("moments"))
 
 
 def _planned_bare(model: Path, out: Path, asked: Options, as_json: bool, quiet: bool) -> bool:

@@ -85,8 +85,8 @@ class Compression:
         self.texts = wishes.text or tuple(default_texts())
         self.eval_text = wishes.eval_text or heldout()
 
-    def run(self, resume: bool = False) -> Result:
-        """All stages; the work folder goes when OUT is there."""
+    def run(self, resume: bool = False, on_done: Callable[[Result], None] | None = None) -> Result:
+        """All stages; the work folder goes when OUT is there, and ``on_done`` has looked at both."""
         for line in rehearse(open_original(self.model)):
             raise MobeError(line)  # a file is what this is for
         described = {"model": str(self.model.resolve()), **self.wishes.description()}
@@ -96,6 +96,8 @@ class Compression:
             with stages(expected.seconds(self.layout, self.wishes, form is not None)) as self.display:
                 result = self._delivered() or self._stages(form, why)
             result.seconds = self.display.seconds
+            if on_done is not None:
+                on_done(result)
         self.workspace.remove()
         return result
 
@@ -157,7 +159,7 @@ class Compression:
 
     def _recipe(self, quant: str, **more: Any) -> Recipe:
         target = None if self.wishes.size is None else Target(n_bytes=self.wishes.size)
-        return Recipe(quant, moments=str(self.work / "moments.safetensors"), **{"target": target, **more})
+        return Recipe(quant, moments=str(self.moments), **{"target": target, **more})
 
     def _plain(self, path: Path) -> None:
         """Rounded by moments, types divided for the size."""
@@ -199,7 +201,7 @@ class Compression:
             rank=form.rank,
             activation=self.wishes.activation or "none",
             steps=self.wishes.steps,
-            moments=str(self.work / "moments.safetensors"),
+            moments=str(self.moments),
             for_basis=form.basis_type,
             for_transform=form.transform_type,
         )
@@ -222,6 +224,18 @@ class Compression:
             return self.model
         name = f"original-{'f16' if is_float16(self.model) else 'bf16'}.gguf"
         return self._stage("original", name, self._original)
+
+    @property
+    def moments(self) -> Path:
+        """Second moments of the model's inputs, once they are gathered."""
+        return self.work / "moments.safetensors"
+
+    @property
+    def original(self) -> Path | None:
+        """The file that all were compared with; None if there is none (yet)."""
+        if self.model.is_file():
+            return self.model
+        return next(self.work.glob("original-*.gguf"), None)
 
     def _original(self, path: Path) -> None:
         """The source's own precision, as far as 16 bits hold it."""

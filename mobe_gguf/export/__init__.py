@@ -32,8 +32,9 @@ from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard
 from mobe_gguf.export.write import Copied, Encoded, head_bytes, write_gguf
 from mobe_gguf.formats.contents import original_params
 from mobe_gguf.formats.gguf import padded
+from mobe_gguf.models.mobe_checkpoint import recorded
 from mobe_gguf.quant.allocate import parse_target
-from mobe_gguf.quant.recipe import Recipe, parse_override, parse_quant, parse_type
+from mobe_gguf.quant.recipe import FLOATS, Recipe, parse_override, parse_quant, parse_type
 from mobe_gguf.quant.small import is_small, small_line
 
 __all__ = [
@@ -50,6 +51,10 @@ __all__ = [
     "parse_type",
     "write_model",
 ]
+
+
+#: What to tell a user who rounds such factors without the moments.
+FITTED_BY_MOMENTS = "warning: these factors were fitted by second moments; export --moments FILE, the same file, rounds them by these, too, and loses much less"
 
 
 def export(
@@ -136,6 +141,9 @@ def _report(
     if model.moments is not None:
         notes = model.moments.of_another(source_checksum(model)), few_tokens(model.moments, types.choices)
         report.notes += [note for note in notes if note is not None]
+    elif model.factors is not None and recorded(model.factors.config, "settings", "moments") is not None:
+        if request.recipe.quant not in FLOATS:
+            report.notes.append(FITTED_BY_MOMENTS)
     report.copied = sum(isinstance(tensor, Copied) for tensor in layout.encoded)
     if conversion.pre is not None:
         report.tokenizer_pre, report.tokenizer_why = conversion.pre.name, conversion.pre.why

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import IO
 
 import numpy as np
@@ -30,6 +31,8 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.metric import Metric
 from mobe_gguf.core.sides import side
+from mobe_gguf.export.basis_rounding import basis_metric
+from mobe_gguf.export.decoded import decoded, each_decoded, rounded
 from mobe_gguf.export.imatrix import Imatrix, Importance
 from mobe_gguf.export.refit_solve import ANCHOR_BY_MOMENTS, cost, kept, resized, second_moments, solve
 from mobe_gguf.export.report import Refit
@@ -131,6 +134,11 @@ class Unit:
         return x if self.rows is None else x / self.rows[s, :, None]
 
     @property
+    def scalar(self) -> bool:
+        """Whether an expert has one weight for each basis, not one for each row."""
+        return self.layer.mix(self.projection).dim() == 2
+
+    @property
     def name(self) -> str:
         return f"layer {self.layer.index} {self.projection}"
 
@@ -150,14 +158,34 @@ class Unit:
             mix = mix[:, :, None]  # a weight for each column
         return slice(i * n, (i + 1) * n), mix, self.turn(self.layer.group_basis(self.projection, i))
 
-    def read_back(self, i: int, bases: torch.Tensor, type_name: str) -> torch.Tensor:
-        """The bases of group i as they are read out of a file that has them in this type."""
+    def basis_rounder(self, i: int, bases: torch.Tensor) -> Rounder | None:
+        """What rounds the bases of group i by moments; None where these are not known, or the form is not linear."""
+        if not (self.full and self.scalar and self.activation == "none"):
+            return None
+        experts, mix, _ = self.group(i)
+        read = partial(self.layer.transform, self.projection)
+        return Rounder(basis_metric(read, experts, mix, bases, self.inputs()))
+
+    def encoded(
+        self, i: int, bases: torch.Tensor, type_name: str, rounder: Rounder | None
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """The bases of group i in the bytes of a type, and as they are read back, ``[r, d]``; ``rounder``: of :meth:`basis_rounder`."""
         weights = None if self.basis_weights is None else self.basis_weights.read()
+        for j, basis in enumerate(bases, i * len(bases)):
+            name = f"basis {j} of {self.name}"
+            if rounder is None or type_name not in ROUNDED:
+                row = None if weights is None else weights[j]
+                data, values = decoded(self.turn(basis), type_name, row, name)
+            else:
+                data = rounder.encode(basis, type_name, name)[0]
+                values = torch.from_numpy(ggml.dequantize(data, type_name, basis.shape[-1]))
+            yield data, self.turn(values)
+
+    def read_back(self, i: int, bases: torch.Tensor, type_name: str, rounder: Rounder | None) -> torch.Tensor:
+        """The bases of group i as they are read out of a file that has them in this type."""
         found = torch.empty(bases.shape)
-        for k, basis in enumerate(bases):
-            j = i * len(bases) + k
-            row = None if weights is None else weights[j]
-            found[k] = self.turn(decoded(self.turn(basis), type_name, row, f"basis {j} of {self.name}")[1])
+        for k, (_, values) in enumerate(self.encoded(i, bases, type_name, rounder)):
+            found[k] = values
         return found
 
     def groups(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -167,7 +195,7 @@ class Unit:
         """
         for i in range(self.layer.group_count(self.projection)):
             experts, mix, bases = self.group(i)
-            kept = self.read_back(i, bases, self.basis_type)
+            kept = self.read_back(i, bases, self.basis_type, self.basis_rounder(i, bases))
             yield experts, mix, bases, kept
             del bases, kept
 
@@ -189,40 +217,6 @@ class Unit:
                 out[i] = second_moments(whole.slice(s, z).apply(z))[0].numpy()
             del basis
         return out
-
-
-def decoded(
-    x: torch.Tensor, type_name: str, weights: np.ndarray | None, name: str
-) -> tuple[np.ndarray, torch.Tensor]:
-    """``x`` ``[..., row]`` encoded as ``type_name``, and its values when read back, float32."""
-    values = x.to(torch.float32).contiguous().numpy()
-    data = ggml.quantize(values, type_name, weights, name=name)
-    return data, torch.from_numpy(ggml.dequantize(data, type_name, values.shape[-1]))
-
-
-def each_decoded(
-    stack: torch.Tensor, type_name: str, weights: np.ndarray | None, name: str, first: int = 0
-) -> tuple[list[np.ndarray], torch.Tensor]:
-    """:func:`decoded` of each matrix of ``stack``, experts from ``first`` on, by its own row of ``weights``."""
-    pairs = [
-        decoded(x, type_name, None if weights is None else weights[i], f"{name}, expert {first + i}")
-        for i, x in enumerate(stack)
-    ]
-    return [data for data, _ in pairs], torch.stack([values for _, values in pairs])
-
-
-def rounded(
-    stack: torch.Tensor, zm: torch.Tensor, type_name: str, name: str, first: int = 0
-) -> tuple[list[np.ndarray], torch.Tensor]:
-    """:func:`each_decoded` with codes chosen by the second moments of what A multiplies, ``zm zm^T``."""
-    found = []
-    for i, (a, z) in enumerate(zip(stack, zm, strict=True)):
-        gram = z @ z.T
-        if not gram.diagonal().sum() > 0:  # an expert whose Z is zero: any A will do
-            gram = torch.eye(len(gram))
-        found.append(Rounder(gram).encode(a, type_name, f"{name}, expert {first + i}")[0])
-    values = [torch.from_numpy(ggml.dequantize(data, type_name, stack.shape[-1])) for data in found]
-    return found, torch.stack(values)
 
 
 @dataclass
@@ -343,6 +337,22 @@ class Solved(Encoded):
         return chosen, torch.where(better.view(-1, *(1,) * (alpha.dim() - 1)), new_alpha, alpha)
 
 
+@dataclass
+class RoundedBases(Encoded):
+    """The bases of a unit whose inputs' full second moments are known."""
+
+    unit: Unit = None  # type: ignore[assignment]
+
+    def tofile(self, file: IO[bytes]) -> None:
+        self.squares, written = Squares(), 0
+        for i in range(self.unit.layer.group_count(self.unit.projection)):
+            _, _, bases = self.unit.group(i)
+            self.squares.add(bases)
+            found = self.unit.encoded(i, bases, self.type, self.unit.basis_rounder(i, bases))
+            written += sum(file.write(data.data.cast("B")) for data, _ in found)
+        self.check(written)
+
+
 @dataclass(frozen=True)
 class SolvedMix:
     """alpha of a unit as a source: what belongs to the A's that were written."""
@@ -418,6 +428,11 @@ class Refitting:
             self.solved.append(solved)
             by_name[name] = solved
             by_name[mix.tensor.name] = replace(mix, tensor=replace(mix.tensor, source=SolvedMix(solved)))
+            basis = by_name[names.basis_name(unit.layer.index, unit.projection)]
+            if unit.full and basis.type not in FLOATS:
+                by_name[basis.tensor.name] = RoundedBases(
+                    basis.tensor, basis.type, basis.nbytes, basis.importance, unit
+                )
         return list(by_name.values())
 
     def outcome(self) -> Refit:

@@ -22,8 +22,9 @@ import torch
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.formula import activate, combine
 from mobe_gguf.core.tensors import is_down, is_transform
+from mobe_gguf.export.decoded import each_decoded, rounded
 from mobe_gguf.export.imatrix import Imatrix, Importance
-from mobe_gguf.export.refit import Unit, each_decoded, rounded
+from mobe_gguf.export.refit import Unit
 from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
 from mobe_gguf.export.rounding import covers, matrix
 from mobe_gguf.export.source import Tensor
@@ -108,9 +109,9 @@ def _basis(unit: Unit, types: list[str], refit: bool) -> list[float]:
     s, alpha, bases, a, z = _sampled(unit)
     metric = unit.inputs().slice(s, z)
     w = torch.bmm(a, metric.apply(z))
-    errors = []
+    errors, rounder = [], unit.basis_rounder(0, bases)
     for type_name in types:
-        kept = unit.read_back(0, bases, type_name)
+        kept = unit.read_back(0, bases, type_name, rounder)
         z = activate(combine(alpha, kept), unit.activation)
         solved, zm = a, metric.apply(z)
         if refit and not torch.equal(kept, bases):

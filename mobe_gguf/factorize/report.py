@@ -77,8 +77,9 @@ def print_time(job: Job, device: str, console: Console) -> None:
     )
 
 
-def print_result(result: JobResult, console: Console) -> None:
-    """After the work: error per layer, first the one that was minimized; parameters before and after."""
+def print_result(result: JobResult, console: Console, moments: str | None = None) -> None:
+    """After the work: error per layer, first the one that was minimized; parameters before and after; the next command, with the file ``moments`` that
+    the fit went by."""
     settings, projections = result.settings, result.settings.projections
     by_inputs = settings.objective != "mse"
     console.print(_minimized(settings), **PLAIN)
@@ -116,6 +117,7 @@ def print_result(result: JobResult, console: Console) -> None:
         ("transform", result.settings.for_transform),
     ):
         command += f" --{option}-type {name}" if name else ""
+    command += f" --moments {moments}" if moments else ""
     console.print(command, **PLAIN)
 
 

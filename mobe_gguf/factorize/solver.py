@@ -18,6 +18,7 @@ from mobe_gguf.core.metric import Metric, Roots
 from mobe_gguf.core.names import ACTIVATIONS
 from mobe_gguf.core.projected import Projected, SingularError, fast_products
 from mobe_gguf.factorize.adam import Adam
+from mobe_gguf.factorize.gauge import flat_gauge
 from mobe_gguf.factorize.linear import fit_linear, suits
 from mobe_gguf.factorize.scale import balance
 from mobe_gguf.factorize.start import initial_basis, initial_mix
@@ -260,24 +261,31 @@ def _fit_linear(
     report: Callable[[float, float], None],
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Of the linear form with few bases, see :mod:`linear`: from mixes with noise, else every expert stays
-    with its run's basis for a long time (slices, m 2 r 320, 40 iterations: 0.043 for 0.026).
+    with its run's basis for a long time (slices, m 2 r 320, 40 iterations: 0.043 for 0.026).  What is found is put in the gauge in which
+    rounding costs least, :mod:`gauge`.
 
-    Bases that will be rounded are rounded in a last stretch of Adam's steps, as :func:`_descend`'s are.
+    Bases that will be rounded are rounded in a last stretch of Adam's steps, as :func:`_descend`'s are, unless export rounds them.
     """
     noise = torch.randn(mix.shape, generator=torch.Generator().manual_seed(settings.seed + 1))
-    basis, mix, steps = fit_linear(
-        replace(problem, ridge=_rounding_ridge(settings)),
-        basis,
-        mix + LINEAR_NOISE * noise.to(mix),
-        settings.steps,
-        report,
-    )
-    if settings.basis_type is None:
+    ridged = replace(problem, ridge=_rounding_ridge(settings))
+    start = mix + LINEAR_NOISE * noise.to(mix)
+    basis, mix, steps = fit_linear(ridged, basis, start, settings.steps, report)
+    basis = flat_gauge(ridged.transform(basis, mix), basis, mix, problem.metric, settings.seed)
+    if settings.basis_type is None or _rounded_by_export(settings, problem.metric):
         return basis, mix, steps
     basis = basis * (START_SCALE / basis.std())
     last = replace(settings, steps=min(settings.steps, LAST_STEPS), rate=LAST_RATE)
     basis, mix, more = _descend(problem, basis, mix, last, lambda _, error: report(1.0, error))
     return basis, mix, steps + more
+
+
+def _rounded_by_export(settings: Settings, metric: Metric) -> bool:
+    """Whether factors are best left as they are: export rounds those of a linear form by full second moments (``export/basis_rounding.py``),
+    and solves for A again, which costs less than values that its encoder would keep.  (Shipped model, m 2 r 128, B q4_k and A q5_0, gate and up alone: KL
+    divergence 0.0043, of 0.0040 unrounded; rounded to nearest, 0.0092.)
+    """
+    full = metric.per_expert and metric.root is not None and metric.root.dim() == 3
+    return full and settings.activation == "none" and settings.mix == "scalar" and not settings.transposed
 
 
 def _weigh(x: torch.Tensor, metric: Metric, settings: Settings) -> torch.Tensor:
@@ -311,7 +319,8 @@ def _finish(
     Where it is the outputs that are to be kept, A is scaled up to their size: least squares makes each expert's smaller by
     the error, and what all of them have in common adds up.  (KL divergence 0.0076 without, 0.0070 with; row by row 0.0069.)
     """
-    if settings.basis_type:
+    settles = not _rounded_by_export(settings, metric)
+    if settings.basis_type and settles:
         basis = settled(basis, settings.basis_type, settings.transposed)
     basis = basis.to(settings.dtype)
     problem = replace(problem, ridge=_rounding_ridge(settings))
@@ -327,7 +336,7 @@ def _finish(
         a = transform[s]
         if settings.transposed:
             a = metric.slice(s, a).solve_rows(a)
-        if settings.transform_type:
+        if settings.transform_type and settles:
             a = settled(a, settings.transform_type, settings.transposed)
         stored[s] = a
     return basis, mix, stored

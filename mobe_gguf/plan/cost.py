@@ -16,6 +16,7 @@ from mobe_gguf.plan.forms import Form
 from mobe_gguf.plan.layout import Layout
 from mobe_gguf.plan.machine import GPU_SHARE, Machine
 from mobe_gguf.plan.memory import Beside
+from mobe_gguf.plan.probe import Probe
 from mobe_gguf.quant.roundtrip import noise
 
 #: Nodes of a decoder layer's graph that all threads meet behind, of a mixture of experts.
@@ -34,7 +35,8 @@ KL_OF_KEPT = ((0.5, 0.0065), (0.625, 0.0022), (0.75, 0.0009))
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one form: bytes in VRAM and RAM, KV cache included; read of each a token; ``cpu_layers`` with experts in RAM."""
+    """Of one form: bytes in VRAM and RAM, KV cache included; read of each a token; ``cpu_layers`` with experts in RAM.  ``error``: of the
+    experts, relative and squared, where a probe measured it."""
 
     form: Form
     vram: int
@@ -45,6 +47,7 @@ class Cost:
     cpu_layers: int
     fits: bool
     kl: float
+    error: float | None = None
 
     @property
     def limit(self) -> str:
@@ -65,7 +68,7 @@ def read_per_token(layout: Layout, form: Form, name: str) -> float:
     return n_bytes
 
 
-def cost(layout: Layout, form: Form, machine: Machine, beside: Beside) -> Cost:
+def cost(layout: Layout, form: Form, machine: Machine, beside: Beside, measured: Probe | None = None) -> Cost:
     """With as many layers' experts in VRAM as it holds; without a GPU all is in RAM."""
     layers = layout.expert_layers
     experts: dict[int, list[str]] = defaultdict(list)
@@ -113,12 +116,16 @@ def cost(layout: Layout, form: Form, machine: Machine, beside: Beside) -> Cost:
         1 / seconds,
         cpu_layers,
         fits,
-        expected_kl(layout, form),
+        expected_kl(layout, form, measured),
+        None if measured is None else probed_error(form, measured),
     )
 
 
-def expected_kl(layout: Layout, form: Form) -> float:
-    """KL divergence that the shipped model would have with experts in these types: to put files in order, no promise."""
+def expected_kl(layout: Layout, form: Form, measured: Probe | None = None) -> float:
+    """KL divergence that the shipped model would have with experts in these types, or with the errors that were ``measured``: to put files
+    in order, no promise."""
+    if measured is not None:
+        return KL_OF_ERROR * 1.5 * probed_error(form, measured)
     total = sum(math.prod(s) for name, s in form.shapes.items() if EXPERTS.fullmatch(name))
     error = sum(
         math.prod(shape) / total * noise(form.types[name])
@@ -128,6 +135,19 @@ def expected_kl(layout: Layout, form: Form) -> float:
     return KL_OF_ERROR * ROUNDED_BY_MOMENTS * error * 1.5 + (
         kl_of_kept(form.kept) if form.factorized else 0.0
     )
+
+
+def probed_error(form: Form, measured: Probe) -> float:
+    """Mean over the weights of all experts of what the probe found for their types, or for the form's factors."""
+    total = found = 0.0
+    for name, shape in form.shapes.items():
+        if not EXPERTS.fullmatch(name):
+            continue
+        basis = form.shapes.get(name.replace("_exps.", "_basis."))
+        size = math.prod(shape[:-1]) * (basis[-1] if basis else shape[-1])  # of what factors stand for
+        total += size
+        found += size * (measured.forms[form.name].after if basis else measured.error(form.types[name]))
+    return found / total
 
 
 def kl_of_kept(kept: float) -> float:

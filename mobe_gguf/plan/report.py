@@ -16,6 +16,7 @@ from mobe_gguf.plan.cost import Cost
 from mobe_gguf.plan.layout import Layout
 from mobe_gguf.plan.machine import Machine
 from mobe_gguf.plan.memory import Beside
+from mobe_gguf.plan.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def table(model: str, layout: Layout, costs: Sequence[Cost], wishes: PlanWishes)
     """Best first; fits 100 columns."""
     out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
     out.add_column("form", overflow="fold")
-    for column in ("file", "bits", "in VRAM", "in RAM", "read/token", "tokens/s", "KL (table)", ""):
+    quality = "error (probe)" if any(c.error is not None for c in costs) else "KL (table)"
+    for column in ("file", "bits", "in VRAM", "in RAM", "read/token", "tokens/s", quality, ""):
         out.add_column(column, justify="right", no_wrap=True)
     for c in costs:
         read = describe_size(c.read_vram + c.read_ram)
@@ -58,7 +60,7 @@ def table(model: str, layout: Layout, costs: Sequence[Cost], wishes: PlanWishes)
             describe_size(c.ram),
             read,
             f"{c.tokens_per_second:.1f}",
-            f"{c.kl:.4f}",
+            f"{c.kl:.4f}" if c.error is None else f"{c.error:.4f}",
             "" if meets(c, wishes) else ("too slow" if c.fits and _small(c, wishes) else "too large"),
         )
     return out
@@ -109,7 +111,8 @@ def advice(
         lines.append("A plain file that fits is expected to be better than every factorized one here.")
     elif best.form.factorized and plain:
         lines.append(
-            f"Expected to be better than the best plain file that fits ({plain.form.name}); --probe measures it."
+            f"Expected to be better than the best plain file that fits ({plain.form.name})"
+            + ("; --probe measures it." if best.error is None else ", as measured on one layer.")
         )
     where = f" -ngl 99 --n-cpu-moe {best.cpu_layers}" if best.vram else ""
     lines.append(f"Best: {best.form.name}. A token waits mostly for {best.limit}.")
@@ -125,6 +128,44 @@ LEGEND = (
 )
 
 
+PROBE_LEGEND = (
+    "bits: of the file, per weight of the original. error (probe): squared error of the experts' outputs relative to their size, as "
+    "measured on one layer (below). tokens/s: writing, short context; from bytes read and this machine's measured rates."
+)
+
+
+def probe_page(probe: Probe) -> list[RenderableType]:
+    """What the probe saw: types, factors against plain types of the same bits, and how much the experts share."""
+    all_of = "all" if probe.experts == probe.of else f"{probe.experts} of"
+    weighed = f"by {probe.moments}" if probe.moments else "of the weights alone, for there are no --moments"
+    lines = [
+        f"Probe: layer {probe.layer} {probe.projection}, {all_of} {probe.of} experts, errors {weighed}, {probe.seconds:.0f} s."
+    ]
+    if probe.experts < probe.of:
+        lines.append(
+            "Fewer experts share their bases more easily: the factors look better here than they are."
+        )
+    types = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    for column in ("type", "bits", "error, nearest", "by moments"):
+        types.add_column(column, justify="left" if column == "type" else "right")
+    for name, one in sorted(probe.types.items(), key=lambda item: -item[1].bits):
+        types.add_row(name, f"{one.bits:.2f}", f"{one.before:.4f}", f"{one.after:.4f}")
+    parts: list[RenderableType] = [Text("\n".join(lines)), Text(), types]
+    if probe.forms:
+        forms = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
+        for column in ("factors", "bits", "error, fitted", "rounded", "plain, same bits", "gain"):
+            forms.add_column(column, justify="left" if column == "factors" else "right")
+        for name, form in probe.forms.items():
+            numbers = (f"{form.fit:.4f}", f"{form.after:.4f}", f"{form.plain:.4f}", f"{form.gain:.2f}")
+            forms.add_row(Text(name), f"{form.bits:.2f}", *numbers)
+        parts += [Text(), forms]
+    said = (
+        f"The stronger half of the experts' shared directions holds {probe.shared:.0%} of their weights' squares; of random "
+        f"matrices {probe.random:.0%}."
+    )
+    return [*parts, Text(), Text(said)]
+
+
 def page(
     model: str,
     layout: Layout,
@@ -133,11 +174,15 @@ def page(
     costs: Sequence[Cost],
     wishes: PlanWishes,
     no: str | None,
+    probe: Probe | None = None,
 ) -> RenderableType:
     """All of it, for a terminal."""
-    parts = (head(layout, machine, beside, wishes), "", table(model, layout, costs, wishes), "", LEGEND, "")
+    legend = LEGEND if probe is None else PROBE_LEGEND
+    parts = (head(layout, machine, beside, wishes), "", table(model, layout, costs, wishes), "", legend, "")
+    seen = [] if probe is None else [*probe_page(probe), Text()]
     return Group(
         *(Text(part) if isinstance(part, str) else part for part in parts),
+        *seen,
         Text(advice(model, layout, costs, wishes, no)),
     )
 
@@ -150,6 +195,7 @@ def as_json(
     costs: Sequence[Cost],
     wishes: PlanWishes,
     no: str | None,
+    probe: Probe | None = None,
 ) -> dict[str, Any]:
     """The same as numbers: bytes, tokens a second."""
     n, p, d = layout.expert_shape()
@@ -169,6 +215,7 @@ def as_json(
         "ctx": wishes.ctx,
         "beside": asdict(beside),
         "why_not_factorized": no,
+        "probe": probe and asdict(probe),
         "forms": [
             {
                 "name": c.form.name,
@@ -182,7 +229,10 @@ def as_json(
                 "tokens_per_second": c.tokens_per_second if math.isfinite(c.tokens_per_second) else None,
                 "n_cpu_moe": c.cpu_layers,
                 "kl_estimate": c.kl,
-                "kl_basis": "table of the shipped model",
+                "kl_basis": "table of the shipped model"
+                if c.error is None
+                else "error that a probe measured",
+                "error": c.error,
                 "fits": c.fits,
                 "meets_wishes": meets(c, wishes),
                 "make": c.form.made(),

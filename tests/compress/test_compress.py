@@ -68,6 +68,48 @@ def test_the_better_of_both_becomes_out(source: Path, text: Path, tmp_path: Path
     assert "[out.gguf](out.gguf)" in card and f"KL divergence {by_name[result.kind]:.2f}"[:-1] in card
 
 
+def test_a_page_of_it(source: Path, text: Path, tmp_path: Path) -> None:
+    """With what was measured, and without; a page that cannot be written is said before the work."""
+    common = [
+        "--quant",
+        "q4_0",
+        "--form",
+        "plain",
+        "--text",
+        text,
+        "--eval-text",
+        text,
+        "--ctx",
+        64,
+        "--chunks",
+        6,
+        "-t",
+        1,
+    ]
+
+    def call(name: str, *more: object) -> Result:
+        out, page = tmp_path / f"{name}.gguf", tmp_path / f"{name}.html"
+        arguments = ["compress", source, out, *common, "--report", page, "-q", *more]
+        return CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+
+    assert call("a", "--eval-chunks", 4, "--no-rivals").exit_code == 0
+    html = (tmp_path / "a.html").read_text()
+    for key in ("quality", "bits", "errors", "routing", "sizes", "texts", "commands"):
+        assert f'<section id="{key}">' in html
+    assert "plain, rounded by moments" in html and f"llama-cli -m {tmp_path}/a.gguf" in html
+    assert call("b", "--no-measure").exit_code == 0
+    html = (tmp_path / "b.html").read_text()
+    assert '<section id="bits">' in html and 'id="quality"' not in html
+    assert not list(tmp_path.glob("*.work"))
+    (tmp_path / "c.html").mkdir()
+    refused = call("c")
+    assert (
+        refused.exit_code == 2
+        and not (tmp_path / "c.gguf").exists()
+        and "c.html is a directory" in refused.stderr
+    )
+
+
 def test_a_factorized_file_where_it_is_asked_for(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     asked = wishes(text, quant="q4_0", form="mobe", measure=False, bases=2, rank=32, activation="tanh")

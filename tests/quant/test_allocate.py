@@ -27,6 +27,7 @@ from mobe_gguf.export.type_errors import measure
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.quant.allocate import Option, Target, TooSmall, allocate, parse_target
+from mobe_gguf.quant.mixture import layer_of
 from mobe_gguf.quant.recipe import Choice
 from mobe_gguf.runtime import ggml
 
@@ -178,7 +179,10 @@ def test_errors_are_the_encoders_own(source: Path) -> None:
     units = units_of(checkpoint, Imatrix([]), choices, {})
 
     def measured(refit: bool, shares: dict[int, float] | None) -> dict[str, dict[str, float]]:
-        found = measure(tensors, set(tensors), units, {}, lambda n, t: 1, refit=refit, shares=shares)
+        def counts(name: str) -> float:
+            return 1.0 if shares is None else shares.get(layer_of(name), 1.0)
+
+        found = measure(tensors, set(tensors), units, {}, lambda n, t: 1, refit=refit, counts=counts)
         return {name: {o.type: o.error for o in options} for name, options in found}
 
     def rounded(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.core.progress import say
 from mobe_gguf.core.records import record
 from mobe_gguf.factorize.job import probing, state
 from mobe_gguf.factorize.job.state import FORMAT, Job, JobWorkspace, disk_errors
@@ -64,8 +63,6 @@ def prepare(
             imatrix.weight(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
         if moments:
             moments.check(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
-    if moments and (warning := moments.of_another(checkpoint.checksum)):
-        say(warning)
     checkpoint.check_whole()
     checkpoint.check_values()
     goal = probing.goal_of(checkpoint, settings, imatrix, predict)

@@ -23,7 +23,7 @@ from mobe_gguf.models.original import Original
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1
 #: Goes up with every change that makes the same settings give other factors.
-SOLVER = "projected-adam-2"
+SOLVER = "projected-adam-3"
 
 
 #: Patterns of what is worth going on from.

@@ -1,0 +1,140 @@
+"""What `mobe-gguf plan` expects of files, and what the runtime then does with them: tokens a second and memory.
+
+    python bench/plan_speed.py [--shapes qwen3-30b,deepseek-v2-lite,deepseek-v3] [--quants q4_k,q3_k] [--layers 2] [--dir synthetic]
+
+Files of real shapes and random weights (see synthetic.py): plain ones, and of the first shape one with four bases and no activation.  The
+machine's rates are measured anew.  Speed: llama-bench, writing, the fastest of some rounds.  Memory: the most that
+llama-completion had resident with a context of --ctx tokens and without mmap, less what it takes for a model of next to no size.  Exit code 1 if
+one is off by more than 25 % (speed) or 5 % (memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import llama_bench
+import synthetic
+from rich.console import Console
+from rich.table import Table
+
+from mobe_gguf import runtime
+from mobe_gguf.core.errors import MobeError, run_program
+from mobe_gguf.core.progress import console
+from mobe_gguf.formats.gguf import read_model
+from mobe_gguf.plan import cost, machine, memory
+from mobe_gguf.plan.forms import Form
+from mobe_gguf.plan.layout import Layout, read_layout
+
+#: A DeepSeek-V3 layer is 6 GB: with fewer experts a token reads as much.
+FEWER = {"deepseek-v3": {"n": 32}}
+SPEED, MEMORY = 0.25, 0.05
+
+
+def form_of(path: Path) -> Form:
+    """The file as it is."""
+    file = read_model(path)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    types = {name: info.type for name, info in file.tensors.items()}
+    return Form(path.stem, "", shapes, types, file.size)
+
+
+def files(options: argparse.Namespace) -> list[Path]:
+    """Written where they are not there."""
+    directory, layers = options.dir, options.layers
+    directory.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name in options.shapes.split(","):
+        shape = replace(synthetic.SHAPES[name], **FEWER.get(name, {}))
+        for quant in options.quants.split(","):
+            stem = f"{name}-n{shape.n}-{layers}l-{quant}"
+            found.append(synthetic.write(directory / f"{stem}.gguf", shape, quant, layers, factorized=False))
+    first, quant = options.shapes.split(",")[0], options.quants.split(",")[0]
+    linear = replace(synthetic.SHAPES[first], m=4, activation="none", **FEWER.get(first, {}))
+    found.append(
+        synthetic.write(
+            directory / f"{first}-{layers}l-{quant}-linear-m4.gguf", linear, quant, layers, factorized=True
+        )
+    )
+    return found
+
+
+def resident(path: Path, ctx: int, threads: int) -> int:
+    """Most bytes that llama-completion had in memory."""
+    command = [str(runtime.tool("llama-completion")), "-m", str(path), "-c", str(ctx), "--no-mmap", "-n", "2"]
+    command += ["-t", str(threads), "-p", "w1 w2", "-no-cnv", "--no-warmup"]
+    with open(os.devnull, "wb") as nothing:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=nothing, stderr=nothing)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise MobeError(f"{' '.join(command)} failed: exit code {process.returncode}")
+    return usage.ru_maxrss * 1024
+
+
+def expected(path: Path, layout: Layout, here: machine.Machine, ctx: int) -> cost.Cost:
+    return cost.cost(layout, form_of(path), here, memory.beside_weights(layout, ctx))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="qwen3-30b,deepseek-v2-lite,deepseek-v3")
+    parser.add_argument("--quants", default="q4_k,q3_k")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ctx", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--write-only", action="store_true", help="write the files, measure nothing")
+    parser.add_argument("--dir", type=Path, default=Path("synthetic"), help="where the models are kept")
+    options = parser.parse_args()
+    llama_bench.require_runtime()
+    paths = files(options)
+    small = synthetic.write(
+        options.dir / "small.gguf", synthetic.SHAPES["small"], "q4_k", 1, factorized=False
+    )
+    if options.write_only:
+        return 0
+    kinds = {kind for path in (*paths, small) for kind in form_of(path).types.values()}
+    with tempfile.TemporaryDirectory() as folder:
+        here = replace(machine.this_machine(kinds, Path(folder) / "machine.json"), vram=0)
+    rates = ", ".join(f"{kind} {rate / 1e9:.2f}" for kind, rate in sorted(here.rates.items()))
+    console.print(f"GB/s: {rates}; node {here.node * 1e6:.2f} us", highlight=False)
+    contenders = [llama_bench.Contender(path.stem, path) for path in paths]
+    speeds = llama_bench.compare(contenders, 1, options.tokens, options.rounds, ("-t", str(options.threads)))
+    itself = 0 if options.no_memory else resident(small, options.ctx, options.threads)
+    itself -= 0 if options.no_memory else expected(small, read_layout(small), here, options.ctx).ram
+    table = Table(
+        title=f"plan and runtime, {options.layers} layers, {options.threads} threads, context {options.ctx}"
+    )
+    for column in ("file", "tokens/s", "planned", "off", "resident MB", "planned", "off"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    wrong = []
+    for path in paths:
+        found = expected(path, read_layout(path), here, options.ctx)
+        speed = max(speeds[path.stem].values)
+        off = found.tokens_per_second / speed - 1
+        cells = [path.stem, f"{speed:.2f}", f"{found.tokens_per_second:.2f}", f"{off:+.0%}"]
+        wrong += [f"{path.stem}: speed {off:+.0%}"] * (abs(off) > SPEED)
+        if not options.no_memory:
+            taken = resident(path, options.ctx, options.threads) - itself
+            more = found.ram / taken - 1
+            cells += [f"{taken / 1e6:.0f}", f"{found.ram / 1e6:.0f}", f"{more:+.1%}"]
+            wrong += [f"{path.stem}: memory {more:+.1%}"] * (abs(more) > MEMORY)
+        table.add_row(*cells)
+    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+    for line in wrong:
+        console.print(f"off: {line}", highlight=False)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    run_program(main)

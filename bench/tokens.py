@@ -1,0 +1,83 @@
+"""How much text rounding by moments needs: KL divergence against tokens of calibration, on texts of two kinds.
+
+    python bench/tokens.py [--model DIR] [--out DIR] [--chunks 10,40,180,1000] [--quant q3_k_m] [--texts A.txt,B.txt] [--eval-chunks N]
+
+For each number of chunks of 512 tokens: moments and an importance matrix of so much of the calibration text, a file by
+`export --dense --moments` and one by llama-quantize with the matrix, both evaluated on every text.  ``--shrinkage`` tries other values of
+``core.metric.TRUSTED``.  With ``--out`` what is there is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from mobe_gguf import evaluate
+from mobe_gguf.calibrate.moments import collect
+from mobe_gguf.core import metric, resources
+from mobe_gguf.core.errors import run_program
+from mobe_gguf.evaluate import tool
+from mobe_gguf.export import Recipe, export, parse_quant
+
+CONTEXT = 512
+
+
+def made(
+    model: Path, reference: Path, out: Path, texts: list[Path], chunks: int, quant: str
+) -> tuple[Path, Path]:
+    """``(by llama-quantize, by moments)`` with so many chunks of the calibration text."""
+    moments, imatrix = out / f"{chunks}.safetensors", out / f"{chunks}-imatrix.gguf"
+    if not moments.is_file():
+        collect(model, texts, moments, ctx=CONTEXT, chunks=chunks, quiet=True)
+    if not imatrix.is_file():
+        joined = out / "calibration.txt"
+        joined.write_text("".join(text.read_text() for text in texts))
+        where = ("-m", str(reference), "-f", str(joined), "-o", str(imatrix))
+        tool.run("llama-imatrix", *where, "--chunks", str(chunks), "-c", str(CONTEXT))
+    plain = out / f"plain-{quant}-{chunks}.gguf"
+    if not plain.is_file():
+        tool.run("llama-quantize", "--imatrix", str(imatrix), str(reference), str(plain), quant, "1")
+    ours = out / f"ours-{quant}-{chunks}-{metric.TRUSTED:g}.gguf"
+    if not ours.is_file():
+        export(model, ours, Recipe(parse_quant(quant), moments=str(moments)), dense=True, quiet=True)
+    return plain, ours
+
+
+def main() -> None:
+    models = resources.path("models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=models / "tiny-moe", help="Hugging Face directory")
+    parser.add_argument("--calibration", default=str(models / "calibration.txt"), help="files, with commas")
+    parser.add_argument("--texts", default=str(models / "heldout.txt"), help="what is evaluated, with commas")
+    parser.add_argument("--chunks", default="10,40,180")
+    parser.add_argument("--quant", default="q3_k_m")
+    parser.add_argument("--eval-chunks", type=int, default=24)
+    parser.add_argument("--shrinkage", type=float, default=metric.TRUSTED)
+    parser.add_argument("--out", type=Path, help="keep the files here  [default: a temporary directory]")
+    options = parser.parse_args()
+    metric.TRUSTED = options.shrinkage
+    settings = evaluate.EvalSettings(chunks=options.eval_chunks, threads=1)
+    with tempfile.TemporaryDirectory(prefix="mobe-gguf-tokens-") as temporary:
+        out = options.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        reference = out / "reference.gguf"
+        if not reference.is_file():
+            export(options.model, reference, Recipe(parse_quant("bf16")), allow_dense=True, quiet=True)
+        calibration = [Path(text) for text in options.calibration.split(",")]
+        print("| tokens | text | llama-quantize, imatrix | by moments | ratio |\n|---|---|---|---|---|")
+        for chunks in map(int, options.chunks.split(",")):
+            files = made(options.model, reference, out, calibration, chunks, options.quant)
+            for text in map(Path, options.texts.split(",")):
+                rows = evaluate.compare(reference, files, text, settings, quiet=True)
+                plain, ours = (row.divergence.kl.value for row in rows)
+                print(
+                    f"| {chunks * CONTEXT} | {text.name} | {plain:.4f} | {ours:.4f} | {ours / plain:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    run_program(main)
