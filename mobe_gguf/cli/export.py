@@ -25,6 +25,7 @@ OPTIONS = (
     "experts_used",
     "dense",
     "source",
+    "rest_from",
     "refit",
     "original",
     "base_model",
@@ -84,6 +85,12 @@ TYPE_OPTIONS = {
     metavar="TYPE",
     help="Where MODEL holds factors of a GGUF file: types of all that is no factor, as llama-quantize calls them.  [default: as in that "
     "file]",
+)
+@click.option(
+    "--rest-from",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where MODEL holds factors of a GGUF file: another GGUF file of the same model, in fewer bits, that gives all that is no factor.",
 )
 @click.option("--pure", is_flag=True, help="Give all matrices one type, not a mixture.")
 @click.option(

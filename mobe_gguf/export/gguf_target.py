@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mobe_gguf import runtime
+from mobe_gguf.core import names
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.tensors import merged_name
 from mobe_gguf.export.origin import Origin
@@ -102,7 +103,7 @@ class GgufConversion:
 
     pre: Recognized | None = None
 
-    def __init__(self, factors: FactorDirectory | None, source: GgufModel):
+    def __init__(self, factors: FactorDirectory | None, source: GgufModel, rest: GgufModel | None = None):
         self.model = source
         self.arch = source.arch
         self.writer = Keys(source)
@@ -120,8 +121,27 @@ class GgufConversion:
                 stored = [source.stored(apart[name], projection) for projection in ("gate", "up")]
             for part in stored:
                 self.tensors[part.name] = Tensor(part.name, part)
+        self.rest = rest
+        if rest is not None and factors is not None:
+            replaced = {names.transform_name(i, p) for i in layers for p in factors.layer(i).projections}
+            self._take(rest, [name for name in self.tensors if name not in replaced])
         self.recipe: Recipe | None = None
         self.notes: list[str] = []
+
+    def _take(self, rest: GgufModel, wanted: list[str]) -> None:
+        """These tensors from another file of the same model.  UsageError if it is none."""
+        if rest.arch != self.arch:
+            raise UsageError(
+                f"--rest-from {rest.path}: it is of a {rest.arch} model, the factors of a {self.arch} model"
+            )
+        for name in wanted:
+            found, shape = rest.file.tensors.get(name), tuple(self.tensors[name].source.shape)
+            if found is None or tuple(found.shape) != shape:
+                got = "is missing" if found is None else f"has shape {list(found.shape)}"
+                raise UsageError(
+                    f"--rest-from {rest.path}: tensor {name} {got}, expected {list(shape)}; give a file of the same model"
+                )
+            self.tensors[name].source = StoredTensor.of(found)
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -133,8 +153,9 @@ class GgufConversion:
         return self.model.file.alignment
 
     def files(self) -> list[Path]:
-        """Those of the source."""
-        return sorted({info.file for info in self.model.file.tensors.values()})
+        """Those of the source, and of what gives the rest."""
+        models = (self.model,) if self.rest is None else (self.model, self.rest)
+        return sorted({info.file for model in models for info in model.file.tensors.values()})
 
     def replace(self, name: str, source: Source) -> None:
         self.tensors[name].source = source

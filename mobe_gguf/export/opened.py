@@ -93,11 +93,14 @@ def _convert(checkpoint: ModelDirectory | GgufModel, out: Path, options: ExportO
     """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
     checkpoint.check_whole()
     factors, source = checkpoint.factors, checkpoint.gguf_source(options.source)
+    if options.rest_from is not None and (source is None or factors is None):
+        raise UsageError("--rest-from is for factors of a GGUF file; leave it out")
     if source is None:  # a GGUF file is its own
         return convert(cast(ModelDirectory, checkpoint), out, options.tokenizer_pre, options.verbose)
     if options.tokenizer_pre is not None:
         raise UsageError("--tokenizer-pre: the tokenizer is that of the GGUF file; leave the option out")
-    conversion = GgufConversion(factors, source)
+    rest = None if options.rest_from is None else GgufModel(options.rest_from)
+    conversion = GgufConversion(factors, source, rest)
     if any(out.exists() and out.samefile(file) for file in conversion.files()):
         raise UsageError(f"{out} is the file that is read; write to another")
     return conversion

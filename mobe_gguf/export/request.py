@@ -22,6 +22,7 @@ class ExportOptions:
     - ``dense``: write ordinary experts of any model; factors are multiplied out.
     - ``wab``: the authors' training output for the model, which is the original then.
     - ``source``: the GGUF file that the model holds factors of, if it has moved.
+    - ``rest_from``: a GGUF file of the same model, in fewer bits: all that is no factor comes from there.
     - ``refit``: solve for A and the mix again where the bases are quantized, see ``refit``.
     - ``original``: the model that the factors were made of, if it has moved.
     - ``base_model``: the original's id on the hub, for the metadata.
@@ -36,6 +37,7 @@ class ExportOptions:
     dense: bool = False
     wab: WabFiles | None = None
     source: str | os.PathLike[str] | None = None
+    rest_from: str | os.PathLike[str] | None = None
     refit: bool = True
     original: str | os.PathLike[str] | None = None
     base_model: str | None = None

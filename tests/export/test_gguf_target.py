@@ -460,6 +460,34 @@ def test_types_of_the_rest(quantized: Path, tmp_path: Path) -> None:
     assert code == 2 and "is the file that is read" in err
 
 
+def test_the_rest_from_a_file_in_fewer_bits(quantized: Path, tmp_path: Path) -> None:
+    factors, out, small = factorize(quantized, tmp_path / "f"), tmp_path / "o.gguf", tmp_path / "small.gguf"
+    export(quantized, small, Recipe("q4_0"), dense=True, quiet=True)
+    code, _, err = cli("export", factors, out, "--quant", "q5_0", "--rest-from", small, "--no-verify")
+    assert code == 0, err
+    file, rest = read_gguf(out), read_gguf(small)
+    kept = [
+        n
+        for n in file.tensors
+        if n in rest.tensors and not n.endswith(("gate_exps.weight", "up_exps.weight"))
+    ]
+    assert "blk.1.ffn_down_exps.weight" in kept and file.tensors["blk.0.ffn_up_exps.weight"].type == "q5_0"
+    for name in kept:
+        assert np.array_equal(raw(file.tensors[name]), raw(rest.tensors[name])), name
+    assert np.isfinite(logits(out)).all()
+    other = tmp_path / "other.gguf"
+    export(tiny_other(tmp_path), other, Recipe("q8_0"), allow_dense=True, quiet=True)
+    code, _, err = cli("export", factors, out, "--quant", "q5_0", "--rest-from", other)
+    assert code == 2 and "give a file of the same model" in err
+    code, _, err = cli("export", quantized, out, "--quant", "q5_0", "--dense", "--rest-from", small)
+    assert code == 2 and "--rest-from is for factors" in err
+
+
+def tiny_other(tmp_path: Path) -> Path:
+    """A model of the same architecture and another size."""
+    return tiny.make_model("qwen3_moe", tmp_path / "another", **SIZES | {"num_hidden_layers": 1})
+
+
 def cli_bytes(factors: Path, tmp_path: Path) -> int:
     """What the file takes whose rest stays as it was."""
     return int(
