@@ -23,7 +23,7 @@ from mobe_gguf.compress.measure import Measures
 from mobe_gguf.compress.rivals import Rival
 from mobe_gguf.compress.wishes import Wishes
 from mobe_gguf.core.atomic import check_output, destination
-from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.progress import say, stages
 from mobe_gguf.core.records import plain, record
@@ -76,6 +76,10 @@ class Compression:
 
     def __init__(self, model: Path, out: Path, wishes: Wishes, quiet: bool = False):
         wishes.check()
+        if model.is_file() and model.suffix == ".json":
+            raise UsageError(
+                f"{model} alone is enough for mobe-gguf plan; here the weights are needed: give the directory with them"
+            )
         check_output(out)
         self.model, self.out, self.wishes, self.quiet = model, out, wishes, quiet
         self.workspace = Workspace.beside(out)

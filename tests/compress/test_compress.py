@@ -258,4 +258,8 @@ def test_wrong_usage(options: list[str], said: str, source: Path, text: Path, tm
     more = ["--text", str(text), "--ctx", "64", "--chunks", "4"]
     run = CliRunner().invoke(main, ["compress", str(source), str(tmp_path / "out.gguf"), *options, *more])
     assert run.exit_code in (1, 2) and said in run.output
+    bare = CliRunner().invoke(
+        main, ["compress", str(source / "config.json"), str(tmp_path / "o.gguf"), "--bpw", "4"]
+    )
+    assert bare.exit_code == 2 and "give the directory with them" in bare.output
     assert not (tmp_path / "out.gguf").exists()
