@@ -28,7 +28,8 @@ def seconds(layout: Layout, wishes: Wishes, factors: bool) -> dict[str, float]:
     made["original"] = STORE * n
     names = rivals.around(layout, wishes.size or layout.parameters // 2) if wishes.rivals else []
     if names:
-        made["imatrix"] = PREDICT * tokens * active
+        used = min(tokens, rivals.enough_chunks(layout, wishes.ctx) * wishes.ctx / 1000)
+        made["imatrix"] = PREDICT * used * active
         made |= dict.fromkeys(names, QUANTIZE * n)
     files = len(names) + 1 + factors
     made["measure"] = PREDICT * scored * active * (files + 1)

@@ -253,7 +253,14 @@ class Compression:
         imatrix = self._stage(
             "imatrix",
             "imatrix.gguf",
-            lambda p: rivals.imatrix(original, self.texts, p, self.wishes.ctx, self.wishes.threads),
+            lambda p: rivals.imatrix(
+                original,
+                self.texts,
+                p,
+                self.wishes.ctx,
+                rivals.enough_chunks(self.layout, self.wishes.ctx),
+                self.wishes.threads,
+            ),
         )
         made = []
         for quant in rivals.around(self.layout, size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,12 @@ LADDER = (
 LARGER = 1.10
 #: How many smaller ones are made: the largest of them.
 SMALLER = 1
+#: Chunks that the importance matrix is gathered from at least, and tokens that an expert sees on average.  Measured on the shipped
+#: model, 32 chunks against all 180, KL divergence on 24 chunks: q3_k_m 0.0068 and 0.0068, iq3_s 0.0103 and 0.0104, q2_k 0.0236 and 0.0237,
+#: each ± 2 %.
+LEAST_CHUNKS, LEAST_TOKENS = 64, 2000
+#: Bytes of text a token, to take a part of each file.
+TOKEN_BYTES = 4
 #: Tokens that the speed is measured on, and runs.
 TOKENS, RUNS = 64, 3
 
@@ -49,8 +56,16 @@ def around(layout: Layout, size: int) -> list[str]:
     return chosen or [min(sizes, key=lambda quant: abs(sizes[quant] - size))]
 
 
-def imatrix(original: Path, texts: Sequence[Path], out: Path, ctx: int, threads: int | None) -> None:
-    """llama-imatrix over the texts that are plain; MobeError if there is none, or it fails."""
+def enough_chunks(layout: Layout, ctx: int) -> int:
+    """Chunks of ``ctx`` tokens that an importance matrix of the model needs."""
+    tokens = LEAST_TOKENS * layout.n_expert / max(1, layout.n_expert_used)
+    return max(LEAST_CHUNKS, math.ceil(tokens / ctx))
+
+
+def imatrix(
+    original: Path, texts: Sequence[Path], out: Path, ctx: int, chunks: int, threads: int | None
+) -> None:
+    """llama-imatrix over so many chunks of the texts that are plain; MobeError if there is none, or it fails."""
     plain = [path for path in texts if path.suffix != ".jsonl"]
     if not plain:
         raise MobeError(
@@ -59,9 +74,18 @@ def imatrix(original: Path, texts: Sequence[Path], out: Path, ctx: int, threads:
         )
     joined = out.with_name("imatrix.txt")
     with atomic_path(joined) as part, open(part, "wb") as file:
+        share = min(1.0, chunks * ctx * TOKEN_BYTES / max(1, sum(path.stat().st_size for path in plain)))
         for path in plain:
-            file.write(path.read_bytes() + b"\n")
-    more = ("-c", str(ctx), "--no-ppl", *(() if threads is None else ("-t", str(threads))))
+            content = path.read_bytes()
+            file.write(content[: math.ceil(share * len(content))] + b"\n")
+    more = (
+        "-c",
+        str(ctx),
+        "--chunks",
+        str(chunks),
+        "--no-ppl",
+        *(() if threads is None else ("-t", str(threads))),
+    )
     with bar("imatrix", 1, quiet=True) as progress, atomic_path(out) as part:
         done = tool.run("llama-imatrix", "-m", str(original), "-f", str(joined), "-o", str(part), *more)
         progress.advance()

@@ -32,7 +32,7 @@ from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard
 from mobe_gguf.export.write import Copied, Encoded, head_bytes, write_gguf
 from mobe_gguf.formats.contents import original_params
 from mobe_gguf.formats.gguf import padded
-from mobe_gguf.models.mobe_checkpoint import recorded
+from mobe_gguf.models.factors import recorded
 from mobe_gguf.quant.allocate import parse_target
 from mobe_gguf.quant.recipe import FLOATS, Recipe, parse_override, parse_quant, parse_type
 from mobe_gguf.quant.small import is_small, small_line

@@ -14,7 +14,7 @@ from mobe_gguf.cli import main
 from mobe_gguf.compress import pipeline, rivals
 from mobe_gguf.compress.pipeline import Compression
 from mobe_gguf.compress.wishes import Wishes
-from mobe_gguf.core.errors import UsageError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import Recipe, export
 from mobe_gguf.formats.gguf import read_gguf
@@ -235,6 +235,29 @@ def test_killed_in_every_stage_the_result_is_the_same(
     }
     assert (tmp_path / "README.md").read_text() == (whole.parent / "README.md").read_text()
     assert not Path(f"{out}.work").exists()
+
+
+def test_an_importance_matrix_sees_a_part_of_every_text(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def run(name: str, *arguments: str) -> None:
+        asked.append((name, *arguments))
+        Path(arguments[arguments.index("-o") + 1]).write_bytes(b"x")
+
+    monkeypatch.setattr(rivals.tool, "run", run)
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.jsonl"]
+    for path, letter in zip(texts, "abc", strict=True):
+        path.write_text(letter * 60_000)
+    rivals.imatrix(tmp_path / "o.gguf", texts, tmp_path / "im.gguf", 128, 100, 1)
+    joined = (tmp_path / "imatrix.txt").read_text()
+    assert joined.count("a") == joined.count("b") == 100 * 128 * 2 and "c" not in joined
+    assert asked[0][asked[0].index("--chunks") + 1] == "100"
+    layout = read_layout(source)
+    assert rivals.enough_chunks(layout, 512) == 64 < rivals.enough_chunks(layout, 64)
+    with pytest.raises(MobeError, match="--no-rivals"):
+        rivals.imatrix(tmp_path / "o.gguf", texts[2:], tmp_path / "im.gguf", 128, 100, 1)
 
 
 def test_rivals_are_of_about_the_size(source: Path) -> None:
