@@ -5,7 +5,7 @@ One expert after the other, over all tokens at once: sums of one expert alone ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ class Fed:
         self.x.tensor[rows] = x.cpu()
         self.index[rows], self.weights[rows] = index.cpu().int(), weights.cpu().float()
         self.done += len(x)
+
+    def seen(self, n: int, sizes: Sequence[int]) -> list[list[int]]:
+        """How many tokens each of ``n`` experts saw of each text, these being so many tokens long, one after the other."""
+        parts = self.index.split(list(sizes))
+        return [torch.bincount(part.flatten(), minlength=n).tolist() for part in parts]
 
     def by_expert(self, n: int) -> list[torch.Tensor]:
         """Places in the flattened ``index`` of each expert, in the order of the text."""

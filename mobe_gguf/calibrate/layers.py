@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.memory import own_memory
 from mobe_gguf.core.progress import Bar
-from mobe_gguf.formats.moments import KEY_WEIGHS
+from mobe_gguf.formats.moments import KEY_SEEN, KEY_WEIGHS
 from mobe_gguf.formats.safetensors import Entry, write_safetensors
 
 #: Tokens sent through a layer at once, where memory allows.
@@ -48,12 +48,12 @@ class MomentSettings:
 
 
 class Run:
-    """A model's layers, one after the other, over ``tokens`` ``[chunks, ctx]``."""
+    """A model's layers, one after the other, over ``texts``, each ``[chunks, ctx]``."""
 
     def __init__(
         self,
         skeleton: Skeleton,
-        tokens: torch.Tensor,
+        texts: Sequence[torch.Tensor],
         work: LayersWorkspace,
         settings: MomentSettings,
         budget: float,
@@ -61,7 +61,8 @@ class Run:
     ):
         self.skeleton, self.work, self.settings, self.bar = skeleton, work, settings, bar
         self.checkpoint: Runnable = skeleton.checkpoint
-        self.tokens, self.budget = tokens, budget
+        self.tokens = tokens = torch.cat(list(texts))
+        self.sizes, self.budget = [text.numel() for text in texts], budget
         self.names: Names = gguf_names(str(self.checkpoint.config.get("model_type")), self.checkpoint.n_layer)
         self.batches = list(tokens.split(max(1, self._batch() // tokens.shape[1])))
         self.shape = (*tokens.shape, self.checkpoint.n_embd)
@@ -124,7 +125,7 @@ class Run:
         with torch.inference_mode():
             found = LayerRun(self, layer, calls, states, after)
             entries = found.gather()
-        self._write(f"{layer:03d}", entries, found.weighs)
+        self._write(f"{layer:03d}", entries, found.weighs, found.seen)
         self.skeleton.drop(layer)
         for left in self.work.path.glob("scratch-*"):
             if left != after.file:
@@ -158,9 +159,12 @@ class Run:
     def _tied(self) -> bool:
         return bool(self.checkpoint.config.get("tie_word_embeddings"))
 
-    def _write(self, name: str, entries: list[Entry], weighs: dict[str, str]) -> None:
+    def _write(
+        self, name: str, entries: list[Entry], weighs: dict[str, str], seen: list[list[int]] | None = None
+    ) -> None:
+        about = {KEY_WEIGHS: json.dumps(weighs), KEY_SEEN: json.dumps(seen)}
         with atomic_path(self.work.layer_file(name)) as part:
-            write_safetensors(part, entries, {"format": "pt", KEY_WEIGHS: json.dumps(weighs)})
+            write_safetensors(part, entries, {"format": "pt", **about})
 
 
 class LayerRun:
@@ -173,6 +177,8 @@ class LayerRun:
         prefix = f"{run.skeleton.layers_name}{number}."
         self.dense = Watch(self.module, prefix, run.names, run.budget / 4)
         self.weighs: dict[str, str] = {}
+        #: Tokens of each text that each expert saw.
+        self.seen: list[list[int]] | None = None
         self.said = "no routed experts"
 
     def gather(self) -> list[Entry]:
@@ -251,6 +257,7 @@ class LayerRun:
         entries, self.weighs = experts.run(answers, settings.keep, settings.rank)
         if answers is not None:
             stack.enter_context(self._answering(inner, answers))
+        self.seen = fed.seen(c.n_expert, self.run.sizes)
         counts = [len(places) for places in experts.places]
         self.said = f"{min(counts)} to {max(counts)} tokens an expert" + ", one at a time" * one_by_one
         return entries

@@ -22,7 +22,7 @@ from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
 from mobe_gguf.calibrate.layers import SHARE, MomentSettings, Run
 from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
-from mobe_gguf.calibrate.text import default_texts, read_tokens
+from mobe_gguf.calibrate.text import default_texts, read_chunks
 from mobe_gguf.calibrate.workspace import LayersWorkspace
 from mobe_gguf.core.atomic import atomic_path, check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
@@ -30,12 +30,16 @@ from mobe_gguf.core.files import check_space, describe_size, why_not_written
 from mobe_gguf.core.memory import free_memory
 from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.core.progress import bar, say
-from mobe_gguf.formats.moments import KEY, KEY_WEIGHS, VERSION
+from mobe_gguf.formats.moments import KEY, KEY_SEEN, KEY_WEIGHS, VERSION
 from mobe_gguf.formats.safetensors import Entry, read_header, read_metadata, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 
 #: An expert with fewer tokens than this is named in the report: most of what its moments say is then the layer's average.
 FEW = 128
+#: Such experts that the report names.
+NAMED = 12
+#: A text helps them if its tokens reach them so many times as often as the whole text's.
+HELPS = 1.5
 
 
 # wide: what a user may choose, all of it optional
@@ -56,7 +60,7 @@ def collect(
     """Write the moments of every matrix of ``model``, a Hugging Face directory or a GGUF file (see ``gguf_model``), to ``out``; returns what is said of them.
 
     transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.
-    ``text``: files, see :func:`read_tokens`; None: what ships with the project.  ``keep``: share of the energy of a layer's average moments that the directions hold which are kept (0.999 if nothing is
+    ``text``: files, see :func:`text.read_chunks`; None: what ships with the project.  ``keep``: share of the energy of a layer's average moments that the directions hold which are kept (0.999 if nothing is
     said), or ``rank`` of them.  ``memory``: bytes that may be used beside what torch takes.  What is finished is kept in
     ``OUT.work`` until all is, and ``resume`` resumes from there.
     Raises MobeError or UsageError: model or text cannot be read, transformers does not know the model, too little text, no
@@ -71,7 +75,8 @@ def collect(
     checkpoint.check_whole()
     n_vocab = checkpoint.shape(checkpoint.family.embedding)[0]
     with silent(quiet):
-        tokens = read_tokens(model, texts, ctx, chunks, n_vocab)
+        parts = read_chunks(model, texts, ctx, chunks, n_vocab)
+        tokens = torch.cat(list(parts.values()))
         skeleton = Skeleton(checkpoint, device)
     about = {
         "version": VERSION,
@@ -96,8 +101,9 @@ def collect(
     try:
         _check_space(out, work, checkpoint, tokens, skeleton.dtype)
         with silent(quiet), work.open(about, resume), bar("moments", len(skeleton.layers), quiet) as progress:
-            Run(skeleton, tokens, work, settings, budget, progress).run()
-            about["coverage"] = _assemble(out, work, about, len(skeleton.layers))
+            Run(skeleton, list(parts.values()), work, settings, budget, progress).run()
+            sizes = {str(path): part.numel() for path, part in parts.items()}
+            about |= _assemble(out, work, about, len(skeleton.layers), sizes)
         work.remove()
     except OSError as e:
         raise MobeError(
@@ -132,27 +138,36 @@ def _check_space(
     check_space(destination(out), needed, left, "Make room, write OUT elsewhere, or give fewer --chunks.")
 
 
-def _assemble(out: Path, work: LayersWorkspace, about: dict[str, Any], n_layer: int) -> dict[str, Any]:
-    """All layers' files as one; returns the coverage."""
+def _assemble(
+    out: Path, work: LayersWorkspace, about: dict[str, Any], n_layer: int, texts: dict[str, int]
+) -> dict[str, Any]:
+    """All layers' files as one; returns the coverage, and what of the ``texts``, name -> tokens, the experts saw that saw little."""
     files = [work.layer_file(f"{i:03d}") for i in range(n_layer)]
     files += [work.layer_file("output")] * work.layer_file("output").is_file()
     entries: list[Entry] = []
     weighs: dict[str, str] = {}
     coverage: dict[str, Any] = {}
+    reached = torch.zeros(len(texts), dtype=torch.int64)
     for file in files:
-        head = read_header(file)
+        head, metadata = read_header(file), read_metadata(file)
         entries += [Entry.copy(name, i.dtype, i.shape, file, i.begin, i.end) for name, i in head.items()]
-        weighs |= json.loads(read_metadata(file)[KEY_WEIGHS])
+        weighs |= json.loads(metadata[KEY_WEIGHS])
         for name, info in head.items():
             if name.endswith("_gate_exps.tokens"):
                 raw = file.read_bytes() if info.n_bytes < 0 else _bytes(file, info.begin, info.end)
                 counts = torch.frombuffer(bytearray(raw), dtype=torch.int32)
+                few = (counts < FEW).nonzero().flatten()
+                seen = json.loads(metadata.get(KEY_SEEN) or "null")  # a folder of an earlier version has none
+                if seen is not None and len(seen) == len(texts):
+                    reached += torch.tensor(seen)[:, few].sum(1)
                 coverage[name.split(".")[1]] = {
                     "least": int(counts.min()),
                     "median": int(counts.median()),
-                    "few": int((counts < FEW).sum()),
+                    "few": len(few),
+                    "experts": few.tolist(),
                 }
-    about = about | {"coverage": coverage}
+    said = {"coverage": coverage, "reached": dict(zip(texts, _rates(reached, texts), strict=True))}
+    about = about | said
     needed = sum(e.n_bytes for e in entries)
     check_space(
         destination(out),
@@ -164,7 +179,16 @@ def _assemble(out: Path, work: LayersWorkspace, about: dict[str, Any], n_layer: 
         write_safetensors(
             part, entries, {"format": "pt", KEY: json.dumps(about), KEY_WEIGHS: json.dumps(weighs)}
         )
-    return coverage
+    return said
+
+
+def _rates(reached: torch.Tensor, texts: dict[str, int]) -> list[float]:
+    """How often a token of each text reaches an expert that saw little, as a multiple of the whole text's."""
+    whole = float(reached.sum()) / sum(texts.values())
+    return [
+        round(n / size / whole, 2) if whole and size else 0.0
+        for n, size in zip(reached.tolist(), texts.values(), strict=True)
+    ]
 
 
 def _bytes(file: Path, begin: int, end: int) -> bytes:
@@ -174,11 +198,32 @@ def _bytes(file: Path, begin: int, end: int) -> bytes:
 
 
 def report(about: dict[str, Any], out: Path) -> str:
-    """What a person wants to know of the coverage, one line."""
+    """What a person wants to know of the coverage, one line: tokens an expert, experts that saw few, which text would help them."""
     coverage = about["coverage"].values()
     least, few = min(c["least"] for c in coverage), sum(c["few"] for c in coverage)
     said = f"{out}: {describe_size(out.stat().st_size)}, {about['tokens']} tokens; an expert saw {least} at least, "
     said += f"{sorted(c['median'] for c in coverage)[len(coverage) // 2]} in the median"
     if few:
-        said += f"; {few} experts saw fewer than {FEW}: give a longer --text, or one of more kinds"
+        said += (
+            f"; {few} experts saw fewer than {FEW} ({_named(about['coverage'])}): {_advice(about['reached'])}"
+        )
     return said
+
+
+def _named(coverage: dict[str, Any]) -> str:
+    """``blk.3: 17, 22; blk.5: 1``: the experts that saw little, NAMED at most."""
+    left, said = NAMED, []
+    for block, found in coverage.items():
+        if shown := found["experts"][:left]:
+            said.append(f"{block}: {', '.join(map(str, shown))}")
+            left -= len(shown)
+    more = sum(found["few"] for found in coverage.values()) - (NAMED - left)
+    return "; ".join(said) + (f" and {more} more" if more else "")
+
+
+def _advice(reached: dict[str, float]) -> str:
+    """Which of the texts reaches them, if one does it oftener than the others."""
+    name, rate = max(reached.items(), key=lambda item: item[1])
+    if len(reached) > 1 and rate >= HELPS:
+        return f"give more text like {name}, which reaches them {rate:.1f} times as often as the whole text"
+    return "give a longer --text, or one of more kinds"

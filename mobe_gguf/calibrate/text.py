@@ -32,7 +32,14 @@ def default_texts() -> list[Path]:
 def read_tokens(
     model: Path, texts: Sequence[Path], ctx: int, chunks: int | None, n_vocab: int
 ) -> torch.Tensor:
-    """``[chunks, ctx]`` token numbers, each chunk of one file; what is left over at a file's end is dropped.
+    """``[chunks, ctx]`` token numbers: those of :func:`read_chunks`, one file after the other."""
+    return torch.cat(list(read_chunks(model, texts, ctx, chunks, n_vocab).values()))
+
+
+def read_chunks(
+    model: Path, texts: Sequence[Path], ctx: int, chunks: int | None, n_vocab: int
+) -> dict[Path, torch.Tensor]:
+    """Of each file ``[chunks, ctx]`` token numbers; what is left over at its end is dropped.
 
     Of several files each gives as many of the ``chunks`` as its share of the text is.  A ``.jsonl`` file holds a chat a line
     (``{"messages": [{"role": ..., "content": ...}]}``, or ``conversations`` with ``from`` and ``value``), run through the model's
@@ -64,7 +71,7 @@ def read_tokens(
             "--text, a smaller --ctx or fewer --chunks."
         )
     taken = _shares([len(c) for c in cut.values()], chunks or there)
-    return torch.cat([c[:n] for c, n in zip(cut.values(), taken, strict=True)])
+    return {path: c[:n] for (path, c), n in zip(cut.items(), taken, strict=True)}
 
 
 def _shares(sizes: list[int], total: int) -> list[int]:

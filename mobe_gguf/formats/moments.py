@@ -31,6 +31,8 @@ KNOWN = (1, 2)
 KEY = "mobe_moments"
 #: In the header beside KEY: ``{GGUF tensor: stem}``, JSON.
 KEY_WEIGHS = "mobe_moments_weighs"
+#: Of a layer's file in the work directory alone: how many tokens of each text its experts saw, ``[texts, n]``.
+KEY_SEEN = "mobe_moments_seen"
 
 
 class Moments:

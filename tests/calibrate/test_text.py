@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
+from mobe_gguf.calibrate import moments
 from mobe_gguf.calibrate.text import default_texts, read_tokens
 from mobe_gguf.core.errors import MobeError
 
@@ -105,3 +107,47 @@ def test_the_default_text_is_broad(model):
         text.read_text(encoding="utf-8")
     readme = (texts[1].parent / "README.md").read_text()
     assert all(f"`{t.name}`" in readme or f"`../{t.name}`" in readme for t in texts)
+
+
+def test_experts_that_saw_little_are_named_with_the_text_that_reaches_them(model, tmp_path, monkeypatch):
+    """Counts of both texts together against those of each alone: a chunk does not know the others."""
+    path, texts = model("qwen3_moe"), [tmp_path / "ships.txt", tmp_path / "night.txt"]
+    texts[0].write_text("The keeper counted 12 ships. " * 200)
+    texts[1].write_text("What she wrote that night we're still reading. " * 40)
+    alone = []
+    for text in texts:
+        moments.collect(path, text, tmp_path / "m", ctx=16, quiet=True)
+        alone.append(tokens_seen(tmp_path / "m"))
+    few = int(torch.cat([sum(counts) for counts in zip(*alone, strict=True)]).float().quantile(0.4))
+    monkeypatch.setattr(moments, "FEW", few)
+    about = moments.collect(path, texts, tmp_path / "m", ctx=16, quiet=True)
+    found, reached = list(about["coverage"].values()), [0, 0]
+    sizes = [int(counts[0].sum()) for counts in alone]
+    for layer, (first, second) in zip(found, zip(*alone, strict=True), strict=True):
+        expected = (first + second < few).nonzero().flatten().tolist()
+        assert layer["experts"] == expected and layer["few"] == len(expected)
+        reached = [
+            r + int(counts[expected].sum()) for r, counts in zip(reached, (first, second), strict=True)
+        ]
+    rates = [r / size / (sum(reached) / sum(sizes)) for r, size in zip(reached, sizes, strict=True)]
+    assert list(about["reached"].values()) == pytest.approx(rates, abs=0.01) and sum(reached)
+    said = moments.report(about, tmp_path / "m")
+    block, named = next((b, c["experts"]) for b, c in about["coverage"].items() if c["experts"])
+    assert f"{block}: {named[0]}" in said and f"fewer than {few}" in said
+
+
+def test_advice_names_the_text_that_helps() -> None:
+    assert "text like code.txt, which reaches them 2.5 times" in moments._advice(
+        {"prose": 0.8, "code.txt": 2.5}
+    )
+    assert "longer" in moments._advice({"prose": 0.9, "code.txt": 1.1})
+    assert "longer" in moments._advice({"prose": 1.0})
+    many = {f"blk.{i}": {"few": 9, "experts": list(range(9))} for i in (1, 3)}
+    assert moments._named(many) == "blk.1: 0, 1, 2, 3, 4, 5, 6, 7, 8; blk.3: 0, 1, 2 and 6 more"
+
+
+def tokens_seen(file) -> list[torch.Tensor]:
+    """Of each expert, layer by layer."""
+    from safetensors.torch import load_file
+
+    return [t for name, t in sorted(load_file(file).items()) if name.endswith("gate_exps.tokens")]
