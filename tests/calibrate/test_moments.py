@@ -257,7 +257,7 @@ def test_no_place_for_the_file(model, text, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module.Run, "run", lambda self: None)
+    monkeypatch.setattr(module.Run, "run", lambda self: self.work.layer_file("000").touch())
     monkeypatch.setattr(module, "_assemble", full)
     said = refused(tmp_path / "m")
     assert (
