@@ -6,7 +6,9 @@
 #   make build    the llama.cpp runtime only
 #   make peers    llama.cpp's and llama-cpp-python's own tests, on the patched build
 #   make sanitize  the operator under ThreadSanitizer and AddressSanitizer
-#   make fuzz     thousands of damaged files through the loader, built with AddressSanitizer
+#   make fuzz     thousands of damaged files through the readers, and the loader, built with AddressSanitizer
+#   make fuzz-all   100,000 of each, and every value of every family's config.json: for the night
+#   make fuzz-part  some of them through the installed runtime
 #   make browser  chromium for the tests of HTML pages, where apt is there; without one they are skipped
 #   make lint     ruff, which room may import which, and mypy
 #   make clean    remove what these made; the downloads and objects in ~/.cache/mobe-gguf stay
@@ -16,7 +18,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-unit browser peers sanitize fuzz build lint format clean
+.PHONY: demo test test-unit browser peers sanitize fuzz fuzz-all fuzz-part build lint format clean
 
 demo: build
 	$(BIN)/mobe-gguf demo
@@ -46,8 +48,20 @@ peers: $(READY)
 sanitize: build
 	PYTHONPATH=tests $(BIN)/python -m native.standalone.build --sanitize
 
-fuzz: $(READY)
+fuzz: build
+	$(BIN)/python tests/fuzz/readers.py
 	$(BIN)/python tests/fuzz/run.py
+
+# takes hours: for the night
+fuzz-all: build
+	$(BIN)/python tests/fuzz/readers.py --count 100000 --seed 1
+	$(BIN)/python tests/fuzz/run.py --count 100000 --seed 1
+	MOBE_GGUF_ALL=1 $(BIN)/python -m pytest -q tests/export/test_config_values.py
+
+# what a change must pass of the two above: some minutes, nothing compiled but the kernel
+fuzz-part: build
+	$(BIN)/python tests/fuzz/readers.py --count 2000
+	$(BIN)/python tests/fuzz/run.py --count 300 --installed
 
 # has nothing to do, and says so, while patches, kernels and options are those of the installed runtime
 build: $(READY)

@@ -1,6 +1,6 @@
 """Damaged GGUF files through the patched loader, built with AddressSanitizer, and through this package's reader.
 
-    python tests/fuzz/run.py [--count 2000] [--seed 0] [--keep DIR]
+    python tests/fuzz/run.py [--count 2000] [--seed 0] [--keep DIR] [--installed]
 
 Whole small files of every kind of factors are changed in a few bytes of the head, in one number of it, or cut off.  Each is loaded,
 and evaluated if it loads, in a process of its own.  Exit code 1 if one crashes, hangs, reaches memory that is not its own,
@@ -14,7 +14,6 @@ import os
 import random
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parity.gguf_files import GgufFile, factorize, qwen3moe
+from fuzz.damage import damaged, whole
 from parity.loader import Loader, Outcome
 
+from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.core.progress import bar, console
 from mobe_gguf.evaluate.verify import verify
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.runtime import build, source
 from mobe_gguf.runtime import compile as compiling
-
-#: Numbers that break arithmetic.
-NASTY = (0, 1, 2, 31, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 def sanitized(jobs: int) -> Path:
@@ -61,46 +58,6 @@ def sanitized(jobs: int) -> Path:
         compiling.configure(tree / "vendor" / "llama.cpp", work / "build", values, env, log, lock)
         compiling.compile_targets(work / "build", ["llama", "mtmd"], jobs, env, log, lock)
     return work / "build" / "bin"
-
-
-def whole() -> dict[str, GgufFile]:
-    """Small files of every kind of factors."""
-    return {
-        "ordinary": qwen3moe(),
-        "scalar": factorize(qwen3moe()),
-        "by row": factorize(qwen3moe(), by_row=True),
-        "groups": factorize(qwen3moe(), n_group=2),
-        "linear": factorize(qwen3moe(), activation="none"),
-    }
-
-
-def damaged(content: bytes, end: int, rng: random.Random) -> bytes:
-    """``content`` with its head, which ends at ``end``, changed somehow."""
-    kind = rng.random()
-    if kind < 0.15:
-        return content[: rng.choice((rng.randrange(len(content)), rng.randrange(end)))]
-    changed = bytearray(content)
-    if kind < 0.55:
-        for _ in range(rng.randint(1, 4)):
-            changed[rng.randrange(end)] = rng.randrange(256)
-    elif kind < 0.8:
-        form, size = rng.choice((("<I", 4), ("<Q", 8)))
-        at = rng.randrange(end - size)
-        struct.pack_into(form, changed, at, rng.choice(NASTY) % (1 << 8 * size))
-    else:  # where numbers of the factors are: behind their names
-        names = [
-            b"_basis.weight",
-            b"_basis.mix",
-            b"_exps.weight",
-            b".mobe.",
-            b"expert_count",
-            b"expert_used_count",
-        ]
-        places = [i for i in range(end) if any(content.startswith(name, i) for name in names)]
-        if places:
-            at = min(end - 8, rng.choice(places) + rng.randint(8, 60))
-            struct.pack_into("<Q", changed, at, rng.choice((*NASTY, *range(3, 130, 7))))
-    return bytes(changed)
 
 
 def cases(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -152,19 +109,25 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000, help="damaged files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", "-j", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--installed",
+        action="store_true",
+        help="the installed runtime, without AddressSanitizer: crashes alone are seen",
+    )
     parser.add_argument("--keep", type=Path, help="put files at fault here")
     options = parser.parse_args()
-    libraries = sanitized(options.jobs)
-    # Python is not sanitized, so the runtime has to be there before it, and what throws has to be there before that looks
-    os.environ["LD_PRELOAD"] = f"{library('libasan.so')} {library('libstdc++.so.6')}"
-    # a size that no memory has is an ordinary failure
-    os.environ["ASAN_OPTIONS"] = (
-        "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:max_allocation_size_mb=4096"
-    )
+    libraries = runtime.lib_dir() if options.installed else sanitized(options.jobs)
+    if not options.installed:
+        # Python is not sanitized, so the runtime has to be there before it, and what throws has to be there before that looks
+        os.environ["LD_PRELOAD"] = f"{library('libasan.so')} {library('libstdc++.so.6')}"
+        # a size that no memory has is an ordinary failure
+        os.environ["ASAN_OPTIONS"] = (
+            "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:max_allocation_size_mb=4096"
+        )
     outcomes: Counter[str] = Counter()
     faults = 0
     with tempfile.TemporaryDirectory() as folder, Loader(libraries) as loader:
-        del os.environ["LD_PRELOAD"]
+        os.environ.pop("LD_PRELOAD", None)
         path = Path(folder) / "case.gguf"
         with bar("damaged files", options.count) as progress:
             for name, content in cases(options.count, options.seed):
