@@ -7,19 +7,21 @@ other factors, or someone's own: what someone wrote, or changed, is never touche
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 from urllib.parse import quote
 
-from mobe_gguf.core.atomic import atomic_path
+from mobe_gguf.core.atomic import PATIENCE, atomic_path
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import amount, readable
+from mobe_gguf.core.locks import Busy, locked
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export.origin import HUB, Origin
 from mobe_gguf.export.report import Report
@@ -69,9 +71,30 @@ class Subject:
         return list(getattr(value, "head", value))
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While a card of the folder is read and written anew no other export does so: lines of neither are lost."""
+    lock = folder / ".README.md.lock"
+    with locked(lock, PATIENCE):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def write_card(subject: Subject) -> str:
     """Write the card beside the first file; returns its path, or why there is none, as a line for the report."""
     first = Path(subject.report.path)
+    try:
+        with _alone(first.absolute().parent):
+            return _write_card(subject, first)
+    except Busy:
+        return f"no card: another export writes one in {first.absolute().parent}"
+    except OSError as e:
+        return f"no card: {first.with_name('README.md')} cannot be written: {e.strerror or e}"
+
+
+def _write_card(subject: Subject, first: Path) -> str:
     places = _places(first)
     for path in places:
         old = _ours(path)

@@ -119,8 +119,9 @@ class Tensors:
             )
 
     def source_files(self) -> list[Path]:
-        """All files that the model is read from."""
-        return [path for path in self.path.iterdir() if path.is_file()]
+        """All files that the model is read from; what this program, or another, writes beside them is none: locks and GGUF files."""
+        found = (path for path in self.path.iterdir() if path.is_file())
+        return [path for path in found if not path.name.startswith(".") and path.suffix != ".gguf"]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

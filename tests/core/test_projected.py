@@ -171,3 +171,31 @@ def test_the_float32_solution_is_that_of_float64():
     exact, product64 = solve_transform(w.double(), z.double(), 1e-6)
     assert torch.allclose(product.double(), product64, rtol=1e-4, atol=1e-4)
     assert ((a - exact) @ z.double()).norm() < 1e-3 * (exact @ z.double()).norm()
+
+
+def claimed_and_true(patch: pytest.MonkeyPatch, rounds: bool) -> tuple[float, float]:
+    """Loss by float32 products whose operands are rounded to bfloat16, as AMX does it, and that of float64, of a Z whose rows are
+    alike, as those of a good basis are."""
+    g = torch.Generator().manual_seed(0)
+    shared = torch.randn(1, 1, 64, generator=g)
+    basis = shared + 0.2 * torch.randn(4, 24, 64, generator=g)
+    alpha, w = torch.randn(6, 4, generator=g), torch.randn(6, 32, 64, generator=g) * 0.1
+    w += torch.bmm(torch.randn(6, 32, 24, generator=g), combine(alpha, basis))
+    exact = Projected(w.double(), "none", Metric.of(None, 6, 64), 1e-6, 6)
+    gradients = [torch.zeros_like(x, dtype=torch.float64) for x in (basis, alpha)]
+    true = exact.loss_and_gradient(basis.double(), alpha.double(), *gradients) / exact.mean_square
+    product = torch.bmm
+    patch.setattr(torch, "bmm", lambda a, b: product(a.bfloat16().float(), b.bfloat16().float()))
+    patch.setattr("mobe_gguf.core.projected.rounds_products", lambda: rounds)
+    inexact = Projected(w, "none", Metric.of(None, 6, 64), 1e-6, 6)
+    gradients = [torch.zeros_like(x) for x in (basis, alpha)]
+    return inexact.loss_and_gradient(basis, alpha, *gradients) / inexact.mean_square, true
+
+
+def test_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that rounds operands A is solved for, not multiplied by a rounded inverse: the loss that chooses the best step is
+    nearly that of the basis."""
+    claimed, true = claimed_and_true(monkeypatch, rounds=True)
+    monkeypatch.undo()
+    wrong, _ = claimed_and_true(monkeypatch, rounds=False)
+    assert abs(claimed - true) < abs(wrong - true) / 4, (claimed, wrong, true)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from export.handmade import cut, make_mobe
 from export.published import make_wab
 from mobe_gguf.cli import main
 from mobe_gguf.evaluate.inspect import describe
-from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.export import Recipe, card, export, parse_quant
 from mobe_gguf.export.card import card_of, note
 from mobe_gguf.formats.gguf import read_gguf
 
@@ -245,6 +247,31 @@ def test_no_card(source: Path, out: Path) -> None:
     run(source, out / "x.gguf", "--quant", "q8_0", "--dry-run")
     export(source, out / "x.gguf", Recipe("f16"), quiet=True)
     assert [path.name for path in out.iterdir()] == ["x.gguf"]
+
+
+def test_two_exports_into_one_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both lines are there, whoever reads and writes the page first."""
+    subjects: list[Any] = []
+    monkeypatch.setattr("mobe_gguf.export.write_card", lambda subject: subjects.append(subject) or "later")
+    (tmp_path / "out").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        export(source, tmp_path / "out" / name, Recipe("f32"), card=True, quiet=True)
+    made, both = card.page, threading.Barrier(2)
+
+    def slow(subject: Any, old: str) -> str:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1)  # without a lock both have read the old page now
+        return made(subject, old)
+
+    monkeypatch.setattr(card, "page", slow)
+    threads = [threading.Thread(target=card.write_card, args=(subject,)) for subject in subjects]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "[a.gguf]" in text and "[b.gguf]" in text
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "a.gguf", "b.gguf"]
 
 
 def test_a_card_that_cannot_be_written_is_no_failure(

@@ -27,6 +27,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.export import ExportOptions, Recipe, export, parse_size, shards, write
 from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.checkpoint import Checkpoint
 
 Maker = Callable[..., Path]
 LIMIT = 1_000_000
@@ -358,3 +359,12 @@ def test_killed(model: Maker, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, command).exit_code == 0
     assert (tmp_path / first.name).stat().st_ino == before
     assert len(list(tmp_path.glob("out-*.gguf"))) == int(first.stem[-5:]) and not parts.exists()
+
+
+def test_what_lies_in_the_model_beside_it(own_model: Callable[..., Path]) -> None:
+    """A lock, or a finished GGUF file, in MODEL does not make it another: a stopped export into it resumes."""
+    path = own_model("qwen3_moe")
+    before = set(Checkpoint(path).source_files())
+    for name in (".out.gguf.parts.lock", "other.gguf"):
+        (path / name).write_text("")
+    assert set(Checkpoint(path).source_files()) == before
