@@ -19,6 +19,10 @@ VRAM_BANDWIDTH = 600e9
 GPU_SHARE = 0.7
 
 
+#: How ``runtime.speed`` measures: what was measured in another way is not taken from the cache.
+WAY = "repacked, processor time"
+
+
 @dataclass
 class Machine:
     """``ram``, ``vram``: bytes.  ``rates``: type -> bytes a second of a matrix times a vector, on the CPU; ``node`` seconds a
@@ -41,7 +45,7 @@ def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
     """What this process may use, speeds of ``types`` measured where the cache has none of this processor and runtime."""
     threads = usable_cpus()
     cache = cache or cache_dir() / "machine.json"
-    key = f"{_processor()} x{threads}"
+    key = f"{_processor()} x{threads}, {WAY}"
     try:
         known = json.loads(cache.read_text())
         known = known if isinstance(known, dict) else {}

@@ -6,8 +6,10 @@ where a type's arithmetic is.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes  # only to load libraries whose symbols depend on each other globally
 import time
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -39,6 +41,9 @@ size_t ggml_graph_overhead(void);
 void * ggml_backend_init_by_type(int type, const char * params);
 void   ggml_backend_free(void * backend);
 void * ggml_backend_alloc_ctx_tensors(void * ctx, void * backend);
+void * ggml_backend_alloc_ctx_tensors_from_buft(void * ctx, void * buffer_type);
+bool   ggml_backend_dev_supports_op(void * device, const void * op);
+void   ggml_backend_tensor_set(void * tensor, const void * data, size_t offset, size_t size);
 void   ggml_backend_buffer_free(void * buffer);
 void   ggml_backend_buffer_clear(void * buffer, uint8_t value);
 int    ggml_backend_graph_compute(void * backend, void * graph);
@@ -46,6 +51,8 @@ void   ggml_backend_load_all_from_path(const char * path);
 void * ggml_backend_dev_by_type(int type);
 void * ggml_backend_dev_backend_reg(void * device);
 void * ggml_backend_reg_get_proc_address(void * reg, const char * name);
+void   ggml_log_get(void ** callback, void ** user_data);
+void   ggml_log_set(void * callback, void * user_data);
 size_t ggml_backend_dev_count(void);
 void * ggml_backend_dev_get(size_t index);
 int    ggml_backend_dev_type(void * device);
@@ -81,39 +88,107 @@ def devices() -> list[tuple[str, int]]:
 
 
 def matrix_rate(type_name: str, threads: int) -> float:
-    """Bytes of a matrix of the type that are multiplied with a vector in a second."""
+    """Bytes of a matrix of the type that are multiplied with a vector in a second, with so many threads.
+
+    The matrix lies where llama.cpp keeps weights of the type: repacked, where the CPU backend does that.
+    """
+    _, lib = _library()
     info = ggml.type_info(type_name)
-    rows = max(64, BYTES // info.row_bytes(ROW))
-    seconds = _fastest(threads, lambda lib, ctx: [_product(lib, ctx, info.id, rows)])
-    return rows * info.row_bytes(ROW) / seconds
+    rows = max(64, BYTES // info.row_bytes(ROW) // 64 * 64)
+    n_bytes = rows * info.row_bytes(ROW)
+    for kind in [*_extra_buffers(), None]:
+        with _context() as weights, _context() as ctx:
+            matrix = lib.ggml_new_tensor_2d(weights, info.id, ROW, rows)
+            vector = lib.ggml_new_tensor_2d(ctx, ggml.type_info("f32").id, ROW, 1)
+            product = lib.ggml_mul_mat(ctx, matrix, vector)
+            with _placed(weights, kind):
+                if kind is None or lib.ggml_backend_dev_supports_op(
+                    lib.ggml_backend_dev_by_type(_CPU), product
+                ):
+                    with _silent():
+                        lib.ggml_backend_tensor_set(matrix, bytes(n_bytes), 0, n_bytes)
+                    return n_bytes / _fastest(threads, ctx, [product])
+    raise MobeError(f"the runtime's CPU backend takes no matrix of type {type_name}")
 
 
 def node_seconds(threads: int) -> float:
     """What a node of a graph costs that computes next to nothing: all threads meet behind each."""
-
-    def build(lib: Any, ctx: Any) -> list[Any]:
+    _, lib = _library()
+    with _context() as ctx:
         x = lib.ggml_new_tensor_2d(ctx, ggml.type_info("f32").id, 64, 1)
         nodes = []
         for _ in range(NODES):
             x = lib.ggml_scale(ctx, x, 1.0)
             nodes.append(x)
-        return nodes
-
-    return _fastest(threads, build) / NODES
+        return _fastest(threads, ctx, nodes) / NODES
 
 
-def _product(lib: Any, ctx: Any, type_id: int, rows: int) -> Any:
-    matrix = lib.ggml_new_tensor_2d(ctx, type_id, ROW, rows)
-    vector = lib.ggml_new_tensor_2d(ctx, ggml.type_info("f32").id, ROW, 1)
-    return lib.ggml_mul_mat(ctx, matrix, vector)
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """ggml says of each tensor that it is repacked."""
+    ffi, lib = _library()
+    before, data = ffi.new("void **"), ffi.new("void **")
+    lib.ggml_log_get(before, data)
+    listen = ffi.callback("void (int, const char *, void *)", lambda *_: None)
+    lib.ggml_log_set(ffi.cast("void *", listen), ffi.NULL)
+    try:
+        yield
+    finally:
+        lib.ggml_log_set(before[0], data[0])
 
 
-def _fastest(threads: int, build: Any) -> float:
-    """Seconds of the fastest run of the graph whose last nodes ``build(lib, ctx)`` makes."""
+@contextlib.contextmanager
+def _context() -> Iterator[Any]:
     ffi, lib = _library()
     size = (NODES + 16) * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead()
     ctx = lib.ggml_init([size, ffi.NULL, True])
-    nodes = build(lib, ctx)
+    try:
+        yield ctx
+    finally:
+        lib.ggml_free(ctx)
+
+
+def _extra_buffers() -> list[Any]:
+    """Kinds of buffers in which the CPU backend keeps weights in an order of its own."""
+    ffi, lib = _library()
+    device = lib.ggml_backend_dev_by_type(_CPU)
+    reg = lib.ggml_backend_dev_backend_reg(device)
+    ask = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_dev_get_extra_bufts")
+    found = ffi.cast("void ** (*)(void *)", ask)(device) if ask else ffi.NULL
+    kinds: list[Any] = []
+    while found and found[len(kinds)]:
+        kinds.append(found[len(kinds)])
+    return kinds
+
+
+@contextlib.contextmanager
+def _placed(ctx: Any, kind: Any) -> Iterator[None]:
+    """Memory of a kind, None for the CPU's ordinary one, for the context's tensors."""
+    ffi, lib = _library()
+    backend = lib.ggml_backend_init_by_type(_CPU, ffi.NULL)
+    try:
+        buffer = (
+            lib.ggml_backend_alloc_ctx_tensors(ctx, backend)
+            if kind is None
+            else lib.ggml_backend_alloc_ctx_tensors_from_buft(ctx, kind)
+        )
+        if not buffer:
+            raise MobeError("there is no memory for a matrix to measure the machine by")
+        try:
+            yield
+        finally:
+            lib.ggml_backend_buffer_free(buffer)
+    finally:
+        lib.ggml_backend_free(backend)
+
+
+def _fastest(threads: int, ctx: Any, nodes: list[Any]) -> float:
+    """Seconds of the fastest run of the graph that ends in ``nodes``, tensors of ``ctx`` that are not placed yet.
+
+    Seconds of the processor, shared by the threads, which are all at work until the end: on a quiet machine the same as time that
+    passes, and on a busy one what the others take is left out.
+    """
+    ffi, lib = _library()
     graph = lib.ggml_new_graph(ctx)
     for node in nodes:
         lib.ggml_build_forward_expand(graph, node)
@@ -126,15 +201,14 @@ def _fastest(threads: int, build: Any) -> float:
         lib.ggml_backend_buffer_clear(buffer, 0)
         best, spent, runs = float("inf"), 0.0, 0
         while runs < RUNS or spent < SECONDS:
-            start = time.perf_counter()
+            start = time.process_time()
             if lib.ggml_backend_graph_compute(backend, graph) != 0:
                 raise MobeError(
                     "the runtime's CPU backend could not compute a product to measure the machine by"
                 )
-            took = time.perf_counter() - start
+            took = (time.process_time() - start) / threads
             best, spent, runs = min(best, took), spent + took, runs + 1
         return best
     finally:
         lib.ggml_backend_buffer_free(buffer)
         lib.ggml_backend_free(backend)
-        lib.ggml_free(ctx)
