@@ -26,14 +26,14 @@ FLOOR = 1e-4
 PRIOR = 0.1
 
 #: Of second moments from t tokens of d inputs, the share ``1 / (1 + TRUSTED t / d)`` of what lies off the diagonal is not believed.
-TRUSTED = 0.05
+TRUSTED = 0.1
 
 
 def shrinkage(tokens: float, d: int) -> float:
     """Share of the diagonal in what stands for second moments S: ``(1 - share) S + share diag(S)``.
 
     Few tokens show correlations that are not there, and a text ones that others have not.  For independent normal inputs the share would be that of
-    Schaefer and Strimmer (2005, target D), 0.02 where t is 3.6 d; measured on another text, 0.5 to 0.8 is best there (docs/quality.md).
+    Schaefer and Strimmer (2005, target D), 0.02 where t is 3.6 d; measured, 0.5 and more is best there (docs/quality.md).
     """
     return 1.0 / (1.0 + TRUSTED * tokens / d)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -127,6 +128,19 @@ def test_transforms_are_rounded_by_what_they_multiply(
     assert report.refit.after < report.refit.before
     gate = next(e for e in report.entries if e.name == "blk.0.ffn_gate_basis.weight")
     assert gate.importance == "m.safetensors (second moments)"
+
+
+def test_factors_fitted_by_moments_want_them(mobe: Maker, tmp_path: Path) -> None:
+    factors = tmp_path / "factors"
+    shutil.copytree(mobe("qwen3_moe", r=32), factors)
+    config = json.loads((factors / "config.json").read_text())
+    notes = {}
+    for settings in ({}, {"moments": "0" * 64}):
+        config["mobe"] = {**config.get("mobe", {}), "settings": settings}
+        (factors / "config.json").write_text(json.dumps(config))
+        report = export(factors, tmp_path / "out.gguf", Recipe(parse_quant("q4_0")), quiet=True, dry_run=True)
+        notes[len(settings)] = [note for note in report.notes if "--moments FILE" in note]
+    assert not notes[0] and len(notes[1]) == 1
 
 
 def test_bits_are_divided_by_errors_after_this_rounding(model: Maker, moments: Path, tmp_path: Path) -> None:
