@@ -26,7 +26,7 @@ FLOOR = 1e-4
 PRIOR = 0.1
 
 #: Of second moments from t tokens of d inputs, the share ``1 / (1 + TRUSTED t / d)`` of what lies off the diagonal is not believed.
-TRUSTED = 0.1
+TRUSTED = 0.2
 
 
 def shrinkage(tokens: float, d: int) -> float:
