@@ -6,23 +6,26 @@ from mobe_gguf.compress import rivals
 from mobe_gguf.compress.wishes import Wishes
 from mobe_gguf.plan.layout import Layout
 
-#: Tokens of the calibration text, where all of it is used.
+#: Tokens of the text that ships with the program.
 TOKENS = 400_000
 #: Seconds a stage takes for each parameter of the model, or for each parameter and 1,000 tokens of text.
-ROUND, FIT, STORE, QUANTIZE = 4e-6, 8e-6, 1e-7, 1e-7
-GATHER, PREDICT = 4e-8, 1.5e-8
+ROUND, FIT, WRITE, STORE, QUANTIZE = 9e-6, 9e-6, 4.5e-7, 1e-7, 1.5e-7
+GATHER, PREDICT = 1.7e-7, 8e-8
+#: Steps after which a fit stops by itself, about.
+STEPS = 170
 
 
 def seconds(layout: Layout, wishes: Wishes, factors: bool) -> dict[str, float]:
     """Of each stage, in order; on the machine where the constants were measured (2 cores, the shipped model)."""
     n, active = layout.parameters, _active(layout)
-    tokens = (TOKENS if wishes.chunks is None else wishes.chunks * wishes.ctx) / 1000
+    there = sum(path.stat().st_size for path in wishes.text) / rivals.TOKEN_BYTES if wishes.text else TOKENS
+    tokens = (there if wishes.chunks is None else wishes.chunks * wishes.ctx) / 1000
     scored = (wishes.eval_chunks or 500) * wishes.ctx / 1000
     made = {"moments": GATHER * tokens * active}
     if wishes.form != "mobe":
         made["plain"] = ROUND * n
     if factors:
-        made |= {"fit": FIT * n, "write": ROUND * n / 2}
+        made |= {"fit": FIT * n * min(1.0, (wishes.steps or STEPS) / STEPS), "write": WRITE * n}
     if not wishes.measure:
         return made
     made["original"] = STORE * n
