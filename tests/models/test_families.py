@@ -103,7 +103,11 @@ def test_other_families_are_those_that_the_converter_knows():
 
 @pytest.mark.parametrize(
     ("model_type", "said"),
-    [("gpt_oss", "mobe-gguf convert MODEL model.gguf"), ("jetmoe", "does not know this family")],
+    [
+        ("gpt_oss", "mobe-gguf convert MODEL model.gguf"),
+        ("jetmoe", "does not know this family"),
+        ("phimoe", "SparseMixer"),
+    ],
 )
 def test_what_works_instead(model_type, said):
     with pytest.raises(MobeError, match=said):
