@@ -56,6 +56,21 @@ RUNTIME = (
 )
 
 SLOW = (
+    "evaluate/test_inspect.py::test_original",
+    "evaluate/test_report.py::test_labels_are_apart_and_in_the_picture",
+    "evaluate/test_report.py::test_plot",
+    "factorize/test_executors.py",
+    "factorize/test_job.py::test_every_family",
+    "factorize/test_job.py::test_fp8_source",
+    "factorize/test_job.py::test_the_model_still_loads_in_transformers_when_multiplied_out",
+    "factorize/test_linear.py::test_groups_and_down",
+    "factorize/test_solver.py::test_few_terms_are_exact_zeros_and_chosen_well",
+    "factorize/test_solver.py::test_the_weighted_fit_is_better_where_it_counts",
+    "factorize/test_target.py::test_a_unit_of_another_size_is_fitted_again",
+    "factorize/test_target.py::test_bases_go_where_they_help",
+    "quant/test_allocate.py::test_large_sizes_are_counted_in_grains",
+    "test_tiny_moe.py",
+    "test_wrong_types.py::test_keys_of_a_gguf_file",
     "browser/",
     "calibrate/",
     "evaluate/test_verify.py::test_any_bytes_changed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LINES, PARAMETERS = 80, 8
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -116,6 +118,7 @@ def test_marks_name_tests_that_exist() -> None:
     assert marks("models/test_gguf_source.py::test_x") == ("runtime",)
 
 
+@cache
 def classes() -> dict[str, list[tuple[Path, ast.ClassDef]]]:
     """Every class of the package by its name."""
     found: dict[str, list[tuple[Path, ast.ClassDef]]] = {}
