@@ -294,7 +294,7 @@ def test_a_dry_run_says_what_it_cannot_know(model, tmp_path):
     result = call(model("qwen3_moe"), tmp_path / "out", "--target", "0.9", "--dry-run")
     assert result.exit_code == 0, result.stderr
     for expected in (
-        "bases to keep 90.0% of the parameters",
+        "bases to keep 90.0% of these matrices' parameters",
         "short fits, which a dry run does not make",
         "probing",
     ):
