@@ -189,6 +189,9 @@ def test_the_command(model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         == json.loads((model("qwen3_moe") / "config.json").read_text())["num_local_experts"]
     )
     assert all(form["bytes"] > 0 for form in said["forms"])
+    config = model("qwen3_moe") / "config.json"  # the command names the directory that the weights will be in
+    run = CliRunner().invoke(main, ["plan", str(config), "--json", "--ram", "1G", "--ctx", "512"])
+    assert f"mobe-gguf compress {config.parent} " in json.loads(run.output)["forms"][0]["command"]
 
 
 def test_speeds_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
