@@ -116,7 +116,7 @@ class Layer:
 
     def matrix(self, quant: str, row: int, rows: int, copies: int):
         """A tensor of ``copies`` equal random matrices, with values of size 1 after a product."""
-        info = ggml.type_info(synthetic.fit(quant, row))
+        info = ggml.type_info(synthetic.fitting_type(quant, row))
         tensor = self.lib.ggml_new_tensor_3d(self.ctx, info.id, row, rows, copies)
         values = np.random.default_rng(row + rows).standard_normal((rows, row), dtype=np.float32) / row**0.5
         self.fill.append((tensor, ggml.quantize(values, info.name), copies))

@@ -87,7 +87,7 @@ def main() -> None:
         Console(highlight=False, width=100).print(table(list(runs), results, rows))
 
 
-def table(names: list[str], results: list[jobs.Result], rows: list[evaluate.Row]) -> Table:
+def table(names: list[str], results: list[jobs.JobResult], rows: list[evaluate.Row]) -> Table:
     """A row for each method; errors are means over the units."""
     out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
     out.add_column("method")

@@ -37,6 +37,7 @@ from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.core.progress import console
 from mobe_gguf.evaluate import heldout, plot
 from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.gguf import read_model
 from mobe_gguf.runtime import ggml
@@ -220,8 +221,10 @@ def make(directory: Path, terms: int | None, steps: int) -> tuple[Model, Model]:
     """The shipped model, plain and with ``terms`` terms an expert (None: all), in q4_k."""
     directory.mkdir(parents=True, exist_ok=True)
     source = resources.path("models") / demo.MODEL
-    factors = directory / f"factors-{terms or BASES}"
-    demo.factorize(source, factors, Options(bases=BASES, steps=steps, seed=0, mix_terms=terms))
+    factors = directory / f"factors-{terms or BASES}-{steps}"
+    if not factors.exists():  # of an earlier run: the same settings
+        options = Options(bases=BASES, steps=steps, seed=0, mix_terms=terms)
+        jobs.run(jobs.prepare(source, factors, options, resume=True))
     made = []
     for folder, name in ((source, "plain"), (factors, factors.name)):
         path = directory / f"{name}.gguf"
