@@ -18,6 +18,14 @@ from mobe_gguf.core.files import parse_size
 if TYPE_CHECKING:  # imports that take their time
     from mobe_gguf.compress.pipeline import Compression, Result
 
+#: Options that name a type, and the field of ``Wishes`` that each goes to.
+TYPES = {
+    "--basis-type": "basis_type",
+    "--transform-type": "transform_type",
+    "--down-type": "down_type",
+    "--output-tensor-type": "output_type",
+    "--token-embedding-type": "embedding_type",
+}
 #: Options that a plan stands for.
 PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 
@@ -84,6 +92,27 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 @click.option(
     "--transform-type", metavar="TYPE", help="Type of the transforms A, instead of what --quant gives them."
 )
+@click.option(
+    "--down-type", metavar="TYPE", help="Type of the experts' down projections, instead of the chosen ones."
+)
+@click.option(
+    "--tensor-type",
+    metavar="REGEX=TYPE",
+    multiple=True,
+    help="Type of the tensors whose GGUF name contains REGEX. Repeatable; the first match counts.",
+)
+@click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
+@click.option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
+@click.option(
+    "--moments", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+    help="Second moments that `mobe-gguf moments` gathered from MODEL, instead of gathering them again.",
+)  # fmt: skip
+@click.option(
+    "--keep",
+    type=float,
+    metavar="SHARE",
+    help="Share of the energy of a layer's moments to keep.  [default: 0.999]",
+)
 @click.option("--memory", metavar="SIZE", help="Memory to use (32G), beside torch's own.")
 @click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
@@ -114,6 +143,7 @@ def command(
     plan_form: str | None,
     texts: tuple[Path, ...],
     memory: str | None,
+    tensor_type: tuple[str, ...],
     no_rivals: bool,
     no_measure: bool,
     report_to: Path | None,
@@ -141,7 +171,7 @@ def command(
     from mobe_gguf.core.progress import console
     from mobe_gguf.models.hub import resolve
     from mobe_gguf.plan.layout import read_layout
-    from mobe_gguf.quant.recipe import parse_quant, parse_type
+    from mobe_gguf.quant.recipe import parse_override, parse_quant, parse_type
 
     options.check_stdout()
     options.check_report(report_to, None)
@@ -152,9 +182,12 @@ def command(
         raise UsageError(f"--bpw {bpw:g}: expected bits per weight, for instance 2.6")
     if wishes["quant"] is not None:
         wishes["quant"] = parse_quant(wishes["quant"])
-    for name in ("basis_type", "transform_type"):
-        if wishes[name] is not None:
-            wishes[name] = parse_type(f"--{name.replace('_', '-')}", wishes[name])
+    for option in TYPES:
+        name = option.replace("-", "_")[2:]
+        text = wishes.pop(name)
+        wishes[TYPES[option]] = None if text is None else parse_type(option, text)
+    if wishes["moments"] is not None and wishes["keep"] is not None:
+        raise UsageError("--keep is for gathering moments; the file of --moments has its own")
     model = resolve(model, quiet)
     limit = parse_size(size, "--size") if size else None
     if plan_file is not None:
@@ -173,6 +206,7 @@ def command(
         memory=parse_size(memory, "--memory") if memory else None,
         rivals=not no_rivals,
         measure=not no_measure,
+        overrides=tuple(parse_override(text) for text in tensor_type),
         **wishes,
     )
     job = Compression(model, out, asked, quiet)

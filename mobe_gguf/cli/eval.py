@@ -169,7 +169,7 @@ def _show(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSetti
         return
     out = Console(highlight=False, **VERBATIM)
     width = out.width if sys.stdout.isatty() else None
-    out.width = width or 1000  # into a pipe nothing is broken
+    out.width = width or 1000  # into a pipe no name is broken
     out.print(report.table(reference, rows, text, settings, width))
 
 

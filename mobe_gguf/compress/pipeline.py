@@ -3,7 +3,7 @@
     moments -> choose -> plain file, factorized file (fit, round, write) -> original -> rivals -> measure -> verify -> OUT
 
 A stage whose result is in the work folder is not run again, so a job that was killed resumes; stages that take long resume
-inside, too (``moments``, ``fit``, ``measure`` after each file).  EvalSettings stand in ``job.json``: others than those of the
+inside, too (``moments``, ``fit``, ``measure`` after each file).  Settings stand in ``job.json``: others than those of the
 stopped job are an error.
 """
 
@@ -106,7 +106,10 @@ class Compression:
         return result
 
     def _stages(self, form: Form | None, why: str) -> Result:
-        self._stage("moments", "moments.safetensors", self._moments)
+        if self.wishes.moments is None:
+            self._stage("moments", "moments.safetensors", self._moments)
+        else:
+            self.display.skip("moments")
         files: dict[str, Path] = {}
         if self.wishes.form != MOBE:
             files[PLAIN] = self._stage("plain", f"plain/{self.out.name}", self._plain, 2)
@@ -155,6 +158,7 @@ class Compression:
             path,
             ctx=w.ctx,
             chunks=w.chunks,
+            keep=w.keep,
             memory=w.memory,
             device=w.device,
             resume=True,
@@ -162,8 +166,11 @@ class Compression:
         )
 
     def _recipe(self, quant: str, **more: Any) -> Recipe:
-        target = None if self.wishes.size is None else Target(n_bytes=self.wishes.size)
-        return Recipe(quant, moments=str(self.moments), **{"target": target, **more})
+        w = self.wishes
+        target = None if w.size is None else Target(n_bytes=w.size)
+        fixed = {"down": w.down_type, "output": w.output_type, "embedding": w.embedding_type}
+        given = {"target": target, "overrides": w.overrides, **fixed, **more}
+        return Recipe(quant, moments=str(self.moments), **given)
 
     def _plain(self, path: Path) -> None:
         """Rounded by moments, types divided for the size."""
@@ -232,7 +239,7 @@ class Compression:
     @property
     def moments(self) -> Path:
         """Second moments of the model's inputs, once they are gathered."""
-        return self.work / "moments.safetensors"
+        return self.wishes.moments or self.work / "moments.safetensors"
 
     @property
     def original(self) -> Path | None:

@@ -19,7 +19,9 @@ FORMS = ("auto", "plain", "mobe")
 class Wishes:
     """``size`` in bytes, of the file; without it ``quant`` decides.  ``bases``, ``rank``, ``activation``,
     ``basis_type``, ``transform_type``: of the factorized form, chosen where they are None.  ``text``: to calibrate with,
-    ``eval_text``: to measure on, the shipped ones if None."""
+    ``eval_text``: to measure on, the shipped ones if None.  ``moments``: of an earlier ``mobe-gguf moments``, instead of gathering them;
+    ``keep``: the share of their energy that is kept.  ``down_type``, ``output_type``, ``embedding_type``, ``overrides``: types that hold
+    in all files made here, as in :class:`~mobe_gguf.quant.recipe.Recipe`."""
 
     size: int | None = None
     form: str = "auto"
@@ -35,6 +37,12 @@ class Wishes:
     steps: int | None = None
     basis_type: str | None = None
     transform_type: str | None = None
+    moments: Path | None = None
+    keep: float | None = None
+    down_type: str | None = None
+    output_type: str | None = None
+    embedding_type: str | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
     memory: int | None = None
     device: str = "cpu"
     threads: int | None = None
@@ -56,6 +64,8 @@ class Wishes:
         """What must be the same where a job is resumed, as JSON has it; texts by their content."""
         made = dataclasses.asdict(self) | {"text": [sha256(path) for path in self.text]}
         made["eval_text"] = self.eval_text and sha256(self.eval_text)
+        made["moments"] = self.moments and sha256(self.moments)
+        made["overrides"] = [list(pair) for pair in self.overrides]
         return {k: v for k, v in made.items() if k not in ("memory", "device", "threads", "verify")}
 
 
@@ -100,7 +110,7 @@ def by_plan(path: Path, parameters: int, form: str | None = None) -> dict[str, A
         ) from e
     if plan.parameters != parameters:
         raise MobeError(
-            f"--plan {path}: it is of {plan.model} with {plan.parameters} parameters, MODEL has {parameters}. PlanFile anew:\n  "
+            f"--plan {path}: it is of {plan.model} with {plan.parameters} parameters, MODEL has {parameters}. Plan anew:\n  "
             f"mobe-gguf plan MODEL --json > {path}"
         )
     if form is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def table(
     for line, label, facts in zip(lines, names, (reference, *(row.facts for row in rows)), strict=True):
         cells = (line.get(column, "") for column in columns)
         out.add_row(Text(label), *cells, style="bold" if facts.factorized else None)
-    return Group(out, "", Text(legend(rows, text, settings)))
+    said = legend(rows, text, settings)
+    return Group(out, "", Text(said if width else textwrap.fill(said, 100)))
 
 
 def _cells(facts: Facts, row: Row | None, unit: float) -> dict[str, str]:

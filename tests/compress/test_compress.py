@@ -286,3 +286,24 @@ def test_wrong_usage(options: list[str], said: str, source: Path, text: Path, tm
     )
     assert bare.exit_code == 2 and "give the directory with them" in bare.output
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_steps_options_reach_the_file(source: Path, text: Path, tmp_path: Path) -> None:
+    """Moments of an earlier run, and types that are named."""
+    moments, out = tmp_path / "m.safetensors", tmp_path / "out.gguf"
+    made = invoke("moments", source, moments, "--text", text, "--ctx", 64, "--chunks", 6, "-q")
+    assert made.exit_code == 0, made.output
+    common = (source, out, "--quant", "q4_0", "--text", text, "--form", "plain", "--no-measure", "-q")
+    types = ("--tensor-type", "attn_q=q8_0", "--down-type", "q5_0", "--output-tensor-type", "f16")
+    said = invoke("compress", *common, "--moments", moments, *types, "--token-embedding-type", "q8_0")
+    assert said.exit_code == 0, said.output
+    found = {t.name: t.type.lower() for t in read_gguf(out).tensors.values()}
+    assert found["blk.0.attn_q.weight"] == found["token_embd.weight"] == "q8_0"
+    assert found["blk.1.ffn_down_exps.weight"] == "q5_0" and found["output.weight"] == "f16"
+    assert found["blk.0.ffn_gate_exps.weight"] == "q4_0"
+    both = invoke("compress", *common, "--moments", moments, "--keep", 0.9)
+    assert both.exit_code == 2 and "--keep" in both.output
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])

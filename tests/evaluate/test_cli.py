@@ -27,8 +27,12 @@ def test_table_and_plot(files: dict[str, Path], tmp_path: Path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 100
-    assert [line.split()[0] for line in lines[1:4]] == ["f16", "q2_k", "mobe"]
-    assert "MoBE files are bold." in result.stdout and "(124 tokens of 4 chunks of 64)" in result.stdout
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["f16", "plain"],
+        ["q2_k", "plain"],
+        ["mobe", "MoBE"],
+    ]
+    assert "(124 tokens of 4 chunks of 64)" in result.stdout
     assert "heldout.txt: the project's held-out text; for any model but its tiny one" in result.stderr
     assert "[8/12]" in result.stderr and "q2_k.gguf: KL divergence" in result.stderr
     assert (tmp_path / "kl.png").stat().st_size > 10_000

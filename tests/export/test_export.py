@@ -190,9 +190,12 @@ def test_options_choose_types(mobe: Maker, tmp_path: Path) -> None:
 
 def test_dry_run_writes_nothing_and_tells_the_size(mobe: Maker, tmp_path: Path) -> None:
     planned = export(mobe("olmoe"), tmp_path / "a.gguf", Recipe("q8_0"), dry_run=True, quiet=True)
-    assert not list(tmp_path.iterdir()) and planned.n_bytes == 0
+    assert not list(tmp_path.iterdir())
     done = export(mobe("olmoe"), tmp_path / "a.gguf", Recipe("q8_0"), quiet=True)
-    assert planned.entries == done.entries
+    assert (
+        planned.entries == done.entries
+        and planned.n_bytes == done.n_bytes == (tmp_path / "a.gguf").stat().st_size
+    )
     assert 0 < done.n_bytes - done.data_bytes < 64_000  # header, tokens, padding
 
 
