@@ -24,6 +24,8 @@ from mobe_gguf.core.files import check_name, check_space
 from mobe_gguf.core.progress import bar
 from mobe_gguf.export import tokenizer
 from mobe_gguf.formats.gguf import GgufFile, missing_tensors, read_gguf
+from mobe_gguf.models.config_values import check_values
+from mobe_gguf.models.families import OTHERWISE, family_of, known_model_types, other_way
 
 #: ``--outtype``: of the matrices; "auto" takes that of the source's first one, f16 or bf16.
 TYPES = ("auto", "bf16", "f16", "f32", "q8_0")
@@ -51,6 +53,7 @@ def convert_model(
     if not script.is_file():
         raise MobeError(f"{script}: the installed runtime lacks llama.cpp's converter; run mobe-gguf build")
     architecture = _architecture(model)
+    _check_answers(model)
     expected = _expected_bytes(model, outtype)
     check_space(out, expected, (), "choose another place, or --outtype q8_0")
     with atomic_path(out) as part, tempfile.TemporaryFile() as log, bar("convert", round(expected / 1e6), quiet) as progress:  # fmt: skip
@@ -91,6 +94,22 @@ def _architecture(model: Path) -> str:
         raise MobeError(
             f"{model}: expected a Hugging Face model directory; {path} cannot be read: {e}"
         ) from e
+
+
+def _check_answers(model: Path) -> None:
+    """MobeError where llama.cpp's converter would drop what config.json says, or its graph computes another model."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in OTHERWISE:
+        raise MobeError(f"{model}: {other_way(model_type)}")
+    if model_type not in known_model_types():
+        return
+    judgement = check_values(family_of(config).name, config, model)
+    if judgement.keys or judgement.hparams:
+        raise MobeError(
+            f"{model}: llama.cpp's converter drops what this model's config.json says; export carries it:\n"
+            f"  mobe-gguf export {model} model.gguf --dense --quant bf16"
+        )
 
 
 def _expected_bytes(model: Path, outtype: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,22 @@ def test_code_in_the_directory_does_not_run(granite: Path, tmp_path: Path) -> No
 def test_no_model(tmp_path: Path) -> None:
     done = call("convert", tmp_path, tmp_path / "model.gguf")
     assert done.exit_code == 1 and "expected a Hugging Face model directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "said"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, "--dense --quant bf16"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+        ("phimoe", {}, "SparseMixer"),
+    ],
+)
+def test_what_the_converter_would_drop(
+    model_type: str, change: dict[str, object], said: str, model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Nothing is converted to a file that answers otherwise."""
+    source = shutil.copytree(model("qwen3_moe"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": model_type} | change))
+    done = call("convert", source, tmp_path / "out.gguf")
+    assert done.exit_code == 1 and said in done.stderr and not (tmp_path / "out.gguf").exists()
