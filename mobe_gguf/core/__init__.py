@@ -1,1 +1,1 @@
-"""What everything else stands on: names, the formula, errors, files, progress."""
+"""What all other rooms use: names, the formula, errors, files, progress."""

@@ -1,4 +1,4 @@
-"""Outputs appear under their name only when they are whole, and each is written by one process at a time."""
+"""Atomic output: a file gets its name only when it is complete, and one process at a time writes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.locks import Busy, locked
 
-#: Seconds that a writer waits for another of the same file: small ones take their turns, of a large one it is told.
+#: Seconds that a writer waits for another writer of the same file.  Small writes take turns; a long one raises an error.
 PATIENCE = 5.0
 
 KINDS = {
@@ -28,10 +28,10 @@ KINDS = {
 
 
 def destination(path: str | os.PathLike[str]) -> Path:
-    """The file that is replaced when ``path`` is written: itself, or the one that it is a symbolic link to.
+    """The file that is replaced when ``path`` is written: ``path`` itself, or the target of a symbolic link.
 
-    So a link stays and its target changes, as when a program opens the link to write; a dangling one gets its target.
-    MobeError if what is there is no regular file (a directory, device, pipe or socket), or links lead in a circle.
+    A link stays and its target changes.  For a dangling link the target is created.
+    MobeError if there is something other than a regular file (a directory, device, pipe or socket), or links form a circle.
     """
     path = Path(path)
     try:
@@ -66,9 +66,9 @@ def check_output(out: Path) -> None:
 
 @contextlib.contextmanager
 def held(lock: Path, out: Path) -> Iterator[bool]:
-    """Hold ``lock``, see ``locks``, so that no other process nor thread writes ``out``.  Its holder may rename or remove it.
+    """Hold ``lock`` (see ``locks``) so that no other process or thread writes ``out``.  The holder may rename or remove it.
 
-    Yields False, and holds nothing, on a file system without locks.  MobeError if another holds it for PATIENCE seconds.
+    On a file system without locks, yields False and holds nothing.  MobeError if another holds it for PATIENCE seconds.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -90,9 +90,9 @@ def sync(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give what is whole another name, for good: the directory that has the name is on the disk, too.
+    """Rename a complete file or directory durably: the directory that contains it is synced, too.
 
-    An existing file, or empty directory, is replaced.  A file's content must have been synced before.
+    An existing file or empty directory is replaced.  The caller must have synced a file's content before.
     """
     os.replace(source, target)
     with contextlib.suppress(OSError):  # some file systems do not sync directories
@@ -101,13 +101,13 @@ def rename(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str], shared: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success fsync it and rename it, on failure remove it.
+    """Yield a temporary path beside ``path``; on success fsync and rename it, on failure remove it.
 
-    The temporary name is ``.<name>.part``: the same for every run, so what a killed run left is overwritten
-    by the next instead of piling up.  It is locked: MobeError if another process or thread is at it, see :func:`held`; and
-    if ``path`` is no regular file, see :func:`destination`, which also says what becomes of a symbolic link.
-    ``shared``: another process, on this machine or another, may write the same file at the same time; then the name is
-    this process's own.  It is, too, on a file system without locks.
+    The temporary name is ``.<name>.part``, the same for every run: a run overwrites what a killed one left.
+    The file is locked: MobeError if another process or thread is writing it, see :func:`held`.  MobeError also if
+    ``path`` is not a regular file, see :func:`destination`, which also handles symbolic links.
+    ``shared``: another process, on this machine or another, may write the same file at the same time.  The temporary
+    name is then unique to this process.  So it is on a file system without locks.
     """
     final = destination(path)
     own = final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}.part")
@@ -118,13 +118,13 @@ def atomic_path(path: str | os.PathLike[str], shared: bool = False) -> Iterator[
             if not shared:
                 if stack.enter_context(held(fixed, Path(path))):
                     part = fixed
-                    os.truncate(part, 0)  # of a killed run: the place that it takes is needed
+                    os.truncate(part, 0)  # left by a killed run: free its space now
                 else:
                     fixed.unlink(missing_ok=True)
             yield part
             sync(part)
             rename(part, final)
-    except BaseException:  # whenever it comes: also before the name of what was just created is known here
+    except BaseException:  # at any moment, even before this code knows the name of what it has just created
         with contextlib.suppress(OSError):
             own.unlink()
         if not shared:
@@ -133,7 +133,7 @@ def atomic_path(path: str | os.PathLike[str], shared: bool = False) -> Iterator[
 
 
 def _remove_if_free(part: Path) -> None:
-    """Remove a temporary file that nobody holds: another run may have taken it over, or hold it since before."""
+    """Remove a temporary file unless another run holds it."""
     with contextlib.suppress(OSError, Busy):
         if part.exists():
             with locked(part, 0):

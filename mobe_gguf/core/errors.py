@@ -10,10 +10,10 @@ import click
 
 
 class MobeError(click.ClickException):
-    """A failure that the user can understand and mend.
+    """A failure that the user can understand and fix.
 
-    The message says what is wrong, where, what was expected and what was found, and ends with the next
-    command to type where there is one.  click prints it without a traceback and exits with ``exit_code``.
+    The message says what is wrong and where, what was expected and what was found.  Where there is a next command to
+    type, the message ends with it.  click prints it without a traceback and exits with ``exit_code``.
     """
 
     exit_code = 1
@@ -26,13 +26,13 @@ class UsageError(MobeError):
 
 
 class Interrupted(MobeError):
-    """Ctrl-C or SIGTERM ended the work; the message says what is kept, and how to continue."""
+    """Ctrl-C or SIGTERM ended the work; the message says what is kept and how to continue."""
 
     exit_code = 130
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` as a program beside the command line, such as a benchmark; exits as ``mobe-gguf`` does."""
+    """Run ``main`` as a separate program, such as a benchmark; handles errors and exits as ``mobe-gguf`` does."""
     try:
         sys.exit(main())
     except MobeError as e:

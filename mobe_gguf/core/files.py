@@ -16,17 +16,17 @@ from mobe_gguf.core.errors import MobeError, UsageError
 #: Bytes read at a time.
 CHUNK = 8 << 20
 
-#: What the system says of a disk, or of a user's share of it, that is full.
+#: The system's error numbers for a full disk or an exhausted quota.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
-#: Powers of ten, as llama-gguf-split reads sizes; for all options that take one.
+#: Units are powers of ten, as in llama-gguf-split; all options that take a size use them.
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_size(text: str, option: str, instead: str = "") -> int:
-    """``50G``, ``1.5 gb``, ``900K`` -> bytes; UsageError names the ``option`` if it is no size, or less than a byte.
+    """``50G``, ``1.5 gb``, ``900K`` -> bytes; UsageError names the ``option`` if this is not a size or is below one byte.
 
-    ``instead``: what else the option takes, for the message.
+    ``instead``: what else the option accepts, for the message.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT])B?", text.strip().upper())
     size = round(Decimal(match[1]) * UNITS[match[2]]) if match else 0
@@ -38,13 +38,13 @@ def parse_size(text: str, option: str, instead: str = "") -> int:
 
 
 def format_size(n_bytes: int) -> str:
-    """What :func:`parse_size` reads as so many bytes: ``500M``, ``1.5M``, ``0.9M``."""
+    """The text that :func:`parse_size` reads as ``n_bytes``: ``500M``, ``1.5M``, ``0.9M``."""
     text = f"{Decimal(n_bytes).scaleb(-6):f}"
     return f"{text.rstrip('0').rstrip('.')}M"
 
 
 def describe_size(n_bytes: int, decimals: int = 2) -> str:
-    """For a person to read, with the unit that fits: ``12.50 GB``, ``4.61 MB``, ``900 B``."""
+    """A size for people, in a suitable unit: ``12.50 GB``, ``4.61 MB``, ``900 B``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n_bytes >= size:
             return f"{n_bytes / size:,.{decimals}f} {unit}"
@@ -60,7 +60,7 @@ def amount(n: int) -> str:
 
 
 def describe_sizes(*sizes: int) -> tuple[str, ...]:
-    """:func:`describe_size` of several that are compared: with so many decimals that different ones read differently."""
+    """:func:`describe_size` of several sizes, with enough decimals that different sizes look different."""
     for decimals in range(2, 10):
         texts = tuple(describe_size(size, decimals) for size in sizes)
         if len(set(texts)) == len(set(sizes)):
@@ -69,12 +69,12 @@ def describe_sizes(*sizes: int) -> tuple[str, ...]:
 
 
 def readable(name: str) -> str:
-    """A file's name as text can have it, with U+FFFD for what is not UTF-8."""
+    """A file's name as printable text, with U+FFFD for bytes that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def check_name(name: str) -> None:
-    """UsageError if a file's name, or another argument, is not UTF-8: neither GGUF keys nor safetensors take such names."""
+    """UsageError if a file name or another argument is not UTF-8: GGUF keys and safetensors do not allow such names."""
     if readable(name) != name:
         raise UsageError(
             f"{readable(name)}: this name is not UTF-8 (bytes {os.fsencode(name)!r}); rename the file"
@@ -82,10 +82,10 @@ def check_name(name: str) -> None:
 
 
 def check_space(out: Path, needed: int, left: Iterable[Path], mend: str) -> None:
-    """MobeError, which ends with ``mend``, if the file system of ``out`` has less than ``needed`` bytes free.
+    """MobeError if the file system of ``out`` has less than ``needed`` bytes free.  The message ends with ``mend``.
 
-    What an interrupted run left, ``left`` and the file beside ``out``, is overwritten or taken over, so it counts as
-    free; an existing ``out`` is not, for it is replaced only once the new file is whole.
+    Leftovers of an interrupted run (``left`` and the temporary file beside ``out``) count as free: they are overwritten
+    or reused.  An existing ``out`` does not count as free: it is replaced only when the new file is complete.
     """
     left = (out.with_name(f".{out.name}.part"), *left)
     free = shutil.disk_usage(out.absolute().parent).free
@@ -96,7 +96,7 @@ def check_space(out: Path, needed: int, left: Iterable[Path], mend: str) -> None
 
 
 def why_not_written(e: OSError) -> str:
-    """For a message."""
+    """The reason why writing failed, for a message."""
     return "the disk is full" if e.errno in FULL else str(e.strerror or e)
 
 

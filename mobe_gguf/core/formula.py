@@ -1,4 +1,4 @@
-"""The formula itself, in torch: W_i ~ A_i . f( sum_j alpha_ij B_j ).  The reference of everything else."""
+"""The formula in torch: W_i ~ A_i . f( sum_j alpha_ij B_j ).  All other implementations are compared with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def activate(u: torch.Tensor, activation: str) -> torch.Tensor:
 def combine(mix: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """``sum_j alpha_ij B_j`` of one group: mix ``[n, m]`` or ``[n, m, r]``, basis ``[m, r, d]`` -> ``[n, r, d]``.
 
-    Mix ``[n, m, 1, d]``: one coefficient for each column, as a row-wise mix of down is where it is fitted transposed.
+    Mix ``[n, m, 1, d]`` has one coefficient for each column: the row-wise mix of down, which is fitted transposed.
     """
     if mix.dim() == 2:
         return (mix @ basis.flatten(1)).view(mix.shape[0], *basis.shape[1:])

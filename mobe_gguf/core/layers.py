@@ -1,4 +1,4 @@
-"""Numbers of layers as options and messages have them: ``0-3,7``."""
+"""Layer numbers in options and messages: ``0-3,7``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mobe_gguf.core.errors import UsageError
 def parse_layers(text: str, option: str = "--layers") -> tuple[int, ...]:
     """``"0-3,7"`` -> (0, 1, 2, 3, 7), sorted; UsageError names the ``option`` and shows the form expected.
 
-    Numbers have four digits at most: a range is written out here, before it is known how many layers the model has.
+    Numbers have at most four digits, because ranges are expanded here, before the model's layer count is known.
     """
     layers: set[int] = set()
     for part in text.split(","):

@@ -1,10 +1,15 @@
-"""The one lock that this project takes: the kernel's (flock), on a file that may be renamed, removed or inherited.
+"""The only kind of lock in this project: the kernel's flock, on a file that may be renamed, removed or inherited.
 
-It guards outputs (``atomic``), the cache of ``build`` and the work directory of ``factorize``.  That of a killed process is
-gone, and no lock file stays behind.  filelock does not serve here, as of 3.29 and 4.3: it guards a file of its own beside each
-output; it does not see that a file was renamed between its opening and its lock; it does not give out the descriptor, which a
-compiler must inherit so that its tree stays guarded when its parent is killed; and without flock it makes a marker file, which
-a killed process leaves.
+It guards outputs (``atomic``), the cache of ``build`` and the work directory of ``factorize``.  When a process is killed,
+the kernel releases its lock, and no lock file stays behind.
+
+The package filelock (3.29 and 4.3) is no replacement:
+
+- it locks a separate file beside each output;
+- it does not notice that a file was renamed between opening and locking it;
+- it does not expose the descriptor.  A compiler must inherit it, so that the build tree stays locked when the parent is
+  killed;
+- without flock it creates a marker file, which a killed process leaves behind.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-#: What flock says on a file system that has no locks.
+#: The errors of flock on a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -29,11 +34,11 @@ class Busy(Exception):
 def locked(
     path: Path, patience: float | None = 0.0, on_wait: Callable[[], None] | None = None
 ) -> Iterator[int | None]:
-    """Hold the lock on the file ``path``, which is made if need be; yields its descriptor.
+    """Hold the lock on the file ``path``, which is created if missing; yields its descriptor.
 
-    Yields None, and holds nothing, on a file system without locks.  ``patience``: seconds to wait for another holder, None for
-    as long as it takes; ``on_wait`` is called once before waiting.  Raises :class:`Busy` when patience ends, OSError if the file
-    cannot be opened.
+    On a file system without locks, yields None and holds nothing.  ``patience``: seconds to wait for another holder; None
+    waits without limit.  ``on_wait`` is called once before waiting.  Raises :class:`Busy` when patience ends, OSError if
+    the file cannot be opened.
     """
     began = time.monotonic()
     while (fd := _try(path)) is None:
@@ -56,7 +61,7 @@ def _try(path: Path) -> int | None:
     mine = False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # whoever held it before may have renamed or removed the file since it was opened: then this lock guards nothing
+        # the previous holder may have renamed or removed the file after it was opened here: then this lock guards nothing
         mine = os.path.samestat(os.fstat(fd), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -1,4 +1,4 @@
-"""How much memory and how many processors this process may use: not what the machine has, where it is given less."""
+"""How much memory and how many processors this process may use, which may be less than the machine has."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
-#: A limit of control groups (version 1) from here on means that there is none.
+#: In control groups of version 1, a limit from this size on means "no limit".
 NO_LIMIT = 1 << 60
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take without swapping or being killed.
+    """Bytes that this process can still allocate without swapping or being killed.
 
-    The least of what the machine has available, of what each control group that the process is in has left (versions 1
-    and 2, parents too; pages of files that can be dropped are not counted as taken), and of what the process's own limits
-    (``ulimit -v``, ``-d``) leave.  Where the system says nothing of it (not Linux): all there is.
+    This is the smallest of three: the memory available on the machine; what is left in each control group of the process
+    (versions 1 and 2, parents included; file pages that can be dropped count as free); and what the process's own
+    limits (``ulimit -v``, ``-d``) leave.  Where the system does not report these (not Linux): all memory of the machine.
     """
     return max(0, min([_of_the_machine(), *_left_in_groups(), *_left_of_limits()]))
 
 
 def own_memory() -> int:
-    """Bytes of this process's own pages, without those of mapped files, which are the system's to take back; 0 if it is not said."""
+    """Bytes of this process's own pages; 0 if unknown.  Pages of mapped files do not count: the system can reclaim them."""
     return _fields(PROC / "self" / "status").get("RssAnon:", 0) * 1024
 
 
 def usable_cpus() -> int:
-    """Processors that this process may keep busy: those it may run on, and no more than the quota of its control groups."""
+    """Number of processors that this process may use: its CPU affinity, limited by the quota of its control groups."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _folders("cpu"):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
@@ -78,7 +78,7 @@ def _folders(controller: str) -> Iterator[Path]:
             root = CGROUP / controllers if (CGROUP / controllers).is_dir() else CGROUP / controller
         else:
             continue
-        # in a container the path is often the host's, and what is mounted is the group itself
+        # in a container the path is often the host's, and the group itself is what is mounted
         inner = root / path.lstrip("/")
         while True:
             if inner.is_dir():
@@ -96,6 +96,6 @@ def _text(path: Path) -> str:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The first number of each line behind its first word."""
+    """Each line's first word -> the number after it."""
     words = (line.split() for line in _text(path).splitlines())
     return {w[0]: int(w[1]) for w in words if len(w) > 1 and w[1].isdecimal()}

@@ -1,12 +1,13 @@
-"""What an error of the experts costs: the inner product that the solver minimises in.
+"""How errors of the experts are weighed: the metric in which the solver minimises.
 
     || (W_i - A_i Z_i) S_i^(1/2) ||^2
 
-S is the second moment of the layer's inputs, E[x x^T]: with it the error is that of the experts' outputs, not of
-their matrices.  f works on the unscaled Z, so S enters only as a change of columns: every method takes ``[n, a, d]``
-of some experts and multiplies from the right.  Where down is fitted transposed, its inputs are the rows of W and A,
-which no f stands between: there the metric changes the problem's W (:meth:`apply_rows`), and A is taken back
-(:meth:`solve_rows`).
+S is the second moment of the layer's inputs, E[x x^T].  With it the error is that of the experts' outputs, not of
+their matrices.  f is applied to the unscaled Z, so S only transforms columns: every method takes ``[n, a, d]`` of some
+experts and multiplies from the right.
+
+Down is fitted transposed, so its inputs correspond to the rows of W and A.  No f lies between these.  The metric is then
+applied to W before the fit (:meth:`apply_rows`) and undone in A afterwards (:meth:`solve_rows`).
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ import torch
 
 from mobe_gguf.core.errors import MobeError
 
-#: Least second moment of a direction, relative to the mean: what the calibration text never fed must still be kept in
-#: bounds, or A is undetermined there.
+#: Least second moment of a direction, relative to the mean.  Without it A would be undetermined in directions that the
+#: calibration text never uses.
 FLOOR = 1e-4
 
-#: Tokens that every expert gets besides its own, as a share of the average expert's, with the average moments: one that saw
-#: few or none is not believed to need nothing.
+#: Every expert gets this share of the average expert's tokens in addition, with the average moments, so that an expert
+#: that saw few tokens or none still counts.
 PRIOR = 0.1
 
-#: Of second moments from t tokens of d inputs, the share ``1 / (1 + TRUSTED t / d)`` of what lies off the diagonal is not believed.
+#: Shrinkage of second moments from t tokens of d inputs: off the diagonal they are reduced by the share
+#: ``1 / (1 + TRUSTED t / d)``.
 TRUSTED = 0.2
 
 
 def shrinkage(tokens: float, d: int) -> float:
-    """Share of the diagonal in what stands for second moments S: ``(1 - share) S + share diag(S)``.
+    """Share of the diagonal in the shrunk second moments: ``(1 - share) S + share diag(S)``.
 
-    Few tokens show correlations that are not there, and a text ones that others have not.  For independent normal inputs the share would be that of
-    Schaefer and Strimmer (2005, target D), 0.02 where t is 3.6 d; measured, 0.5 and more is best there (docs/quality.md).
+    Few tokens show spurious correlations, and one text shows correlations that other texts lack.  For independent
+    normal inputs, Schaefer and Strimmer (2005, target D) give the share 0.02 at t = 3.6 d.  Measured, 0.5 and more is
+    best there (docs/quality.md).
     """
     return 1.0 / (1.0 + TRUSTED * tokens / d)
 
@@ -59,8 +62,8 @@ class Metric:
     """A root R of S with ``S = R R^T``: None (identity), ``[d]`` or ``[n, d]`` (diagonal), ``[d, d]`` (full), or
     ``[n, d, k]`` (full for each expert).
 
-    With ``rest`` ``[n, d]`` the last kind is ``R = [root, diag(rest)]``, and what is in the metric has k + d columns.
-    Scaled such that the mean of S's diagonal is 1: the metric does not change the size of the problem.
+    With ``rest`` ``[n, d]`` the last kind is ``R = [root, diag(rest)]``, and matrices in the metric have k + d columns.
+    S is scaled to a mean diagonal of 1, so the metric does not change the magnitude of the problem.
     """
 
     root: torch.Tensor | None = None
@@ -102,7 +105,7 @@ class Metric:
             raise MobeError("input moments must be finite and not all zero")
         rest = None if weight.rest is None else (weight.rest.double() / scale).clamp_min(FLOOR).sqrt().float()
         root = torch.empty_like(weight.root)
-        for scaled, given in zip(root, weight.root, strict=True):  # in float64 there is one expert at a time
+        for scaled, given in zip(root, weight.root, strict=True):  # one expert at a time in float64
             scaled.copy_(given.double() / scale**0.5)
         return cls(root, True, rest)
 

@@ -1,25 +1,24 @@
-"""Every name that the parts of this project must agree on: GGUF keys, tensor names, activations.
+"""All names that the parts of this project share: GGUF keys, tensor names, activations.
 
-The C side (``native/ggml_mobe/ggml-mobe.h``) holds the same strings; ``tests/core/test_names.py`` compares them.
+The C side (``native/ggml_mobe/ggml-mobe.h``) has the same strings; ``tests/core/test_names.py`` compares them.
 """
 
 from __future__ import annotations
 
-#: Versions of the GGUF layout that this package writes and the patched runtime accepts: 2 if it has bases of down, else 1.
+#: Versions of the GGUF layout that this package writes and the patched runtime accepts: 2 with bases of down, else 1.
 MOBE_VERSION = 1
 MOBE_VERSION_DOWN = 2
 
-#: f in ``A . f(sum_j alpha_j B_j)``; the position is the number the C operator uses.
+#: f in ``A . f(sum_j alpha_j B_j)``.  The position of a name is its number in the C operator.
 ACTIVATIONS = ("none", "silu", "tanh")
 
-#: What the authors' training knows.
+#: The activations that the authors' training supports.
 WAB_ACTIVATIONS = ("silu", "tanh")
 
-#: Projections that the method's authors factorize, and so what is factorized if nothing is said; ``families`` knows their
-#: names in a checkpoint.
+#: Projections that the method's authors factorize, and so the default here.  ``families`` has their names in a checkpoint.
 PROJECTIONS = ("gate", "up")
 
-#: All that can be factorized.  Down has its bases on the output side: ``W_i ~ f(sum_j alpha_j B_j) . A_i``.
+#: All projections that can be factorized.  Down has its bases on the output side: ``W_i ~ f(sum_j alpha_j B_j) . A_i``.
 ALL_PROJECTIONS = (*PROJECTIONS, "down")
 
 

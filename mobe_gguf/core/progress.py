@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, one line a unit elsewhere.
+"""Progress on stderr: a bar on a terminal, elsewhere one line for each unit.
 
 Only this module, ``cli/`` and the ``report`` modules print.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-#: Names of files and tensors are shown as they are: not as rich's markup (``[bold]``), nor its emoji (``:key:``).
+#: File and tensor names are shown literally: rich's markup (``[bold]``) and emoji (``:key:``) are off.
 VERBATIM: dict[str, Any] = dict(markup=False, emoji=False)
 
 #: Logs, tables and bars meant for a person go here; data goes to stdout.
@@ -22,7 +22,7 @@ console = Console(stderr=True, **VERBATIM)
 
 
 def say(line: str) -> None:
-    """One line of the log, on stderr, as it is: what a library function is doing, or a warning.  Never a result."""
+    """Print one log line on stderr, literally: what a library function is doing, or a warning.  Never a result."""
     console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -36,10 +36,10 @@ def duration(seconds: float) -> str:
 
 
 class Stages:
-    """Work of several stages under one display: which stage, what it is at, how long the whole still takes.
+    """One display for work in several stages: the current stage, its progress, the time left for all.
 
-    ``expected``: seconds of each stage in order, as far as they can be told before.  Only their ratios count once a stage is
-    done: what the finished ones took tells how fast this machine is.
+    ``expected``: estimated seconds of each stage, in order.  Once a stage is done only their ratios count: the time of
+    finished stages shows how fast this machine is.
     """
 
     def __init__(self, expected: Mapping[str, float]):
@@ -51,7 +51,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str, bars: int = 1) -> Iterator[None]:
-        """What happens inside is stage ``name``, which shows so many ``bars``, one after the other."""
+        """The code inside is stage ``name``, which shows ``bars`` bars, one after the other."""
         self._now, self._began, self._share = name, time.monotonic(), 0.0
         self._bars, self._bar = bars, -1
         try:
@@ -61,7 +61,7 @@ class Stages:
             self._now = None
 
     def skip(self, name: str) -> None:
-        """``name`` was done by an earlier run: it takes no time, and says nothing of this machine."""
+        """An earlier run did stage ``name``: it takes no time and does not count for this machine's speed."""
         self.expected.pop(name, None)
 
     def next_bar(self) -> None:
@@ -69,11 +69,11 @@ class Stages:
         self._bar = min(self._bar + 1, self._bars - 1)
 
     def at(self, share: float) -> None:
-        """How much of the bar is done."""
+        """Set the share of the bar that is done."""
         self._share = (self._bar + share) / self._bars
 
     def left(self) -> float:
-        """Seconds that the whole still takes."""
+        """Seconds left for all stages."""
         done = {name: seconds for name, seconds in self.seconds.items() if name in self.expected}
         spent, foreseen = sum(done.values()), sum(self.expected[name] for name in done)
         inside = time.monotonic() - self._began if self._now else 0.0
@@ -98,7 +98,7 @@ _stages: ContextVar[Stages | None] = ContextVar("stages", default=None)
 
 @contextlib.contextmanager
 def stages(expected: Mapping[str, float]) -> Iterator[Stages]:
-    """Make all bars inside parts of one display, see :class:`Stages`."""
+    """Show all bars inside as parts of one display, see :class:`Stages`."""
     made = Stages(expected)
     token = _stages.set(made)
     try:
@@ -138,7 +138,7 @@ class Bar:
         self._tell(amount, line, self._left())
 
     def found(self, amount: float = 1.0, line: str | None = None) -> None:
-        """Count ``amount`` units that an earlier run did: they say nothing of how long the others take."""
+        """Count ``amount`` units that an earlier run did.  They do not count in the estimate of the time left."""
         self._found += amount
         self._count(amount)
         self._tell(amount, line, "")
@@ -158,7 +158,7 @@ class Bar:
             console.print(f"{head} {line}" + (f", {left}" if left else ""), highlight=False, soft_wrap=True)
 
     def _described(self, label: str) -> str:
-        """With the stage that the bar is part of."""
+        """``label`` with the stage that the bar belongs to."""
         return f"{self._stages.label()} {label}" if self._stages is not None else label
 
     def _left(self) -> str:

@@ -1,4 +1,4 @@
-"""The projected problem: the loss as a function of basis and mix alone, A being solved for exactly.
+"""The projected problem: the loss as a function of basis and mix alone.  A is solved for exactly.
 
 For one group of experts, all in the metric of :mod:`metric` (W and Z already multiplied by its root):
 
@@ -6,14 +6,14 @@ For one group of experts, all in the metric of :mod:`metric` (W and Z already mu
     A_i = W_i Z_i^T (Z_i Z_i^T + lambda_i I)^-1                        [p, r],  lambda_i = ridge trace(Z_i Z_i^T) / r
     loss = sum_i |W_i - A_i Z_i|^2 + lambda_i |A_i|^2 = sum_i |W_i|^2 - <A_i, W_i Z_i^T>
 
-Because A minimises the loss, its own change with Z does not matter to first order (variable projection, Golub and
-Pereyra 1973): the gradient is the partial one at fixed A, and nothing is differentiated through the Cholesky factor:
+A minimises the loss, so its own change with Z does not matter to first order (variable projection, Golub and
+Pereyra 1973).  The gradient is therefore the partial gradient at fixed A, without a derivative of the Cholesky factor:
 
     dloss/dZ_i = 2 (A_i^T A_i + ridge |A_i|^2 / r) Z_i - 2 A_i^T W_i
 
-The second term of the bracket is lambda's dependence on Z; with it the loss does not change with the scale of Z, nor
-does the gradient.  Cost per expert: two products of p r d multiply-adds, two of r r d, one Cholesky of r.  Experts are
-taken in blocks, so that beside W and the parameters only a block's matrices are in memory.
+The second term in the bracket comes from lambda's dependence on Z.  With it neither the loss nor the gradient changes
+with the scale of Z.  Cost per expert: two products of p r d multiply-adds, two of r r d, one Cholesky factorization of
+size r.  Experts are processed in blocks: besides W and the parameters, memory holds only one block's matrices.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _before = "highest"
 def fast_products() -> Iterator[None]:
     """While any thread is inside, torch may take its fastest float32 matrix products.
 
-    On CUDA these are TF32; on a CPU oneDNN's, twice as fast as MKL's on an AMD Zen 5, in full float32 there (bfloat16
-    only where the CPU has AMX).  Operands are rounded before they are multiplied, so a Gram matrix is still one, of a Z that
-    differs by less than the ridge tells apart; the A that is stored is solved for in float64.
+    On CUDA these are TF32.  On a CPU they are oneDNN's: twice as fast as MKL's on an AMD Zen 5, in full float32
+    (bfloat16 only where the CPU has AMX).  Operands are rounded before they are multiplied.  The product is thus still
+    a Gram matrix, of a Z that differs by less than the ridge can resolve.  The stored A is solved for in float64.
     """
     global _users, _before
     with _lock:
@@ -67,13 +67,13 @@ def fast_products() -> Iterator[None]:
 def rounds_products() -> bool:
     """Whether fast products on this CPU round their operands to bfloat16, as AMX does.
 
-    A product with the inverse then costs what the ridge keeps apart: a loss of 0.0114 was taken for 0.0072 in emulation.
+    A product with the inverse then loses what the ridge resolves: in emulation a loss of 0.0114 was computed as 0.0072.
     """
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def activated(u: torch.Tensor, activation: str) -> torch.Tensor:
-    """:func:`activate`; on a CPU tanh goes through torch's sigmoid, which takes a quarter of the time of its tanh."""
+    """:func:`activate`.  On a CPU tanh uses torch's sigmoid, which takes a quarter of the time of torch's tanh."""
     if activation == "tanh" and not u.is_cuda:
         return torch.sigmoid(2 * u).mul_(2).sub_(1)
     return activate(u, activation)
@@ -82,7 +82,8 @@ def activated(u: torch.Tensor, activation: str) -> torch.Tensor:
 def combine_gradient(
     g: torch.Tensor, mix: torch.Tensor, basis: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of :func:`combine` at its result's gradient g ``[n, r, d]``: adds B's to ``out``, returns mix's."""
+    """Backward pass of :func:`combine`, given its result's gradient g ``[n, r, d]``: adds B's gradient to ``out`` and
+    returns that of the mix."""
     if mix.dim() == 2:
         out.view(out.shape[0], -1).addmm_(mix.T, g.flatten(1))
         return g.flatten(1) @ basis.flatten(1).T
@@ -114,15 +115,15 @@ def solve_transform(w: torch.Tensor, z: torch.Tensor, ridge: float) -> tuple[tor
         raise SingularError(f"the Gram matrix of expert {int(info.nonzero()[0])} of a block is singular")
     product = torch.bmm(w, z.transpose(1, 2))
     if z.dtype == torch.float32 and not z.is_cuda and not rounds_products():
-        # 1.5 ms for 3.2: LAPACK solves a batch one by one, and a product with the inverse is a fast one.
+        # 1.5 ms instead of 3.2: LAPACK solves a batch one by one, but the product with the inverse is fast.
         return torch.bmm(product, torch.cholesky_inverse(factor)), product
     return torch.cholesky_solve(product.transpose(1, 2), factor).transpose(1, 2), product
 
 
 @dataclass(frozen=True)
 class Projected:
-    """One group's problem.  ``w`` ``[n, p, d]`` is normalised and in the metric; it may lie on another device than
-    basis and mix, a block at a time is then sent over.  ``block`` is the number of experts taken at once.
+    """One group's problem.  ``w`` ``[n, p, d]`` is normalised and in the metric.  It may be on another device than basis
+    and mix; one block at a time is then copied.  ``block``: number of experts processed at once.
     """
 
     w: torch.Tensor
@@ -133,7 +134,7 @@ class Projected:
 
     @cached_property
     def mean_square(self) -> float:
-        """Mean of the squares of ``w``: divides a loss to make it relative."""
+        """Mean square of ``w``; a loss divided by it is relative."""
         return float(sum(x.square().sum(dtype=torch.float64) for x in self.w)) / self.w.numel()
 
     def blocks(self) -> list[slice]:
@@ -143,7 +144,7 @@ class Projected:
     def loss_and_gradient(
         self, basis: torch.Tensor, mix: torch.Tensor, basis_grad: torch.Tensor, mix_grad: torch.Tensor
     ) -> float:
-        """Loss over the group, per element of W; its gradient (same scale) goes to ``basis_grad``, ``mix_grad``."""
+        """Loss of the group per element of W.  Its gradient, at the same scale, is written to ``basis_grad``, ``mix_grad``."""
         basis_grad.zero_()
         explained = torch.zeros((), dtype=torch.float64, device=basis.device)
         for s in self.blocks():
@@ -168,10 +169,10 @@ class Projected:
         return loss
 
     def transform(self, basis: torch.Tensor, mix: torch.Tensor, full_size: bool = False) -> torch.Tensor:
-        """A of every expert, ``[n, p, r]``, in float64 (the Gram matrix squares Z's condition number), an expert at a
-        time; returned as float32 on W's device.
+        """A of every expert, ``[n, p, r]``, float32 on W's device.  It is computed one expert at a time in float64,
+        because the Gram matrix squares Z's condition number.
 
-        ``full_size``: scaled such that ``<A Z, W> = |W|^2``.  Least squares makes A Z too small, by the relative error.
+        ``full_size``: A is scaled so that ``<A Z, W> = |W|^2``.  Least squares makes A Z too small, by the relative error.
         """
         out = torch.empty(*self.w.shape[:2], basis.shape[1], device=self.w.device)
         for i in range(self.w.shape[0]):

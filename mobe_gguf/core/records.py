@@ -1,4 +1,4 @@
-"""Settings and results out of JSON: checked once, against the dataclass that they become."""
+"""Settings and results read from JSON, checked once against their dataclass."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def record(kind: type[T], value: Any) -> T:
-    """``value``, of ``json.loads``, as ``kind``: a dataclass, or a container of some.
+    """Convert ``value``, from ``json.loads``, to ``kind``: a dataclass, or a container of dataclasses.
 
-    Fields that are missing have their defaults; what is not known is left out.  ValueError names the field, what was expected and
+    Missing fields get their defaults; unknown ones are ignored.  ValueError names the field, what was expected and
     what was found: ``Expected `int`, got `str` - at `$.steps```.
     """
     try:
@@ -23,7 +23,7 @@ def record(kind: type[T], value: Any) -> T:
 
 
 def plain(value: Any) -> Any:
-    """What :func:`record` makes ``value`` of again: dictionaries, lists, strings and numbers; paths as strings."""
+    """The inverse of :func:`record`: dictionaries, lists, strings and numbers; paths become strings."""
     return msgspec.to_builtins(value, enc_hook=str)
 
 

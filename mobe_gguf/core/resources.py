@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mobe_gguf.core.errors import MobeError
 
-#: What may be asked for.  A checkout holds them at its top, a wheel in ``mobe_gguf/_data`` (see ``setup.py``).
+#: The resources.  A checkout has them at its top, a wheel in ``mobe_gguf/_data`` (see ``setup.py``).
 NAMES = ("patches", "native", "models")
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def path(name: str) -> Path:
     """The directory of resource ``name``, one of NAMES.
 
-    Raises ``MobeError`` when this installation does not hold it (a damaged or repackaged install).
+    Raises ``MobeError`` when this installation lacks it (it is damaged or repackaged).
     """
     if name not in NAMES:
         raise ValueError(f"unknown resource {name!r}; known: {', '.join(NAMES)}")

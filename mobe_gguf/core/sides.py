@@ -3,8 +3,8 @@
     gate, up:  W [p, d] ~ A [p, r] . f(sum_j alpha_ij B_j [r, d])      bases on the input side
     down:      W [d, p] ~ f(sum_j alpha_ij B_j [d, r]) . A [r, p]      bases on the output side
 
-Either way d is the model's side of a matrix, p the experts' inner one; nothing else in the package asks for a projection's name to
-know a shape.
+In both cases d is the model's width and p the experts' inner size.  No other module derives a shape from a
+projection's name.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mobe_gguf.core.names import ALL_PROJECTIONS, MOBE_VERSION, MOBE_VERSION_DOW
 
 @dataclass(frozen=True)
 class Side:
-    """``output``: the bases lie on the output side; the fit then works on the transposed problem.  ``version``: of the GGUF layout
-    that has such bases."""
+    """``output``: the bases lie on the output side; the fit then solves the transposed problem.  ``version``: the version
+    of the GGUF layout with such bases."""
 
     output: bool
     version: int
@@ -52,11 +52,11 @@ class Side:
 
     @property
     def basis_form(self) -> str:
-        """For messages, to be filled with d."""
+        """Shape of a basis for messages, a template to be filled with d."""
         return "[m, {d}, r]" if self.output else "[m, r, {d}]"
 
     def multiply(self, transform: torch.Tensor, combined: torch.Tensor) -> torch.Tensor:
-        """W of A and ``f(sum_j alpha_ij B_j)``."""
+        """W, the product of A and ``f(sum_j alpha_ij B_j)`` in this side's order."""
         return combined @ transform if self.output else transform @ combined
 
 
@@ -67,11 +67,11 @@ SIDES = dict.fromkeys(ALL_PROJECTIONS, INPUT) | {"down": OUTPUT}
 
 
 def side(projection: str) -> Side:
-    """Of ``gate``, ``up`` or ``down``."""
+    """The side of ``gate``, ``up`` or ``down``."""
     return SIDES[projection]
 
 
 def by_side(projections: Iterable[str]) -> list[tuple[str, ...]]:
-    """The projections of each side, input first; a side without any is left out."""
+    """The projections grouped by side, input first; an empty side is left out."""
     there = tuple(projections)
     return [found for of in (INPUT, OUTPUT) if (found := tuple(p for p in there if side(p) == of))]

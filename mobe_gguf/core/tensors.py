@@ -1,4 +1,4 @@
-"""What the name of a GGUF tensor says of it, beside the names that this project gives (:mod:`names`)."""
+"""llama.cpp's own names of GGUF tensors; :mod:`names` has those of this project."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def merged_name(layer: int) -> str:
-    """Gate and up of all experts in one tensor, ``[n, 2p, d]``, gate first."""
+    """Name of the tensor with gate and up of all experts, ``[n, 2p, d]``, gate first."""
     return f"blk.{layer}.ffn_gate_up_exps.weight"
 
 
@@ -15,7 +15,7 @@ def is_basis(name: str) -> bool:
 
 
 def is_transform(name: str) -> bool:
-    """True for the name that A has where the layer is factorized, and the experts' where it is not; see ``is_down``."""
+    """True for the name of A in a factorized layer, which is the experts' name in an ordinary one; see ``is_down``."""
     return re.fullmatch(r"blk\.\d+\.ffn_(gate|up)_exps\.weight", name) is not None
 
 

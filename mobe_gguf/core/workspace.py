@@ -1,7 +1,7 @@
-"""The directory of work that is not finished yet: durable, locked, taken up again after any kill.
+"""The directory of unfinished work: durable, locked, and usable again after any kill.
 
-What is written here is there whole after a crash of the machine, or not at all: a file is on the disk before it gets its name, and
-so is the name (:func:`rename`).
+After a crash of the machine a file here is complete or absent: its content is on the disk before it gets its name, and
+the name is synced, too (:func:`rename`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mobe_gguf.core.progress import say
 
 
 def work_directory(out: Path) -> Path:
-    """Beside ``out``.  UsageError if that is no name for a directory to be made: ``.``, ``/``, ``..``, nothing."""
+    """The work directory beside ``out``.  UsageError if ``out`` cannot name a new directory: ``.``, ``/``, ``..``, empty."""
     if out.name in ("", ".."):
         raise UsageError(
             f"OUT is {str(out)!r}, a directory that is there already; name a new one, as {out / 'mobe'}"
@@ -34,21 +34,21 @@ W = TypeVar("W", bound="Workspace")
 
 @dataclass(frozen=True)
 class Workspace:
-    """A directory of files and of JSON that is written whole."""
+    """A directory of files and of JSON records that are written atomically."""
 
     path: Path
 
     @classmethod
     def beside(cls: type[W], out: Path) -> W:
-        """The work directory of ``out``; UsageError as :func:`work_directory`."""
+        """The work directory of ``out``; raises UsageError like :func:`work_directory`."""
         return cls(work_directory(out))
 
     @contextlib.contextmanager
     def locked(self, token: str = "", finished: tuple[str, ...] = ()) -> Iterator[None]:
-        """Make the directory and hold it against a second run: MobeError if there is one.
+        """Create the directory and lock it: MobeError if a second run uses it.
 
-        ``token``: what is written into the lock's file, by which other machines know the directory.  ``finished``: patterns of
-        finished work; when what is inside fails and nothing matches them, the directory goes.
+        ``token``: written into the lock file, so that other machines recognize the directory.  ``finished``: patterns of
+        finished work.  If the code inside fails and no file matches them, the directory is removed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / "lock"
@@ -71,29 +71,29 @@ class Workspace:
                 raise
 
     def token(self) -> str:
-        """That of the run that holds the lock, or held it last.  OSError if there is none."""
+        """The token of the run that holds the lock, or held it last.  OSError if there is none."""
         return (self.path / "lock").read_text()
 
     def any(self, pattern: str) -> bool:
-        """Whether there are files like ``pattern``."""
+        """Whether any file matches ``pattern``."""
         return any(self.path.glob(pattern))
 
     def read(self, name: str) -> Any:
-        """JSON, as :meth:`write` left it.  OSError if there is none, ValueError if it is none."""
+        """The JSON that :meth:`write` wrote.  OSError if there is no such file, ValueError if it is not JSON."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def write(self, name: str, value: Any) -> None:
-        """As JSON, whole or not at all."""
+        """Write ``value`` as JSON, atomically."""
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path / name, value)
 
     def settled(
         self, name: str, settings: Mapping[str, Any], resume: bool, finished: tuple[str, ...]
     ) -> None:
-        """Note ``settings`` as JSON ``name``, or where files like ``finished`` are there compare them with what is noted.
+        """Store ``settings`` as JSON ``name``.  If files match ``finished``, compare ``settings`` with the stored ones instead.
 
-        UsageError if there is finished work and ``resume`` is not asked for, or a setting is another than it was: the first that
-        differs is named with both values.  MobeError if what is noted cannot be read.
+        UsageError if there is finished work without ``resume``, or a setting has changed: the message names the first
+        one that differs, with both values.  MobeError if the stored settings cannot be read.
         """
         now = json.loads(json.dumps(settings, default=str))
         if not (self.path / name).is_file() or not any(self.any(pattern) for pattern in finished):
@@ -117,9 +117,9 @@ class Workspace:
                 )
 
     def deliver(self, name: str, to: Path) -> None:
-        """Give a finished file the name that it is meant for."""
+        """Move a finished file to its final name."""
         rename(self.path / name, to)
 
     def remove(self) -> None:
-        """When all is delivered, or nothing is worth keeping."""
+        """Remove the directory, when all is delivered or nothing is worth keeping."""
         shutil.rmtree(self.path, ignore_errors=True)

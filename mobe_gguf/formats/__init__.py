@@ -1,1 +1,1 @@
-"""Files as they are on disk, read and written: GGUF, safetensors."""
+"""Reading and writing files: GGUF, safetensors, importance matrices, moments."""

@@ -1,4 +1,4 @@
-"""The tensors of a file or model, listed and summed up by class: parameters, bytes, types."""
+"""The tensors of a file or model, listed and totalled by class: parameters, bytes, types."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-#: Classes of tensors in the order of the table, each with what is found in the names of its tensors.
-#: The first that fits counts.  ``experts`` are gate and up of layers that are not factorized.
+#: Classes of tensors in the order of the table, each with the patterns of its tensors' names.
+#: The first match counts.  ``experts`` are gate and up of layers that are not factorized.
 CLASSES = {
     "A": r"^$",
     "B": r"\.ffn_(gate|up|down)_basis\.weight$",
@@ -21,14 +21,14 @@ CLASSES = {
     "other": r"",
 }
 
-#: The classes whose tensors are most of a model: experts' matrices and what stands for them.
+#: The classes that make up most of a model: the experts' matrices, or their factors.
 WEIGHTS = ("A", "B", "down", "experts")
 
 
 @dataclass(frozen=True)
 class ListedTensor:
-    """One tensor; ``shape`` in torch's order; ``wanted`` is the type asked for where its rows did not allow it;
-    ``label`` its class, where its name alone does not tell; ``importance`` where its columns' weights came from."""
+    """One tensor.  ``shape``: in torch's order.  ``wanted``: the type asked for, where the rows did not allow it.
+    ``label``: the class, where the name alone does not tell it.  ``importance``: the source of the columns' weights."""
 
     name: str
     type: str
@@ -60,7 +60,7 @@ class ClassTotal:
 
 
 def rows(entries: Iterable[ListedTensor]) -> list[ClassTotal]:
-    """Entries summed up by class, in the order of CLASSES, classes without tensors left out."""
+    """Totals of the entries by class, in the order of CLASSES; empty classes are left out."""
     entries = list(entries)
     factorized = {e.name.replace("_basis.", "_exps.") for e in entries if re.search(CLASSES["B"], e.name)}
     by_label = {label: ClassTotal(label) for label in CLASSES}
@@ -76,7 +76,7 @@ def rows(entries: Iterable[ListedTensor]) -> list[ClassTotal]:
 
 
 def class_of(name: str) -> str:
-    """Key of CLASSES for a GGUF name; an A cannot be told from ordinary experts by its name, see :func:`rows`."""
+    """Key of CLASSES for a GGUF name.  The name alone does not tell an A from ordinary experts, see :func:`rows`."""
     return next(label for label, pattern in CLASSES.items() if re.search(pattern, name))
 
 

@@ -1,7 +1,7 @@
-"""The head of a GGUF file, read and checked: keys and tensor table, no tensor data.
+"""Reads and checks the head of a GGUF file: keys and tensor table, no tensor data.
 
-gguf-py's reader trusts what it reads (a cut file ends in a numpy error about shapes, a huge count in a long loop);
-this one checks every length against the file before it believes it, and its errors name the key or tensor.
+gguf-py's reader trusts its input: a truncated file ends in a numpy error about shapes, a huge count in a long loop.
+This reader checks every length against the file first, and its errors name the key or tensor.
 Format: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
@@ -23,17 +23,17 @@ from mobe_gguf.formats import types
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 
-#: What the data of tensors are padded to where a file says nothing else.
+#: Default alignment of tensor data.
 ALIGNMENT = 32
 #: ggml's own limits (GGML_MAX_DIMS, GGML_MAX_NAME less its final zero).
 MAX_DIMS = 4
 MAX_NAME = 63
 
-#: Values of an array that are kept, and of whole numbers, which may be one for each layer; of longer ones (vocabularies) the first
-#: so many and the length.
+#: How many values of an array are kept; more for integers, of which there may be one for each layer.  Of longer arrays
+#: (vocabularies) only the first values and the length are kept.
 KEPT, KEPT_NUMBERS = 8, 1024
 
-#: Architectures with experts whose last norm is called otherwise, or that have none (llama.cpp's ``src/models``).
+#: MoE architectures whose last norm has another name, or that have none (llama.cpp's ``src/models``).
 NO_OUTPUT_NORM = ("lfm2moe", "nomic-bert-moe", "qwen4exp")
 
 _SCALARS = {
@@ -84,7 +84,7 @@ class GgufTensor:
 class GgufFile:
     """Keys and tensors of one file, in its order.  :func:`read_gguf` makes it.
 
-    ``key_spans``: where a key with its type and value lies in the file, first byte and the one after the last.
+    ``key_spans``: the bytes of each key with its type and value, as (first byte, byte after the last).
     """
 
     path: Path
@@ -96,7 +96,7 @@ class GgufFile:
 
     @property
     def alignment(self) -> int:
-        """What the data of every tensor are padded to."""
+        """Alignment of every tensor's data, in bytes."""
         return self.keys.get("general.alignment", ALIGNMENT)
 
     @property
@@ -110,18 +110,18 @@ class GgufFile:
         return arch
 
     def arch_key(self, name: str) -> Any:
-        """Value of ``{arch}.name``, None if there is none; the first element of an array (one value a layer)."""
+        """Value of ``{arch}.name``, None if there is none; of an array (one value for each layer) the first element."""
         return first_value(self.keys.get(f"{self.arch}.{name}"))
 
     def arch_number(self, name: str) -> int:
-        """As :meth:`arch_key`, 0 if there is none; MobeError unless it is an integer that is not negative."""
+        """Like :meth:`arch_key`, but 0 if there is none; MobeError unless it is a non-negative integer."""
         try:
             return number_of(self.keys, f"{self.arch}.{name}", 0)
         except MobeError as e:
             raise MobeError(f"{self.path}: {e.message}") from e
 
     def arch_most(self, name: str) -> int:
-        """As :meth:`arch_number`, of an array with a value for each layer the largest."""
+        """Like :meth:`arch_number`; of an array with one value for each layer the largest."""
         value = self.keys.get(f"{self.arch}.{name}")
         counts = [v for v in value.head if is_count(v)] if isinstance(value, Array) else []
         return max(counts) if counts else self.arch_number(name)
@@ -135,14 +135,14 @@ class GgufFile:
 
 
 def first_value(value: Any) -> Any:
-    """Of an array with one value a layer (the converter has a list) the first, which llama.cpp takes where it asks for no
-    layer's."""
+    """Of an array or list with one value for each layer, the first.  llama.cpp uses that one where it asks for no
+    particular layer."""
     values = value.head if isinstance(value, Array) else value
     return values[0] if isinstance(values, (list, tuple)) and values else value
 
 
 def number_of(keys: Mapping[str, Any], key: str, default: int) -> int:
-    """The first value of ``key``, ``default`` if there is none; MobeError unless it is an integer that is not negative."""
+    """The first value of ``key``, ``default`` if there is none; MobeError unless it is a non-negative integer."""
     value = first_value(keys.get(key, default))
     if not is_count(value):
         raise MobeError(f"key {key} is {shown(keys[key])}, expected a whole number that is not negative")
@@ -150,18 +150,18 @@ def number_of(keys: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Whether a key's value is an integer that is not negative."""
+    """Whether a key's value is a non-negative integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def shown(value: Any) -> str:
-    """A key's value, for a message."""
+    """A key's value as text for a message."""
     return f"an array of {value.length}" if isinstance(value, Array) else repr(value)
 
 
 def missing_tensors(file: GgufFile) -> list[str]:
-    """Tensors that llama.cpp asks for of any model with experts, and that ``file`` (all parts, see :func:`join`) lacks:
-    embeddings, the last norm, router and down of each layer that has experts."""
+    """Tensors that llama.cpp requires of any MoE model and that ``file`` (all parts, see :func:`join`) lacks: embeddings,
+    the last norm, router and down of each layer with experts."""
     found = (
         re.fullmatch(r"blk\.(\d+)\.ffn_(gate|up|gate_up|down)_exps\.weight", name) for name in file.tensors
     )
@@ -178,7 +178,7 @@ def missing_tensors(file: GgufFile) -> list[str]:
 def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     """Read the head of a GGUF file.
 
-    MobeError, with the key or tensor where it happened, if the file is no GGUF, cut off, or contradicts itself.
+    MobeError, which names the key or tensor, if the file is not GGUF, is truncated or contradicts itself.
     """
     path = Path(path)
     try:
@@ -195,16 +195,16 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
 
 def read_model(path: str | os.PathLike[str]) -> GgufFile:
-    """As :func:`read_gguf`; if ``path`` is the first file of a split model, with the tensors and sizes of all its files
-    (each tensor's ``offset`` is that in its own ``file``).
+    """Like :func:`read_gguf`.  If ``path`` is the first file of a split model, the result has the tensors and sizes of all
+    its files; each tensor's ``offset`` is that in its own ``file``.
 
-    MobeError also if another file than the first is given, or one is missing or of another set.
+    MobeError also if ``path`` is not the first file, or another file is missing or belongs to another model.
     """
     return join(read_parts(path))
 
 
 def read_parts(path: str | os.PathLike[str]) -> list[GgufFile]:
-    """All files of the model whose first file, or only one, is at ``path``, in order.  MobeError as :func:`read_model`."""
+    """All files, in order, of the model whose first or only file is ``path``.  MobeError as :func:`read_model`."""
     first = read_gguf(path)
     count = first.keys.get("split.count", 1)
     if not is_count(count):
@@ -229,7 +229,7 @@ def read_parts(path: str | os.PathLike[str]) -> list[GgufFile]:
 
 
 def join(files: Sequence[GgufFile]) -> GgufFile:
-    """What :func:`read_parts` gave, as one file.  MobeError if they are of different models."""
+    """The files from :func:`read_parts` as one.  MobeError if they belong to different models."""
     first, count = files[0], len(files)
     if count == 1:
         return first
@@ -244,7 +244,7 @@ def join(files: Sequence[GgufFile]) -> GgufFile:
 
 
 class _Reader:
-    """A cursor over the mapped file; ``where`` says in errors what was being read."""
+    """A cursor over the mapped file; ``where`` tells errors what was being read."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path = path

@@ -1,8 +1,8 @@
-"""Files of llama-imatrix: for each weight ``W`` the sums of the squares of its input's channels, ``W.in_sum2`` ``[matrices, row]``,
-and the number of inputs, ``W.counts`` ``[matrices, 1]``.
+"""Files of llama-imatrix in GGUF, its default format since mid-2025.
 
-GGUF, the default since mid-2025.  One of a patched ``llama-imatrix`` on a MoBE model has the inputs of the experts under the
-name of the mix, see ``native/ggml_mobe/mobe-imatrix.h``.
+For each weight ``W`` they hold the sum of squares of each input channel, ``W.in_sum2`` ``[matrices, row]``, and the number
+of inputs, ``W.counts`` ``[matrices, 1]``.  If the patched ``llama-imatrix`` ran a MoBE model, the experts' inputs are under
+the name of the mix, see ``native/ggml_mobe/mobe-imatrix.h``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mobe_gguf.formats.gguf import Array, GgufFile, read_gguf
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
-#: Gate and up of a block have the same inputs; some files have entries of one alone.
+#: Gate and up of a block have the same inputs; some files have an entry for only one of them.
 _TWIN = re.compile(r"ffn_(gate|up)(?=(_exps|_shexp)?\.weight$)")
 
 
 def smoothed(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Mean squares of each expert's inputs times its share of the uses; sums ``[n, ..., d]``, counts ``[n, ..., 1]``.
+    """Mean squares of each expert's inputs times the expert's share of all uses; sums ``[n, ..., d]``, counts ``[n, ..., 1]``.
 
-    Every expert gets PRIOR of the average expert's rows besides, with the average input.
+    Every expert gets PRIOR times the average expert's rows in addition, with the average input.
     """
     mean = sums.sum(0, keepdims=True) / counts.sum()
     return (sums + PRIOR * counts.mean() * mean) / counts.sum()
@@ -40,19 +40,20 @@ def smoothed(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a file holds of one weight: float32 sums ``[matrices, row]`` and counts ``[matrices, 1]``."""
+    """A file's entry for one weight: float32 sums ``[matrices, row]`` and counts ``[matrices, 1]``."""
 
     sums: np.ndarray
     counts: np.ndarray
 
     def means(self) -> np.ndarray:
-        """As llama-quantize's ``load_imatrix`` divides; a matrix that saw nothing, or only zeros, weighs all alike."""
+        """Mean squares as llama-quantize's ``load_imatrix`` computes them.  A matrix without inputs, or with zeros only,
+        weighs all columns alike."""
         seen = (self.counts > 0) & self.sums.any(axis=1, keepdims=True)
         return np.where(seen, self.sums / np.where(seen, self.counts, 1), np.float32(1)).astype(np.float32)
 
 
 class ImatrixFile:
-    """One file of llama-imatrix; MobeError if it is none, of the old format, or damaged."""
+    """One file of llama-imatrix; MobeError if it is something else, in the old format, or damaged."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = path = os.fspath(path)
@@ -67,7 +68,7 @@ class ImatrixFile:
                     "was used, also when it is converted. Collect it again:\n  llama-imatrix -m model.gguf -f text.txt -o imatrix.gguf"
                 )
         self._file: GgufFile = read_gguf(path)
-        #: What a user should know of the entries that were asked for.
+        #: Notes for the user about the entries that were requested.
         self.notes: list[str] = []
         self.names = {name.removesuffix(SUMS) for name in self._file.tensors if name.endswith(SUMS)}
         if not self.names:
@@ -78,7 +79,7 @@ class ImatrixFile:
 
     @cached_property
     def of_mobe(self) -> bool:
-        """Whether it was collected on a MoBE model."""
+        """Whether the file was collected on a MoBE model."""
         return any(is_basis(name) for name in self.names)
 
     @cached_property
@@ -114,12 +115,13 @@ class ImatrixFile:
         return MobeError(f"{self.path}: {name}: {why}. Make the file again with llama-imatrix.")
 
     def weight(self, layer: int, projection: str, n: int, d: int) -> torch.Tensor:
-        """``[n, 1, d]`` mean squares of the inputs of a layer's gate or up (down: d is its p), weighted by how often each expert is used.
+        """``[n, 1, d]`` mean squares of the inputs of a layer's gate or up, weighted by how often each expert is used.
+        For down, d is the experts' p.
 
-        MobeError if the file lacks the layer or is of another model.
+        MobeError if the file lacks the layer or belongs to another model.
         """
         stem, merged = transform_name(layer, projection), merged_name(layer)
-        if stem not in self.names and merged in self.names:  # of a model with gate and up in one tensor
+        if stem not in self.names and merged in self.names:  # the model has gate and up in one tensor
             stem = merged
         entry = self.entry(stem)
         if entry is None:
@@ -144,7 +146,7 @@ class ImatrixFile:
         return torch.from_numpy(smoothed(sums, counts))
 
     def inputs(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``(sums of squares, rows counted)`` of the input channels of GGUF tensor ``name``, float64, as they are stored;
+        """``(sums of squares, rows counted)`` of the input channels of GGUF tensor ``name``, as stored, in float64;
         None if the file has none.
         """
         entry = self.entry(name)
@@ -155,7 +157,7 @@ class ImatrixFile:
         )
 
     def keys(self) -> dict[str, str | int]:
-        """Metadata that llama-quantize writes of it (strings cut to 127 bytes, as there)."""
+        """Metadata that llama-quantize writes about an imatrix (strings cut to 127 bytes, as there)."""
         datasets = self._file.keys.get("imatrix.datasets")
         chunks = self._file.keys.get("imatrix.chunk_count", 0)
         keys: dict[str, str | int] = {"quantize.imatrix.file": _cut(self.path)}

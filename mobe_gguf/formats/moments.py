@@ -1,11 +1,13 @@
 """Files of second moments, as ``mobe-gguf moments`` writes them (docs/format.md).
 
-One *stem* is one set of inputs: what q, k and v of a layer are fed, say.  It weighs every GGUF tensor that is fed the same:
+One *stem* names one set of inputs, such as the input of a layer's q, k and v.  It weighs every GGUF tensor with that input:
 
     moments = Moments(path)
-    roots = moments.find("blk.0.attn_k.weight")       # None if the file has nothing of it
+    roots = moments.find("blk.0.attn_k.weight")       # None if the file has no moments for it
 
-    S_e = scale * (root_e root_e^T + diag(rest_e))    E[g^2 x x^T] a token of the text, experts e; g: the router's weight, 1 of others
+    S_e = scale * (root_e root_e^T + diag(rest_e))
+
+S_e of expert e is ``E[g^2 x x^T]`` per token of the text; g is the router's weight, and 1 for tensors that are not experts.
 """
 
 from __future__ import annotations
@@ -25,18 +27,18 @@ from mobe_gguf.core.metric import Roots
 from mobe_gguf.core.names import transform_name
 from mobe_gguf.formats.safetensors import read_header
 
-#: Written.  1, of routed experts alone and without scale and tokens, is read as well.
+#: The version that is written.  Version 1 is read as well: routed experts only, without scale and tokens.
 VERSION = 2
 KNOWN = (1, 2)
 KEY = "mobe_moments"
-#: In the header beside KEY: ``{GGUF tensor: stem}``, JSON.
+#: Key of the header beside KEY: ``{GGUF tensor: stem}`` as JSON.
 KEY_WEIGHS = "mobe_moments_weighs"
-#: Of a layer's file in the work directory alone: how many tokens of each text its experts saw, ``[texts, n]``.
+#: Only in a layer's file in the work directory: how many tokens of each text its experts saw, ``[texts, n]``.
 KEY_SEEN = "mobe_moments_seen"
 
 
 class Moments:
-    """A file of ``mobe-gguf moments``, opened: its head now, tensors when asked for.
+    """A file of ``mobe-gguf moments``, opened lazily: the head is read now, tensors on demand.
 
     MobeError if it is missing, damaged or something else.
     """
@@ -72,12 +74,12 @@ class Moments:
 
     @cached_property
     def checksum(self) -> str:
-        """sha256 over what the file was made of: model, text, settings."""
+        """sha256 over what the file was made from: model, text, settings."""
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()
 
     def of_another(self, checksum: object) -> str | None:
-        """What to tell a user whose model has another ``checksum`` than the one that was run; None if it is the same, or
-        either is not known."""
+        """A warning for a user whose model has another ``checksum`` than the model that was run; None if they are equal
+        or one is unknown."""
         theirs = self.about.get("source_checksum")
         if not isinstance(theirs, str) or not isinstance(checksum, str) or theirs == checksum:
             return None
@@ -87,7 +89,7 @@ class Moments:
             "moments MODEL FILE --text TEXT"
         )
 
-    # by the name of a GGUF tensor
+    # lookup by the name of a GGUF tensor
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,11 +100,12 @@ class Moments:
         return name in self._weighs
 
     def stem(self, name: str) -> str | None:
-        """Tensors with the same stem are fed the same; None if the file has nothing of ``name``."""
+        """Stem of a tensor; tensors with the same stem have the same input.  None if the file has no moments for ``name``."""
         return self._weighs.get(name)
 
     def shape(self, name: str) -> tuple[int, int, int] | None:
-        """``(n, d, k)`` of a tensor's root, from the head; None if the file has nothing of it.  MobeError if the head is damaged."""
+        """``(n, d, k)`` of a tensor's root, from the head; None if the file has no moments for it.  MobeError if the head is
+        damaged."""
         stem = self._weighs.get(name)
         if stem is None:
             return None
@@ -113,11 +116,12 @@ class Moments:
         return n, d, k
 
     def find(self, name: str) -> Roots | None:
-        """Second moments of what GGUF tensor ``name`` is fed: ``root`` ``[n, d, k]``, ``rest`` ``[n, d]`` or None where k = d;
-        n experts, 1 for a matrix of all tokens, or a head's own.  The mean of all diagonals is 1; :meth:`scale` is their size.
+        """Second moments of the input of GGUF tensor ``name``: ``root`` ``[n, d, k]``, ``rest`` ``[n, d]`` or None where k = d.
+        n is the number of experts, 1 for a matrix of all tokens, or the number of heads where each has its own.  The mean
+        of all diagonals is 1; :meth:`scale` is their size.
 
-        None if the file has nothing of it (an older file, or one that was made with fewer ``--tensors``).  MobeError if what
-        it has is damaged.
+        None if the file has no moments for it (an older file, or one made with fewer ``--tensors``).  MobeError if they
+        are damaged.
         """
         if self.shape(name) is None:
             return None
@@ -129,8 +133,8 @@ class Moments:
         return Roots(root, rest)
 
     def scale(self, name: str) -> float | None:
-        """What :meth:`find`'s moments are to be multiplied by: then ``tr(D S D^T)`` is the mean square of the error that D adds to
-        the layer's output, a token of the text.  None where the file does not say (version 1)."""
+        """Factor for the moments of :meth:`find`.  With it ``tr(D S D^T)`` is the mean squared error, per token of the text,
+        that an error D of the matrix adds to the layer's output.  None if the file has no scale (version 1)."""
         stem = self._weighs.get(name)
         return (
             None
@@ -139,7 +143,7 @@ class Moments:
         )
 
     def tokens(self, name: str) -> torch.Tensor | None:
-        """Tokens that each expert saw, int64 ``[n]``; None where the file does not say (version 1)."""
+        """Tokens that each expert saw, int64 ``[n]``; None if the file has no counts (version 1)."""
         stem = self._weighs.get(name)
         found = stem is not None and f"{stem}.tokens" in self._tensors
         return self._read(f"{stem}.tokens").long() if found else None
@@ -148,10 +152,10 @@ class Moments:
         with safe_open(self.path, framework="pt") as f:
             return f.get_tensor(name)
 
-    # of a layer's routed experts
+    # lookup for a layer's routed experts
 
     def nbytes(self, layer: int, projection: str) -> int:
-        """Bytes of a unit's moments as they are used, in float32."""
+        """Bytes of a unit's moments in memory, in float32."""
         shape = self.shape(transform_name(layer, projection))
         if shape is None:
             return 0
@@ -159,12 +163,12 @@ class Moments:
         return 4 * n * d * (k + (k < d))
 
     def directions(self, layer: int, projection: str) -> int:
-        """Columns of each expert's root."""
+        """Number of columns of each expert's root."""
         shape = self.shape(transform_name(layer, projection))
         return 0 if shape is None else shape[2]
 
     def check(self, layer: int, projection: str, n: int, d: int) -> None:
-        """MobeError if the file lacks the inputs, d in number, of a layer's projection, or is of another model."""
+        """MobeError if the file lacks the d inputs of a layer's projection, or belongs to another model."""
         name = transform_name(layer, projection)
         shape = self.shape(name)
         if shape is None:
@@ -176,7 +180,7 @@ class Moments:
             )
 
     def weight(self, layer: int, projection: str, n: int, d: int) -> Roots:
-        """What a layer's gate and up (the same) or down are fed; MobeError as :meth:`check`."""
+        """Second moments of the inputs of a layer's projection (gate and up have the same); MobeError as :meth:`check`."""
         self.check(layer, projection, n, d)
         found = self.find(transform_name(layer, projection))
         assert found is not None

@@ -1,6 +1,6 @@
-"""Reads the heads of safetensors files and what lies beside them in a Hugging Face model directory; no tensors.
+"""Reads and writes safetensors files, and reads the JSON beside them in a Hugging Face model directory.
 
-Everything is checked before it is used: files come from strangers.
+Everything is checked before it is used, because files come from strangers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mobe_gguf.core.files import check_name
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-#: safetensors' own limit for a header; a length beyond it is not a safetensors file.
+#: safetensors' own limit for a header; a file with a longer one is not safetensors.
 MAX_HEADER = 100_000_000
 
 DTYPES = {
@@ -51,8 +51,8 @@ STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; its bytes are ``begin`` to ``end`` of the file ``shard``.
-    ``dtype`` in the format's own spelling ("BF16")."""
+    """A tensor's entry in a safetensors header; its bytes are ``begin`` to ``end`` of the file ``shard``.
+    ``dtype``: in the format's own spelling ("BF16")."""
 
     shard: str
     dtype: str
@@ -90,7 +90,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise _corrupt(path, f"its header is damaged ({e})") from e
     if end != size:
         raise _corrupt(path, f"its header describes {end} bytes, the file has {size}")
-    try:  # the library's own checks: overlaps, sizes against shapes.  "pt" would map all of it for writing: no more than memory holds
+    # the library's own checks: overlaps, sizes against shapes.  "pt" would map all of it for writing: no more than memory holds
+    try:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as e:
@@ -105,9 +106,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensor(path: Path, info: TensorInfo, row: int | None = None) -> torch.Tensor:
-    """A tensor of the file, or ``tensor[row]`` along the first axis: these bytes alone are mapped, privately.
+    """A tensor of the file, or ``tensor[row]`` along the first axis.  Only these bytes are mapped, privately.
 
-    OSError if they cannot be; MobeError if the type is none of DTYPES, or the file has become shorter.
+    OSError if they cannot be mapped; MobeError if the type is not in DTYPES, or the file has become shorter.
     """
     if info.dtype not in DTYPES:
         raise MobeError(f"{path}: type {info.dtype} is not supported")
@@ -138,7 +139,7 @@ def _corrupt(path: Path, why: str) -> MobeError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; MobeError names the file if it is none."""
+    """A JSON object; MobeError names the file if it is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -189,7 +190,7 @@ def check_is_model_directory(path: Path) -> None:
         raise MobeError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME} found.{hint}")
 
 
-#: Bytes read at once of what is copied.
+#: Bytes read at once when a file is copied.
 CHUNK = 16 << 20
 
 
@@ -230,10 +231,10 @@ def _chunks(file: Path, begin: int, end: int) -> Iterator[bytes]:
 def write_safetensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
     """One safetensors file: 8 bytes of header length, JSON, data.
 
-    Not the library's ``save_file``, which wants all tensors in memory, orders metadata differently from run to run,
-    and makes files that only their owner may read.
+    The library's ``save_file`` is not used: it needs all tensors in memory, orders metadata differently in each run, and
+    makes files that only their owner may read.
     """
-    # Widest elements first, as the library does it: readers want a tensor's data aligned to its type.
+    # Widest elements first, as in the library: readers want a tensor's data aligned to its type.
     entries = sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize if e.dtype in DTYPES else 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0

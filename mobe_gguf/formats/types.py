@@ -1,8 +1,8 @@
 """ggml's tensor types by the number that a GGUF file has for them: the table of the pinned runtime.
 
-It is a table and not a call because a head can be read before a runtime is built.  ``tests/runtime/test_ggml.py`` compares
-it with what the installed ``libggml-base`` says of itself; ``python docs/parts.py --types`` prints the rows.  gguf-py's table
-lags behind: 0.19.0 on PyPI does not know ``q2_0``, and gives ``q8_1`` 40 bytes where the library has 36.
+It is a table, not a call into the library, because a head can be read before a runtime is built.
+``tests/runtime/test_ggml.py`` compares it with the installed ``libggml-base``; ``python docs/parts.py --types`` prints the
+rows.  gguf-py's table is outdated: 0.19.0 on PyPI lacks ``q2_0`` and gives ``q8_1`` 40 bytes where the library has 36.
 """
 
 from __future__ import annotations
@@ -63,6 +63,6 @@ _ROWS = (
     TensorType("q2_0", 42, 64, 18),
 )
 
-#: Number -> type, and name -> type.  The numbers between are types that were removed.
+#: Number -> type, and name -> type.  The numbers in between belong to types that were removed.
 BY_ID = {t.id: t for t in _ROWS}
 BY_NAME = {t.name: t for t in _ROWS}

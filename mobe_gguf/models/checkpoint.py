@@ -1,7 +1,7 @@
-"""Reading Hugging Face model directories: config.json and safetensors, checked before anything is believed.
+"""Reading Hugging Face model directories: config.json and safetensors, checked before use.
 
-Nothing here loads a pickle.  Whatever is wrong with a directory is a :class:`MobeError` that names the file or
-the tensor; a directory that opens has all its shards, whole, with the tensors that the index promises.
+Nothing here loads a pickle.  Any fault of a directory raises a :class:`MobeError` that names the file or tensor.  A
+directory that opens has all its shards, complete, with the tensors that the index lists.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from mobe_gguf.models.foreign import check_format, check_names
 from mobe_gguf.models.layout import ExpertLayout
 from mobe_gguf.models.tensors import all_finite
 
-#: Types of an expert's matrix that can be factorized as they stand; F8_E4M3 besides, with its scales.
+#: Types of an expert's matrix that can be factorized directly; F8_E4M3 as well, with its scales.
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-#: Files that hold weights in one way or another.
+#: Endings of files that hold weights in any format.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 T = TypeVar("T")
 
 
 class Checkpoint(ModelDirectory):
-    """A Hugging Face model directory, opened lazily: headers now, tensors when asked for.
+    """A Hugging Face model directory, opened lazily: headers are read now, tensors on demand.
 
     Raises MobeError if config.json or a shard is missing or corrupt, if the index contradicts the shards, or if
     ``model_type`` is unknown.
@@ -69,7 +69,7 @@ class Checkpoint(ModelDirectory):
         return self
 
     def hf_config(self) -> Any:
-        """transformers' config of the model; its own errors."""
+        """transformers' config of the model; raises transformers' own errors."""
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
@@ -77,12 +77,12 @@ class Checkpoint(ModelDirectory):
     # the model
 
     def _of_config(self, read: Callable[[dict[str, Any]], T]) -> T:
-        """``read(config)``; its MobeError names the file with its directory."""
+        """``read(config)``, with the directory added to the file name in its MobeError."""
         with _naming(self.path):
             return read(self.config)
 
     def _said(self, keys: tuple[str, ...]) -> str:
-        """``.../config.json: 'key' is value``, of the first of ``keys`` that is there."""
+        """``.../config.json: 'key' is value``, for the first of ``keys`` that is present."""
         key = next((key for key in keys if self.config.get(key) is not None), keys[0])
         return f"{self.path}/config.json: '{key}' is {self.config.get(key)!r}"
 
@@ -120,8 +120,8 @@ class Checkpoint(ModelDirectory):
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
-        """Layers with routed experts: config.json's word, checked against the tensors that exist."""
-        if self.n_layer > len(self._tensors):  # before so many are counted
+        """Layers with routed experts according to config.json, checked against the existing tensors."""
+        if self.n_layer > len(self._tensors):  # before counting up to a false number
             raise MobeError(
                 f"{self._said(self.family.n_layer_keys)}, but the model has only {len(self._tensors)} tensors"
             )
@@ -145,7 +145,7 @@ class Checkpoint(ModelDirectory):
                     f"exists. Quantized sources (GPTQ, AWQ, int4) must be converted to bf16 first."
                 )
             last = self.family.expert_weight(layer, self.n_expert - 1, "gate")
-            if first in self and layer in declared and last not in self:  # before so many are named
+            if first in self and layer in declared and last not in self:  # before making so many names
                 raise MobeError(f"{self._said(self.family.n_expert_keys)}, but tensor {last} is missing")
             extra = self.family.expert_weight(layer, self.n_expert, "gate")
             if extra in self:
@@ -155,8 +155,8 @@ class Checkpoint(ModelDirectory):
         return declared
 
     def missing(self) -> list[str]:
-        """Tensors that the model cannot do without, beside the experts' own, and that are not there: embeddings, the last norm,
-        the router of each MoE layer."""
+        """Required tensors that are missing, other than the experts' own: embeddings, the last norm, the router of each MoE
+        layer."""
         needed = [self.family.embedding, self.family.final_norm]
         needed += [self.router(layer) for layer in self.moe_layers]
         if not self.family.is_tied(self.config):
@@ -168,8 +168,8 @@ class Checkpoint(ModelDirectory):
         return self.family.router(layer, self.is_fused(layer, "gate"))
 
     def check_whole(self) -> None:
-        """MobeError unless config.json makes sense and all that the model needs is there, of the right shape and in types that
-        can be read: what would else be found only when the work is done.  Headers only."""
+        """MobeError unless config.json is consistent and all required tensors exist, with the right shapes and in readable
+        types.  This finds faults before the work, not after it.  Reads headers only."""
         self._check_config()
         for name in self.missing():
             if name == self.family.output:
@@ -189,7 +189,7 @@ class Checkpoint(ModelDirectory):
                 self.check_experts(layer, projection)
 
     def _check_config(self) -> None:
-        """What is asked of config.json only later, or by others than this package."""
+        """Check values of config.json that are used only later, or only by other programs."""
         self.n_expert_used  # noqa: B018, compared with the number of experts
         found = self.config.get("architectures")
         if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
@@ -199,11 +199,12 @@ class Checkpoint(ModelDirectory):
         self._fp8_block()
 
     def check_values(self) -> Judgement:
-        """What config.json says and a GGUF file of the model would not compute by itself.  MobeError if it cannot be carried."""
+        """How to carry the values of config.json that the GGUF file would not compute by default.  MobeError if one cannot be
+        carried."""
         return check_values(self.family.name, self.config, self.path)
 
     def ordinary(self, layer: int) -> tuple[str, ...]:
-        """Projections of a MoE layer whose experts are stored as matrices: all."""
+        """Projections of a MoE layer whose experts are stored as matrices: here all."""
         return ALL_PROJECTIONS
 
     # experts
@@ -223,8 +224,8 @@ class Checkpoint(ModelDirectory):
         return ExpertLayout(self.n_expert, self.n_ff_exp, self.n_embd, fused=fused, block=self._fp8_block())
 
     def check_experts(self, layer: int, projection: str) -> None:
-        """MobeError unless all tensors that :meth:`expert_stack` will read exist, of the right shape, in a type that can be
-        read, FP8 with its scales; headers only."""
+        """MobeError unless all tensors that :meth:`expert_stack` will read exist, with the right shape and a readable type,
+        FP8 with its scales.  Reads headers only."""
         layout = self.layout(layer)
         shape, scales = layout.stored_shape(projection), layout.scale_shapes(projection)
         if layout.together(projection) is not None:
@@ -237,7 +238,7 @@ class Checkpoint(ModelDirectory):
             self._check_matrix(self.family.expert_weight(layer, e, projection), shape, scales[0])
 
     def _check_matrix(self, name: str, shape: tuple[int, ...], blocks: tuple[int, ...]) -> None:
-        """``blocks``: shape of its scales, if it has any."""
+        """Check a tensor's type and shape.  ``blocks``: shape of its scales, if it has any."""
         self.expect_shape(name, shape, "from config.json")
         dtype, scale = self.dtype(name), _scale_name(name)
         self._check_type(name, dtype, scale in self)
@@ -245,7 +246,7 @@ class Checkpoint(ModelDirectory):
             self.expect_shape(scale, blocks, f"blocks of {name}")
 
     def _check_type(self, name: str, dtype: torch.dtype, scaled: bool) -> None:
-        """MobeError unless values of that type can be read, as floats or as FP8 with scales."""
+        """MobeError unless values of that type can be read: floats, or FP8 with scales."""
         if dtype == torch.float8_e4m3fn:
             if not scaled:
                 raise MobeError(f"{self.path}: tensor {name} is FP8 but {_scale_name(name)} is missing")
@@ -271,7 +272,7 @@ class Checkpoint(ModelDirectory):
     def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
         """All routed experts' matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down).
 
-        Read one expert at a time, so that the peak is the result and one expert more.
+        Experts are read one at a time, so peak memory is the result and one more expert.
         """
         stack = torch.empty(self.n_expert, *self.expert_shape(projection))
         for e in range(self.n_expert):
@@ -284,7 +285,7 @@ class Checkpoint(ModelDirectory):
         return self.to_float(name, self.get(name), scale)
 
     def _fused_expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
-        """One expert's part of what is fused.  FP8 blocks may reach over all parts: with their scales first, then apart."""
+        """One expert's part of a fused tensor.  FP8 blocks may span several parts, so scales are applied before the split."""
         name, layout = self.family.fused_weight(layer, projection), self.layout(layer)
         part, parts = layout.place(projection)
         self.expect_shape(name, layout.stored_shape(projection), "from config.json")
@@ -294,12 +295,12 @@ class Checkpoint(ModelDirectory):
         scale = self.get_row(_scale_name(name), index)
         if (self.n_expert, *scale.shape) == layout.scale_shapes(projection)[
             -1
-        ]:  # blocks of each part by itself
+        ]:  # each part has its own blocks
             return self.to_float(name, w.chunk(parts)[part], scale.chunk(parts)[part])
         return self.to_float(name, w, scale).chunk(parts)[part].contiguous()
 
     def routed_scale(self) -> Any:
-        """What config.json says the routed experts' sum is multiplied by; None if nothing."""
+        """The factor of the routed experts' sum in config.json; None if there is none."""
         return self.config.get("routed_scaling_factor")
 
     def stream_writers(self, layer: int) -> list[tuple[str, str]]:
@@ -308,7 +309,7 @@ class Checkpoint(ModelDirectory):
         return [(name, stem) for name, stem in names if name in self]
 
     def embedding_rows(self, count: int) -> torch.Tensor | None:
-        """About so many rows of the embedding, float32, spread over the vocabulary; None if there is no such tensor."""
+        """About ``count`` rows of the embedding, float32, spread over the vocabulary; None if there is no such tensor."""
         name = next((n for n in EMBEDDINGS if n in self), None)
         if name is None:
             return None
@@ -316,10 +317,10 @@ class Checkpoint(ModelDirectory):
         return torch.stack([self.get_row(name, i).float() for i in range(0, n, max(1, n // count))])
 
     def to_float(self, name: str, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """The stored tensor ``w`` as float32, with ``scale`` of its blocks if it is FP8; MobeError if it is not finite."""
+        """The stored tensor ``w`` as float32, multiplied by its blocks' ``scale`` if it is FP8; MobeError if not finite."""
         self._check_type(name, w.dtype, scale is not None)
         if w.dtype == torch.float8_e4m3fn:
-            assert scale is not None  # or its type would not have been taken
+            assert scale is not None  # otherwise its type was refused before
             w = dequantize_fp8(name, w, scale, self._fp8_block())
         else:
             w = w.float()
@@ -332,7 +333,7 @@ class Checkpoint(ModelDirectory):
         return w
 
     def _fp8_block(self) -> tuple[int, int]:
-        """Rows and columns of an FP8 block, as config.json says them."""
+        """Rows and columns of an FP8 block, from config.json."""
         where, quantization = self.path / "config.json", self.config.get("quantization_config")
         if not isinstance(quantization, dict | None):
             raise MobeError(f"{where}: 'quantization_config' must be an object, got {quantization!r}")
@@ -343,21 +344,21 @@ class Checkpoint(ModelDirectory):
 
     @cached_property
     def n_params(self) -> int:
-        """Parameters of the whole model; multi-token-prediction layers count as they are stored."""
+        """Parameters of the whole model, including stored multi-token-prediction layers."""
         return sum(info.numel for name, info in self._tensors.items() if not name.endswith("_scale_inv"))
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
-        """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
+        """Bytes of the model that are copied to the output when ``(layer, projection)`` ``units`` are factorized."""
         kept = sum(info.n_bytes for info in self._tensors.values())
         for layer, projection in units:
             _, parts = self.layout(layer).place(projection)
             kept -= sum(self.info(name).n_bytes for name in self.expert_sources(layer, projection)) // parts
         return kept
 
-    # what comes along into another directory
+    # what is copied to another directory
 
     def small_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config, remote code: whatever is not weights nor written anew."""
+        """Tokenizer, chat template, generation config, remote code: all files that are neither weights nor rewritten."""
         return [
             path
             for path in sorted(self.path.iterdir())
@@ -369,10 +370,10 @@ class Checkpoint(ModelDirectory):
         ]
 
     def copies(self, factorized: Iterable[tuple[int, str]]) -> list[Entry]:
-        """All tensors but the matrices of the ``factorized`` (layer, projection) units.
+        """All tensors except the matrices of the ``factorized`` (layer, projection) units.
 
-        Where transformers 5 has fused a layer's experts into one tensor they are taken apart again, and the MoE block gets
-        its classic name: a MoBE checkpoint always has one tensor an expert.
+        Where transformers 5 has fused a layer's experts into one tensor, they are split again, and the MoE block gets its
+        classic name: a MoBE checkpoint always has one tensor per expert.
         """
         factorized = set(factorized)
         dropped = {source for unit in factorized for source in self.expert_sources(*unit)}
@@ -398,7 +399,7 @@ class Checkpoint(ModelDirectory):
         return out
 
     def _split(self, name: str, info: TensorInfo, layer: int, projection: str) -> Iterator[Entry]:
-        """One expert after the other out of a fused tensor ``[n, 2p, d]`` (gate first) or ``[n, d, p]``, or its scales."""
+        """Split a fused tensor ``[n, 2p, d]`` (gate first) or ``[n, d, p]``, or its scales, into the single experts'."""
         n, rows, columns = info.shape
         part, halves = self.layout(layer).place(projection)
         size = (info.end - info.begin) // n // halves
@@ -414,8 +415,8 @@ class Checkpoint(ModelDirectory):
     def checksum(self) -> str:
         """sha256 that tells one source model from another, cheaply.
 
-        Covers config.json, every shard's name, size and header, and 32 samples of 4 KiB spread over each shard's
-        data: enough to tell a fine-tune from its base; not a proof that every byte is the same.
+        It covers config.json, every shard's name, size and header, and 32 samples of 4 KiB spread over each shard's data.
+        This is enough to tell a fine-tune from its base, but does not prove that every byte is equal.
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for shard in sorted({info.shard for info in self._tensors.values()}):
@@ -433,7 +434,7 @@ class Checkpoint(ModelDirectory):
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the directory before a MobeError's ``config.json``."""
+    """Prefix ``config.json`` in a MobeError with its directory."""
     try:
         yield
     except MobeError as e:
@@ -441,9 +442,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def dequantize_fp8(name: str, w: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """float32 ``w * scale`` with one scale a block: w ``[a, b]``, scale ``[ceil(a/block0), ceil(b/block1)]``.
+    """float32 ``w * scale`` with one scale per block: w ``[a, b]``, scale ``[ceil(a/block0), ceil(b/block1)]``.
 
-    ``weight_scale_inv`` is what the published files call the factor to multiply by (DeepSeek-V3,
+    Despite its name, ``weight_scale_inv`` in published files is the factor to multiply by (DeepSeek-V3,
     inference/fp8_cast_bf16.py).
     """
     expected = tuple(-(-size // step) for size, step in zip(w.shape, block, strict=True))
@@ -456,5 +457,5 @@ def dequantize_fp8(name: str, w: torch.Tensor, scale: torch.Tensor, block: tuple
 
 
 def _scale_name(name: str) -> str:
-    """Block scales of an FP8 tensor: ``x.weight_scale_inv``, or ``gate_up_proj_scale_inv`` when fused."""
+    """Name of an FP8 tensor's block scales: ``x.weight_scale_inv``, or ``gate_up_proj_scale_inv`` when fused."""
     return name + "_scale_inv"

@@ -1,6 +1,6 @@
-"""The rules of which ``config_tables`` is made: a key with one value, a judge of several, and what they find.
+"""The rules used in ``config_tables``: keys with only one accepted value, and judges, functions that look at several keys.
 
-Judges take config.json and add to a :class:`Judgement`.
+A judge reads config.json and adds to a :class:`Judgement`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Only:
-    """A key of which the runtime computes one value: ``computes`` says what.  ``default``: the config class's, where the key
-    is missing."""
+    """A key for which the runtime supports only one value; ``computes`` describes what it computes.  ``default``: the config
+    class's default for a missing key."""
 
     allowed: tuple[Any, ...]
     computes: str
@@ -27,9 +27,9 @@ class Only:
 
 @dataclass
 class Judgement:
-    """``refused``: what the file would compute otherwise, a line each; ``notes``: what a user should know;
-    ``hparams``: values that the converter is given instead; ``keys``: what is set in the file, without the architecture's
-    prefix."""
+    """The result of the rules.  ``refused``: one line for each thing that the file would compute differently.  ``notes``: what
+    a user should know.  ``hparams``: values that replace those of config.json for the converter.  ``keys``: GGUF keys to set,
+    without the architecture's prefix."""
 
     refused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -42,7 +42,8 @@ class Judgement:
 
 Judge = Callable[[Config, Judgement], None]
 
-#: Keys that change no logits: training, dropout, caches, output options, names; or of the tokenizer, which is a file of its own.
+#: Keys that do not change logits: training, dropout, caches, output options, names, and those of the tokenizer, which has
+#: its own file.
 INERT = frozenset(
     "_name_or_path add_cross_attention architectures attention_dropout auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward "
     "dtype embedding_dropout eos_token_id ep_size finetuning_task id2label initializer_range is_decoder is_encoder_decoder label2id "
@@ -51,7 +52,7 @@ INERT = frozenset(
     "quantization_config tokenizer_class num_nextn_predict_layers num_mtp_layers".split()
 )
 
-#: What factorizing writes into config.json; read by this package alone.
+#: Keys that factorizing writes into config.json; only this package reads them.
 OURS = frozenset(("num_B", "activation", "mobe"))
 
 COMMON = frozenset(
@@ -63,7 +64,7 @@ NO_BIAS = Only((False, None), "has no such biases", False)
 
 
 def windows(config: Config, judgement: Judgement, used: bool) -> None:
-    """Windows of attention: the graphs of these families attend to everything."""
+    """Attention windows: the runtime's graphs for these families have full attention only."""
     window, context = config.get("sliding_window"), config.get("max_position_embeddings")
     if used and window is not None and not (is_int(context) and is_int(window) and window >= context):
         judgement.refuse(
@@ -74,17 +75,17 @@ def windows(config: Config, judgement: Judgement, used: bool) -> None:
 
 
 def sliding_if_used(config: Config, judgement: Judgement) -> None:
-    """Qwen, Bailing: the window counts if ``use_sliding_window`` says so."""
+    """Qwen, Bailing: the window is used only if ``use_sliding_window`` is set."""
     windows(config, judgement, bool(config.get("use_sliding_window")))
 
 
 def sliding(config: Config, judgement: Judgement) -> None:
-    """Mixtral: a window that is there counts."""
+    """Mixtral: a window is used if one is given."""
     windows(config, judgement, True)
 
 
 def all_layers_attend(config: Config, judgement: Judgement) -> None:
-    """``layer_types``, of any family: nothing but full attention, or a window that is not used."""
+    """``layer_types`` of any family: only full attention, or a window that is not used."""
     types = config.get("layer_types")
     other = [t for t in types if t != "full_attention"] if isinstance(types, list) else []
     if other and not (other == ["sliding_attention"] * len(other) and not config.get("sliding_window")):
@@ -92,7 +93,7 @@ def all_layers_attend(config: Config, judgement: Judgement) -> None:
 
 
 def all_layers_moe(config: Config, judgement: Judgement) -> None:
-    """Qwen: no layer may be dense, for the graph has none."""
+    """Qwen: no layer may be dense, because the graph has no dense layers."""
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers")
     if step not in (1, 0, None):
         judgement.refuse("decoder_sparse_step", step, "has experts in every layer")
@@ -101,7 +102,7 @@ def all_layers_moe(config: Config, judgement: Judgement) -> None:
 
 
 def leading_dense(config: Config, judgement: Judgement) -> None:
-    """DeepSeek: dense layers come first, and then no more."""
+    """DeepSeek: all dense layers must come first."""
     freq = config.get("moe_layer_freq")
     first, n_layer = config.get("first_k_dense_replace") or 0, config.get("num_hidden_layers") or 0
     if isinstance(freq, list):
@@ -112,21 +113,21 @@ def leading_dense(config: Config, judgement: Judgement) -> None:
 
 
 def heads_fill_width(config: Config, judgement: Judgement) -> None:
-    """Qwen2-MoE, OLMoE: the graph takes heads of hidden_size / num_attention_heads."""
+    """Qwen2-MoE, OLMoE: the graph requires a head size of hidden_size / num_attention_heads."""
     head, heads, width = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
     if head is not None and is_int(heads) and head * heads != width:
         judgement.refuse("head_dim", head, f"takes heads of {width} / {heads}, of hidden_size")
 
 
 def equal_heads(config: Config, judgement: Judgement) -> None:
-    """OLMoE: queries and keys are normed over the same width; DeepSeek: keys of each head."""
+    """As many key heads as query heads: OLMoE norms both over the same width, DeepSeek has keys for each head."""
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
         judgement.refuse("num_key_value_heads", kv_heads, f"takes as many as num_attention_heads, {heads}")
 
 
 def some_shared(key: str) -> Judge:
-    """The graph adds a shared expert, which cannot be missing."""
+    """The graph always adds a shared expert, so there must be one."""
 
     def judge(config: Config, judgement: Judgement) -> None:
         value = config.get(key)
@@ -137,12 +138,12 @@ def some_shared(key: str) -> Judge:
 
 
 def olmoe_epsilon(config: Config, judgement: Judgement) -> None:
-    """The converter writes 1e-5 whatever config.json says."""
+    """The converter writes an epsilon of 1e-5 and ignores config.json, so the true one is set here."""
     judgement.keys["attention.layer_norm_rms_epsilon"] = float(config.get("rms_norm_eps", 1e-5))
 
 
 def mla_epsilon(config: Config, judgement: Judgement) -> None:
-    """DeepSeek's norms of the compressed queries and keys take 1e-6, the file has one epsilon for all norms."""
+    """DeepSeek's norms of the compressed queries and keys use 1e-6, but the file has one epsilon for all norms."""
     epsilon = config.get("rms_norm_eps", 1e-6)
     if epsilon > 1e-4:
         judgement.refuse(
@@ -158,7 +159,7 @@ def mla_epsilon(config: Config, judgement: Judgement) -> None:
 
 
 def query_rank(config: Config, judgement: Judgement) -> None:
-    """DeepSeek: the runtime guesses by the number of layers whether queries are compressed."""
+    """DeepSeek: the runtime guesses from the number of layers whether queries are compressed."""
     n_layer, vocab, rank = (config.get(k) for k in ("num_hidden_layers", "vocab_size", "q_lora_rank"))
     plain = n_layer in (26, 27) or (n_layer == 48 and vocab == 128256)
     if plain and rank:
@@ -175,17 +176,17 @@ def rotary_head(config: Config, judgement: Judgement) -> None:
 
 
 def scaling_factor(config: Config, judgement: Judgement) -> None:
-    """0 means to the runtime that there is no factor."""
+    """The runtime takes 0 as "no factor"."""
     if config.get("routed_scaling_factor", 1.0) == 0:
         judgement.refuse("routed_scaling_factor", 0, "takes 0 for 1")
 
 
-#: What a file says by a key that no unpatched llama.cpp reads.
+#: Settings carried by keys that only the patched llama.cpp reads.
 PATCHED = "only the runtime of mobe-gguf build reads that; an unpatched llama.cpp loads the file and gives other answers"
 
 
 def normalized_if_said(stock: bool) -> Judge:
-    """Whether routing weights are divided by their sum; unpatched graphs have the constant ``stock``."""
+    """Whether routing weights are divided by their sum; in unpatched graphs this is the constant ``stock``."""
 
     def judge(config: Config, judgement: Judgement) -> None:
         value = bool(config.get("norm_topk_prob", False))
@@ -199,10 +200,10 @@ def normalized_if_said(stock: bool) -> Judge:
 
 
 def v2_groups(config: Config, judgement: Judgement) -> None:
-    """DeepSeek-V2 chooses groups by their best expert, unpatched runtimes by their two best; "greedy" has no groups at all."""
+    """DeepSeek-V2 chooses groups by their best expert, unpatched runtimes by their best two; "greedy" uses no groups."""
     method, groups = config.get("topk_method", "greedy"), config.get("n_group") or 1
     if config.get("num_hidden_layers") in (47, 48) and config.get("vocab_size") == 154880:
-        judgement.hparams["scoring_func"] = "softmax"  # the runtime would guess another model, with sigmoid
+        judgement.hparams["scoring_func"] = "softmax"  # the runtime would assume another model, with sigmoid
     if method == "greedy" and groups != 1:
         judgement.hparams |= {"n_group": None, "topk_group": None}
     elif groups != 1 and method == "group_limited_greedy":
@@ -218,7 +219,7 @@ def v2_groups(config: Config, judgement: Judgement) -> None:
 
 
 def v2_norm(config: Config, judgement: Judgement) -> None:
-    """With ``norm_topk_prob`` transformers' class, DeepSeek's own code and the runtime compute three different things."""
+    """With ``norm_topk_prob``, transformers' class, DeepSeek's own code and the runtime compute three different results."""
     if config.get("norm_topk_prob"):
         judgement.refuse(
             "norm_topk_prob",
@@ -229,7 +230,7 @@ def v2_norm(config: Config, judgement: Judgement) -> None:
 
 
 def v3_groups(config: Config, judgement: Judgement) -> None:
-    """Groups of experts: none are written where all are used, for which the runtime stops with an assertion."""
+    """Groups of experts: none are written if all groups are used, because the runtime would stop with an assertion."""
     groups, used, n = (config.get(k) for k in ("n_group", "topk_group", "n_routed_experts"))
     if groups in (None, 1):
         return
@@ -242,7 +243,7 @@ def v3_groups(config: Config, judgement: Judgement) -> None:
 
 
 def rope_of(config: Config) -> dict[str, Any]:
-    """The rotary parameters, whichever way they are written: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
+    """The rotary parameters from either spelling: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
     ``rope_scaling``."""
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(said, Mapping):
@@ -258,7 +259,7 @@ def _magnitude(factor: float, scale: float = 1.0) -> float:
 
 
 def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
-    """What transformers multiplies cosines and sines by (``modeling_rope_utils.py``)."""
+    """The factor by which transformers multiplies cosines and sines (``modeling_rope_utils.py``)."""
     if (given := rope.get("attention_factor")) is not None:
         return float(given)
     if rope.get("mscale") and rope.get("mscale_all_dim"):
@@ -267,8 +268,8 @@ def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def rotary(*kinds: str, latent: bool = False, partial_too: bool = False) -> Judge:
-    """Rotary scaling: ``kinds`` beside none are carried.  ``latent``: DeepSeek's graph, which scales all of attention, too;
-    ``partial_too``: the file says how many dimensions are rotated."""
+    """Rotary scaling: no scaling and the ``kinds`` can be carried.  ``latent``: DeepSeek's graph, which also scales all of
+    attention.  ``partial_too``: the file says how many dimensions are rotated."""
 
     def judge(config: Config, judgement: Judgement) -> None:
         rope = rope_of(config)
@@ -302,10 +303,11 @@ def rotary(*kinds: str, latent: bool = False, partial_too: bool = False) -> Judg
 def _scale_attention(
     rope: Mapping[str, Any], factor: float, kind: str, latent: bool, judgement: Judgement
 ) -> None:
-    """Keys that make the runtime's magnitudes of rotated dimensions and of attention those of transformers.
+    """Set keys so that the runtime scales rotated dimensions and attention as transformers does.
 
-    ``llama-context.cpp`` multiplies rotated dimensions by ``attn_factor (1 + 0.1 ln factor)``, or with a yarn_log_multiplier L
-    (``src/models/deepseek2.cpp``) by ``attn_factor``, and all of attention by ``(attn_factor (1 + L ln factor))^2``.
+    ``llama-context.cpp`` multiplies rotated dimensions by ``attn_factor (1 + 0.1 ln factor)``.  With a yarn_log_multiplier L
+    (``src/models/deepseek2.cpp``) it multiplies them by ``attn_factor``, and all of attention by
+    ``(attn_factor (1 + L ln factor))^2``.
     """
     rotated = _yarn_magnitude(rope, factor) if kind == "yarn" else 1.0
     whole = _magnitude(factor)
@@ -324,7 +326,7 @@ def _scale_attention(
 
 
 def sparse_behind(config: Config, judgement: Judgement) -> None:
-    """``mlp_layer_types``: dense layers come first, and then no more."""
+    """``mlp_layer_types``: all dense layers must come first."""
     kinds = config.get("mlp_layer_types")
     if kinds is None:
         leading_dense(config, judgement)
@@ -336,28 +338,28 @@ def sparse_behind(config: Config, judgement: Judgement) -> None:
 
 
 def ernie_layers(config: Config, judgement: Judgement) -> None:
-    """The runtime counts experts' layers to the last one."""
+    """In the runtime, MoE layers continue to the last layer."""
     end, n_layer = config.get("moe_layer_end_index"), config.get("num_hidden_layers")
     if end not in (None, -1) and not (is_int(end) and is_int(n_layer) and end >= n_layer - 1):
         judgement.refuse("moe_layer_end_index", end, "has experts to the last layer")
 
 
 def ernie_shared(config: Config, judgement: Judgement) -> None:
-    """The converter guesses the width of the shared experts; it is carried here."""
+    """The converter guesses the width of the shared experts, so the true width is passed on."""
     width, shared = (config.get(k) for k in ("moe_intermediate_size", "moe_num_shared_experts"))
     if is_int(width) and is_int(shared) and shared:
         judgement.keys["expert_shared_feed_forward_length"] = width * shared
 
 
 def rotary_width(config: Config, judgement: Judgement) -> None:
-    """MiniMax: the converter asks for ``rotary_dim`` alone."""
+    """MiniMax: the converter reads only ``rotary_dim``."""
     partial, head = rope_of(config).get("partial_rotary_factor"), config.get("head_dim")
     if config.get("rotary_dim") is None and is_int(head):
         judgement.hparams["rotary_dim"] = int(head * (1.0 if partial is None else partial))
 
 
 def by_layer(key: str, default: int) -> Judge:
-    """Hunyuan: the converter wants a list with a value for each layer, which must be one."""
+    """Hunyuan: the converter needs a list with one value for each layer; all values must be equal."""
 
     def judge(config: Config, judgement: Judgement) -> None:
         value = config.get(key) or default
@@ -370,7 +372,7 @@ def by_layer(key: str, default: int) -> Judge:
 
 
 def hunyuan_rope(config: Config, judgement: Judgement) -> None:
-    """Hunyuan's "dynamic" is a base of its own, which the converter computes for the published values alone."""
+    """Hunyuan's "dynamic" scaling has its own rotary base, which the converter computes only for the published values."""
     rope, heads = rope_of(config), config.get("num_attention_heads")
     head = (config.get("hidden_size") or 0) // heads if is_int(heads) and heads else 0
     if rope["rope_type"] == "dynamic" and (rope.get("alpha"), rope.get("rope_theta", 10000.0), head) != (
@@ -382,7 +384,7 @@ def hunyuan_rope(config: Config, judgement: Judgement) -> None:
 
 
 def hunyuan_width(config: Config, judgement: Judgement) -> None:
-    """transformers takes ``intermediate_size`` for experts, the runtime ``moe_intermediate_size``."""
+    """transformers uses ``intermediate_size`` for experts, the runtime ``moe_intermediate_size``."""
     width = config.get("moe_intermediate_size")
     widths = {*(width if isinstance(width, list) else [width]), config.get("intermediate_size")} - {None}
     if len(widths) != 1:
@@ -394,7 +396,7 @@ def hunyuan_width(config: Config, judgement: Judgement) -> None:
 
 
 def every_fourth_attends_to_all(config: Config, judgement: Judgement) -> None:
-    """AfMoE: windows but for every fourth layer, which has no rotary embedding."""
+    """AfMoE: every fourth layer has full attention and no rotary embedding, all others a window."""
     kinds, n_layer = config.get("layer_types"), config.get("num_hidden_layers") or 0
     expected = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(n_layer)]
     if kinds is not None and kinds != expected:
@@ -402,7 +404,7 @@ def every_fourth_attends_to_all(config: Config, judgement: Judgement) -> None:
 
 
 def linear_heads(config: Config, judgement: Judgement) -> None:
-    """Linear attention: the runtime has one size for heads of keys and values."""
+    """Linear attention: in the runtime, heads of keys and values have the same size."""
     key, value = (config.get(k) for k in ("linear_key_head_dim", "linear_value_head_dim"))
     if key != value:
         judgement.refuse("linear_value_head_dim", value, f"takes that of keys, {key}")
@@ -421,8 +423,8 @@ def is_int(value: Any) -> TypeGuard[int]:
 
 @dataclass(frozen=True)
 class Values:
-    """One family: keys that are carried, keys with one value, and judges; ``implied`` is what its class computes where
-    config.json does not say so and the converter would not know."""
+    """One family: keys that are carried, keys with one accepted value, and judges.  ``implied``: values that its class uses
+    when config.json lacks them, and that the converter does not know."""
 
     carried: frozenset[str]
     only: Mapping[str, Only]
@@ -431,7 +433,7 @@ class Values:
 
     @property
     def known(self) -> frozenset[str]:
-        """Keys that the family's class reads, and the inert ones: what the converter is given, and nothing else."""
+        """Keys that the family's class reads, and the inert ones.  The converter gets only these."""
         return self.carried | frozenset(self.only) | INERT | COMMON
 
 

@@ -1,4 +1,4 @@
-"""What becomes of each key of config.json, family by family: see ``config_values``."""
+"""How each key of config.json is handled, by family: see ``config_values``."""
 
 from __future__ import annotations
 

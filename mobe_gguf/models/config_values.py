@@ -1,17 +1,19 @@
-"""What becomes of each value of config.json in a GGUF file: carried, or refused by name.
+"""Checks every value of config.json before export: a GGUF file can carry it, or it is refused by name.
 
-llama.cpp's converter drops keys that it does not know, and a graph of the runtime has constants where a model's class reads
-config.json: a file written all the same computes something else and says nothing.  Here is, family by family, what the pinned
-converter (``conversion/*.py``) writes and the pinned graph (``src/models/*.cpp``) reads of the config class (transformers 5.24's
-``configuration_*.py``; the remote code of Kimi-K2 and Ling):
+llama.cpp's converter drops keys that it does not know.  A graph of the runtime has constants where a model's class reads
+config.json.  Without this check, a file could silently compute something else than the model.
 
-- ``CARRIED``: the file says it, or the shapes of its tensors do;
-- :class:`Only`: the graph computes one thing, so only values that mean it are accepted;
-- a judge: depends on several keys, or is carried by keys that the runtime reads and the converter does not write; a few of
-  these only the patched runtime reads (``config_rules.PATCHED``).
+For each family there is a table of the config class's keys (transformers 5.24's ``configuration_*.py``; the remote code of
+Kimi-K2 and Ling).  It says what the pinned converter (``conversion/*.py``) writes and the pinned graph
+(``src/models/*.cpp``) reads:
 
-``tests/export/test_config_values.py`` changes every key of every family on a small model: what changes transformers' logits
-changes the file's alike, or is refused.
+- ``CARRIED``: the file contains the value, or the shapes of its tensors imply it;
+- :class:`Only`: the graph computes one thing, so only values that mean this are accepted;
+- a judge: a rule over several keys, or one that carries a value by keys that the runtime reads and the converter does not
+  write.  Only the patched runtime reads a few of these (``config_rules.PATCHED``).
+
+``tests/export/test_config_values.py`` changes every key of every family on a small model.  A change that alters
+transformers' logits must alter the file's in the same way, or be refused.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from mobe_gguf.models.config_tables import VALUES
 
 __all__ = ["INERT", "VALUES", "Judgement", "check_values", "for_converter", "judge", "unlisted"]
 
-#: Keys of other families, or of forks, that change what a model computes, and the values that do not.  Where a family's class
-#: does not know one, the model's own code may: another value is refused.
+#: Keys of other families or forks that change what a model computes, with their neutral values.  A family's class may ignore
+#: such a key while the model's own code reads it, so any other value is refused.
 MATTERS: Mapping[str, tuple[Any, ...]] = {
     key: (None, False, 0, 0.0)
     for key in (
@@ -45,7 +47,7 @@ MATTERS: Mapping[str, tuple[Any, ...]] = {
 
 
 def judge(family: str, config: Config) -> Judgement:
-    """What a file of this model would compute otherwise, and what is done so that it does not."""
+    """What a file of this model would compute differently, and the values that prevent it."""
     values, judgement = VALUES[family], Judgement()
     judgement.hparams |= values.implied
     for key, only in values.only.items():
@@ -61,7 +63,7 @@ def judge(family: str, config: Config) -> Judgement:
 
 
 def check_values(family: str, config: Config, where: Any) -> Judgement:
-    """:func:`judge`, with a MobeError that names every key and value that a file cannot carry; ``where``: the model."""
+    """:func:`judge`; MobeError names every key and value that a file cannot carry.  ``where``: the model, for the message."""
     judgement = judge(family, config)
     if judgement.refused:
         raise MobeError(
@@ -72,11 +74,12 @@ def check_values(family: str, config: Config, where: Any) -> Judgement:
 
 
 def for_converter(family: str, hparams: Mapping[str, Any], judgement: Judgement) -> dict[str, Any]:
-    """``hparams`` without what the family's class does not read (the converter would write some of it), with what is implied."""
+    """``hparams`` for the converter: implied values are added, and keys that the family's class does not read are dropped,
+    because the converter would write some of them."""
     known = VALUES[family].known
     return {k: v for k, v in hparams.items() if k in known} | judgement.hparams
 
 
 def unlisted(family: str, keys: Iterator[str]) -> list[str]:
-    """Those of a config class's ``keys`` that the tables do not know: for the test that notices a new one."""
+    """Keys of a config class that are not in the tables; a test uses this to notice new ones."""
     return sorted(set(keys) - VALUES[family].known - OURS)

@@ -1,7 +1,7 @@
-"""What an export asks of a directory with a model or with factors, and the factors themselves.
+"""The interface between export and directories with a model or factors, and the factors themselves.
 
-Four things are a :class:`ModelDirectory`: ``Checkpoint``, an ordinary model; and three with :class:`FactorDirectory`, ``MobeCheckpoint``,
-``GgufFactors`` and ``WabCheckpoint``.  What differs between them is a method or an attribute here.
+Four classes are a :class:`ModelDirectory`: ``Checkpoint``, an ordinary model, and three of the kind :class:`FactorDirectory`:
+``MobeCheckpoint``, ``GgufFactors`` and ``WabCheckpoint``.  All differences between them are methods or attributes here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mobe_gguf.models.tensors import Tensors, all_finite
 
 
 def recorded(config: Mapping[str, Any], *path: str) -> Any:
-    """What ``factorize`` noted under the key ``mobe`` of config.json or factors.json, ``path`` further down; None if nothing."""
+    """The value that ``factorize`` recorded at ``path`` below the key ``mobe`` of config.json or factors.json; None if none."""
     value: Any = config
     for key in ("mobe", *path):
         value = value.get(key) if isinstance(value, dict) else None
@@ -37,7 +37,7 @@ class ModelDirectory(Tensors, ABC):
     #: What ``inspect`` calls it.
     kind: str
 
-    #: Its config.json, or what takes its place.
+    #: Its config.json, or the equivalent.
     config: dict[str, Any]
 
     @property
@@ -48,7 +48,7 @@ class ModelDirectory(Tensors, ABC):
     @property
     @abstractmethod
     def original_checksum(self) -> str | None:
-        """Of the original model; of factors what was recorded, which may be nothing."""
+        """Checksum of the original model; for factors the recorded one, which may be missing."""
 
     @property
     @abstractmethod
@@ -69,19 +69,20 @@ class ModelDirectory(Tensors, ABC):
     @property
     @abstractmethod
     def moe_layers(self) -> tuple[int, ...]:
-        """Layers with routed experts, or with factors of them."""
+        """Layers with routed experts, or with their factors."""
 
     @abstractmethod
     def missing(self) -> list[str]:
-        """Tensors that must be in the directory and are not, beside the experts' own."""
+        """Required tensors that the directory lacks, other than the experts' own."""
 
     @abstractmethod
     def check_whole(self) -> None:
-        """MobeError unless all that belongs in the directory is there, of the right shape; headers only."""
+        """MobeError unless the directory is complete and all shapes are right.  Reads headers only."""
 
     @abstractmethod
     def check_values(self) -> Judgement:
-        """What its config says and a GGUF file would not compute by itself.  MobeError if it cannot be carried."""
+        """How to carry the values of its config that a GGUF file would not compute by default.  MobeError if one cannot be
+        carried."""
 
     @abstractmethod
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
@@ -92,7 +93,8 @@ class ModelDirectory(Tensors, ABC):
         """All routed experts' original matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down)."""
 
     def gguf_source(self, path: str | os.PathLike[str] | None) -> GgufModel | None:
-        """The GGUF file that all but the factors comes from; None if all is here.  UsageError if a ``path`` is given then."""
+        """The GGUF file with everything except the factors.  None if everything is in this directory; then a ``path`` raises
+        UsageError."""
         if path is not None:
             raise UsageError(
                 f"--source is for factors of a GGUF file, and {self.path} is a Hugging Face directory"
@@ -100,7 +102,7 @@ class ModelDirectory(Tensors, ABC):
         return None
 
     def expert_shape(self, projection: str) -> tuple[int, int]:
-        """``[p, d]`` of gate and up, ``[d, p]`` of down, by config.json."""
+        """``[p, d]`` of gate and up, ``[d, p]`` of down, from config.json."""
         return side(projection).matrix(self.n_ff_exp, self.n_embd)
 
     def is_fused(self, layer: int, projection: str) -> bool:
@@ -111,7 +113,7 @@ class ModelDirectory(Tensors, ABC):
 
 
 class MobeLayer:
-    """One MoE layer of :class:`FactorDirectory`.  All tensors come out as float32."""
+    """One MoE layer of a :class:`FactorDirectory`.  All tensors are returned as float32."""
 
     def __init__(self, checkpoint: FactorDirectory, index: int):
         self.checkpoint = checkpoint
@@ -119,11 +121,11 @@ class MobeLayer:
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        """The factorized projections, of ``gate``, ``up`` and ``down``; empty for an ordinary layer."""
+        """The factorized projections among ``gate``, ``up`` and ``down``; empty for an ordinary layer."""
         return tuple(p for p in ALL_PROJECTIONS if self._names(p))
 
     def _names(self, projection: str) -> list[tuple[str, str]]:
-        """``(basis, mix)`` tensor names, one pair a group."""
+        """``(basis, mix)`` tensor names, one pair for each group."""
         family, checkpoint = self.checkpoint.family, self.checkpoint
         groups: list[int | None] = [None]
         if family.basis(self.index, projection) not in checkpoint:
@@ -144,7 +146,7 @@ class MobeLayer:
         return {p: self._check(p) for p in self.projections}
 
     def _check(self, projection: str) -> tuple[int, int, int]:
-        """``(g, m, r)`` of a projection after all shapes were found to agree; MobeError names the tensor."""
+        """``(g, m, r)`` of a projection.  MobeError names the tensor if the shapes do not agree."""
         c = self.checkpoint
         pairs = self._names(projection)
         n, d, p, g = c.n_expert, c.n_embd, c.n_ff_exp, len(pairs)
@@ -194,7 +196,7 @@ class MobeLayer:
         return side(projection).transform(self.checkpoint.n_ff_exp, self.rank(projection))
 
     def is_row_mixed(self, projection: str) -> bool:
-        """True if every row of the basis has mixing weights of its own."""
+        """True if every row of the basis has its own mixing weights."""
         self._checked[projection]
         return len(self.checkpoint.shape(self._names(projection)[0][1])) == 3
 
@@ -204,13 +206,13 @@ class MobeLayer:
         return torch.cat([self._read(basis) for basis, _ in self._names(projection)])
 
     def basis_matrix(self, projection: str, index: int) -> torch.Tensor:
-        """B_j ``[r, d]`` (of down ``[d, r]``) in its stored type, read without the others; ``index`` counts through the groups."""
+        """B_j ``[r, d]`` (of down ``[d, r]``) in its stored type, read alone; ``index`` counts over all groups."""
         g, m, _ = self._checked[projection]
         name = self._names(projection)[index // (m // g)][0]
         return self._finite(name, self.checkpoint.get_row(name, index % (m // g)))
 
     def group_basis(self, projection: str, group: int) -> torch.Tensor:
-        """B of one group ``[m/g, r, d]`` (of down ``[m/g, d, r]``), read without the others and not held twice."""
+        """B of one group ``[m/g, r, d]`` (of down ``[m/g, d, r]``), read alone and without a second copy in memory."""
         m = self.n_basis(projection) // self.group_count(projection)
         out = torch.empty(m, *self.basis_shape(projection))
         for j in range(m):
@@ -239,12 +241,12 @@ class MobeLayer:
 
 
 class FactorDirectory(ModelDirectory):
-    """A directory whose experts are factors, or are given back by factors beside it."""
+    """A directory whose experts are factors, in the directory or beside it."""
 
-    #: What :meth:`layer` gives.
+    #: The class that :meth:`layer` returns.
     layer_class: type[MobeLayer] = MobeLayer
 
-    #: Whether A's are stored under the names of the experts that they replace, so that a converter of the model stacks them.
+    #: Whether A's have the names of the experts that they replace, so that the model's converter stacks them.
     under_expert_names = True
 
     @property
@@ -256,7 +258,8 @@ class FactorDirectory(ModelDirectory):
         return recorded(self.config, "source_checksum")
 
     def original_path(self, given: str | os.PathLike[str] | None) -> Path | None:
-        """The model that the factors were made of: as a user says it, or where ``factorize`` found it; None if neither is known."""
+        """Path of the model from which the factors were made: the user's, or the one that ``factorize`` recorded; None if neither
+        is known."""
         source = recorded(self.config, "source") if given is None else given
         return Path(source) if isinstance(source, str | os.PathLike) else None
 
@@ -271,7 +274,7 @@ class FactorDirectory(ModelDirectory):
         return activation
 
     def layer(self, index: int) -> MobeLayer:
-        """The MoE layer ``index``; one without bases is an ordinary layer, its ``projections`` are empty."""
+        """The MoE layer ``index``.  An ordinary layer has no bases, and its ``projections`` are empty."""
         if index not in self.moe_layers:
             raise MobeError(
                 f"{self.path}: layer {index} has no routed experts; MoE layers are {list(self.moe_layers)}"

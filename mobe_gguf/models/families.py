@@ -1,7 +1,7 @@
-"""The model families: what their config.json calls things and what their tensors are named.
+"""The model families: their keys in config.json and their tensor names.
 
-One :class:`Family` declaration each; everything else in the package asks a declaration and never a model
-type.  To add a family, add a declaration to :data:`FAMILIES` and a tiny model of it to ``tests/tiny.py``.
+Each has one :class:`Family` declaration; no other module depends on a model type.  To add a family, add a declaration to
+:data:`FAMILIES` and a tiny model of it to ``tests/tiny.py``.
 
 Sources: the ``configuration_*.py`` and ``modeling_*.py`` of transformers 4.57 and 5, and the remote code of
 the DeepSeek, Kimi-K2 and Ling (Bailing) repositories.
@@ -26,7 +26,7 @@ def every_layer(config: Config, layer: int) -> bool:
 
 
 def after_leading_dense(config: Config, layer: int) -> bool:
-    """DeepSeek, Kimi-K2, Bailing: the first ``first_k_dense_replace`` layers are dense, then one in
+    """DeepSeek, Kimi-K2, Bailing: the first ``first_k_dense_replace`` layers are dense.  Of the others, one in
     ``moe_layer_freq`` is MoE (a number, or a list with 1 for each MoE layer)."""
     if layer < _count(config, "first_k_dense_replace", 0):
         return False
@@ -49,8 +49,8 @@ def by_sparse_step(config: Config, layer: int) -> bool:
 
 
 def by_layer_list(config: Config, layer: int) -> bool:
-    """GLM-4.7-Flash, EXAONE, DeepSeek-V3.2: ``mlp_layer_types`` names each layer "dense" or "sparse"; without it the first are
-    dense."""
+    """GLM-4.7-Flash, EXAONE, DeepSeek-V3.2: ``mlp_layer_types`` calls each layer "dense" or "sparse"; without it the first
+    layers are dense."""
     kinds = config.get("mlp_layer_types")
     if kinds is None:
         return after_leading_dense(config, layer)
@@ -62,7 +62,8 @@ def by_layer_list(config: Config, layer: int) -> bool:
 
 
 def between(config: Config, layer: int) -> bool:
-    """ERNIE-4.5: from ``moe_layer_start_index`` to ``moe_layer_end_index`` (-1: the last) one in ``moe_layer_interval``."""
+    """ERNIE-4.5: one layer in ``moe_layer_interval``, from ``moe_layer_start_index`` to ``moe_layer_end_index`` (-1: the
+    last)."""
     start, step = _count(config, "moe_layer_start_index", 0), _count(config, "moe_layer_interval", 1)
     end = config.get("moe_layer_end_index", -1)
     if type(end) is not int:
@@ -76,7 +77,7 @@ def after_dense_layers(config: Config, layer: int) -> bool:
 
 
 def _count(config: Config, key: str, default: int) -> int:
-    """An integer that is not negative; ``default`` if it is missing, null or 0."""
+    """A non-negative integer; ``default`` if it is missing, null or 0."""
     value = config.get(key)
     if value is not None and (type(value) is not int or value < 0):
         raise MobeError(f"config.json: '{key}' must be an integer that is not negative, got {value!r}")
@@ -88,15 +89,16 @@ _GATED_MLP = MappingProxyType({"gate": "gate_proj", "up": "up_proj", "down": "do
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of MoE models is laid out on disk.
+    """How one family of MoE models is stored on disk.
 
-    Every ``*_keys`` field lists the spellings of one config key, the first that is present counts:
-    transformers 5 and earlier versions differ.  ``projections`` maps ``gate``, ``up``, ``down`` to the
-    tensor's own name; ``fused``: which of them share a tensor, and in which order, where all experts are in one;
-    ``is_moe(config, layer)`` tells whether a layer has routed experts.  ``architecture``: the class of transformers, by which
-    llama.cpp's converter knows the family, too; ``remote``: those of ``model_types`` that transformers has no class for.
-    ``block`` is where experts lie that have a tensor each, ``fused_block`` where all are in one, and ``renamed`` what of that
-    block is called otherwise: ``{fused: by itself}``.
+    ``*_keys``: spellings of one config key, which differ between transformers 5 and earlier versions; the first one present
+    counts.  ``is_moe(config, layer)``: whether a layer has routed experts.  ``architecture``: the class in transformers,
+    which llama.cpp's converter uses as well.  ``remote``: the ``model_types`` without a class in transformers.
+
+    ``projections``: ``gate``, ``up``, ``down`` -> the tensor's own name.  ``fused``: where one tensor holds all experts,
+    which projections share it, in order.  ``block``: the MoE block where each expert has its own tensor; ``fused_block``:
+    the block where one tensor holds all.  ``renamed``: other tensors of the block whose names differ between the two,
+    ``{name beside fused experts: name beside single ones}``.
     """
 
     name: str
@@ -122,10 +124,10 @@ class Family:
     tied_default: bool = False
 
     def is_tied(self, config: Config) -> bool:
-        """Whether the output matrix is the embeddings."""
+        """Whether the output matrix is tied to the embeddings."""
         return bool(next((config[key] for key in self.tied_keys if key in config), self.tied_default))
 
-    # numbers out of config.json
+    # numbers from config.json
 
     def n_expert(self, config: Config) -> int:
         """n: routed experts in a MoE layer."""
@@ -144,11 +146,11 @@ class Family:
         return _number(config, self.n_embd_keys, self.name)
 
     def n_layer(self, config: Config) -> int:
-        """Layers of the model, dense ones included, multi-token-prediction layers not."""
+        """Number of layers, including dense ones, without multi-token-prediction layers."""
         return _number(config, self.n_layer_keys, self.name)
 
     def moe_layers(self, config: Config) -> tuple[int, ...]:
-        """The layers that have routed experts, by config.json alone."""
+        """The layers that have routed experts according to config.json."""
         return tuple(i for i in range(self.n_layer(config)) if self.is_moe(config, i))
 
     # names of tensors
@@ -165,7 +167,7 @@ class Family:
         return f"{self.fused_block.format(layer=layer)}.{name}"
 
     def own_name(self, name: str, layer: int) -> str:
-        """What a tensor of the layer's block that is called as beside fused experts is called beside single ones."""
+        """Translate the name of a tensor in a layer's block from the fused layout to the one with single experts."""
         prefix = self.fused_block.format(layer=layer) + "."
         rest = name.removeprefix(prefix)
         if rest == name:
@@ -179,9 +181,9 @@ class Family:
         return f"{self.block_name(layer)}.experts.{expert}.{self.projections[projection]}.weight"
 
     def fused_weight(self, layer: int, projection: str) -> str:
-        """All experts in one tensor, as ``save_pretrained(..., save_original_format=False)`` of transformers 5
-        writes them: gate and up together ``[n, 2p, d]`` (gate first), down ``[n, d, p]``; under ``fused_block``,
-        whatever the classic layout calls the block."""
+        """Name of the tensor that holds all experts, as ``save_pretrained(..., save_original_format=False)`` of transformers 5
+        writes it: gate and up together ``[n, 2p, d]`` (gate first), down ``[n, d, p]``.  It is in ``fused_block``, whatever
+        the block's name in the classic layout."""
         together = next(found for found in self.fused if projection in found)
         return f"{self.fused_block.format(layer=layer)}.experts.{'_'.join(together)}_proj"
 
@@ -195,7 +197,7 @@ class Family:
 
 
 def _number(config: Config, keys: tuple[str, ...], family: str) -> int:
-    """The first of ``keys`` that ``config`` holds, which must be a positive integer, or the same one for each layer."""
+    """The value of the first of ``keys`` in ``config``: a positive integer, or a list with the same one for each layer."""
     for key in keys:
         value = config.get(key)
         if value is None:
@@ -330,7 +332,7 @@ BY_NAME: Mapping[str, Family] = MappingProxyType({family.name: family for family
 
 
 def layer_in(name: str) -> int:
-    """The layer that a tensor belongs to; -1 if to none."""
+    """The layer to which a tensor belongs; -1 if none."""
     parts = name.split(".")
     found = (int(b) for a, b in zip(parts, parts[1:], strict=False) if a == "layers" and b.isdecimal())
     return next(found, -1)
@@ -342,7 +344,7 @@ def known_model_types() -> tuple[str, ...]:
 
 
 def family_of(config: Config) -> Family:
-    """The family that config.json's ``model_type`` names; MobeError lists the known ones if there is none."""
+    """The family of config.json's ``model_type``; MobeError lists the known types if there is none."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -353,7 +355,7 @@ def family_of(config: Config) -> Family:
     )
 
 
-#: Other MoE families: ``model_type`` -> its class, by which llama.cpp's converter knows it or does not; and what is special in it.
+#: Other MoE families: ``model_type`` -> its class, under which llama.cpp's converter may know it, and what is special about it.
 OTHERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "bailing_moe_v2": ("BailingMoeV2ForCausalLM", "remote code"),
@@ -373,16 +375,16 @@ OTHERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
-#: Of these the converter has no class.
+#: Families for which the converter has no class.
 UNCONVERTED = frozenset(("flex_olmo", "jetmoe"))
-#: Of these llama.cpp's graph computes another model.
+#: Families for which llama.cpp's graph computes another model.
 OTHERWISE = frozenset(("phimoe",))
 
 
 def other_way(model_type: Any) -> str:
-    """What works instead for a model of another family."""
+    """What a user with a model of another family can do instead."""
     if not isinstance(model_type, str):
-        model_type = None  # a list, which is no key
+        model_type = None  # a list, which cannot be a key
     if model_type in UNCONVERTED:
         return "llama.cpp does not know this family either"
     if model_type in OTHERWISE:
@@ -394,7 +396,7 @@ def other_way(model_type: Any) -> str:
     )
 
 
-#: Matrices that write to the residual stream, beside the routed experts: end of a Hugging Face name -> GGUF name.
+#: Matrices other than the routed experts that write to the residual stream: end of a Hugging Face name -> GGUF name.
 WRITERS = {
     "self_attn.o_proj.weight": "attn_output",
     "attention.dense.weight": "attn_output",

@@ -1,6 +1,6 @@
-"""Forms of models that are not read here, recognized by name: the message says which it is and what to do.
+"""Model formats that are not supported, recognized by name: the message says which format it is and what to do.
 
-Sources: what the tools write into config.json (``quantization_config``) and call their tensors.
+Sources: what the tools write into config.json (``quantization_config``), and how they name their tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mobe_gguf.core.errors import MobeError
 _BF16 = "Take the model in bf16 that it was made of"
 _GGUF = "Convert it to GGUF (mobe-gguf convert MODEL model.gguf), and factorize the GGUF file"
 
-#: ``quant_method`` of config.json -> what it is, and what to do.  FP8 in blocks is read, see ``checkpoint``.
+#: ``quant_method`` of config.json -> what it is, and what to do.  FP8 in blocks is supported, see ``checkpoint``.
 METHODS: Mapping[str, tuple[str, str]] = {
     "gptq": ("GPTQ", _GGUF),
     "awq": ("AWQ", _BF16),
@@ -49,7 +49,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
 
 
 def check_format(path: Path, config: Mapping[str, Any]) -> None:
-    """MobeError for weights in a form that config.json says and that is not read here."""
+    """MobeError if config.json says that the weights are in a format that is not supported."""
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if isinstance(method, str) and method.lower() in METHODS:
@@ -66,7 +66,7 @@ def check_format(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
-    """MobeError for tensors that are called as another tool calls them."""
+    """MobeError if the tensors have another tool's names."""
     for name in names:
         for pattern, what, mend in NAMES:
             if re.search(pattern, name):

@@ -1,8 +1,8 @@
 """Factors of a GGUF file: what ``mobe-gguf factorize model.gguf OUT`` writes and ``mobe-gguf export`` reads.
 
-A directory of safetensors with an index, tensors named as in a MoBE checkpoint whose MoE block is ``blk.L``, and
-``factors.json``: the model's sizes, ``num_B``, ``activation`` and the key ``mobe`` of a MoBE checkpoint's config.json.  All
-else stays in the GGUF file.
+They are a directory of safetensors with an index.  Tensors are named as in a MoBE checkpoint whose MoE block is ``blk.L``.
+``factors.json`` has the model's sizes, ``num_B``, ``activation`` and the key ``mobe`` of a MoBE checkpoint's config.json.
+Everything else stays in the GGUF file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mobe_gguf.models.gguf_source import FACTORS_NAME, GgufModel, family
 
 
 class GgufFactors(FactorDirectory):
-    """A directory of factors, read as a MoBE checkpoint is; of a layer's matrices it has those that are factorized.
+    """A directory of factors, read like a MoBE checkpoint.  It contains only the factorized projections of each layer.
 
     Raises MobeError if ``factors.json`` or a shard is missing or damaged.
     """
@@ -76,7 +76,7 @@ class GgufFactors(FactorDirectory):
         return tuple(sorted({int(match[1]) for match in found if match}))
 
     def missing(self) -> list[str]:
-        """None: all that is no factor is in the GGUF file, see :meth:`open_source`."""
+        """Always empty: everything except the factors is in the GGUF file, see :meth:`open_source`."""
         return []
 
     def check_whole(self) -> None:
@@ -87,29 +87,29 @@ class GgufFactors(FactorDirectory):
                 layer.rank(projection)
 
     def check_values(self) -> Judgement:
-        """Nothing: the GGUF file's keys are those that the runtime reads."""
+        """Nothing to check: the GGUF file's keys are those that the runtime reads."""
         return Judgement()
 
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
-        """Of what is factorized the A's; of what is not nothing, it is in the GGUF file."""
+        """Names of the A's if the projection is factorized; else empty, because its matrices are in the GGUF file."""
         names = (self.family.expert_weight(layer, e, projection) for e in range(self.n_expert))
         return tuple(name for name in names if name in self)
 
     def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
-        """Out of the GGUF file."""
+        """The experts' matrices, from the GGUF file."""
         return self.open_source().expert_stack(layer, projection)
 
     def original_path(self, given: str | os.PathLike[str] | None) -> Path:
-        """The GGUF file.  MobeError if it is not there, or another model."""
+        """The GGUF file.  MobeError if it is missing or another model."""
         return self.open_source(given).path
 
     def gguf_source(self, path: str | os.PathLike[str] | None) -> GgufModel:
         return self.open_source(path)
 
     def open_source(self, path: str | os.PathLike[str] | None = None) -> GgufModel:
-        """The GGUF file that these are factors of, from ``path`` or where it was then.
+        """Open the GGUF file from which these factors were made, at ``path`` or at its recorded place.
 
-        MobeError if it is not there, or another model.
+        MobeError if it is missing or another model.
         """
         mobe = self.config["mobe"]
         recorded = Path(str(mobe.get("source")))

@@ -1,8 +1,8 @@
-"""The experts of a GGUF file, read by slice and decoded by libggml.
+"""The experts of a GGUF file, read in slices and decoded by libggml.
 
-:class:`GgufModel` answers what :class:`mobe_gguf.models.checkpoint.Checkpoint` answers of a Hugging Face directory (see
-``original``), for any architecture whose experts llama.cpp calls ``blk.L.ffn_{gate,up,down}_exps.weight``, or, gate and up in
-one tensor, ``blk.L.ffn_gate_up_exps.weight``.
+:class:`GgufModel` has the same interface as :class:`mobe_gguf.models.checkpoint.Checkpoint` for a Hugging Face directory
+(see ``original``).  It reads any architecture whose experts llama.cpp calls ``blk.L.ffn_{gate,up,down}_exps.weight``, or
+``blk.L.ffn_gate_up_exps.weight`` where gate and up are one tensor.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ from mobe_gguf.runtime import ggml
 #: each of which is mapped anew.)
 CHUNK = 1 << 18
 
-#: Values that are decoded at a time where a tensor is given another type.
+#: Values decoded at a time when a tensor is converted to another type.
 VALUES = 1 << 20
 
 #: Bytes of each of the three samples of a tensor that go into the checksum.
 SAMPLE = 4096
 
-#: Of a merged tensor: whose rows follow each other.
+#: The projections in a merged tensor, in the order of their rows.
 MERGED = GATE_UP[0]
 
-#: Says what the factors of a GGUF file are of, in their directory.
+#: The file in a directory of factors that describes the GGUF model they belong to.
 FACTORS_NAME = "factors.json"
 
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def family(arch: str) -> Family:
-    """Names of a GGUF file's factors: those of a MoBE checkpoint whose MoE blocks are ``blk.L``."""
+    """The names for factors of a GGUF file: those of a MoBE checkpoint whose MoE blocks are ``blk.L``."""
     return Family(arch, (), "", block="blk.{layer}")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Values as they lie in a GGUF file: a tensor, or gate or up out of a merged one.
+    """Values as stored in a GGUF file: a tensor, or gate or up of a merged one.
 
-    ``shape`` in torch's order.  The last two axes are a matrix; the bytes of matrix i begin at ``offset + i * stride`` of
+    ``shape``: in torch's order.  The last two axes are a matrix.  The bytes of matrix i begin at ``offset + i * stride`` in
     ``file`` and are contiguous.
     """
 
@@ -73,7 +73,7 @@ class StoredTensor:
 
     @classmethod
     def of(cls, info: GgufTensor) -> StoredTensor:
-        """All of a tensor."""
+        """A whole tensor."""
         return cls(
             info.name,
             info.file,
@@ -85,7 +85,7 @@ class StoredTensor:
 
     @classmethod
     def half(cls, info: GgufTensor, name: str, part: int) -> StoredTensor:
-        """Gate (``part`` 0) or up (1) of the merged tensor ``[n, 2p, d]``, under a ``name`` of its own."""
+        """Gate (``part`` 0) or up (1) of the merged tensor ``[n, 2p, d]``, called ``name``."""
         n, rows, d = info.shape
         stride = info.n_bytes // n
         return cls(name, info.file, info.type, (n, rows // 2, d), info.offset + part * stride // 2, stride)
@@ -114,7 +114,7 @@ class StoredTensor:
             yield self._decoded(raw)
 
     def blocks(self) -> Iterator[bytes]:
-        """The bytes as they are stored, without what lies between the matrices; whole blocks of the type at a time."""
+        """The stored bytes, without those between the matrices, in pieces of whole blocks of the type."""
         size = ggml.type_info(self.type).bytes
         yield from self._blocks(CHUNK // size * size)
 
@@ -132,25 +132,25 @@ class StoredTensor:
         return torch.from_numpy(ggml.dequantize(rows, self.type, self.shape[-1]))
 
     def _read(self, file: IO[bytes], begin: int, n: int) -> bytes:
-        raw = os.pread(file.fileno(), n, begin)  # at most CHUNK or a matrix: one call gives all of it
+        raw = os.pread(file.fileno(), n, begin)  # at most CHUNK or a matrix: one call reads all of it
         if len(raw) != n:
             raise MobeError(f"{self.file}: became shorter while tensor {self.name} was read")
         return raw
 
 
 class GgufModel:
-    """A GGUF file with a MoE model, or the first file of a split one; opened lazily: the head now, experts when asked for.
+    """A GGUF file with a MoE model, or the first file of a split one, opened lazily: the head now, experts on demand.
 
     Raises MobeError if the file is damaged, has no routed experts, or has factors instead of them.
     """
 
-    #: As ``Checkpoint`` has it; a file with factors is refused when it is opened.
+    #: Same attribute as in ``Checkpoint``; opening a file with factors raises an error.
     is_mobe = False
 
-    #: All that is not factorized stays in the file.
+    #: Everything that is not factorized stays in the file.
     directory = None
 
-    #: Of the factors' directory.
+    #: For the factors' directory.
     config_name = FACTORS_NAME
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -175,7 +175,7 @@ class GgufModel:
 
     @cached_property
     def _first(self) -> StoredTensor:
-        """Up of the first MoE layer: the sizes of all others are compared with its."""
+        """Up of the first MoE layer.  The sizes of all other layers are compared with it."""
         if not self.moe_layers:
             raise MobeError(
                 f"{self.path}: no tensor blk.*.ffn_up_exps.weight: the model ({self.arch}) has no routed experts, there is "
@@ -198,7 +198,7 @@ class GgufModel:
 
     @property
     def n_embd(self) -> int:
-        """Length of an expert's input: by its tensor, for some architectures feed experts less than the hidden size."""
+        """Length of an expert's input, from its tensor: in some architectures it is less than the hidden size."""
         return self._first.shape[2]
 
     @property
@@ -207,7 +207,7 @@ class GgufModel:
 
     @property
     def n_expert_used(self) -> int:
-        k = self.file.arch_most("expert_used_count")  # of an array by layer: dense ones have 0
+        k = self.file.arch_most("expert_used_count")  # in an array by layer, dense ones have 0
         if k < 1:
             self._number("expert_used_count")
         if k > self.n_expert:
@@ -225,7 +225,7 @@ class GgufModel:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``factors.json`` says of the model."""
+        """The model's entries in ``factors.json``."""
         return {
             "architecture": self.arch,
             "n_layer": self.n_layer,
@@ -240,7 +240,7 @@ class GgufModel:
         """Parameters of the whole model."""
         return sum(math.prod(info.shape) for info in self.file.tensors.values())
 
-    #: As a ``ModelDirectory`` has them: an ordinary model, all of it in the file.
+    #: Same attributes as in ``ModelDirectory``: an ordinary model, complete in the file.
     factors = None
 
     @property
@@ -254,29 +254,29 @@ class GgufModel:
         return self
 
     def source_files(self) -> list[Path]:
-        """The files that it is in."""
+        """The files of the model."""
         return sorted({info.file for info in self.file.tensors.values()})
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
-        """Bytes that the factors' directory takes over from the model: none, they stay in the GGUF file."""
+        """Bytes that are copied from the model to the factors' directory: none, they stay in the GGUF file."""
         return 0
 
     def copies(self, units: Iterable[tuple[int, str]]) -> list[Entry]:
-        """Tensors that the factors' directory takes over: none, see :meth:`kept_bytes`."""
+        """Tensors that are copied to the factors' directory: none, see :meth:`kept_bytes`."""
         return []
 
     def small_files(self) -> list[Path]:
-        """Files that it takes over: none."""
+        """Files that are copied to the factors' directory: none."""
         return []
 
     @cached_property
     def checksum(self) -> str:
-        """sha256 that tells one source from another, cheaply: of the architecture, and of name, type, shape and three samples
-        of 4 KiB (first, middle, last) of every tensor.
+        """sha256 that tells one source from another, cheaply.
 
-        Not of metadata, nor of how the model is cut into files: with another chat template, split or merged, it is the
-        same model to the factors.  Enough to tell a fine-tune or another quantization; not a proof that every byte is the
-        same.
+        It covers the architecture and, for every tensor, its name, type, shape and three samples of 4 KiB (first, middle,
+        last).  It does not cover metadata or the split into files, because the factors fit the model just as well with
+        another chat template, split or merged.  This is enough to tell a fine-tune or another quantization, but does not
+        prove that every byte is equal.
         """
         digest = hashlib.sha256(self.arch.encode())
         files: dict[Path, IO[bytes]] = {}
@@ -296,7 +296,7 @@ class GgufModel:
         return digest.hexdigest()
 
     def routed_scale(self) -> Any:
-        """What the file says the routed experts' sum is multiplied by; None if nothing."""
+        """The factor of the routed experts' sum in the file; None if there is none."""
         return self.file.arch_key("expert_weights_scale")
 
     def stream_writers(self, layer: int) -> list[tuple[str, str]]:
@@ -309,14 +309,14 @@ class GgufModel:
         return StoredTensor.of(self.file.tensors[name]).matrix(0)
 
     def embedding_rows(self, count: int) -> torch.Tensor | None:
-        """The first rows of the embedding, as many as are decoded at a time; None if there is no such tensor."""
+        """The first rows of the embedding, one piece of decoding; None if there is no such tensor."""
         info = self.file.tensors.get(EMBEDDINGS[-1])
         return None if info is None else next(StoredTensor.of(info).pieces())
 
     # experts
 
     def stored(self, layer: int, projection: str) -> StoredTensor:
-        """Where a layer's experts lie: ``[n, p, d]``, ``[n, d, p]`` for down.  MobeError if there are none."""
+        """A layer's experts as stored: ``[n, p, d]``, ``[n, d, p]`` for down.  MobeError if there are none."""
         name = names.transform_name(layer, projection)
         if name in self.file.tensors:
             return StoredTensor.of(self.file.tensors[name])
@@ -343,7 +343,7 @@ class GgufModel:
         return StoredTensor.half(merged, name, MERGED.index(projection))
 
     def layout(self, layer: int) -> ExpertLayout:
-        """How the layer's experts are stored: all of a projection in one tensor, or gate and up in one."""
+        """How the layer's experts are stored: one tensor for each projection, or one for gate and up together."""
         merged = self.is_merged(layer)
         fused = GATE_UP if merged else tuple((p,) for p in names.ALL_PROJECTIONS)
         there = tuple(
@@ -364,7 +364,7 @@ class GgufModel:
         return side(projection).matrix(self.n_ff_exp, self.n_embd)
 
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
-        """Name of the tensor that :meth:`expert_stack` reads (of gate and up by themselves, where they are merged)."""
+        """Name of the tensor that :meth:`expert_stack` reads; where gate and up are merged, each has its own name."""
         return (self.stored(layer, projection).name,)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -374,7 +374,7 @@ class GgufModel:
         return _TORCH.get(info.type, torch.uint8)
 
     def check_whole(self) -> None:
-        """MobeError unless all that a model needs beside its experts is there; the head only."""
+        """MobeError unless all required tensors other than the experts are there.  Reads the head only."""
         self.n_expert_used  # noqa: B018, compared with the number of experts
         if missing := missing_tensors(self.file):
             raise MobeError(
@@ -386,7 +386,8 @@ class GgufModel:
         return Judgement()
 
     def check_experts(self, layer: int, projection: str) -> None:
-        """MobeError unless the layer's experts exist, of the right shape, in a type that libggml decodes; the head only."""
+        """MobeError unless the layer's experts exist, with the right shape and a type that libggml decodes.  Reads the head
+        only."""
         found = self.stored(layer, projection)
         expected = (self.n_expert, *self.expert_shape(projection))
         if found.shape != expected:

@@ -1,10 +1,10 @@
-"""Models of the Hugging Face hub by their id, where huggingface_hub is installed: ``pip install 'mobe-gguf[hub]'``.
+"""Download models from the Hugging Face hub by id.  Needs huggingface_hub: ``pip install 'mobe-gguf[hub]'``.
 
     org/name    hf:org/name@revision    org/name/file.gguf
 
-They land in the cache that all programs of the user share (``HF_HOME``).  Only what is read here is asked for: weights as
-safetensors or GGUF, JSON, tokenizer files; never code or pickles.  ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` count as
-ever.
+Models are stored in the user's shared hub cache (``HF_HOME``).  Only files that this package reads are downloaded: weights
+as safetensors or GGUF, JSON, tokenizer files; never code or pickles.  ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN``
+apply as usual.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ID = re.compile(
     r"(?P<hf>hf:)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<file>/[^@]+\.gguf)?(@(?P<revision>[\w./-]+))?"
 )
 
-#: Files of a model directory that are asked for; none in folders, where copies in other formats lie.
+#: Files of a model directory that are downloaded; none from folders, which hold copies in other formats.
 ALLOWED = (
     "*.safetensors",
     "*.json",
@@ -34,11 +34,11 @@ IGNORED = ("*/*", "consolidated*")
 
 
 def resolve(model: Path, quiet: bool = False, headers_only: bool = False) -> Path:
-    """``model`` itself if it exists or is no id, else the local copy of the hub's, downloaded as far as it is not there.
+    """``model`` itself if it exists or is not an id; else the local copy of the hub's model.  Missing files are downloaded.
 
-    ``headers_only``: config.json, tokenizer and the like, no weights.  A path whose folder exists is taken for one that was
-    misspelled: then ``hf:`` says that the hub is meant.  MobeError if
-    the hub has no such model, or cannot be asked.
+    ``headers_only``: config.json, tokenizer and the like, no weights.  A path whose folder exists counts as a misspelled
+    path; write ``hf:`` before an id to ask the hub in that case.  MobeError if the hub has no such model, or cannot be
+    reached.
     """
     match = _ID.fullmatch(str(model))
     if model.exists():
@@ -114,7 +114,7 @@ def _download(
             f"{repo}{at}: the hub cannot be reached, or is not to be (HF_HUB_OFFLINE), and the model is not in the cache. "
             "Download it where there is a network, or name a directory."
         ) from e
-    except Exception as e:  # what a client of the network may raise differs from one release to the next
+    except Exception as e:  # which errors the client raises differs between releases
         raise MobeError(
             f"{repo}{at}: cannot be downloaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}. "
             "Files that are whole are kept; run the same command again."
@@ -125,6 +125,6 @@ def _download(
 
 
 def model_id(path: Path) -> str | None:
-    """The model's id if ``path`` lies in the hub's cache, where the directory is named by a hash."""
+    """The model's id if ``path`` is in the hub's cache, where the directory's own name is a hash."""
     match = re.fullmatch(r"models--(.+?)--(.+)", path.parent.parent.name)
     return f"{match[1]}/{match[2]}" if match and path.parent.name == "snapshots" else None

@@ -1,6 +1,6 @@
-"""How the routed experts of a layer are stored: one object for each layer, made by whatever holds the model.
+"""How the routed experts of a layer are stored: one object for each layer, made by the class that reads the model.
 
-Readers and writers ask it where an expert's matrix lies; they compare no names of projections.
+Readers and writers ask it where an expert's matrix is, and do not compare names of projections.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.core.sides import side
 
-#: Fused tensors as transformers 5 and llama.cpp write them: gate's rows, then up's, in one; down by itself.
+#: Fused tensors as transformers 5 and llama.cpp write them: gate's rows, then up's, in one tensor; down in another.
 GATE_UP = (("gate", "up"), ("down",))
 
 
-#: What some experts lack (nemotron_h_moe).
+#: The projection that some experts lack (nemotron_h_moe).
 OPTIONAL = ("gate",)
 
 
@@ -22,9 +22,9 @@ OPTIONAL = ("gate",)
 class ExpertLayout:
     """``n`` experts of inner size ``p`` in a model of width ``d``.
 
-    ``projections``: the matrices that an expert has.  ``fused``: the tensors that hold all experts, each with the projections whose
-    rows follow one another in it; a projection that is in none has one tensor for each expert.  ``block``: rows and columns that
-    share a scale, where matrices are FP8.
+    ``projections``: the matrices of an expert.  ``fused``: the tensors that hold all experts, each given as its projections
+    in the order of their rows.  A projection in none of them has one tensor for each expert.  ``block``: rows and columns
+    that share a scale, where matrices are FP8.
     """
 
     n: int
@@ -36,7 +36,7 @@ class ExpertLayout:
 
     @property
     def gated(self) -> bool:
-        """Whether experts have a gate beside up."""
+        """Whether experts have a gate besides up."""
         return all(p in self.projections for p in OPTIONAL)
 
     def shape(self, projection: str) -> tuple[int, int]:
@@ -44,16 +44,16 @@ class ExpertLayout:
         return side(projection).matrix(self.p, self.d)
 
     def together(self, projection: str) -> tuple[str, ...] | None:
-        """The projections of the fused tensor that ``projection`` is in; None if it is in none."""
+        """All projections of the fused tensor with ``projection``; None if there is none."""
         return next((found for found in self.fused if projection in found), None)
 
     def place(self, projection: str) -> tuple[int, int]:
-        """Which of how many parts of its tensor's rows are the projection's: ``(0, 1)`` where it is by itself."""
+        """``(index, count)``: which part of its tensor's rows the projection has, of how many; ``(0, 1)`` if it is alone."""
         together = self.together(projection) or (projection,)
         return together.index(projection), len(together)
 
     def stored_shape(self, projection: str) -> tuple[int, ...]:
-        """Of the tensor that holds it: ``[n, parts * rows, columns]`` fused, else a matrix."""
+        """Shape of the tensor with the projection: ``[n, parts * rows, columns]`` if fused, else that of a matrix."""
         rows, columns = self.shape(projection)
         return (
             (rows, columns)
@@ -62,7 +62,7 @@ class ExpertLayout:
         )
 
     def scale_shapes(self, projection: str) -> tuple[tuple[int, ...], ...]:
-        """What the scales beside that tensor may be shaped like: one for each block of its rows, or of each part's by itself."""
+        """Allowed shapes of the tensor's scales: one scale for each block, with blocks over all rows or over each part's."""
         rows, columns = self.shape(projection)
         down, across = self.block or (rows, columns)
         if self.together(projection) is None:

@@ -4,10 +4,13 @@
 
 Tensors, with ``block`` = the family's MoE block (``model.layers.L.mlp``):
 ``block.B_gate [m, r, d]``, ``block.W_gate [n, m]`` or ``[n, m, r]``; in groups ``block.B_gate_0 [m/g, r, d]``,
-``block.W_gate_0 [n/g, m/g]``, ...; A_e ``[p, r]`` under the expert's original name.  Down, which only our own files
-factorize, has its bases on the output side, ``W_i ~ f(sum_j alpha_ij B_j) . A_i``: ``block.B_down [m, d, r]``, A_e ``[r, p]``,
-and ``[n, m, d]`` for a mix row by row.  config.json holds ``num_B`` and ``activation``.  Shapes come from the tensors; the
-``mobe`` key that our own files have is not needed.
+``block.W_gate_0 [n/g, m/g]``, ...; A_e ``[p, r]`` under the expert's original name.
+
+Only our own files factorize down.  Its bases are on the output side, ``W_i ~ f(sum_j alpha_ij B_j) . A_i``:
+``block.B_down [m, d, r]``, A_e ``[r, p]``, and ``[n, m, d]`` for a row-wise mix.
+
+config.json holds ``num_B`` and ``activation``.  Shapes come from the tensors; the ``mobe`` key of our own files is not
+needed.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from mobe_gguf.models.factors import FactorDirectory, MobeLayer, recorded
 
 
 class ModelWithFactors(FactorDirectory, Checkpoint):
-    """A Hugging Face model directory whose experts are factors, in it or beside it."""
+    """A Hugging Face model directory whose experts are factors, in the directory or beside it."""
 
 
 class MobeCheckpoint(ModelWithFactors):
@@ -57,16 +60,15 @@ class MobeCheckpoint(ModelWithFactors):
         return tuple(p for p in ALL_PROJECTIONS if p not in self.layer(layer).projections)
 
 
-#: Bytes of combined bases that :class:`Reconstruction` holds at a time, if they are of more than one expert; twice that
-#: while f is applied.
+#: Bytes of combined bases that :class:`Reconstruction` holds at a time for several experts; twice that while f is applied.
 BATCH_BYTES = 128 << 20
 
 
 class Reconstruction:
-    """The matrices that a projection's factors stand for, float32 ``[p, d]`` each: ``A_i f(sum_j alpha_ij B_j)``.
+    """The matrices that a projection's factors represent, float32 ``[p, d]`` each: ``A_i f(sum_j alpha_ij B_j)``.
 
-    ``Reconstruction(layer, "gate")(i)`` is that of expert i.  Memory: one group's bases and some combinations of them,
-    until the last expert was asked for; so ask in order.
+    ``Reconstruction(layer, "gate")(i)`` is the matrix of expert i.  Ask for the experts in order.  Until the last one,
+    memory holds one group's bases and some of their combinations.
     """
 
     def __init__(self, layer: MobeLayer, projection: str):
@@ -90,13 +92,13 @@ class Reconstruction:
         return matrix
 
     def _combine(self, expert: int) -> None:
-        """``f(sum_j alpha_ij B_j)`` of ``expert`` and as many of its group after it as BATCH_BYTES allow."""
+        """``f(sum_j alpha_ij B_j)`` of ``expert`` and as many following experts of its group as BATCH_BYTES allow."""
         layer, projection = self.layer, self.projection
         n_group = layer.checkpoint.n_expert // layer.group_count(projection)
         group, index = divmod(expert, n_group)
         self._combined = ()
         if group != self._group:
-            self._basis = None  # not two groups' at a time
+            self._basis = None  # never two groups' bases at a time
             self._basis = layer.group_basis(projection, group)
             self._mix = layer.mix(projection)[group * n_group : (group + 1) * n_group]
             self._group = group

@@ -1,4 +1,4 @@
-"""Opening what a path names: a model, whatever holds it, or a directory with a model or factors."""
+"""Open a path: a model in any supported format, or a directory with a model or factors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
 
 class Original(Protocol):
-    """What factorizing asks of a model; ``Checkpoint`` and ``GgufModel`` have it.  Sizes as in the formula."""
+    """The interface that factorizing needs; ``Checkpoint`` and ``GgufModel`` implement it.  Sizes as in the formula."""
 
     path: Path
     family: Family
@@ -32,11 +32,11 @@ class Original(Protocol):
 
     @property
     def directory(self) -> Checkpoint | None:
-        """Itself, if it is a Hugging Face directory: what is not factorized then comes along into the output."""
+        """The model itself if it is a Hugging Face directory; everything not factorized is then copied to the output."""
 
     @property
     def config_name(self) -> str:
-        """The file that says what the output is; its ``config`` with what the factors add."""
+        """Name of the file that describes the output: the model's ``config`` plus the factors' entries."""
 
     @property
     def is_mobe(self) -> bool: ...
@@ -58,13 +58,13 @@ class Original(Protocol):
     def checksum(self) -> str: ...
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
-        """Bytes of the model that come along into the output, when ``(layer, projection)`` units are factorized."""
+        """Bytes of the model that are copied to the output when ``(layer, projection)`` ``units`` are factorized."""
 
     def copies(self, units: Iterable[tuple[int, str]]) -> list[Entry]:
-        """These tensors: all but the matrices of the ``units``."""
+        """The tensors that are copied: all except the matrices of the ``units``."""
 
     def small_files(self) -> list[Path]:
-        """Files beside the weights that come along, too."""
+        """Files other than weights that are copied, too."""
 
     def layout(self, layer: int) -> ExpertLayout: ...
     def expert_shape(self, projection: str) -> tuple[int, int]: ...
@@ -82,7 +82,7 @@ class Original(Protocol):
 
 
 def open_original(path: str | os.PathLike[str]) -> Original:
-    """A file is taken for GGUF, a directory for a Hugging Face model.  MobeError if it is not what it should be."""
+    """Open a file as GGUF, a directory as a Hugging Face model.  MobeError if it is something else."""
     path = Path(path)
     if path.is_file():
         return GgufModel(path)
@@ -94,7 +94,7 @@ def open_original(path: str | os.PathLike[str]) -> Original:
 
 
 def open_directory(path: Path) -> ModelDirectory:
-    """Factors of a GGUF file, a MoBE checkpoint or an ordinary model.  MobeError if it is none of these, or damaged."""
+    """Open factors of a GGUF file, a MoBE checkpoint or an ordinary model.  MobeError if it is none of these, or damaged."""
     if (path / FACTORS_NAME).is_file():
         return GgufFactors(path)
     checkpoint = Checkpoint(path)

@@ -1,14 +1,14 @@
-"""How much of the model hangs on each layer's routed experts: what weighs the errors of units against each other.
+"""How much each layer's routed experts matter to the model: weights for the errors of units.
 
     weight(l) = E|routed_l|^2 / ( |embedding|^2 + sum over layers up to l of E|attention|^2 + E|feed-forward|^2 )
 
-that is the share of the residual stream behind layer l that its routed experts made.  All out of a llama-imatrix file and the
-weights themselves: ``E|W x|^2 = sum_c |W[:, c]|^2 E x_c^2``, channels taken as uncorrelated, what is added to the stream too,
-and the experts of a token as pulling the same way.
+This is the share of the residual stream after layer l that its routed experts contributed.  It is computed from a
+llama-imatrix file and the weights: ``E|W x|^2 = sum_c |W[:, c]|^2 E x_c^2``.  Channels are assumed to be uncorrelated, and so
+are the terms that are added to the stream; the experts of a token are assumed to point in the same direction.
 
-On the shipped model, each unit alone at 3 of 24 bases, KL divergence per error of the outputs was, gate of layers 0 to 3,
-0.080, 0.016, 0.018, 0.029 (up: 0.069, 0.010, 0.011, 0.017); these weights are 0.99, 0.22, 0.25, 0.41.  Errors themselves are
-much the same in all units, so it is the weights that decide; see TRUST for what is made of them.
+On the shipped model each unit alone was fitted with 3 of 24 bases.  The KL divergence per error of the outputs was 0.080,
+0.016, 0.018, 0.029 for gate of layers 0 to 3 (up: 0.069, 0.010, 0.011, 0.017).  The weights computed here are 0.99, 0.22,
+0.25, 0.41.  The errors themselves are similar in all units, so the weights decide.  TRUST says how they are used.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.models.original import Original
 
-#: Weights are the shares to this power: half way between their word and none at all.  KL divergence of the shipped model at 62.5 %
-#: of gate and up (150 steps): the same bases everywhere 0.0052, power 1 0.0057, power 1/2 0.0050.  Together, the errors of
-#: its first layer count less than alone.
+#: The weights are the shares to this power, between full weight (1) and none (0).  KL divergence of the shipped model at
+#: 62.5 % of gate and up (150 steps): 0.0052 with the same number of bases everywhere, 0.0057 with power 1, 0.0050 with
+#: power 1/2.  When all layers are factorized, the errors of the first layer count less than when it is alone.
 TRUST = 0.5
 
-#: Rows of the embedding that its mean square is taken from.
+#: Number of rows of the embedding for its mean square.
 ROWS = 1024
 
 
 def layer_shares(model: Original, imatrix: ImatrixFile, layers: tuple[int, ...]) -> dict[int, float] | None:
     """Weight of each of ``layers``; None if the imatrix has no inputs of a layer's down projections.
 
-    Reads all down projections up to the last of them, an expert at a time.
+    Reads all down projections up to the last of these layers, one expert at a time.
     """
     stream, shares = _embedding(model), {}
     for layer in range(max(layers) + 1):
@@ -45,7 +45,7 @@ def layer_shares(model: Original, imatrix: ImatrixFile, layers: tuple[int, ...])
 
 
 def _routed(model: Original, imatrix: ImatrixFile, layer: int) -> float | None:
-    """Mean square of what the routed experts add for a token, the router's weights summing to one (times its scale)."""
+    """Mean square of what the routed experts add for a token, if the router's weights sum to one (times its scale)."""
     found = imatrix.inputs(f"blk.{layer}.ffn_down_exps.weight")
     if found is None or found[0].numel() != model.n_expert * model.n_ff_exp:
         return None
@@ -61,7 +61,7 @@ def _routed(model: Original, imatrix: ImatrixFile, layer: int) -> float | None:
 
 
 def _others(model: Original, imatrix: ImatrixFile, layer: int) -> float:
-    """The same of attention, dense and shared feed-forward of a layer; what is not known counts as nothing."""
+    """Mean square of what attention and the dense and shared feed-forward of a layer add; unknown parts count as 0."""
     total = 0.0
     for name, stem in model.stream_writers(layer):
         found = imatrix.inputs(f"{stem}.weight")

@@ -1,7 +1,7 @@
-"""The tensors of a directory of safetensors, opened lazily: headers now, values when asked for.
+"""The tensors of a directory of safetensors, opened lazily: headers now, values on demand.
 
-All shards are whole and hold what the index promises, or there is a :class:`MobeError` that names the file or the tensor.
-Nothing here loads a pickle.
+If a shard is incomplete or lacks a tensor of the index, a :class:`MobeError` names the file or the tensor.  Nothing here
+loads a pickle.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Tensors:
     def __init__(self, path: Path, family: Family):
         self.path = path
         self.family = family
-        #: What a user should know of the directory.
+        #: Notes for the user about the directory.
         self.notes: list[str] = []
         self._tensors = self._read_headers()
 
     @property
     def has_stale_index(self) -> bool:
-        """Whether an index lies beside the one file that holds everything."""
+        """Whether there is an index beside a single file that holds everything."""
         return (self.path / INDEX_NAME).exists() and (self.path / SINGLE_NAME).exists()
 
     def _read_headers(self) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
         if (
             self.path / SINGLE_NAME
-        ).exists():  # as transformers: before an index, which may be of an older version
+        ).exists():  # preferred to an index, as in transformers: the index may belong to an older version
             if self.has_stale_index:
                 self.notes.append(
                     f"{SINGLE_NAME} is read, and {INDEX_NAME} beside it is not, as transformers does it"
@@ -95,7 +95,7 @@ class Tensors:
         return DTYPES[info.dtype]
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor as it is stored, no check of its values."""
+        """The tensor as stored; its values are not checked."""
         info = self.info(name)
         try:
             return read_tensor(self.path / info.shard, info)
@@ -119,11 +119,11 @@ class Tensors:
             )
 
     def source_files(self) -> list[Path]:
-        """All files that the model is read from; what this program, or another, writes beside them is none: locks and GGUF files."""
+        """All files from which the model is read.  Locks and GGUF files that programs write beside them do not count."""
         found = (path for path in self.path.iterdir() if path.is_file())
         return [path for path in found if not path.name.startswith(".") and path.suffix != ".gguf"]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """No NaN, no Inf: by the extremes, which a CPU finds in a tenth of the time that torch.isfinite takes."""
+    """Whether there is no NaN or Inf.  Checks minimum and maximum, which takes a CPU a tenth of torch.isfinite's time."""
     return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))

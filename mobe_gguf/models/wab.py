@@ -1,4 +1,4 @@
-"""The files that the method's authors' training leaves, read beside the original model.
+"""The output files of the method's authors' training, read together with the original model.
 
 ``train.py`` writes one file for each layer and projection, ``train_group.py`` one for each group of experts
 (github.com/inclusionAI/MoBE):
@@ -6,8 +6,9 @@
     model_layers_3_mlp_gate_proj_WAB.pth    model_layers_3_mlp_up_proj_group1_WAB.pth
 
 Each is a ``state_dict``: ``A_params`` [n, p, r], ``B_params`` [m, r, d], ``w_params`` [n, m].  The mixing weights are
-``softmax(w_params)``.  A is that of the experts divided by their standard deviation, which is not in the file: it is
-taken from the original model again, as training does it, over the layer's experts in float16.  Nor is the activation in it.
+``softmax(w_params)``.  A belongs to experts divided by their standard deviation, which is not in the file.  It is computed
+from the original model again, as in training: over the layer's experts in float16.  The file does not name the activation
+either.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def wab_name(layer: int, projection: str, group: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class WabFiles:
-    """What a user says of training output: the ``folders`` it lies in, the ``activation`` it was trained with, and the
-    MoE ``layers`` that are factorized, None for all; the others stay ordinary."""
+    """The user's description of training output: its ``folders``, the ``activation`` used in training, and the MoE
+    ``layers`` that are factorized (None: all).  The other layers stay ordinary."""
 
     folders: tuple[Path, ...]
     activation: str
@@ -53,7 +54,7 @@ class WabFiles:
 
 
 class WabLayer(MobeLayer):
-    """One MoE layer; what :class:`MobeLayer` gives, out of .pth files and the original experts."""
+    """One MoE layer with the interface of :class:`MobeLayer`, read from .pth files and the original experts."""
 
     checkpoint: WabCheckpoint
 
@@ -97,7 +98,7 @@ class WabLayer(MobeLayer):
         return self._part(projection, group, "A_params", index) * self.scale(projection)
 
     def scale(self, projection: str) -> float:
-        """sigma: what training divided the layer's experts by."""
+        """sigma, the number by which training divided the layer's experts."""
         if projection not in self._scales:
             self._scales[projection] = self._standard_deviation(projection)
         return self._scales[projection]
@@ -107,7 +108,7 @@ class WabLayer(MobeLayer):
         return {}
 
     def _standard_deviation(self, projection: str) -> float:
-        """Of all experts' values as float16, and itself rounded to float16, as ``target.std()`` is in training."""
+        """Standard deviation of all experts' values in float16, rounded to float16, like ``target.std()`` in training."""
         total = squares = torch.zeros((), dtype=torch.float64)
         count = 0
         for e in range(self.checkpoint.n_expert):
@@ -130,9 +131,9 @@ class WabLayer(MobeLayer):
 
 
 class WabCheckpoint(ModelWithFactors):
-    """The original model at ``path`` with the factors in files of training for its experts.
+    """The original model at ``path``, with factors from training files in place of its experts.
 
-    Raises MobeError if a file is missing or cannot be what its name says, or if the activation does not fit.
+    Raises MobeError if a file is missing or does not match its name, or if the activation does not fit.
     """
 
     layer_class = WabLayer
@@ -148,14 +149,14 @@ class WabCheckpoint(ModelWithFactors):
         self._check_activation()
 
     def original_path(self, given: str | os.PathLike[str] | None) -> Path:
-        """Here."""
+        """This directory's own path."""
         return self.path
 
     def source_files(self) -> list[Path]:
         return super().source_files() + [path for paths in self.files.values() for path in paths]
 
     def load(self, layer: int, projection: str) -> list[dict[str, torch.Tensor]]:
-        """The content of a unit's files, one a group, mapped and not read.  The last unit asked for is kept."""
+        """The content of a unit's files, one for each group, mapped and not read.  The last unit is cached."""
         if self._loaded is None or self._loaded[0] != (layer, projection):
             self._loaded = None
             parts = [read_wab(path) for path in self.files[layer, projection]]
@@ -163,7 +164,7 @@ class WabCheckpoint(ModelWithFactors):
         return self._loaded[1]
 
     def _find(self, said: WabFiles) -> dict[tuple[int, str], list[Path]]:
-        """``(layer, projection)`` -> its files, one a group."""
+        """``(layer, projection)`` -> its files, one for each group."""
         wanted = self.moe_layers if said.layers is None else said.layers
         if unknown := sorted(set(wanted) - set(self.moe_layers)):
             raise MobeError(f"{self.path}: layer {unknown[0]} has no routed experts, MoE layers are "
@@ -224,7 +225,7 @@ class WabCheckpoint(ModelWithFactors):
         return [groups[g] for g in sorted(groups, key=lambda g: -1 if g is None else g)]
 
     def _check_activation(self) -> None:
-        """The activation is in no file, and a wrong one makes noise of the model: try it on one expert."""
+        """Try the activation on one expert: no file names it, and a wrong one turns the model's output into noise."""
         index, projection = min(self.files)
         layer = self.layer(index)
         w = self.expert(index, projection, 0)
@@ -247,7 +248,7 @@ class WabCheckpoint(ModelWithFactors):
 def read_wab(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, mapped into memory.  MobeError if it holds anything but these three.
 
-    Only tensors are taken out of the pickle (``weights_only``): code in it is not run.
+    Only tensors are read from the pickle (``weights_only``); code in it is not run.
     """
     if not zipfile.is_zipfile(path):
         raise MobeError(f"{path}: truncated, or no file of torch.save (a zip archive since torch 1.6). Copy it again, or "
@@ -259,7 +260,7 @@ def read_wab(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as e:
         raise MobeError(f"{path}: refused, for it is no plain file of tensors{_named(e)}. A pickle can run any code when "
                         "it is loaded, so only tensors are read. Get the file from where it was made.") from e  # fmt: skip
-    except Exception as e:  # torch raises all sorts of things about damaged files
+    except Exception as e:  # torch raises many kinds of errors for damaged files
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise MobeError(f"{path}: cannot be read as a file of torch.save: {reason}. Copy it again.") from e
     found = state if isinstance(state, dict) else {}
@@ -276,7 +277,7 @@ def read_wab(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _named(error: Exception) -> str:
-    """What a refused pickle asks for, as torch's message has it."""
+    """The object that a refused pickle asks for, from torch's message."""
     match = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f": it asks for {match[1]}" if match else ""
 

@@ -1,8 +1,8 @@
-"""Writing the output: finished units become shards, everything else is copied byte for byte.
+"""Write the output: finished units become shards, everything else is copied byte for byte.
 
-The directory grows under a temporary name beside the final one and is renamed when it is whole.  Unit files are
-linked, not copied, where the file system can, so the factors need no second place on disk; the rest streams in chunks,
-so memory does not grow with the model.
+The directory is written under a temporary name beside the final one and is renamed when it is complete.  Where the file
+system allows it, unit files are linked instead of copied, so the factors take no additional disk space.  The rest is copied
+in chunks, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mobe_gguf.core.atomic import rename, write_json
 from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, read_header, write_safetensors
 from mobe_gguf.models.original import Original
 
-#: Bytes of a shard, as ``save_pretrained`` has it.
+#: Bytes of a shard, as in ``save_pretrained``.
 MAX_SHARD = 5_000_000_000
 
 
 def write_output(
     out: Path, source: Original, units: Mapping[tuple[int, str], Path], config: dict[str, Any]
 ) -> None:
-    """Assemble directory ``out`` from the unit files and what of the source comes along; it appears only when it is whole.
+    """Assemble directory ``out`` from the unit files and copies from the source.  It appears only when it is complete.
 
-    Of a Hugging Face directory all that is not factorized comes along; what is in a GGUF file stays there.
+    From a Hugging Face directory everything that is not factorized is copied.  The content of a GGUF file stays there.
     """
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -55,12 +55,12 @@ def write_output(
 
 
 def shard_names(count: int) -> list[str]:
-    """Of all ``count`` files of a model, as ``save_pretrained`` names them."""
+    """Names of the ``count`` files of a model, as in ``save_pretrained``."""
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def shards(items: Iterable[Entry], limit: int) -> list[list[Entry]]:
-    """Runs of tensors of at most ``limit`` bytes (a larger tensor gets a shard of its own)."""
+    """Group tensors into shards of at most ``limit`` bytes (a larger tensor gets its own shard)."""
     runs: list[list[Entry]] = []
     size = 0
     for item in items:
@@ -80,6 +80,6 @@ def _link(source: Path, target: Path) -> None:
 
 
 def copy_files(paths: Iterable[Path], target: Path) -> None:
-    """Into the directory ``target``, under their names."""
+    """Copy files into the directory ``target``, under their own names."""
     for path in paths:
         shutil.copyfile(path, target / path.name)

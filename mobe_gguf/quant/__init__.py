@@ -1,1 +1,1 @@
-"""Types: which a tensor gets, and what it costs."""
+"""Quantization types: which type a tensor gets, and what that costs."""

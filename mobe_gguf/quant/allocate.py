@@ -1,4 +1,4 @@
-"""Types for a size: each tensor's from a ladder, such that their errors add up to the least that the size allows.
+"""Types for a given size: chooses each tensor's type so that the sum of errors is the least that the size allows.
 
     chosen = allocate({"blk.0.ffn_up_basis.weight": [Option("q3_k", 1000, 0.2), Option("q4_k", 1300, 0.1)], ...}, budget)
 
@@ -15,7 +15,7 @@ import numpy as np
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import format_size, parse_size
 
-#: Types that are tried, where rows allow them and an importance matrix is there if they need one.
+#: Types that are tried, where the rows allow them and the importance matrix that some need is given.
 LADDER = (
     "iq1_s",
     "iq1_m",
@@ -35,31 +35,31 @@ LADDER = (
     "q8_0",
 )
 
-#: Steps that the bytes between the smallest and the largest choice are counted in.
+#: Number of steps into which the bytes between the smallest and the largest choice are divided.
 GRAINS = 20_000
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a file is to take: ``n_bytes`` of the whole file, or ``bits`` per weight of its tensors; the other is None."""
+    """The wanted size of a file: ``n_bytes`` of the whole file, or ``bits`` per weight of its tensors; the other is None."""
 
     n_bytes: int | None = None
     bits: float | None = None
 
     def option(self) -> str:
-        """As on the command line."""
+        """The target as an option of the command line."""
         return (
             f"--target-bpw {self.bits:g}" if self.bits else f"--target-size {format_size(self.n_bytes or 0)}"
         )
 
     def budget(self, n_params: int, head: int) -> int:
-        """Bytes of tensors, in a file of ``n_params`` parameters whose header takes ``head``."""
+        """Bytes for tensors in a file of ``n_params`` parameters whose header takes ``head`` bytes."""
         return int(self.bits * n_params / 8) if self.bits is not None else (self.n_bytes or 0) - head
 
 
 def parse_target(size: str | None, bits: float | None) -> Target | None:
-    """``--target-size`` (``4.6M``, ``12G``; powers of ten) and ``--target-bpw``; UsageError if both are given, or one is
-    nonsense."""
+    """Read ``--target-size`` (``4.6M``, ``12G``; powers of ten) and ``--target-bpw``; UsageError if both are given or a
+    value is invalid."""
     if size is not None and bits is not None:
         raise UsageError("--target-size and --target-bpw both say how large the file is to be; leave one out")
     if bits is not None:
@@ -71,7 +71,7 @@ def parse_target(size: str | None, bits: float | None) -> Target | None:
 
 @dataclass(frozen=True)
 class Option:
-    """A type that a tensor may have, what it takes and what it costs."""
+    """A type that a tensor may have, its bytes and its error."""
 
     type: str
     n_bytes: int
@@ -79,7 +79,7 @@ class Option:
 
 
 class TooSmall(MobeError):
-    """Nothing fits: ``least`` bytes are needed."""
+    """No choice fits: at least ``least`` bytes are needed."""
 
     def __init__(self, budget: int, least: int):
         super().__init__(f"{budget} bytes, but the smallest types take {least}")
@@ -87,10 +87,10 @@ class TooSmall(MobeError):
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
-    """For each name the option with which the errors' sum is least and the bytes' sum at most ``budget``.
+    """One option for each name: the sum of errors is least, and the sum of bytes is at most ``budget``.
 
-    Dynamic programming over the bytes beyond the smallest options, counted in GRAINS steps and rounded up; so the result never
-    exceeds the budget, and a larger budget never has a larger error.  Ties go to fewer bytes.  Raises TooSmall.
+    Dynamic programming over the bytes beyond the smallest options, counted in GRAINS steps and rounded up.  So the result
+    never exceeds the budget, and a larger budget never has a larger error.  Ties go to fewer bytes.  Raises TooSmall.
     """
     curves = {name: sorted(found, key=lambda o: (o.n_bytes, o.error)) for name, found in options.items()}
     least = sum(curve[0].n_bytes for curve in curves.values())

@@ -1,7 +1,7 @@
 """The mixtures of types that ``llama-quantize`` calls Q4_K_M, IQ3_XS and so on.
 
-``llama_tensor_get_type_impl`` of the pinned tree's ``src/llama-quant.cpp``, in its order: more bits for what is
-small or sensitive.  ``tests/quant`` holds it against the tool itself, for every name.
+A port of ``llama_tensor_get_type_impl`` in the pinned tree's ``src/llama-quant.cpp``, in its order.  Small or sensitive
+tensors get more bits.  ``tests/quant`` compares it with the tool itself, for every name.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from mobe_gguf.formats.gguf import number_of
 
-#: Values of ``--quant`` around two bits, which share their rules.
+#: Values of ``--quant`` around two bits, which share rules.
 AROUND_TWO_BITS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m")
 
-#: Type of the token embeddings where it is not that of most tensors.
+#: Type of the token embeddings where it differs from that of most tensors.
 EMBEDDING = {
     "iq1_s": "q2_k",
     "iq1_m": "q2_k",
@@ -29,7 +29,7 @@ EMBEDDING = {
     "q2_0": "q4_k",
 }
 
-#: With 8 experts the attention's output is small beside them, and gets five bits under these values of ``--quant``.
+#: In models with 8 experts the attention's output is relatively small.  It gets five bits for these values of ``--quant``.
 FIVE_BITS_OUT_OF_EIGHT = (
     "q2_k",
     "q3_k_s",
@@ -65,7 +65,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules ask of the model, from its GGUF keys; ``n_layer`` is ``block_count``."""
+    """The facts about the model that the rules need, from its GGUF keys; ``n_layer`` is ``block_count``."""
 
     n_layer: int
     n_expert: int
@@ -73,8 +73,8 @@ class ModelFacts:
 
     @classmethod
     def of(cls, arch: str, keys: Mapping[str, object]) -> ModelFacts:
-        """From GGUF keys and values; what is missing counts as llama.cpp counts it, and of one value a layer the first layer's
-        (its ``n_gqa()``).  MobeError if a value is no number."""
+        """From GGUF keys and values.  Missing values get llama.cpp's defaults.  Of a list with one value for each layer the
+        first counts (as in its ``n_gqa()``).  MobeError if a value is not a number."""
 
         def number(name: str, default: int) -> int:
             return number_of(keys, f"{arch}.{name}", default)
@@ -92,11 +92,11 @@ def layer_of(name: str) -> int:
 
 
 def in_order(specs: Iterable[Spec]) -> list[Spec]:
-    """As llama_model_loader sorts tensors (``weight_name_comparer``): some rules count."""
+    """Tensors in the order of llama_model_loader (``weight_name_comparer``), which matters because some rules count."""
     return sorted(specs, key=lambda spec: (layer_of(spec.name), spec.name))
 
 
-#: ``tensor_get_category``: the first part that is found in the name decides.
+#: ``tensor_get_category``: the first entry that the name contains decides.
 CATEGORIES = {
     "attn_qkv.weight": "qkv",
     "attn_kv_b.weight": "kv_b",
@@ -123,10 +123,11 @@ def category_of(name: str) -> str:
 class Mixture:
     """``llama_tensor_get_type_impl`` with its counters.
 
-    Left out: the 70B rule (a dense model of 80 layers) and Falcon, which have no experts, and two architectures of no
-    family here (GLM5-Next, BailingMoE3).  ``quant``: value of ``--quant``; ``base``: the type of most tensors, in blocks
-    of ``block`` values; ``output``: type of the output matrix, if asked for.  Tensors are to be asked for in the order of
-    :func:`in_order`.
+    Left out: the rules for dense models of 70B (80 layers) and Falcon, and for two architectures that no family here has
+    (GLM5-Next, BailingMoE3).
+
+    ``quant``: value of ``--quant``.  ``base``: the type of most tensors, in blocks of ``block`` values.  ``output``: type
+    of the output matrix, if the user chose one.  Ask for tensors in the order of :func:`in_order`.
     """
 
     quant: str
@@ -170,7 +171,7 @@ class Mixture:
         return self.seen_attention_v - 1
 
     def _output(self, spec: Spec) -> str:
-        if self.output is not None:  # tied embeddings; output.weight itself was asked for before
+        if self.output is not None:  # tied embeddings; output.weight itself was handled before
             return self.output
         if self.quant == "mxfp4_moe" or spec.row % self.block:
             return "q8_0"
@@ -185,7 +186,7 @@ class Mixture:
             return "q4_k" if self.facts.n_gqa >= 4 or self.facts.n_expert >= 4 else more
         if category == "k" and self.facts.n_expert == 8:
             return "q4_k"
-        if category == "ffn_down":  # counted, not by layer: shared experts count too
+        if category == "ffn_down":  # by count, not by layer: shared experts count too
             self.seen_down += 1
             return more if self.seen_down <= self.facts.n_layer // 8 else self.base
         if category == "attn_out":
@@ -243,5 +244,5 @@ class Mixture:
 
 
 def _more_bits(i: int, n: int) -> bool:
-    """``use_more_bits``: the first and last eighth, and one in three between."""
+    """``use_more_bits``: true for the first and last eighth, and every third layer between."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2

@@ -1,11 +1,12 @@
 """Which type each tensor gets: pure functions, a table and the exceptions to it.
 
-``--quant X`` gives a tensor the type that ``llama-quantize`` gives it under the same name X, so that a file
-says of itself what a llama.cpp user expects of it: rules ported from ``tensor_allows_quantization``,
-``tensor_type_fallback`` and ``tensor_requires_imatrix`` of the pinned tree's ``src/llama-quant.cpp``, the mixtures
-in ``mixture``.  ``tests/quant/test_recipe.py`` holds this port against the tool itself.  Two consequences worth
-knowing: ``q4_k`` means ``q4_k_m`` there, so it does here (``--pure`` gives one type throughout); and the bases count as
-``ffn_gate``/``ffn_up`` matrices, the mix is never quantized, for its name does not end in ``weight``.
+``--quant X`` gives a tensor the same type as ``llama-quantize`` under the name X, so the name means what a llama.cpp user
+expects.  The rules are ported from ``tensor_allows_quantization``, ``tensor_type_fallback`` and ``tensor_requires_imatrix``
+in the pinned tree's ``src/llama-quant.cpp``; ``mixture`` has the mixtures.  ``tests/quant/test_recipe.py`` compares this
+port with the tool itself.
+
+Consequences: ``q4_k`` means ``q4_k_m``, as it does there (``--pure`` gives one type throughout).  The bases count as
+``ffn_gate``/``ffn_up`` matrices.  The mix is never quantized, because its name does not end in ``weight``.
 """
 
 from __future__ import annotations
@@ -94,12 +95,12 @@ QUANTS = {
 #: llama-quantize's own short forms (tools/quantize/quantize.cpp, QUANT_OPTIONS).
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
-#: ``tensor_requires_imatrix``: types that are garbage without an importance matrix.  Embeddings and output, of which
-#: llama-imatrix collects nothing, may have them; the encoders of ENCODER_NEEDS refuse even then.
+#: ``tensor_requires_imatrix``: types that are useless without an importance matrix.  Embeddings and output may have them
+#: even without one, because llama-imatrix collects nothing for these.  The encoders of ENCODER_NEEDS refuse even then.
 NEED_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
 ENCODER_NEEDS = ("iq1_s", "iq2_xxs", "iq2_xs")
 
-#: ``tensor_type_fallback``: type with long blocks -> type with blocks of 32 for rows that the long ones do not divide.
+#: ``tensor_type_fallback``: type with long blocks -> type with blocks of 32, for rows not divisible by the long blocks.
 #: There is none for q1_0.
 FALLBACK = {
     "iq1_s": "iq4_nl",
@@ -120,8 +121,8 @@ FALLBACK = {
     "q6_k": "q8_0",
 }
 
-#: ``tensor_allows_quantization``: parts of names that stay as they are.  Architectures without routed experts
-#: have more of these; they never come here.
+#: ``tensor_allows_quantization``: tensors with these parts in their names are not quantized.  Architectures without routed
+#: experts have more of them, but do not occur here.
 KEEP = (
     "_norm.weight",
     "ffn_gate_inp.weight",
@@ -140,7 +141,7 @@ KEEP = (
 
 @dataclass(frozen=True)
 class Choice:
-    """The type a tensor gets; ``wanted`` differs from it where the row length forced another."""
+    """The type that a tensor gets; ``wanted`` differs where the row length forced another type."""
 
     type: str
     wanted: str
@@ -150,14 +151,17 @@ class Choice:
 class Recipe:
     """What the user asked for.
 
-    ``quant``: key of QUANTS.  ``overrides``: (regular expression, type) pairs, the first that is found in a
-    tensor's name counts, as llama-quantize's ``--tensor-type``.  ``basis``, ``transform``, ``down``: types of all B,
-    all A and all down projections of experts (where down is factorized, of its A's).  ``output``, ``embedding``: types of ``output.weight`` and
-    ``token_embd.weight``.  ``pure``: one type for everything that is quantized at all.  ``imatrix``: files of
-    llama-imatrix, see ``export/imatrix.py``; some rules differ when there is one.  ``moments``: a file of `mobe-gguf moments`, see
-    ``export/rounding.py``; it stands for an importance matrix, too.  ``target``: choose the types of the
-    experts' matrices and bases, where nothing else names one, such that the file takes so much.  ``rest``: key of QUANTS, for all
-    that is no factor of a GGUF file's factors; None leaves it as it is in that file.
+    ``quant``: key of QUANTS.  ``overrides``: (regular expression, type) pairs as in llama-quantize's ``--tensor-type``; the
+    first that matches a part of the tensor's name counts.  ``basis``, ``transform``, ``down``: types of all B, all A and all
+    down projections of experts (of their A's, where down is factorized).  ``output``, ``embedding``: types of
+    ``output.weight`` and ``token_embd.weight``.  ``pure``: one type for everything that is quantized.
+
+    ``imatrix``: files of llama-imatrix, see ``export/imatrix.py``; some rules differ when there is one.  ``moments``: a file
+    of `mobe-gguf moments`, see ``export/rounding.py``; it serves as an importance matrix, too.
+
+    ``target``: the size of the file.  It decides the types of the experts' matrices and bases that no other option names.
+    ``rest``: key of QUANTS for the tensors that are not factors, when factors of a GGUF file are exported; None leaves them
+    as they are in that file.
     """
 
     quant: str
@@ -184,7 +188,7 @@ class Recipe:
 
 
 def parse_quant(text: str) -> str:
-    """A value of ``--quant`` in any case -> key of QUANTS; UsageError lists the known ones."""
+    """A value of ``--quant`` in upper or lower case -> key of QUANTS; UsageError lists the known values."""
     name = text.lower()
     name = ALIASES.get(name, name)
     if name in QUANTS:
@@ -193,7 +197,7 @@ def parse_quant(text: str) -> str:
 
 
 def parse_type(option: str, text: str) -> str:
-    """A ggml type's name in any case -> key of BLOCK; UsageError names ``option`` and lists the known ones."""
+    """A ggml type's name in upper or lower case -> key of BLOCK; UsageError names ``option`` and lists the known types."""
     name = text.lower()
     if name in BLOCK:
         return name
@@ -216,8 +220,8 @@ def parse_override(text: str) -> tuple[str, str]:
 def plan(specs: Iterable[Spec], recipe: Recipe, facts: ModelFacts) -> dict[str, Choice]:
     """The type of every tensor, by name.
 
-    UsageError if an override's pattern is found in the name of no tensor that may be quantized, or a type has no
-    fallback for rows that its blocks do not divide.
+    UsageError if an override's pattern matches no tensor that may be quantized, or if a type has no fallback for rows
+    that its blocks do not divide.
     """
     specs = in_order(specs)
     state = Mixture(
@@ -253,7 +257,7 @@ def plan(specs: Iterable[Spec], recipe: Recipe, facts: ModelFacts) -> dict[str, 
 
 
 def _without_effect(pattern: str, recipe: Recipe, names: list[str]) -> UsageError:
-    """What is wrong with the pattern of an override that gave no tensor of ``names`` its type."""
+    """A message about an override whose pattern set the type of no tensor in ``names``."""
     name = next((name for name in names if re.search(pattern, name)), None)
     if name is None:
         return UsageError(
@@ -268,8 +272,8 @@ def _without_effect(pattern: str, recipe: Recipe, names: list[str]) -> UsageErro
 
 
 def _asked_for(spec: Spec, recipe: Recipe, unused: set[str], has_basis: bool) -> str | None:
-    """The type that an option names for this tensor, which has its basis beside it or not.  As in llama-quantize, ``--tensor-type`` comes after the options
-    for the embeddings and the output."""
+    """The type that an option names for this tensor.  As in llama-quantize, the options for the embeddings and the output
+    take precedence over ``--tensor-type``.  ``has_basis``: whether the tensor has a basis beside it."""
     found = next((pair for pair in recipe.overrides if re.search(pair[0], spec.name)), None)
     if found is not None:
         unused.discard(found[0])
@@ -290,12 +294,12 @@ def _asked_for(spec: Spec, recipe: Recipe, unused: set[str], has_basis: bool) ->
 
 
 def is_fixed(spec: Spec, recipe: Recipe, has_basis: bool) -> bool:
-    """Whether an option names the type of this tensor, which has its basis beside it or not."""
+    """Whether an option names the type of this tensor.  ``has_basis``: whether the tensor has a basis beside it."""
     return _asked_for(spec, recipe, set(), has_basis) is not None
 
 
 def is_named(spec: Spec, recipe: Recipe) -> bool:
-    """Whether an option names this tensor, which is no factor, so that it does not keep the type that it has."""
+    """Whether an option names this tensor, which is not a factor, so that it does not keep its type."""
     category = category_of(spec.name)
     return (
         any(re.search(pattern, spec.name) for pattern, _ in recipe.overrides)
@@ -306,7 +310,7 @@ def is_named(spec: Spec, recipe: Recipe) -> bool:
 
 
 def requires_imatrix(name: str, type_name: str, quant: str) -> bool:
-    """``tensor_requires_imatrix``, and what the encoder itself requires."""
+    """``tensor_requires_imatrix``, plus the encoder's own requirements."""
     if type_name in ENCODER_NEEDS:
         return True
     if name in ("token_embd.weight", "per_layer_token_embd.weight", "output.weight"):
@@ -315,12 +319,13 @@ def requires_imatrix(name: str, type_name: str, quant: str) -> bool:
 
 
 def allows_quantization(spec: Spec) -> bool:
-    """``tensor_allows_quantization``: matrices and stacks of them whose name ends in ``weight``, but for a few."""
+    """``tensor_allows_quantization``: true for matrices and stacks of matrices whose name ends in ``weight``, with a few
+    exceptions."""
     return spec.n_dims >= 2 and spec.name.endswith("weight") and not any(part in spec.name for part in KEEP)
 
 
 def fitting_type(type_name: str, row: int) -> str:
-    """``tensor_type_fallback``: ``type_name``, or what replaces it in rows that its blocks do not divide."""
+    """``tensor_type_fallback``: ``type_name``, or its replacement for rows that its blocks do not divide."""
     if row % BLOCK[type_name] == 0:
         return type_name
     smaller = FALLBACK.get(type_name, type_name)

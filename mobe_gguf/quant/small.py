@@ -1,8 +1,8 @@
 """Values that are too small for their type: super-blocks have float16 scales, which become coarse below 6e-5.
 
-A k-quant's scale of a super-block is its largest scale divided by 31, 63 or 127, so that of values around 1e-3 it is below
-float16's normal numbers, in steps of 6e-8.  Types with one scale a block of 32 and more levels come there later, those of
-floats never.
+In a k-quant, a super-block's scale is its largest block scale divided by 31, 63 or 127.  For values around 1e-3 it is below
+float16's normal range, where steps are 6e-8.  Types with one scale for each block of 32 and more levels reach this at
+smaller values, floating-point types never.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-#: Type -> root mean square at which its error on Gaussian rows is a quarter more than on larger ones, as a power of two
-#: (``tests/quant/test_small.py`` measures it).  Of nvfp4 as libggml encodes it: without a scale of the tensor.
+#: Type -> root mean square, a power of two, at which its error on Gaussian rows is a quarter more than on larger ones
+#: (``tests/quant/test_small.py`` measures it).  nvfp4 is as libggml encodes it: without a tensor scale.
 LEAST = {
     "nvfp4": 2.0**-6,
     "q6_k": 2.0**-10,
@@ -30,7 +30,7 @@ LEAST = {
 
 @dataclass
 class Squares:
-    """Root mean square of values that come in pieces; rows of zeros (experts that were pruned) do not count."""
+    """Root mean square of values that arrive in pieces; rows of zeros (pruned experts) do not count."""
 
     total: float = 0.0
     count: int = 0
@@ -47,12 +47,12 @@ class Squares:
 
 
 def is_small(type_name: str, rms: float) -> bool:
-    """Whether values of this size lose more to the type than larger ones do; zeros do not."""
+    """Whether the type's relative error is larger for values of this size than for larger ones; False for zeros."""
     return 0 < rms <= LEAST.get(type_name, 0.0)
 
 
 def small_line(found: list[tuple[str, str, float]]) -> str:
-    """A warning about tensors, given as (name, type, root mean square), in one line."""
+    """A one-line warning about tensors, given as (name, type, root mean square)."""
     name, type_name, rms = min(found, key=lambda one: one[2] / LEAST[one[1]])
     others = f" and {len(found) - 1} more tensors" if len(found) > 1 else ""
     return (

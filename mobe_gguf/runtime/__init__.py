@@ -1,7 +1,7 @@
 """The runtime: llama.cpp with the patches of this project, installed by ``mobe-gguf build``.
 
-This door locates what is installed in the running interpreter's environment.  ``build`` makes it, ``ggml``
-calls its library.
+This module finds the runtime in the running interpreter's environment.  ``build`` installs it, ``ggml`` calls its
+library.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def tool(name: str) -> Path:
     """
     path = _installed().lib / name
     if not path.is_file() or path.name.startswith("lib"):
-        # shared libraries lie in the same directory
+        # shared libraries are in the same directory
         known = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("lib"))
         hint = "; run mobe-gguf build --test-tools" if name.startswith("test-") else ""
         raise MobeError(f"the installed runtime has no program {name!r}; it has {', '.join(known)}{hint}")
@@ -57,10 +57,10 @@ def tool(name: str) -> Path:
 def use_conversion() -> None:
     """Make ``import conversion`` and ``import gguf`` give the pinned llama.cpp's own packages.
 
-    The converter needs the ``gguf`` of its own tree: PyPI's release of the same version number lacks
-    hundreds of its names.  So both directories go to the front of ``sys.path``, and a ``gguf`` that was
-    imported from elsewhere is forgotten: whoever holds it keeps a working module, later imports get the
-    tree's.  (Enum members of the two compare and hash alike, so values may pass between them.)
+    The converter needs the ``gguf`` of its own tree: PyPI's release with the same version number lacks hundreds of its
+    names.  So both directories go to the front of ``sys.path``, and a ``gguf`` imported from elsewhere is dropped from
+    ``sys.modules``.  Existing references to it still work; later imports get the tree's.  (Enum members of the two
+    compare and hash alike, so values may pass between them.)
 
     Raises ``MobeError`` when another ``conversion`` is already imported, or there is no runtime.
     """

@@ -1,16 +1,16 @@
-"""``mobe-gguf build``: get, patch, compile and install the runtime, doing again only what has changed.
+"""``mobe-gguf build``: download, patch, compile and install the runtime.  Only what has changed is done again.
 
 The cache directory holds
 
     llama_cpp_python-V.tar.gz    the source distribution, checked against its checksum on each use
-    lock                         held while a build is at work
+    lock                         held while a build runs
     VARIANT/src/                 the patched tree, updated in place; VARIANT/source.key says from what
     VARIANT/ggml_mobe/           the kernel sources (CMake's GGML_MOBE_DIR)
-    VARIANT/build/               CMake's and Ninja's
+    VARIANT/build/               the build directory of CMake and Ninja
     VARIANT/build.log
 
-One VARIANT stands for one set of options, tool chain and processor.  Patches and kernels are not part of its
-name: when they change, the files that differ are replaced and Ninja recompiles what depends on them.
+A VARIANT belongs to one combination of options, tool chain and processor.  Its name does not depend on patches and
+kernels: when these change, the files that differ are replaced and Ninja recompiles what depends on them.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from mobe_gguf.runtime.compile import BuildOptions
 from mobe_gguf.runtime.install import Environment
 from mobe_gguf.runtime.source import LLAMA_CPP, Pin
 
-#: The fields of ``Options`` that stand for a backend besides the CPU's.
+#: The fields of ``Options`` that add a backend to the CPU's.
 BACKENDS = ("cuda", "vulkan")
 
 
 @dataclass(frozen=True)
 class BuildRecipe:
-    """All that decides what a build produces: source, patches, kernel sources, options.
+    """Everything that determines a build's result: source, patches, kernel sources, options.
 
-    ``patches=(), kernels=None`` builds the unpatched runtime, in a variant of its own.
+    ``patches=(), kernels=None`` builds the unpatched runtime, in a separate variant.
     """
 
     options: BuildOptions
@@ -64,17 +64,17 @@ class BuildRecipe:
         return f"{self.pin.version}+mobe" if self.patches else self.pin.version
 
     def definitions(self) -> dict[str, str]:
-        """CMake cache entries without paths."""
+        """CMake cache entries, without paths."""
         commit = f"{self.pin.name}-{self.version}"
         return {**compiling.definitions(self.options), "LLAMA_BUILD_COMMIT": commit}
 
     def source_key(self) -> str:
-        """Changes whenever the patched tree does."""
+        """A hash that changes with the patched tree."""
         return _digest(self.pin.sha256, [(path.name, sha256(path)) for path in self.patches])
 
     def variant(self) -> str:
-        """Name of the build tree whose objects this recipe may reuse."""
-        # test tools are only some more targets in the same tree
+        """Name of the build tree whose object files this recipe may reuse."""
+        # test tools only add targets to the same tree
         definitions = {k: v for k, v in self.definitions().items() if k != "LLAMA_BUILD_TESTS"}
         names = compiling.TOOLCHAIN_VARIABLES + ((compiling.VULKAN_VARIABLE,) if self.options.vulkan else ())
         toolchain = {name: os.environ.get(name) for name in names}
@@ -85,7 +85,7 @@ class BuildRecipe:
         return "-".join([*words, _digest(self.pin.sha256, definitions, toolchain, processor)[:10]])
 
     def key(self) -> str:
-        """Changes whenever the installed runtime would."""
+        """A hash that changes with the installed runtime."""
         kernels = [(path.as_posix(), sha256(file)) for path, file in self.kernel_files().items()]
         return _digest(self.variant(), self.source_key(), self.definitions(), self.options.tools, kernels)
 
@@ -102,7 +102,7 @@ class BuildRecipe:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What ``build`` did: Ninja's steps, seconds; ``fresh`` if there was nothing to do."""
+    """What ``build`` did: number of Ninja's steps, seconds; ``fresh`` if there was nothing to do."""
 
     stamp: Mapping[str, Any]
     fresh: bool
@@ -118,10 +118,10 @@ def build(
     force: bool = False,
     cache: Path | None = None,
 ) -> BuildResult:
-    """Bring the runtime of ``recipe`` into ``environment`` (default: the running interpreter's).
+    """Install the runtime of ``recipe`` in ``environment`` (default: the running interpreter's).
 
-    ``force`` compiles from scratch.  Raises ``MobeError`` when something that the build needs is missing or
-    a step fails; nothing half-done is taken for whole by the next run.
+    ``force`` compiles from scratch.  Raises ``MobeError`` when something that the build needs is missing or a step
+    fails.  The next run does not mistake an incomplete build for a complete one.
     """
     start = time.monotonic()
     environment = environment or Environment.active()
@@ -136,7 +136,7 @@ def build(
         environment.check_writable()
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache) as lock:
-            stamp = current(environment, key)  # another build may have just made it
+            stamp = current(environment, key)  # another build may have just installed it
             steps = 0
             if force or not stamp:
                 for leftover in [*cache.glob("download-*"), *cache.glob("*/unpack-*")]:  # of a killed build
@@ -156,7 +156,7 @@ def build(
 
 
 def current(environment: Environment, key: str) -> Mapping[str, Any] | None:
-    """The stamp of ``environment`` if its runtime is whole and of ``key``."""
+    """The stamp of ``environment`` if its runtime is complete and has this ``key``, else None."""
     stamp = install.read_stamp(environment)
     return stamp if stamp and stamp["key"] == key and install.is_whole(environment, stamp) else None
 
@@ -171,11 +171,11 @@ def _build(
     env: dict[str, str],
     lock: int | None,
 ) -> int:
-    """The steps of a build below ``work``; returns Ninja's count."""
+    """Run the steps of a build below ``work``; returns Ninja's number of steps."""
     if force:
         source.remove(work)
     work.mkdir(exist_ok=True)
-    # nothing below the cache directory is a checkout, whatever repository the cache may lie in
+    # nothing below the cache directory is a checkout, even if the cache lies inside a repository
     env["GIT_CEILING_DIRECTORIES"] = str(work.resolve())
     log = work / "build.log"
     log.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ def _build(
 
 
 def patched_tree(recipe: BuildRecipe, work: Path, env: Mapping[str, str]) -> Path:
-    """Bring ``work/src`` to the patched source; files that do not change keep their time stamps."""
+    """Update ``work/src`` to the patched source; files that do not change keep their time stamps."""
     tree, marker, fresh = work / "src", work / "source.key", work / "src.new"
     key = recipe.source_key()
     if marker.is_file() and marker.read_text(encoding="utf-8") == key:
@@ -229,7 +229,7 @@ def patched_tree(recipe: BuildRecipe, work: Path, env: Mapping[str, str]) -> Pat
 
 
 def copy_kernels(recipe: BuildRecipe, work: Path, target: Path) -> None:
-    """Bring ``target`` to the kernel sources; files that do not change keep their time stamps."""
+    """Update ``target`` to the kernel sources; files that do not change keep their time stamps."""
     fresh = work / "ggml_mobe.new"
     source.remove(fresh)
     fresh.mkdir()
@@ -243,7 +243,7 @@ def copy_kernels(recipe: BuildRecipe, work: Path, target: Path) -> None:
 
 @contextmanager
 def locked(cache: Path) -> Iterator[int | None]:
-    """Hold the cache's lock, waiting for another build to end; yields its descriptor, None where there are no locks."""
+    """Hold the cache's lock, after waiting for any other build; yields its descriptor, None if there are no locks."""
     waiting = f"another build is at work in {cache}, waiting for it"
     with locks.locked(cache / "lock", None, lambda: say(waiting)) as fd:
         if fd is None:
@@ -256,9 +256,9 @@ def _digest(*parts: Any) -> str:
 
 
 def inherited(environment: Environment, **chosen: Any) -> BuildOptions:
-    """Options with what the user left open (None) as in the runtime that is installed, or the default.
+    """Options in which everything left open (None) is as in the installed runtime, or else the default.
 
-    So that ``mobe-gguf build`` after ``mobe-gguf build --cuda`` has nothing to do.
+    So ``mobe-gguf build`` after ``mobe-gguf build --cuda`` has nothing to do.
     """
     before = (install.read_stamp(environment) or {}).get("options", {})
     values = {**before, **{name: value for name, value in chosen.items() if value is not None}}

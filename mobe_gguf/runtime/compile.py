@@ -1,4 +1,4 @@
-"""Compile llama.cpp with CMake and Ninja: which options, which targets, and what the user sees meanwhile."""
+"""Compile llama.cpp with CMake and Ninja: options, targets, and the progress that the user sees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import IO
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.progress import bar, console, say
 
-#: Installed on the PATH.
+#: Programs that are installed on the PATH.
 TOOLS = (
     "llama-cli",
     "llama-completion",
@@ -36,16 +36,16 @@ TOOLS = (
 #: llama.cpp's own operator tests, on request (``Options.test_tools``).
 TEST_TOOLS = ("test-backend-ops",)
 
-#: What the Python package loads; the libraries behind them follow.
+#: The targets that the Python package loads; the libraries that they depend on are built with them.
 LIBRARIES = ("llama", "mtmd")
 
 #: Environment variables that CMake takes compilers and flags from when it first configures a tree.
 TOOLCHAIN_VARIABLES = ("CC", "CXX", "CUDACXX", "CUDAHOSTCXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")
 
-#: Where CMake looks for Vulkan's headers, loader and glslc first: the directory of LunarG's SDK.
+#: Environment variable with the directory of LunarG's SDK, where CMake first looks for Vulkan's headers, loader and glslc.
 VULKAN_VARIABLE = "VULKAN_SDK"
 
-#: Asks for what ggml-vulkan's own CMakeLists.txt asks for. Its source further names what VK_EXT_layer_settings declares.
+#: Checks what ggml-vulkan's own CMakeLists.txt requires, and for VK_EXT_layer_settings, whose names its source uses.
 VULKAN_PROBE = """\
 cmake_minimum_required(VERSION 3.21)
 project(probe C)
@@ -63,7 +63,7 @@ if (NOT found)
 endif()
 """
 
-#: Asks for what ggml-cuda's own CMakeLists.txt asks for, and that nvcc compiles for the architectures with this host compiler.
+#: Checks what ggml-cuda's own CMakeLists.txt requires, and that nvcc compiles for the architectures with this host compiler.
 CUDA_PROBE = """\
 cmake_minimum_required(VERSION 3.21)
 project(probe CXX CUDA)
@@ -80,18 +80,18 @@ if (NOT header)
 endif()
 """
 
-#: Without a terminal, a line at least this often (seconds).
+#: Without a terminal, a progress line at least this often (seconds).
 LINE_EVERY = 15.0
 
-#: Compiler lines that end a failed build.
+#: Number of compiler lines shown after a failed build.
 TAIL = 20
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the user chose about the build; each field changes what is compiled.
+    """The user's options for the build; each field changes what is compiled.
 
-    ``cuda_arch`` is CMake's CUDA_ARCHITECTURES ("90", "80;90"); None stands for the GPUs of this machine.
+    ``cuda_arch``: CMake's CUDA_ARCHITECTURES ("90", "80;90"); None means the GPUs of this machine.
     """
 
     cuda: bool = False
@@ -110,11 +110,11 @@ class BuildOptions:
 
 
 def definitions(options: BuildOptions) -> dict[str, str]:
-    """The CMake cache entries that ``options`` ask for: no paths in them, so they can be part of a key."""
+    """The CMake cache entries for ``options``.  They contain no paths, so they can be part of a key."""
     chosen = {
         "CMAKE_BUILD_TYPE": "Release",
         "BUILD_SHARED_LIBS": "ON",
-        # tools and libraries are installed side by side and find each other wherever that is
+        # tools and libraries are installed in one directory and find each other there
         "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
         "CMAKE_INSTALL_RPATH": "$ORIGIN",
         "GGML_NATIVE": "OFF" if options.portable else "ON",
@@ -127,7 +127,7 @@ def definitions(options: BuildOptions) -> dict[str, str]:
         "LLAMA_BUILD_APP": "OFF",
         "LLAMA_BUILD_EXAMPLES": "OFF",
         "LLAMA_BUILD_TESTS": "ON" if options.test_tools else "OFF",
-        # the server's web page is not in the source distribution: it would be fetched from a model hub
+        # the server's web page is not in the source distribution, and would be downloaded from a model hub
         "LLAMA_BUILD_UI": "OFF",
         "LLAMA_USE_PREBUILT_UI": "OFF",
     }
@@ -139,7 +139,7 @@ def definitions(options: BuildOptions) -> dict[str, str]:
 
 
 def processor() -> str:
-    """What ``-march=native`` depends on: instruction set and features of this machine's CPU."""
+    """Instruction set and features of this machine's CPU, on which ``-march=native`` depends."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -149,7 +149,7 @@ def processor() -> str:
 
 
 def environment() -> dict[str, str]:
-    """The process environment for every command of a build: this environment's cmake and ninja first."""
+    """The environment variables for every command of a build; this environment's cmake and ninja come first."""
     return {
         **os.environ,
         "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath),
@@ -158,7 +158,8 @@ def environment() -> dict[str, str]:
 
 
 def check_toolchain(options: BuildOptions, env: Mapping[str, str]) -> None:
-    """Raise ``MobeError`` naming the missing program and how to get it, before anything is downloaded."""
+    """Check the programs that a build needs, before anything is downloaded.  ``MobeError`` names the missing program and
+    says how to get it."""
 
     def found(variable: str, *names: str) -> bool:
         names = (env[variable].split()[0],) if env.get(variable, "").strip() else names
@@ -197,7 +198,7 @@ def _nvcc(env: Mapping[str, str]) -> str | None:
 
 
 def _check_cuda(options: BuildOptions, env: Mapping[str, str]) -> None:
-    """Raise ``MobeError`` if nvcc does not compile for the GPUs that were named, or has no cuBLAS beside it."""
+    """Raise ``MobeError`` if nvcc does not compile for the requested GPUs, or cuBLAS is missing."""
     arch = definitions(options)["CMAKE_CUDA_ARCHITECTURES"]
     if why := _probe(
         CUDA_PROBE, env, CMAKE_CUDA_COMPILER=_nvcc(env) or "nvcc", CMAKE_CUDA_ARCHITECTURES=arch
@@ -209,7 +210,7 @@ def _check_cuda(options: BuildOptions, env: Mapping[str, str]) -> None:
 
 
 def _check_vulkan(env: Mapping[str, str]) -> None:
-    """Raise ``MobeError`` if CMake, which looks in more places than the PATH, finds not all that Vulkan takes."""
+    """Raise ``MobeError`` if CMake does not find everything that Vulkan needs.  CMake looks in more places than the PATH."""
     if why := _probe(VULKAN_PROBE, env):
         raise MobeError(
             f"--vulkan needs the Vulkan loader and its C++ headers, glslc and SPIRV-Headers: {why}; "
@@ -219,7 +220,7 @@ def _check_vulkan(env: Mapping[str, str]) -> None:
 
 
 def _probe(project: str, env: Mapping[str, str], **values: str) -> str:
-    """Why CMake does not configure ``project``, on one line, or nothing."""
+    """Why CMake fails to configure ``project``, in one line; empty if it succeeds."""
     with tempfile.TemporaryDirectory(prefix="probe-") as scratch:
         Path(scratch, "CMakeLists.txt").write_text(project, encoding="utf-8")
         done = subprocess.run(
@@ -233,7 +234,7 @@ def _probe(project: str, env: Mapping[str, str], **values: str) -> str:
         )
     if done.returncode == 0:
         return ""
-    # what nvcc says, whose lines CMake breaks, or else what CMake says, indented below a line that says where
+    # nvcc's message, whose lines CMake breaks, or else CMake's own, indented below a line with the place
     patterns = (
         r"^ *([^\n]*(?:nvcc fatal|\berror) *:.*?)\n *(?:\n|ninja: )",
         r"^CMake Error[^\n]*:\n(.*?)\n\S",
@@ -267,10 +268,10 @@ def configure(
 def compile_targets(
     build: Path, targets: Sequence[str], jobs: int, env: Mapping[str, str], log: Path, lock: int | None
 ) -> int:
-    """Build ``targets`` with Ninja; return how many steps it took (0: all was up to date).
+    """Build ``targets`` with Ninja; return how many steps it took (0: everything was up to date).
 
-    Shows Ninja's own count as a bar, or a line now and then where stderr is no terminal.  Raises
-    ``MobeError`` with what the compiler said and the log's path.
+    Shows Ninja's own count as a bar, or as occasional lines where stderr is not a terminal.  Raises ``MobeError`` with
+    the compiler's output and the log's path.
     """
     ninja = shutil.which("ninja", path=env["PATH"]) or "ninja"
     lines: list[str] = []
@@ -290,17 +291,17 @@ _STATUS = re.compile(r"^\[(\d+)/(\d+)\] (.*)$")
 
 
 def _finished(line: str, done: int) -> re.Match[str] | None:
-    """Ninja's line for a step after ``done`` ones.
+    """Match Ninja's status line if it reports a step after the first ``done``.
 
-    Not one that it announces before it counts (it looks for new files), nor one of a Ninja that a step runs, as the
-    shaders' generator of Vulkan is compiled by: these begin at 1 again, with a total of their own.
+    Two kinds of lines begin at 1 again, with a total of their own, and are skipped: those that Ninja prints before it
+    counts (it looks for new files), and those of an inner Ninja, such as the one that compiles Vulkan's shader generator.
     """
     match = _STATUS.match(line)
     return match if match and int(match[1]) > done else None
 
 
 def _show(total: int, match: re.Match[str], output: Iterator[str], lines: list[str]) -> int:
-    """Consume the rest of Ninja's output behind a bar over ``total`` steps; return the steps done."""
+    """Read the rest of Ninja's output and show a bar over ``total`` steps; return the steps done."""
     done = 0
     with bar("compile", total) as progress:
         say(f"compiling llama.cpp: {total} steps")
@@ -325,9 +326,9 @@ def _show(total: int, match: re.Match[str], output: Iterator[str], lines: list[s
 def _run(
     command: Sequence[str], env: Mapping[str, str], log: Path, lock: int | None
 ) -> Iterator[tuple[subprocess.Popen[str], Iterator[str]]]:
-    """Run ``command``, yielding the process and its output's lines, which are appended to ``log`` as well.
+    """Run ``command``; yields the process and the lines of its output, which are also appended to ``log``.
 
-    ``lock`` is inherited: should this process be killed, the lock holds until its children are gone too.
+    Child processes inherit ``lock``: if this process is killed, the lock holds until they have ended, too.
     """
     with open(log, "a", encoding="utf-8") as sink:
         sink.write(f"$ {' '.join(command)}\n")
@@ -361,7 +362,7 @@ def _logged(stream: IO[str], sink: IO[str]) -> Iterator[str]:
 
 
 def _failure(what: str, code: int, lines: Sequence[str], log: Path) -> MobeError:
-    """The error for a failed command: of its output, the first failing step's part, or else the end."""
+    """The error for a failed command: shows the first failing step's output, or else the end of all output."""
     first = next((i for i, line in enumerate(lines) if line.startswith("FAILED: ")), None)
     if first is None:
         shown = list(lines[-TAIL:])

@@ -1,7 +1,7 @@
-"""ggml's tensor types, encoders and decoders, called in the installed ``libggml-base`` through cffi.
+"""ggml's tensor types, encoders and decoders: calls to the installed ``libggml-base`` through cffi.
 
-gguf-py encodes only the simplest types; the library encodes all of them, and what it says of its types is
-the only table of them here.  Names are ggml's own in lower case: ``f32``, ``q8_0``, ``q4_k``, ``iq3_s``.
+gguf-py encodes only the simplest types, the library all of them.  The table of types here also comes from the library.
+Names are ggml's own in lower case: ``f32``, ``q8_0``, ``q4_k``, ``iq3_s``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
 
-#: ``ggml/include/ggml.h``; ``_load`` compares the struct, as the library fills it, with its functions.
+#: From ``ggml/include/ggml.h``.  ``_load`` checks the struct that the library fills against the library's functions.
 _DECLARATIONS = """
     struct ggml_type_traits {
         const char * type_name;
@@ -45,7 +45,7 @@ _DECLARATIONS = """
     _Bool        ggml_validate_row_data(int type, const void * data, size_t nbytes);
 """
 
-#: Largest float16: block scales are stored so.
+#: Largest float16, the format of block scales.
 _LARGEST = float(np.finfo(np.float16).max)
 
 #: Values that a thread encodes or decodes at a time.
@@ -56,8 +56,8 @@ _CHUNK = 1 << 18
 class TypeInfo:
     """One tensor type: a row of n values takes ``n / block * bytes`` bytes.
 
-    ``encodes`` and ``decodes`` say whether ``quantize`` and ``dequantize`` take it: integers and the types
-    that exist only between two kernels (q8_1, q8_k) are known to the library, and no more.
+    ``encodes`` and ``decodes`` say whether ``quantize`` and ``dequantize`` support it.  They do not support integers,
+    nor types that exist only between two kernels (q8_1, q8_k).
     """
 
     name: str
@@ -75,7 +75,7 @@ class TypeInfo:
         return 8 * self.bytes / self.block
 
     def row_bytes(self, n: int) -> int:
-        """Bytes of a row of ``n`` values.  Raises ``MobeError`` unless whole blocks fill it."""
+        """Bytes of a row of ``n`` values.  Raises ``MobeError`` unless it consists of whole blocks."""
         if n <= 0 or n % self.block:
             raise MobeError(
                 f"type {self.name} holds values in blocks of {self.block}, and a row of {n} is not a whole "
@@ -84,7 +84,7 @@ class TypeInfo:
         return n // self.block * self.bytes
 
     def tensor_bytes(self, shape: Sequence[int]) -> int:
-        """Bytes of a tensor of ``shape``, its row last.  Raises ``MobeError`` as :meth:`row_bytes`."""
+        """Bytes of a tensor of ``shape``, whose last axis is the row.  Raises ``MobeError`` as :meth:`row_bytes`."""
         return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
 
 
@@ -128,7 +128,7 @@ def types() -> dict[str, TypeInfo]:
 
 
 def type_info(name: str) -> TypeInfo:
-    """The type called ``name``, in either case.  Raises ``MobeError`` listing the known ones."""
+    """The type called ``name``, in upper or lower case.  Raises ``MobeError``, which lists the known types."""
     known = _load()[2]
     if name.lower() not in known:
         names = ", ".join(sorted(n for n, info in known.items() if info.encodes))
@@ -146,11 +146,12 @@ def quantize(
 ) -> np.ndarray:
     """Encode float32 ``array`` [..., n] as ``type``: uint8 [..., row_bytes(n)].
 
-    ``imatrix`` is float32 [n], the importance of each column, the same for all rows.  (A block whose columns
-    all have importance zero is encoded as zeros by most types: give unseen columns a small one.)  Rows are shared out to
-    ``threads`` threads (default: all cores); their number does not change the result.  Raises ``MobeError``,
-    which calls the array ``name``, for a type that cannot be encoded or needs an imatrix, a row that is not
-    a whole number of blocks, and values that are not finite or, in a type with float16 scales, above 65504.
+    ``imatrix``: float32 [n], the importance of each column, the same for all rows.  Give unseen columns a small value:
+    most types encode a block as zeros if all its columns have importance zero.  ``threads``: how many threads share the
+    rows (default: all cores); the number does not change the result.
+
+    Raises ``MobeError``, which calls the array ``name``, for a type that cannot be encoded or needs an imatrix, for rows
+    that are not whole blocks, and for values that are not finite or, in a type with float16 scales, above 65504.
     """
     ffi, lib, _ = _load()
     info = type_info(type)
@@ -187,7 +188,7 @@ def quantize(
 def dequantize(data: np.ndarray, type: str, n: int, *, threads: int | None = None) -> np.ndarray:
     """Decode uint8 ``data`` [..., row_bytes(n)], rows of ``n`` values of ``type``: float32 [..., n].
 
-    Raises ``MobeError`` for a type that cannot be decoded or rows of another size.
+    Raises ``MobeError`` for a type that cannot be decoded, or for rows of another size.
     """
     ffi, _, _ = _load()
     info = type_info(type)
@@ -216,7 +217,7 @@ def dequantize(data: np.ndarray, type: str, n: int, *, threads: int | None = Non
 def is_valid(data: np.ndarray, type: str) -> bool:
     """Whether uint8 ``data``, whole blocks of ``type``, decode to finite values only.
 
-    The library itself says on stderr what it found.
+    The library reports on stderr what it found.
     """
     ffi, lib, _ = _load()
     info = type_info(type)
@@ -271,14 +272,14 @@ def _check_imatrix(imatrix: np.ndarray, n: int, name: str) -> np.ndarray:
 
 
 def check_values(rows: np.ndarray, type: str, name: str, first: int = 0) -> None:
-    """MobeError, which calls them ``name``, unless all values of float32 ``rows`` ``[r, n]``, of which the first is row ``first``,
-    can be encoded as ``type``: are finite and, in a type with float16 scales, at most 65504.
+    """MobeError unless all values of float32 ``rows`` ``[r, n]`` can be encoded as ``type``: finite and, in a type with
+    float16 scales, at most 65504.  The message calls the tensor ``name``; ``first`` is the number of the first row.
 
-    Every encoder is to be called after this.  Of a NaN libggml's make valid blocks of finite values in most types, and of some
-    the process is aborted.
+    Call this before every encoder.  For most types libggml encodes NaN as valid blocks of finite values; for some it
+    aborts the process.
     """
     limit = np.inf if type in ("f32", "bf16") else _LARGEST
-    largest = max(rows.max(), -rows.min())  # NaN if there is one, for either is NaN then
+    largest = max(rows.max(), -rows.min())  # NaN if any value is: then both are NaN
     if largest <= limit and np.isfinite(largest):
         return
     wrong = ~(np.abs(rows) <= limit) | ~np.isfinite(rows)

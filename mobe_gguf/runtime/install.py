@@ -1,6 +1,6 @@
-"""Put a compiled runtime into a Python environment, and tell what is installed there.
+"""Install a compiled runtime into a Python environment, and report what is installed there.
 
-Layout, for an environment with site-packages S, scripts directory B and prefix P:
+Layout for an environment with site-packages S, scripts directory B and prefix P:
 
     S/llama_cpp/                 the Python package of the patched source distribution
     S/llama_cpp/lib/             shared libraries and tools, side by side: they find each other by $ORIGIN
@@ -9,7 +9,7 @@ Layout, for an environment with site-packages S, scripts directory B and prefix 
     P/share/mobe-gguf/llama.cpp/ the parts of the source tree that Python code reads: converter, gguf-py, headers
     P/share/mobe-gguf/runtime.json    the stamp: key, options, every file with its size; written last
 
-Nothing of an installed runtime refers to the cache directory.
+An installed runtime does not refer to the cache directory.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Environment:
 
 
 def read_stamp(environment: Environment) -> dict[str, Any] | None:
-    """The stamp of the runtime in ``environment``, or None where there is no whole one of this format."""
+    """The stamp of the runtime in ``environment``; None if there is no complete runtime with a stamp of this format."""
     try:
         stamp = json.loads(environment.stamp.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def read_stamp(environment: Environment) -> dict[str, Any] | None:
 
 
 def is_whole(environment: Environment, stamp: dict[str, Any]) -> bool:
-    """Whether every file that ``stamp`` lists is there with its size."""
+    """Whether every file that ``stamp`` lists exists with the right size."""
     roots = asdict(environment)
     try:
         return all(
@@ -136,10 +136,12 @@ def install(
 ) -> None:
     """Install what was compiled in ``build`` from ``tree`` (the source distribution's top directory).
 
-    ``version`` is what pip will list.  Replaces whatever llama-cpp-python the environment holds.  All of the new runtime lies
-    there before anything of the old one is touched; what then follows are some renames, between which there is no stamp: what
-    is interrupted before them leaves the old runtime, and what is interrupted there is not mistaken for a whole one.  ``stamp`` is
-    completed with format and file list and written last.
+    ``version``: the version that pip will list.  Replaces any llama-cpp-python in the environment.
+
+    The new runtime is copied completely before the old one is touched.  Then a few renames replace the old one; there is
+    no stamp meanwhile.  An interruption before the renames leaves the old runtime in place.  One during the renames leaves
+    no stamp, so the result is not mistaken for a complete runtime.  ``stamp`` gets the format and the file list and is
+    written last.
     """
     for directory in (environment.libraries, environment.scripts, environment.data):
         directory.mkdir(parents=True, exist_ok=True)
@@ -188,9 +190,9 @@ def install(
 
 @contextmanager
 def _beside(*finals: Path) -> Iterator[list[Path]]:
-    """``with _beside(a, b) as (x, y)``: fill the directories x and y; on success they take the places of a and b, one after the other.
+    """``with _beside(a, b) as (x, y)``: fill the directories x and y; on success they replace a and b, one after the other.
 
-    What runs from the old directories goes on running: their files are unlinked, never written to.
+    Programs that run from the old directories keep running: the old files are unlinked, never overwritten.
     """
     new = [final.with_name(f".{final.name}.new") for final in finals]
     try:
@@ -216,12 +218,13 @@ def _swap(new: Path, final: Path) -> None:
 
 
 def _place(environment: Environment, name: str) -> Path:
-    """Of a file, by its name in RECORD."""
+    """Path of a file, given its name in RECORD."""
     return Path(os.path.normpath(environment.libraries / name))
 
 
 def _installed_files(environment: Environment, pin: Pin) -> set[Path]:
-    """Files of any llama-cpp-python that is installed in the environment, as its RECORD has them; none outside of its directories."""
+    """Files of any llama-cpp-python installed in the environment, by its RECORD; files outside its directories are left
+    out."""
     found = set()
     for distribution in metadata.distributions(name=pin.name, path=[str(environment.libraries)]):
         for file in distribution.files or ():
@@ -273,7 +276,7 @@ def _sizes(root: Path, paths: Sequence[Path]) -> dict[str, int]:
 
 
 def _write_metadata(info: Path, tree: Path, pin: Pin, version: str) -> None:
-    """All of the package's metadata directory but RECORD (PEP 376, 427)."""
+    """Write the package's metadata directory, except for RECORD (PEP 376, 427)."""
     text = (tree / "PKG-INFO").read_text(encoding="utf-8")
     (info / "METADATA").write_text(
         text.replace(f"\nVersion: {pin.version}\n", f"\nVersion: {version}\n", 1), encoding="utf-8"
@@ -283,6 +286,6 @@ def _write_metadata(info: Path, tree: Path, pin: Pin, version: str) -> None:
 
 
 def _record(name: str, root: Path, file: Path) -> str:
-    """Line of RECORD for ``file`` below ``root``, which will be called ``name``."""
+    """Line of RECORD for ``file`` below ``root``; ``name`` is its final name."""
     digest = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).rstrip(b"=").decode()
     return f"{name}/{file.relative_to(root).as_posix()},sha256={digest},{file.stat().st_size}"

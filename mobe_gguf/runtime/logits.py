@@ -1,6 +1,8 @@
-"""Logits of a GGUF file by the installed runtime, in full precision: ``python -m mobe_gguf.runtime.logits FILE TOKENS.npy OUT.npy``.
+"""Logits of a GGUF file from the installed runtime, in full precision.
 
-A program of its own: where a graph does not like a file, llama.cpp ends the process.
+    python -m mobe_gguf.runtime.logits FILE TOKENS.npy OUT.npy
+
+It is a separate program because llama.cpp ends the process if a file does not fit its graph.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from mobe_gguf.core.errors import MobeError
 
 
 def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
-    """float32 ``[len(tokens), vocabulary]``; MobeError, with what the program said, if the runtime does not run the file."""
-    runtime.lib_dir()  # says what to do where there is none
+    """float32 ``[len(tokens), vocabulary]``; MobeError, with the program's output, if the runtime fails to run the file."""
+    runtime.lib_dir()  # raises an error that says what to do if there is no runtime
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as folder:
         given, out = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(given, tokens)

@@ -1,4 +1,4 @@
-"""Apply the patch series, and carry a changed tree over to the one that objects were compiled from."""
+"""Apply the patch series, and copy the changes to the tree from which object files were compiled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mobe_gguf.core.errors import MobeError
 def apply(tree: Path, patches: Iterable[Path], env: Mapping[str, str]) -> None:
     """Apply ``patches`` in order to ``tree``, with ``git apply`` or, where git is missing, ``patch``.
 
-    Paths in the patches are relative to ``tree`` (``a/vendor/llama.cpp/src/...``).  Nothing fuzzy is
-    accepted.  Raises ``MobeError`` naming the patch that does not apply and its first complaints.
+    Paths in the patches are relative to ``tree`` (``a/vendor/llama.cpp/src/...``).  Patches must match exactly, without
+    fuzz.  Raises ``MobeError``, which names the patch that does not apply and shows the first messages.
     """
     patches = list(patches)
     if not patches:
@@ -28,7 +28,7 @@ def apply(tree: Path, patches: Iterable[Path], env: Mapping[str, str]) -> None:
         command = [gnu_patch, "-p1", "--batch", "--forward", "--fuzz=0", "--no-backup-if-mismatch", "-i"]
     else:
         raise MobeError("neither git nor patch is installed, and one applies the patches: apt install git")
-    # inside a repository, git apply skips, silently, every path that is not that repository's own
+    # inside a repository, git apply silently skips all paths that do not belong to that repository
     env = {name: value for name, value in env.items() if not name.startswith("GIT_")}
     env["GIT_CEILING_DIRECTORIES"] = str(tree.parent.resolve())
     for patch in patches:
@@ -54,9 +54,9 @@ def apply(tree: Path, patches: Iterable[Path], env: Mapping[str, str]) -> None:
 def mirror(new: Path, old: Path) -> int:
     """Make ``old`` equal to ``new`` by moving over the files that differ; return how many changed.
 
-    Files with equal contents keep their time stamps, so that Ninja recompiles what changed and no more;
-    the others are dated now, even if the file that moves in is older than the object compiled from the
-    one it replaces.  ``new`` is left incomplete.  An interrupted call is mended by the next one.
+    Files with equal contents keep their time stamps, so that Ninja recompiles only what changed.  Moved files get the
+    current time, because they may be older than the object file compiled from the previous one.  ``new`` is left
+    incomplete.  After an interruption, the next call repairs ``old``.
     """
     changed = 0
     old.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def mirror(new: Path, old: Path) -> int:
         os.utime(source)
         os.replace(source, target)
         changed += 1
-    for path in sorted(old.rglob("*"), reverse=True):  # a directory comes after what it holds
+    for path in sorted(old.rglob("*"), reverse=True):  # a directory comes after its contents
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()

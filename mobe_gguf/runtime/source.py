@@ -1,4 +1,4 @@
-"""The pinned source distribution: fetched by name with pip, kept in the cache, checked on every use."""
+"""The pinned source distribution: downloaded with pip, kept in the cache, checked on every use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import sha256
 from mobe_gguf.core.progress import bar, say
 
-#: Names the cache directory; without it, ``$XDG_CACHE_HOME/mobe-gguf`` or ``~/.cache/mobe-gguf``.
+#: Environment variable for the cache directory; the default is ``$XDG_CACHE_HOME/mobe-gguf`` or ``~/.cache/mobe-gguf``.
 CACHE_VARIABLE = "MOBE_GGUF_CACHE"
 
 
@@ -61,10 +61,10 @@ def cache_dir() -> Path:
 
 
 def fetch(pin: Pin, cache: Path, env: Mapping[str, str]) -> Path:
-    """The archive of ``pin`` in ``cache``, downloaded there unless a whole one is there already.
+    """The archive of ``pin`` in ``cache``, downloaded unless a complete one is there already.
 
-    ``env`` is the environment that pip runs in.  Raises ``MobeError`` when there is no pip, the download
-    fails, or what arrived has another checksum.
+    ``env``: environment variables for pip.  Raises ``MobeError`` when there is no pip, the download fails, or the
+    downloaded file has another checksum.
     """
     archive = cache / pin.filename
     if archive.is_file():
@@ -87,13 +87,13 @@ def fetch(pin: Pin, cache: Path, env: Mapping[str, str]) -> Path:
 def unpack(archive: Path, pin: Pin, target: Path) -> None:
     """Unpack the archive's top directory as ``target``, which must not exist.
 
-    The archive's ``.git`` is left out: tools that look for a repository would take the tree for a checkout
-    of something else.  Raises ``MobeError`` when the archive is broken or has another top directory.
+    The archive's ``.git`` is left out, because tools would take the tree for a checkout of another repository.
+    Raises ``MobeError`` when the archive is broken or has another top directory.
     """
     with tempfile.TemporaryDirectory(prefix="unpack-", dir=target.parent) as scratch:
         try:
             with tarfile.open(archive) as tar:
-                # Python before 3.10.12 and 3.11.4 has no filter; the archive's checksum is known by now
+                # Python before 3.10.12 and 3.11.4 has no filter; the archive's checksum has been verified by now
                 tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
                 git = f"{pin.top}/.git/"
                 tar.extractall(scratch, members=(member for member in tar if not member.name.startswith(git)))
@@ -110,7 +110,7 @@ def unpack(archive: Path, pin: Pin, target: Path) -> None:
 
 
 def _pip_download(pin: Pin, scratch: Path, archive: Path, env: Mapping[str, str]) -> Path:
-    """Let pip download ``pin`` below ``scratch``; its settings (index, proxy, certificates) all apply."""
+    """Download ``pin`` below ``scratch`` with pip; all of pip's settings (index, proxy, certificates) apply."""
     if importlib.util.find_spec("pip") is None:
         raise MobeError(
             f"pip is needed to download {pin.name}=={pin.version} and is not installed in {sys.prefix}: "
@@ -121,7 +121,7 @@ def _pip_download(pin: Pin, scratch: Path, archive: Path, env: Mapping[str, str]
     arrived, unfinished = scratch / "arrived", scratch / "tmp"
     unfinished.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--progress-bar", "off", "--no-deps"]
-    # only for this package: the tools that pip needs to read its metadata may well come as wheels
+    # for this package only: the tools that pip needs to read its metadata may be wheels
     command += ["--no-binary", pin.name, "--require-hashes", "-r", str(requirements), "-d", str(arrived)]
     with open(scratch / "pip.log", "w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
@@ -149,14 +149,14 @@ def _pip_download(pin: Pin, scratch: Path, archive: Path, env: Mapping[str, str]
 
 
 def _watch(process: subprocess.Popen[bytes], pin: Pin, unfinished: Path) -> None:
-    """Show the size of what pip has on disk so far until it exits."""
+    """Show how many bytes pip has written so far, until it exits."""
     total = pin.size / 1e6
     say(f"downloading {pin.name} {pin.version} ({total:.0f} MB)")
     with bar("download (MB)", round(total)) as progress:
         shown, size = 0, 0
         while process.poll() is None:
             time.sleep(0.2)
-            with contextlib.suppress(OSError):  # pip renames and removes as it goes
+            with contextlib.suppress(OSError):  # pip renames and removes files meanwhile
                 size = sum(path.stat().st_size for path in unfinished.glob(f"*/{pin.filename}"))
             if size / 1e6 >= shown + 1:
                 progress.advance(int(size / 1e6) - shown)
@@ -164,7 +164,7 @@ def _watch(process: subprocess.Popen[bytes], pin: Pin, unfinished: Path) -> None
 
 
 def remove(path: Path) -> None:
-    """Delete a directory tree or file if it is there."""
+    """Delete a directory tree or file if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,7 +1,7 @@
-"""How fast this machine reads weights: one matrix of a type times one vector, by the installed runtime's CPU backend.
+"""How fast this machine reads weights: one matrix of a type times one vector, on the installed runtime's CPU backend.
 
-That is what writing a token is made of, so bytes a second measured so, with all threads, hold where memory is the limit and
-where a type's arithmetic is.
+Generating a token consists of such products.  So the bytes per second measured here, with all threads, hold whether the
+limit is memory bandwidth or a type's arithmetic.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime import ggml
 
-#: Bytes of the matrix: beyond the caches.
+#: Bytes of the matrix, more than the caches hold.
 BYTES = 96 << 20
 ROW = 2048
-#: Seconds that each measurement takes at least, and runs of which the fastest counts.
+#: Least seconds of each measurement, and the number of runs, of which the fastest counts.
 SECONDS, RUNS = 0.1, 5
-#: Nodes of the graph that tells what a node costs.
+#: Number of nodes in the graph that measures the cost of a node.
 NODES = 400
 
 _DECLARATIONS = """
@@ -88,9 +88,9 @@ def devices() -> list[tuple[str, int]]:
 
 
 def matrix_rate(type_name: str, threads: int) -> float:
-    """Bytes of a matrix of the type that are multiplied with a vector in a second, with so many threads.
+    """Bytes per second of a matrix of the type that is multiplied by a vector, with ``threads`` threads.
 
-    The matrix lies where llama.cpp keeps weights of the type: repacked, where the CPU backend does that.
+    The matrix is stored as llama.cpp stores weights of the type: repacked where the CPU backend does that.
     """
     _, lib = _library()
     info = ggml.type_info(type_name)
@@ -112,7 +112,7 @@ def matrix_rate(type_name: str, threads: int) -> float:
 
 
 def node_seconds(threads: int) -> float:
-    """What a node of a graph costs that computes next to nothing: all threads meet behind each."""
+    """Seconds for a graph node with almost no computation: the cost of synchronizing all threads after each node."""
     _, lib = _library()
     with _context() as ctx:
         x = lib.ggml_new_tensor_2d(ctx, ggml.type_info("f32").id, 64, 1)
@@ -125,7 +125,7 @@ def node_seconds(threads: int) -> float:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """ggml says of each tensor that it is repacked."""
+    """Suppress ggml's message about each repacked tensor."""
     ffi, lib = _library()
     before, data = ffi.new("void **"), ffi.new("void **")
     lib.ggml_log_get(before, data)
@@ -149,7 +149,7 @@ def _context() -> Iterator[Any]:
 
 
 def _extra_buffers() -> list[Any]:
-    """Kinds of buffers in which the CPU backend keeps weights in an order of its own."""
+    """Buffer types in which the CPU backend stores repacked weights."""
     ffi, lib = _library()
     device = lib.ggml_backend_dev_by_type(_CPU)
     reg = lib.ggml_backend_dev_backend_reg(device)
@@ -163,7 +163,7 @@ def _extra_buffers() -> list[Any]:
 
 @contextlib.contextmanager
 def _placed(ctx: Any, kind: Any) -> Iterator[None]:
-    """Memory of a kind, None for the CPU's ordinary one, for the context's tensors."""
+    """Allocate the context's tensors in a buffer of type ``kind``; None is the CPU's ordinary memory."""
     ffi, lib = _library()
     backend = lib.ggml_backend_init_by_type(_CPU, ffi.NULL)
     try:
@@ -183,10 +183,10 @@ def _placed(ctx: Any, kind: Any) -> Iterator[None]:
 
 
 def _fastest(threads: int, ctx: Any, nodes: list[Any]) -> float:
-    """Seconds of the fastest run of the graph that ends in ``nodes``, tensors of ``ctx`` that are not placed yet.
+    """Seconds of the fastest run of the graph that ends in ``nodes``, tensors of ``ctx`` that are not allocated yet.
 
-    Seconds of the processor, shared by the threads, which are all at work until the end: on a quiet machine the same as time that
-    passes, and on a busy one what the others take is left out.
+    This is CPU time divided by the number of threads, which all work until the end.  On an idle machine it equals wall
+    time; on a busy one it leaves out the time of other processes.
     """
     ffi, lib = _library()
     graph = lib.ggml_new_graph(ctx)
