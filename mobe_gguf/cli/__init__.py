@@ -1,4 +1,4 @@
-"""The ``mobe-gguf`` command.  One subcommand a file; each is imported only when it is asked for."""
+"""The ``mobe-gguf`` command.  Each subcommand is a module, imported only when it is used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ COMMANDS = {
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is Ctrl-C inside: by itself it would end the program at once, and leave what is half written."""
+    """Treat SIGTERM as Ctrl-C within the block; otherwise it would end the program at once and leave unfinished files
+    behind."""
     before = signal.getsignal(signal.SIGTERM)
     ours = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
     if ours:
@@ -49,9 +50,9 @@ def _terminable() -> Iterator[None]:
 
 
 class LazyGroup(click.Group):
-    """Loads a command's module when it is called: ``--help`` must not wait for torch.
+    """Loads a command's module only when it is called, so that ``--help`` does not wait for torch.
 
-    A command that Ctrl-C or SIGTERM ended has exit code 130; one that can say what is kept raises Interrupted itself.
+    A command ended by Ctrl-C or SIGTERM has exit code 130; one that can say what is kept raises Interrupted itself.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from mobe_gguf.core.files import parse_size
 if TYPE_CHECKING:  # imports that take their time
     from mobe_gguf.compress.pipeline import Compression, Result
 
-#: Options that name a type, and the field of ``Wishes`` that each goes to.
+#: Options that name a type, and the field of ``Wishes`` that each sets.
 TYPES = {
     "--basis-type": "basis_type",
     "--transform-type": "transform_type",
@@ -26,7 +26,7 @@ TYPES = {
     "--output-tensor-type": "output_type",
     "--token-embedding-type": "embedding_type",
 }
-#: Options that a plan stands for.
+#: Options that a plan replaces.
 PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 
 
@@ -229,7 +229,7 @@ def command(
 
 
 def _write_page(job: Compression, path: Path, quiet: bool, result: Result) -> None:
-    """The page of ``--report``, while the work folder is there."""
+    """Write the page of ``--report``; the work folder must still be there."""
     from mobe_gguf.compress.page import of_compression
 
     again = shlex.join(["mobe-gguf", *sys.argv[1:]])

@@ -134,7 +134,7 @@ def command(
 
 
 def _check_cards(files: tuple[Path, ...]) -> None:
-    """Before anything is computed: MobeError if no file has a card."""
+    """MobeError if no file has a card; called before anything is computed."""
     from mobe_gguf.export.card import card_of
 
     if not any(map(card_of, files)):
@@ -169,7 +169,7 @@ def _show(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSetti
         return
     out = Console(highlight=False, **VERBATIM)
     width = out.width if sys.stdout.isatty() else None
-    out.width = width or 1000  # into a pipe no name is broken
+    out.width = width or 1000  # names are not wrapped in a pipe
     out.print(report.table(reference, rows, text, settings, width))
 
 

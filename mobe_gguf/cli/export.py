@@ -205,7 +205,7 @@ def command(model: Path, out: Path, as_json: bool, verify: bool, **given: Any) -
 
 
 def _request(model: Path, out: Path, given: Mapping[str, Any]) -> ExportRequest:
-    """What the options of the command, ``given`` by name, ask for."""
+    """The request that the command's options, ``given`` by name, stand for."""
     from mobe_gguf.core.files import parse_size
     from mobe_gguf.export import ExportOptions, ExportRequest
     from mobe_gguf.models.hub import resolve
@@ -224,7 +224,7 @@ def _request(model: Path, out: Path, given: Mapping[str, Any]) -> ExportRequest:
 
 
 def _recipe(model: Path, target: Target | None, given: Mapping[str, Any]) -> Recipe:
-    """The types that the options ask for; those that ``model`` was fitted for, where ``--quant`` is left out."""
+    """The types that the options ask for; without ``--quant`` those that ``model`` was fitted for."""
     from mobe_gguf.export import default_types
     from mobe_gguf.quant.recipe import Recipe, parse_override, parse_quant, parse_type
 
@@ -251,7 +251,7 @@ def _recipe(model: Path, target: Target | None, given: Mapping[str, Any]) -> Rec
 
 
 def _rest(model: Path, quant: str | None) -> str | None:
-    """``--quant-rest``; UsageError where MODEL is not of a GGUF file."""
+    """The type of ``--quant-rest``; UsageError if MODEL does not hold factors of a GGUF file."""
     from mobe_gguf.models.gguf_source import FACTORS_NAME
     from mobe_gguf.quant.recipe import parse_quant
 

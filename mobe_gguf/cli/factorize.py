@@ -233,7 +233,7 @@ def command(
             click.echo(json.dumps(report.plan_json(job) | time, indent=2))
         elif not quiet:
             report.print_plan(job, console)
-            if ray is None:  # a trial here says nothing of machines elsewhere
+            if ray is None:  # a trial on this machine says nothing about other machines
                 report.print_time(job, device, console)
         return
     if verbose and not quiet:
@@ -250,7 +250,7 @@ def command(
 
 
 def _planned_bare(model: Path, out: Path, asked: Options, as_json: bool, quiet: bool) -> bool:
-    """``--dry-run`` of a config.json alone: sizes; how long the work takes is not measured.  False if there is more."""
+    """``--dry-run`` for a config.json alone: print sizes, without a measured time.  False if the model has weights."""
     from mobe_gguf.core.progress import console
     from mobe_gguf.factorize import job as jobs
     from mobe_gguf.factorize import report

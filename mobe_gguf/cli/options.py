@@ -1,7 +1,7 @@
-"""Options of several commands: the same words where they mean the same.
+"""Options that several commands share, with the same words.
 
-Each is a decorator; one whose default depends on the command is a function that makes it.  With ``unset`` the default is
-only said: the command gets None, for what was not asked for is not what was asked to be the default.
+Each option is a decorator.  If its default depends on the command, it is a function that makes the decorator.  With
+``unset`` the help shows the default but the command gets None, so it can tell whether the option was given.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ _PLACEMENT = (
 
 
 def placement(command: Callable[..., Any]) -> Callable[..., Any]:
-    """llama.cpp's options that say where weights go; :func:`llama_placement` takes them."""
+    """Add llama.cpp's options that say where weights go; pass their values to :func:`llama_placement`."""
     for option in reversed(_PLACEMENT):
         command = option(command)
     return command
 
 
 def llama_placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None) -> tuple[str, ...]:
-    """llama.cpp's own spelling of the options that say where weights go.  UsageError if it would not take them."""
+    """llama.cpp's own spelling of the options that say where weights go.  UsageError if it would refuse them."""
     if gpu_layers is not None and gpu_layers not in ("auto", "all") and not re.fullmatch(r"\d+", gpu_layers):
         raise UsageError(f"--gpu-layers {gpu_layers}: expected a number of layers, auto or all")
     return (
@@ -120,7 +120,7 @@ dry_run = click.option(
 
 
 def check_stdout() -> None:
-    """UsageError if stdout is closed (``>&-``): the result would be lost, and nobody told."""
+    """UsageError if stdout is closed (``>&-``): the result would be lost silently."""
     if sys.stdout is None:
         raise UsageError("the result is printed on stdout, which is closed; send it to a file: > FILE")
 
@@ -149,7 +149,7 @@ quiet = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 
 
 def check_report(path: Path | None, moments: Path | None) -> Moments | None:
-    """Before the work: that the page can be written; what it is to show of ``moments``, opened."""
+    """Check before the work that the page can be written; returns the opened ``moments`` for it."""
     if path is None:
         return None
     from mobe_gguf import runtime
@@ -162,7 +162,7 @@ def check_report(path: Path | None, moments: Path | None) -> Moments | None:
 
 
 def write_report(page: Page, path: Path, quiet: bool) -> None:
-    """The page into ``path``."""
+    """Write the page to ``path``."""
     from mobe_gguf.core.progress import say
     from mobe_gguf.evaluate.page import write
 

@@ -82,7 +82,7 @@ def command(
     measured = probe.probe(path, layout, found, moments) if with_probe else None
     beside = memory.beside_weights(layout, ctx)
     costs = report.order([cost.cost(layout, form, here, beside, measured) for form in found], asked)
-    # the weights will lie beside their config.json
+    # the weights will be in the directory of config.json
     named = str(Path(model).parent) if Path(model).suffix == ".json" else str(model)
     about = (named, layout, here, beside, costs, asked, forms.why_not_factorized(layout))
     if as_json:

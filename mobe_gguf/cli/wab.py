@@ -1,4 +1,4 @@
-"""The options that name the authors' training output, of every command that reads factors."""
+"""The options for the training output of MoBE's authors, shared by all commands that read factors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # an import of torch
 
 
 def wab_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``--wab``, ``--activation`` and ``--wab-layers``, for :func:`wab_files`."""
+    """Add ``--wab``, ``--activation`` and ``--wab-layers``; pass their values to :func:`wab_files`."""
     options = (
         click.option(
             "--wab",
@@ -42,7 +42,7 @@ def wab_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wab_files(folders: tuple[Path, ...], activation: str | None, layers: str | None) -> WabFiles | None:
-    """What these options say, None without them; UsageError if one lacks the other."""
+    """The files that these options name, None without the options; UsageError if one is given without the other."""
     if not folders:
         for name, value in (("--activation", activation), ("--wab-layers", layers)):
             if value is not None:

@@ -1,4 +1,4 @@
-"""How long the stages of a compression take in proportion to each other, for the time that is left."""
+"""Relative durations of a compression's stages, to estimate the time that is left."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from mobe_gguf.plan.layout import Layout
 
 #: Tokens of the text that ships with the program.
 TOKENS = 400_000
-#: Seconds a stage takes for each parameter of the model, or for each parameter and 1,000 tokens of text.
+#: Seconds of a stage per parameter of the model, or per parameter and 1,000 tokens of text.
 ROUND, FIT, WRITE, STORE, QUANTIZE = 9e-6, 9e-6, 4.5e-7, 1e-7, 1.5e-7
 GATHER, PREDICT = 1.7e-7, 8e-8
-#: Steps after which a fit stops by itself, about.
+#: Approximate number of steps after which a fit stops by itself.
 STEPS = 170
 
 
 def seconds(layout: Layout, wishes: Wishes, factors: bool) -> dict[str, float]:
-    """Of each stage, in order; on the machine where the constants were measured (2 cores, the shipped model)."""
+    """Seconds of each stage, in order, on the machine where the constants were measured (2 cores, the shipped
+    model)."""
     n, active = layout.parameters, _active(layout)
     there = sum(path.stat().st_size for path in wishes.text) / rivals.TOKEN_BYTES if wishes.text else TOKENS
     tokens = (there if wishes.chunks is None else wishes.chunks * wishes.ctx) / 1000
@@ -41,7 +42,7 @@ def seconds(layout: Layout, wishes: Wishes, factors: bool) -> dict[str, float]:
 
 
 def _active(layout: Layout) -> float:
-    """Parameters that a token passes."""
+    """Parameters that a token uses."""
     shape = layout.expert_shape()
     experts = 3 * shape[0] * shape[1] * shape[2] * len(layout.expert_layers)
     return layout.parameters - experts * (1 - layout.n_expert_used / max(1, layout.n_expert))

@@ -1,4 +1,4 @@
-"""Each file against the original, one after the other: what is measured stays measured when a job is stopped."""
+"""Measure files against the original, one after the other.  Results are kept if the job is stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mobe_gguf.evaluate.facts import Facts
 
 
 class Measures:
-    """Of files of a job in ``workspace``, against ``original`` on ``text``.  The original's logits are kept there, too."""
+    """Measurements of a job's files against ``original`` on ``text``.  ``workspace`` keeps them, and the original's
+    logits."""
 
     def __init__(self, workspace: Workspace, original: Path, text: Path, settings: EvalSettings, quiet: bool):
         self.workspace, self.original, self.text = workspace, original, text
@@ -25,7 +26,7 @@ class Measures:
         return facts_of(self.original)
 
     def rows(self, files: Mapping[str, Path]) -> dict[str, Row]:
-        """What each file comes to, by its name."""
+        """The row of each file, by its name."""
         found = {name: row for name in files if (row := self._read(name)) is not None}
         logits = self.workspace.path / "logits"
         left = {name: path for name, path in files.items() if name not in found}
@@ -56,7 +57,8 @@ class Measures:
             return None  # not measured yet, or by another version
 
     def speeds(self, files: Mapping[str, Path]) -> dict[str, float]:
-        """Tokens a second of each: the median of runs that take turns, so that what else the machine does falls on all alike."""
+        """Tokens per second of each file: the median of several runs.  Files take turns, so other load affects all
+        alike."""
         runs: dict[str, list[float]] = {name: [] for name in files}
         with bar("speed", rivals.RUNS * len(files), self.quiet) as progress:
             for _ in range(rivals.RUNS):

@@ -1,4 +1,4 @@
-"""The HTML page of a compression: what ``report`` prints, and how the result came to be, layer by layer."""
+"""The HTML page of a compression: what ``report`` prints, and details of the result by layer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from mobe_gguf.evaluate.page import sections
 from mobe_gguf.evaluate.page.data import Page, Section
 from mobe_gguf.formats.moments import Moments
 
-#: Of points in the picture: ours, and llama-quantize's.
+#: Names of the points in the picture: our files, and llama-quantize's.
 OURS, THEIRS = "rounded by moments", "llama-quantize, imatrix"
 
 
 def of_compression(
     result: Result, original: Path | None, moments: Path, text: Path, threads: int | None, again: str
 ) -> Page:
-    """``original``: the file that all were compared with, None where nothing was measured; ``again``: the command that was given.
+    """``original``: the file that all were compared with, None if nothing was measured; ``again``: the command that was
+    given.
 
     MobeError if a file cannot be read or llama-server does not run.
     """

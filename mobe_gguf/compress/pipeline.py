@@ -1,10 +1,10 @@
-"""The stages of ``mobe-gguf compress``, each finished in OUT.work before the next begins.
+"""The stages of ``mobe-gguf compress``.  Each is finished in OUT.work before the next begins.
 
     moments -> choose -> plain file, factorized file (fit, round, write) -> original -> rivals -> measure -> verify -> OUT
 
-A stage whose result is in the work folder is not run again, so a job that was killed resumes; stages that take long resume
-inside, too (``moments``, ``fit``, ``measure`` after each file).  Settings stand in ``job.json``: others than those of the
-stopped job are an error.
+A stage whose result is in the work folder is not run again, so a killed job resumes there.  Long stages also resume
+within themselves (``moments``, ``fit``, ``measure`` after each file).  ``job.json`` holds the settings; resuming with
+other settings is an error.
 """
 
 from __future__ import annotations
@@ -44,17 +44,22 @@ from mobe_gguf.plan.forms import Form, factorized_forms, plain_form, why_not_fac
 from mobe_gguf.plan.layout import Layout, read_layout
 from mobe_gguf.quant.allocate import Target
 
-#: Patterns of what is worth going on from.
+#: Patterns of finished work that a run can resume from.
 FINISHED = ("moments.safetensors*", "plain", "factors*", "mobe", "*.gguf")
-#: What plain and factorized candidates are called.
+#: Names of the plain and the factorized candidate.
 PLAIN, MOBE = "plain", "mobe"
 
 
 @dataclass
 class Result:
-    """``out`` is ``kind``: "plain", "mobe" or a rival's name.  By such names: ``rows``, what was measured of candidates and
-    rivals, and ``speeds``, tokens a second, of "original", too.  ``original``: bytes of the file that all were compared with;
-    ``seconds`` of each stage; ``card``: where the card is."""
+    """The result of a compression.
+
+    - ``kind``: what ``out`` is: "plain", "mobe" or a rival's name.
+    - ``rows``: measurements of candidates and rivals, by such a name.
+    - ``speeds``: tokens per second, by the same names and "original".
+    - ``original``: bytes of the file that all were compared with.
+    - ``seconds``: of each stage; ``card``: where the card is.
+    """
 
     out: Path
     kind: str
@@ -67,7 +72,7 @@ class Result:
 
     @property
     def perplexity(self) -> float | None:
-        """The original's."""
+        """Perplexity of the original, None if it was not measured."""
         return next((row.divergence.reference.value for row in self.rows.values()), None)
 
 
@@ -90,9 +95,10 @@ class Compression:
         self.eval_text = wishes.eval_text or heldout()
 
     def run(self, resume: bool = False, on_done: Callable[[Result], None] | None = None) -> Result:
-        """All stages; the work folder goes when OUT is there, and ``on_done`` has looked at both."""
+        """Run all stages.  The work folder is removed when OUT is there and ``on_done`` has been called with the
+        result."""
         for line in rehearse(open_original(self.model)):
-            raise MobeError(line)  # a file is what this is for
+            raise MobeError(line)  # compress must export: what is a note elsewhere is an error here
         described = {"model": str(self.model.resolve()), **self.wishes.description()}
         with self.workspace.locked(finished=FINISHED):
             self.workspace.settled("job.json", described, resume, FINISHED)
@@ -135,7 +141,7 @@ class Compression:
         return self._finish(result, files[kind], said)
 
     def _stage(self, name: str, file: str, make: Callable[[Path], None], bars: int = 1) -> Path:
-        """``work/file``, made if it is not there; ``bars``: see :meth:`Stages.stage`."""
+        """The path ``work/file``; ``make`` writes it if it is not there.  ``bars``: see :meth:`Stages.stage`."""
         path = self.work / file
         if path.exists():
             self.display.skip(name)
@@ -173,13 +179,14 @@ class Compression:
         return Recipe(quant, moments=str(self.moments), **given)
 
     def _plain(self, path: Path) -> None:
-        """Rounded by moments, types divided for the size."""
+        """Write the plain candidate: rounded by moments, with types chosen for the size."""
         quant = self.wishes.quant or self._quant_for_size()
         options = ExportOptions(dense=True, allow_dense=True, card=True, quiet=self.quiet)
         write_model(ExportRequest(self.model, path, self._recipe(quant), options))
 
     def _quant_for_size(self) -> str:
-        """The ``--quant`` whose plain file is the smallest that is not smaller than the size; what it gives all but experts."""
+        """The smallest ``--quant`` whose plain file is not below the size; it gives the types of all tensors except
+        experts."""
         fitting = [
             quant
             for quant in rivals.LADDER
@@ -188,7 +195,7 @@ class Compression:
         return fitting[-1] if fitting else rivals.LADDER[0]
 
     def factorized_form(self) -> tuple[Form | None, str]:
-        """The factorized form to try, and why there is none."""
+        """The factorized form to try, or None and the reason."""
         w, reason = self.wishes, why_not_factorized(self.layout)
         if w.form == PLAIN:
             return None, "a plain file was asked for"
@@ -229,7 +236,7 @@ class Compression:
         write_model(ExportRequest(self.work / "factors", path, recipe, options))
 
     def _original_file(self) -> Path:
-        """What the others are compared with: a GGUF source itself."""
+        """The file that the others are compared with; a GGUF source is used itself."""
         if self.model.is_file():
             self.display.skip("original")
             return self.model
@@ -238,18 +245,18 @@ class Compression:
 
     @property
     def moments(self) -> Path:
-        """Second moments of the model's inputs, once they are gathered."""
+        """Path of the file of second moments: the given one, or the one that this job gathers."""
         return self.wishes.moments or self.work / "moments.safetensors"
 
     @property
     def original(self) -> Path | None:
-        """The file that all were compared with; None if there is none (yet)."""
+        """The file that all were compared with; None if there is none yet."""
         if self.model.is_file():
             return self.model
         return next(self.work.glob("original-*.gguf"), None)
 
     def _original(self, path: Path) -> None:
-        """The source's own precision, as far as 16 bits hold it."""
+        """Write the original in its own precision, but at most 16 bits."""
         dtype = path.stem.rpartition("-")[2]
         options = ExportOptions(dense=True, allow_dense=True, quiet=self.quiet)
         write_model(ExportRequest(self.model, path, Recipe(dtype), options))
@@ -280,7 +287,7 @@ class Compression:
         return Measures(self.workspace, original, self.eval_text, settings, self.quiet)
 
     def _best(self, files: dict[str, Path], rows: dict[str, Row], why: str) -> tuple[str, str]:
-        """Which file becomes OUT: of those that are not larger than what was asked for, the one of least KL divergence."""
+        """Which file becomes OUT, and why: the one with the least KL divergence among those within the size."""
         kl = {name: row.divergence.kl.value for name, row in rows.items()}
         if self.wishes.form == MOBE:
             return MOBE, "--form mobe"
@@ -318,7 +325,7 @@ class Compression:
         return result
 
     def _delivered(self) -> Result | None:
-        """That of a run which was killed while it delivered."""
+        """The result of a run that was killed while it delivered, None if there is none."""
         if not self.workspace.any("result.json"):
             return None
         value = self.workspace.read("result.json")
@@ -333,6 +340,6 @@ def _within(path: Path, folder: Path) -> str:
 
 
 def is_float16(model: Path) -> bool:
-    """Whether the weights are stored in more bits of mantissa than bfloat16 has."""
+    """Whether the weights' type (float16, float32) has more bits of mantissa than bfloat16."""
     config = Checkpoint(model).config
     return str(config.get("dtype") or config.get("torch_dtype")) in ("float16", "float32")

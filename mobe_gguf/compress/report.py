@@ -1,4 +1,4 @@
-"""What compress ends with: the result beside the original and plain files of about its size."""
+"""The final report of compress: the result beside the original and plain files of about its size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.progress import duration
 from mobe_gguf.evaluate.report import with_error
 
-#: What the rows are called: ours, by what they are.
+#: Labels of our rows.
 LABELS = {PLAIN: "plain, rounded by moments", MOBE: "MoBE, rounded by moments"}
 
 
 def page(result: Result) -> RenderableType:
-    """Table, why, and how to run it; fits 100 columns."""
+    """The table, why this file was chosen, and how to run it; fits 100 columns."""
     parts: list[RenderableType] = []
     if result.rows:
         parts += [table(result), Text(), Text(comparison(result))]
@@ -41,7 +41,7 @@ def run_line(result: Result) -> str:
 
 
 def table(result: Result) -> Table:
-    """The original first, then all files by falling size."""
+    """The original first, then all files by decreasing size."""
     out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
     out.add_column("file", overflow="fold")
     for column in ("size", "KL divergence", "top-1", "perplexity", "tokens/s"):
@@ -74,7 +74,7 @@ def _speed(result: Result, name: str) -> str:
 
 
 def comparison(result: Result) -> str:
-    """Against each rival of the result's size, or up to a tenth larger: better or worse, by KL divergence and speed."""
+    """Compare the result's KL divergence and speed with each rival of its size or up to a tenth larger."""
     ours = result.rows[result.kind]
     size, kl = ours.facts.n_bytes, ours.divergence.kl.value
     others = {name: row for name, row in result.rows.items() if name not in (*LABELS, result.kind)}

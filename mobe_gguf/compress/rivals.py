@@ -1,4 +1,4 @@
-"""Plain files of about the same size, made by llama-quantize with an importance matrix: what a result has to beat."""
+"""Rivals of the result: plain files of about the same size, made by llama-quantize with an importance matrix."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ QUANTS = (
     "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s",
     "iq3_xs", "iq3_xxs", "q2_k", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 )  # fmt: skip
-#: By falling size: what gives all but the experts its type where a size is asked for.
+#: By decreasing size: ``--quant`` values for all tensors except experts, if a size is asked for.
 LADDER = (
     "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m",
 )  # fmt: skip
 #: How much larger than the result a rival may be.
 LARGER = 1.10
-#: How many smaller ones are made: the largest of them.
+#: How many smaller rivals are made, the largest ones first.
 SMALLER = 1
-#: Chunks that the importance matrix is gathered from at least, and tokens that an expert sees on average.  Measured on the shipped
-#: model, 32 chunks against all 180, KL divergence on 24 chunks: q3_k_m 0.0068 and 0.0068, iq3_s 0.0103 and 0.0104, q2_k 0.0236 and 0.0237,
-#: each ± 2 %.
+#: The importance matrix is gathered from at least this many chunks, and from this many tokens per expert on average.
+#: Measured on the shipped model with 32 chunks and with all 180, KL divergence on 24 chunks: q3_k_m 0.0068 and 0.0068,
+#: iq3_s 0.0103 and 0.0104, q2_k 0.0236 and 0.0237, each ± 2 %.
 LEAST_CHUNKS, LEAST_TOKENS = 64, 2000
-#: Bytes of text a token, to take a part of each file.
+#: Bytes of text per token, to take a part of each file.
 TOKEN_BYTES = 4
-#: Tokens that the speed is measured on, and runs.
+#: Tokens for measuring speed, and number of runs.
 TOKENS, RUNS = 64, 3
 
 
@@ -48,7 +48,7 @@ class Rival:
 
 
 def around(layout: Layout, size: int) -> list[str]:
-    """All mixtures whose file is up to LARGER as large, and the next smaller ones, by falling size."""
+    """All mixtures whose file is up to LARGER times ``size``, and the next smaller ones, by decreasing size."""
     sizes = {quant: plain_form(layout, quant).n_bytes for quant in QUANTS}
     by_size = sorted(QUANTS, key=lambda quant: -sizes[quant])
     larger = [quant for quant in by_size if size < sizes[quant] <= size * LARGER]
@@ -65,7 +65,7 @@ def enough_chunks(layout: Layout, ctx: int) -> int:
 def imatrix(
     original: Path, texts: Sequence[Path], out: Path, ctx: int, chunks: int, threads: int | None
 ) -> None:
-    """llama-imatrix over so many chunks of the texts that are plain; MobeError if there is none, or it fails."""
+    """Run llama-imatrix over ``chunks`` chunks of the plain texts; MobeError if there is none, or it fails."""
     plain = [path for path in texts if path.suffix != ".jsonl"]
     if not plain:
         raise MobeError(
@@ -94,7 +94,7 @@ def imatrix(
 
 
 def write(original: Path, out: Path, quant: str, imatrix_file: Path) -> None:
-    """What llama-quantize makes of the original by the importance matrix; MobeError if it fails."""
+    """Run llama-quantize on the original with the importance matrix; MobeError if it fails."""
     with atomic_path(out) as part:
         name = quant.upper()
         done = tool.run(
@@ -111,7 +111,7 @@ def write(original: Path, out: Path, quant: str, imatrix_file: Path) -> None:
 
 
 def speed(path: Path, threads: int | None) -> float:
-    """Tokens a second of writing, by one run of llama-bench; MobeError if it gives none."""
+    """Tokens per second of generation, from one run of llama-bench; MobeError if it gives none."""
     arguments: tuple[str, ...] = ("-m", str(path), "-p", "0", "-n", str(TOKENS), "-r", "1", "-o", "json")
     arguments += () if threads is None else ("-t", str(threads))
     done = tool.run("llama-bench", *arguments)

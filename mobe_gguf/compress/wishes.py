@@ -1,4 +1,4 @@
-"""What a compression is asked for: by options, or by a line of ``mobe-gguf plan --json``."""
+"""What is asked of a compression: by options, or by an entry of ``mobe-gguf plan --json``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ FORMS = ("auto", "plain", "mobe")
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """``size`` in bytes, of the file; without it ``quant`` decides.  ``bases``, ``rank``, ``activation``,
-    ``basis_type``, ``transform_type``: of the factorized form, chosen where they are None.  ``text``: to calibrate with,
-    ``eval_text``: to measure on, the shipped ones if None.  ``moments``: of an earlier ``mobe-gguf moments``, instead of gathering them;
-    ``keep``: the share of their energy that is kept.  ``down_type``, ``output_type``, ``embedding_type``, ``overrides``: types that hold
-    in all files made here, as in :class:`~mobe_gguf.quant.recipe.Recipe`."""
+    """What the result should be, and how it is made.
+
+    - ``size``: of the file in bytes; if None, ``quant`` decides.
+    - ``bases``, ``rank``, ``activation``, ``basis_type``, ``transform_type``: of the factorized form, chosen
+      automatically if None.
+    - ``text``: for calibration; ``eval_text``: for measurements; the shipped texts if None.
+    - ``moments``: a file of an earlier ``mobe-gguf moments``, instead of gathering them; ``keep``: the share of their
+      energy that is kept.
+    - ``down_type``, ``output_type``, ``embedding_type``, ``overrides``: types in all files made here, as in
+      :class:`~mobe_gguf.quant.recipe.Recipe`.
+    """
 
     size: int | None = None
     form: str = "auto"
@@ -51,7 +57,7 @@ class Wishes:
     verify: bool = True
 
     def check(self) -> None:
-        """UsageError if it does not say what to make."""
+        """UsageError if the wishes do not say what to make."""
         if self.form not in FORMS:
             raise UsageError(f"--form {self.form}: expected one of {', '.join(FORMS)}")
         if self.size is None and self.quant is None:
@@ -61,7 +67,7 @@ class Wishes:
             )
 
     def description(self) -> dict[str, Any]:
-        """What must be the same where a job is resumed, as JSON has it; texts by their content."""
+        """What must be the same when a job is resumed, as JSON values; texts by their content."""
         made = dataclasses.asdict(self) | {"text": [sha256(path) for path in self.text]}
         made["eval_text"] = self.eval_text and sha256(self.eval_text)
         made["moments"] = self.moments and sha256(self.moments)
@@ -71,7 +77,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class FormOptions:
-    """How a form of a plan is made: values of options of the same names."""
+    """How to make a form of a plan: values of the options with the same names."""
 
     form: str
     quant: str
@@ -90,7 +96,7 @@ class PlannedForm:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """Of what ``mobe-gguf plan --json`` writes, what is needed here."""
+    """The part of ``mobe-gguf plan --json`` that is needed here."""
 
     model: str
     parameters: int
@@ -98,9 +104,10 @@ class PlanFile:
 
 
 def by_plan(path: Path, parameters: int, form: str | None = None) -> dict[str, Any]:
-    """Wishes by the best form of a plan that fits, or by the one whose name is ``form``; of a model of so many ``parameters``.
+    """Wishes from the best form of a plan that fits, or from the form named ``form``; the model has ``parameters``
+    parameters.
 
-    MobeError if ``path`` holds no plan, or one of another model; UsageError if nothing in it fits, or no form has the name.
+    MobeError if ``path`` holds no plan, or one of another model.  UsageError if no form fits, or none has the name.
     """
     try:
         plan = record(PlanFile, json.loads(path.read_text(encoding="utf-8")))

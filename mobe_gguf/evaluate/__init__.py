@@ -1,12 +1,12 @@
-"""How far GGUF files are from the model that they were made of: KL divergence and perplexity by llama-perplexity.
+"""Compare GGUF files with the model that they were made of: KL divergence and perplexity, by llama-perplexity.
 
     rows = evaluate.compare("original-bf16.gguf", ["q4.gguf", "mobe-q4.gguf"], "text.txt", Settings(chunks=100))
     for row in rows:
         print(row.facts.path, row.facts.n_bytes, row.divergence.kl.value)
 
-What each part does: ``measure`` runs llama-perplexity by ``tool`` and ``parse`` reads what it prints, ``vocabulary`` checks
-that files can be compared and counts tokens, ``logits`` knows the file between the two runs, ``facts`` the sizes,
-``report`` and ``plot`` show the rows.
+``measure`` runs llama-perplexity through ``tool``, and ``parse`` reads its output.  ``vocabulary`` checks that files
+can be compared and counts tokens.  ``logits`` describes the file of logits that the reference's run leaves for the
+other runs. ``facts`` gives sizes; ``report`` and ``plot`` show the rows.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from mobe_gguf.formats.gguf import read_model
 
 @dataclass(frozen=True)
 class Facts:
-    """``path`` as given (of a split file: its first part); ``n_bytes`` on disk, ``tensor_bytes`` of them data.
+    """``path`` as given (for a split file its first part); ``n_bytes`` on disk, ``tensor_bytes`` of them tensor data.
 
-    ``original_params``: parameters with the experts as they were before factorization, ``n_params`` as they are in the
-    file.  ``context``: tokens that the model was trained on at once, None if the file does not say.
+    ``original_params``: parameters before factorization; ``n_params``: parameters in the file.  ``context``: the
+    model's training context in tokens, None if the file does not say.
     """
 
     path: Path
@@ -30,17 +30,17 @@ class Facts:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of tensor data for each number in the file."""
+        """Bits of tensor data per parameter in the file."""
         return 8 * self.tensor_bytes / self.n_params
 
     @property
     def bits_per_original_weight(self) -> float:
-        """Bits of tensor data for each parameter of the original: of plain files the same as the other."""
+        """Bits of tensor data per parameter of the original; for plain files equal to :attr:`bits_per_weight`."""
         return 8 * self.tensor_bytes / self.original_params
 
 
 def facts_of(path: str | os.PathLike[str]) -> Facts:
-    """MobeError if it is no GGUF file with tensors, or a part of it is missing."""
+    """Sizes of the file at ``path``.  MobeError if it is not a GGUF file with tensors, or a part of it is missing."""
     file = read_model(path)
     entries = [ListedTensor(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     if not entries:

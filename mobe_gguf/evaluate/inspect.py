@@ -28,7 +28,7 @@ from mobe_gguf.models.original import open_directory
 class Projection:
     """Gate, up or down of one layer: types of A (or of the ordinary experts) and B; m and r are None if not factorized.
 
-    ``error`` is |W - W'|^2 / |W|^2 over the layer's experts, where the checkpoint recorded it.
+    ``error`` is |W - W'|^2 / |W|^2 over the layer's experts, if the checkpoint recorded it.
     """
 
     type: str
@@ -50,16 +50,17 @@ class Layer:
 
     @property
     def factorized(self) -> list[str]:
-        """Names of the projections that are."""
+        """Names of the factorized projections."""
         return [name for name in names.ALL_PROJECTIONS if getattr(self, name).m is not None]
 
 
 @dataclass
 class Description:
-    """Sizes by the names of docs/format.md: n_expert n, n_expert_used k, n_embd d, n_ff_exp p.
+    """Sizes, in the letters of docs/format.md: n_expert n, n_expert_used k, n_embd d, n_ff_exp p.
 
-    ``kind``: ``gguf``, ``huggingface``, ``mobe`` (a checkpoint directory) or ``factors`` (of a GGUF file).  ``n_bytes``: of all files together.
-    ``activation`` and ``group_count`` are None if nothing is factorized.  ``problems``: what contradicts itself.
+    ``kind``: ``gguf``, ``huggingface``, ``mobe`` (a checkpoint directory) or ``factors`` (of a GGUF file).
+    ``n_bytes``: of all files together.  ``activation`` and ``group_count`` are None if nothing is factorized.
+    ``problems``: contradictions found.
     """
 
     path: str
@@ -106,7 +107,7 @@ class Description:
 
 
 def describe(path: str | os.PathLike[str]) -> Description:
-    """Look at a file or directory.  MobeError if it is neither a GGUF file nor a MoE model directory."""
+    """Describe a file or directory.  MobeError if it is neither a GGUF file nor a MoE model directory."""
     path = Path(path)
     if not path.exists():
         raise MobeError(f"{path}: no such file or directory")
@@ -119,7 +120,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
 
 
 def describe_gguf(file: GgufFile) -> Description:
-    """:func:`describe` for a GGUF file whose head was read."""
+    """:func:`describe` for a GGUF file whose head has been read."""
     entries = [ListedTensor(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     layers, problems = _gguf_layers(file)
     problems += [f"tensor {name} is missing" for name in missing_tensors(file)]
@@ -168,7 +169,7 @@ def _gguf_layers(file: GgufFile) -> tuple[list[Layer], list[str]]:
 
 
 def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list[str]) -> Projection:
-    """One projection, with what contradicts docs/format.md, "GGUF", added to ``problems``."""
+    """One projection; contradictions to docs/format.md, "GGUF", are added to ``problems``."""
     transform = file.tensors.get(names.transform_name(layer, projection))
     basis = file.tensors.get(names.basis_name(layer, projection))
     mix = file.tensors.get(names.mix_name(layer, projection))
@@ -211,13 +212,13 @@ def _gguf_projection(file: GgufFile, layer: int, projection: str, problems: list
 
 
 def _has_gates(file: GgufFile) -> bool:
-    """Whether experts have a gate: of some architectures (nemotron_h_moe) none has."""
+    """Whether experts have a gate; in some architectures (nemotron_h_moe) they have none."""
     return any(re.fullmatch(r"blk\.\d+\.ffn_gate(_up)?_(exps|basis)\.\w+", name) for name in file.tensors)
 
 
 def _n_embd(file: GgufFile, layer: int) -> int:
-    """d of a layer's experts, by what most of its tensors say, first those that are not factorized: experts may be fed less
-    than ``embedding_length``."""
+    """d of a layer's experts, as most of the layer's tensors have it; tensors that are not factorized come first.  The
+    inputs of experts may be smaller than ``embedding_length``."""
     plain, bases = Counter[int](), Counter[int]()
     for projection in names.ALL_PROJECTIONS:
         axis = side(projection).d_axis
@@ -281,7 +282,7 @@ def _layer(checkpoint: ModelDirectory, index: int) -> Layer:
     for projection in names.ALL_PROJECTIONS:
         family = checkpoint.family
         sources = checkpoint.expert_sources(index, projection)
-        if not sources:  # in the GGUF file that the factors are of
+        if not sources:  # the experts are in the GGUF file that the factors were made of
             found[projection] = Projection("-")
             continue
         dtype = checkpoint.info(sources[0]).dtype.lower()
@@ -311,7 +312,7 @@ def _recorded_error(config: dict[str, Any], layer: int, projection: str) -> floa
 
 
 def _labels(checkpoint: ModelDirectory) -> dict[str, str]:
-    """Tensor name -> class of ``contents.CLASSES``, for everything that belongs to routed experts."""
+    """Tensor name -> class of ``contents.CLASSES``, for all tensors of routed experts."""
     labels = {}
     for index in checkpoint.moe_layers:
         layer = None if (factors := checkpoint.factors) is None else factors.layer(index)
@@ -324,7 +325,7 @@ def _labels(checkpoint: ModelDirectory) -> dict[str, str]:
 
 
 def _label(name: str) -> str:
-    """Class of a tensor that belongs to no routed expert, by its Hugging Face name."""
+    """Class of a tensor outside the routed experts, by its Hugging Face name."""
     if re.search(r"\.B_(gate|up|down)(_\d+)?$", name):
         return "B"
     if re.search(r"\.W_(gate|up|down)(_\d+)?$", name):
@@ -365,7 +366,7 @@ def summary(d: Description) -> list[str]:
 
 
 def layer_table(layers: list[Layer]) -> Table:
-    """MoE layers, runs of equal ones on one line; at most 100 columns wide."""
+    """MoE layers; consecutive equal layers share a line.  At most 100 columns wide."""
     table = Table(pad_edge=False, box=None)
     columns = ("layers", "projection", "m", "r", "mix", "A", "B", "error")
     for column in columns:
@@ -381,7 +382,7 @@ def layer_table(layers: list[Layer]) -> Table:
 
 
 def _runs(layers: list[Layer]) -> list[tuple[int, int, str, Projection]]:
-    """``(first, last, projections, what they are)``, runs of layers in which nothing differs together."""
+    """``(first, last, projections, their description)`` for runs of consecutive equal layers."""
     runs: list[list[Layer]] = []
     for layer in layers:
         previous = runs[-1][-1] if runs else None

@@ -1,7 +1,7 @@
-"""Where the labels of points go: beside their point, covering no other label, point or line, inside the picture.
+"""Place the labels of points: beside their point, inside the picture, not covering another label, point or line.
 
-Used by the plots of matplotlib and by those of the HTML page.  Pure geometry: boxes are ``(left, low, right, high)`` in any one
-unit, with either axis pointing either way.
+Used for matplotlib's plots and for the HTML page.  Pure geometry: boxes are ``(left, low, right, high)`` in any unit;
+the axes may point either way.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
-#: Directions that are tried, right and left before up and down: a label beside its point is read with it.
+#: Directions to try: right and left before up and down, because a label beside its point is easier to read.
 DIRECTIONS = tuple(
     math.radians(angle)
     for angle in (0, 180, 25, -25, 155, -155, 50, -50, 130, -130, 75, -75, 105, -105, 90, -90)
 )
-#: Distances from the point, in units of a label's height.
+#: Distances from the point, in heights of a label.
 DISTANCES = (0.7, 1.0, 1.5, 2.1, 2.9, 3.8, 4.9, 6.2, 7.7, 9.4, 11.4, 13.6)
 #: From this distance on a line joins label and point.
 FAR = 1.3
@@ -68,9 +68,9 @@ def place(
 ) -> list[Box | None]:
     """A box for each point's label of ``(width, height)``; None for a label that finds no place.
 
-    ``taken``: boxes that labels must leave free, beside the points themselves, each ``mark`` to all sides; ``drawn``: lines, likewise.
-    Labels choose one after the other, in several orders of which the first counts that leaves no label over.  O(labels^2) for each
-    of 192 candidates.
+    Labels must not cover the points (``mark`` to each side), the boxes ``taken`` or the lines ``drawn``.  They are
+    placed one after the other.  Several orders are tried, until one leaves no label without a place.  O(labels^2) for
+    each of 192 candidates.
     """
     reach = 4 * max((w for w, _ in sizes), default=0.0)
     crowd = [sum(math.dist(p, q) < reach for q in points) for p in points]
@@ -100,7 +100,7 @@ def _in_order(
     free: tuple[Sequence[Box], Sequence[tuple[Point, Point]]],
     mark: float,
 ) -> list[Box | None]:
-    """:func:`place`, where the labels choose in ``order``; ``free``: boxes and lines that they leave free."""
+    """:func:`place` for labels in the given ``order``; ``free``: boxes and lines that they must not cover."""
     marks = [(x - mark, y - mark, x + mark, y + mark) for x, y in points]
     filled, lines = [*marks, *free[0]], [*free[1]]
     found: list[Box | None] = [None] * len(points)
@@ -112,7 +112,7 @@ def _in_order(
             return False
         if not is_far(points[i], box):
             return True
-        # a line may run past other points where there is no other way, but never through a label
+        # a leader may pass other points if there is no other way, but never cross a label
         own = leader(points[i], box)
         avoided = filled if strict else filled[len(marks) :]
         return not any(crosses(own, other) for other in avoided if other is not marks[i])

@@ -1,8 +1,8 @@
-"""The file between the two runs: the reference's distribution for every evaluated token.
+"""The file of logits: the reference's distribution for every evaluated token.
 
-Written by ``llama-perplexity --kl-divergence-base``: ``_logits_``, then int32 ctx, n_vocab and chunks, the chunks' tokens, and
-for each evaluated token 16 bits for each of the vocabulary (logarithms of probabilities, down to 16 below the largest).  The
-program reads as much as that says, so what we know of its origin is written behind it.
+``llama-perplexity --kl-divergence-base`` writes it: ``_logits_``, then int32 ctx, n_vocab and chunks, then the chunks'
+tokens.  For each evaluated token follow 16 bits for each entry of the vocabulary (logarithms of probabilities, down to
+16 below the largest). The program ignores anything after these, so our note on the file's origin is appended there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAGIC = b"_logits_"
 
 @dataclass(frozen=True)
 class LogitsLayout:
-    """Sizes of one file; of each chunk of ``ctx`` tokens the second half is evaluated."""
+    """Sizes of one file; the second half of each chunk of ``ctx`` tokens is evaluated."""
 
     n_vocab: int
     ctx: int
@@ -38,12 +38,13 @@ class LogitsLayout:
 
     @property
     def n_bytes(self) -> int:
-        # a row is padded to an even length, and begins with two float32: scale and least value
+        # a row is padded to an even length and begins with two float32: scale and minimum
         row = 2 * (2 * ((self.n_vocab + 1) // 2) + 4)
         return len(MAGIC) + 3 * 4 + 4 * self.ctx * self.chunks + self.scored * row
 
     def check(self, path: Path, signed: bool = False) -> None:
-        """MobeError unless ``path`` is a whole file of this layout, ``signed`` or not: the program does not notice a full disk."""
+        """MobeError unless ``path`` is a complete file of this layout, ``signed`` or not: the program does not notice a
+        full disk."""
         size = path.stat().st_size if path.is_file() else 0
         with contextlib.ExitStack() as stack:
             head = stack.enter_context(open(path, "rb")).read(20) if size >= 20 else b""
@@ -56,12 +57,13 @@ class LogitsLayout:
             )
 
     def sign(self, path: Path, origin: Mapping[str, object]) -> None:
-        """Note what the logits at ``path`` are of; plain values."""
+        """Append to the logits at ``path`` their ``origin``, as plain values."""
         with open(path, "ab") as file:
             file.write(json.dumps(origin).encode())
 
     def check_origin(self, path: Path, origin: Mapping[str, object]) -> None:
-        """MobeError unless ``path`` is a whole file of this layout that :meth:`sign` signed with the same ``origin``."""
+        """MobeError unless ``path`` is a complete file of this layout that :meth:`sign` signed with the same
+        ``origin``."""
         self.check(path, signed=True)
         with open(path, "rb") as file:
             file.seek(self.n_bytes)
@@ -83,13 +85,13 @@ class LogitsLayout:
 
 
 def scored(ctx: int) -> int:
-    """Evaluated tokens of a chunk: those that follow its first half."""
+    """Evaluated tokens of a chunk: those after its first half."""
     return ctx - 1 - ctx // 2
 
 
 @contextlib.contextmanager
 def place(layout: LogitsLayout, keep: Path | None) -> Iterator[Path]:
-    """Where to write it: ``keep``, or a temporary directory that is removed.  MobeError if there is no room."""
+    """Where to write the logits: ``keep``, or a temporary directory that is removed.  MobeError if there is no room."""
     if keep is not None:
         parent = destination(keep).absolute().parent
         if not parent.is_dir():

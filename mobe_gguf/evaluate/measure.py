@@ -1,4 +1,4 @@
-"""The reference once, then each file against what it predicted."""
+"""Run the reference once, then compare each file with its predictions."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary
 
 TOOL = "llama-perplexity"
 
-#: The same for the reference and every file, whatever the environment says (``LLAMA_ARG_UBATCH`` and its like): these change
-#: what is computed by more than good files differ.  A model against itself, the shipped one in f16: KL divergence below 1e-6 with
-#: the same settings, 5e-6 with ``-ub 128``, 2.9e-5 without flash attention, 1.3e-4 with a q8_0 cache.
+#: Options for the reference and every file, whatever the environment says (``LLAMA_ARG_UBATCH`` and the like).  Other
+#: values change the result by more than good files differ.  KL divergence of the shipped model in f16 from itself:
+#: below 1e-6 with the same settings, 5e-6 with ``-ub 128``, 2.9e-5 without flash attention, 1.3e-4 with a q8_0 cache.
 FIXED = ("-b", "2048", "-ub", "512", "-fa", "on", "-ctk", "f16", "-ctv", "f16")
 
-#: Fewer evaluated tokens than this, and the program prints no statistics.
+#: With fewer evaluated tokens than this the program prints no statistics.
 LEAST_SCORED = 100
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """``ctx``: tokens of a chunk, whose second half is evaluated; ``chunks`` of the text, None for all there are.
+    """``ctx``: tokens of a chunk, whose second half is evaluated.  ``chunks``: how many chunks of the text, None for
+    all.
 
-    ``threads``: None leaves them to llama.cpp.  ``options``: more of its options, for all files, as
+    ``threads``: None leaves the number to llama.cpp.  ``options``: more of llama.cpp's options, for all files, such as
     ``("-ngl", "99", "--cpu-moe")``.
     """
 
@@ -49,7 +50,7 @@ class EvalSettings:
         return ("-c", str(self.ctx), *FIXED, *threads, *self.options)
 
     def origin(self, reference: Path, text: Path) -> dict[str, object]:
-        """What decides the reference's logits, to tell whether kept ones are the same."""
+        """Everything that determines the reference's logits; shows whether kept logits can be used again."""
         return {
             "reference": _sample(reference),
             "text": hashlib.sha256(text.read_bytes()).hexdigest(),
@@ -59,9 +60,9 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """One file: what it is, and how far from the reference.
+    """One file: its sizes, and its distance from the reference.
 
-    ``chunks`` of text were run, ``scored`` tokens of them evaluated, in ``seconds``.
+    ``chunks`` of text were run and ``scored`` tokens evaluated, in ``seconds``.
     """
 
     facts: Facts
@@ -72,7 +73,7 @@ class Row:
 
 
 def heldout() -> Path:
-    """The text that ships with the project, unseen by its tiny model in training."""
+    """The evaluation text that ships with the project; its tiny model was not trained on it."""
     path = resources.path("models") / "heldout.txt"
     if not path.is_file():
         raise MobeError(f"{path}: this installation lacks the held-out text; name one with --text")
@@ -92,12 +93,11 @@ def compare(
 ) -> list[Row]:
     """How the predictions of each GGUF file on ``text`` differ from those of ``reference``; in the order of ``files``.
 
-    Everything that can be checked is, before anything runs.  The reference's logits go to ``keep_logits``, or to a
-    temporary file.  With ``reuse_logits`` they are in ``keep_logits`` already; those of another reference, text or other settings are
-    refused.
-     ``on_row`` gets each row when it is there, so that those before a failure are not lost.
-    Raises MobeError if a file is not a model of the reference's vocabulary, the text is too short, there is no room for
-    the logits, or llama-perplexity fails.
+    Everything is checked before anything runs, as far as possible.  The reference's logits go to ``keep_logits``, or to
+    a temporary file.  With ``reuse_logits`` they are in ``keep_logits`` already; those of another reference, text or
+    other settings are refused.  ``on_row`` gets each row at once, so a failure loses no earlier rows. Raises MobeError
+    if a file is not a model of the reference's vocabulary, the text is too short, there is no room for the logits, or
+    llama-perplexity fails.
     """
     reference, text, paths = Path(reference), Path(text), [Path(file) for file in files]
     runtime.tool(TOOL)
@@ -151,7 +151,7 @@ def perplexity(
 
 
 def _sample(path: Path) -> str:
-    """Size and checksum of the first and the last megabyte of a file: tells models apart without reading them."""
+    """Size and checksum of the first and the last megabyte of a file: tells models apart without reading them whole."""
     size, part = path.stat().st_size, 1 << 20
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -162,7 +162,7 @@ def _sample(path: Path) -> str:
 
 
 def _check_vocabularies(reference: Path, files: list[Path], quiet: bool) -> int:
-    """Tokens of the vocabulary that all share; MobeError if they do not."""
+    """Size of the vocabulary, which all files must share; MobeError if they do not."""
     expected = read_vocabulary(reference)
     for file in files:
         found = read_vocabulary(file)
@@ -176,7 +176,7 @@ def _check_vocabularies(reference: Path, files: list[Path], quiet: bool) -> int:
 
 
 def _chunks(model: Path, text: Path, settings: EvalSettings) -> int:
-    """How many chunks to run; UsageError if that is impossible or too few, MobeError if the text cannot be read."""
+    """How many chunks to run.  UsageError if the text has too few, MobeError if it cannot be read."""
     if settings.ctx < 4 or (settings.chunks is not None and settings.chunks < 1):
         raise UsageError(
             f"--ctx {settings.ctx}, --chunks {settings.chunks}: expected at least 4 tokens and 1 chunk"
@@ -189,7 +189,7 @@ def _chunks(model: Path, text: Path, settings: EvalSettings) -> int:
     there = n_tokens // ctx
     wanted = there if settings.chunks is None else settings.chunks
     if n_tokens < 2 * ctx or wanted > there:
-        # llama-perplexity wants two chunks there, even to run one
+        # llama-perplexity needs text for two chunks, even to run one
         needed = max(2, wanted) * ctx
         fewer = f", --chunks {there}" if there >= 2 else ""
         raise UsageError(
@@ -213,7 +213,7 @@ def _write_logits(
     settings: EvalSettings,
     progress: Bar,
 ) -> None:
-    """Run the reference; what it predicts is in ``base`` then."""
+    """Run the reference and write its predictions to ``base``."""
     progress.update(reference.name)
     started = time.monotonic()
     count = parse.Chunks(parse.PERPLEXITY_CHUNK, lambda _: progress.advance(1))

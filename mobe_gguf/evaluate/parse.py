@@ -1,4 +1,4 @@
-"""What llama-perplexity prints (tools/perplexity/perplexity.cpp of the pinned llama.cpp), as numbers."""
+"""Read the numbers that llama-perplexity prints (tools/perplexity/perplexity.cpp of the pinned llama.cpp)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BEGIN = "====== Perplexity statistics ======\n"
 
 
 class ParseError(ValueError):
-    """Output that stops early or is not of the form known here; the message says what is missing."""
+    """Output that ends early or has an unknown form; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Estimate:
 class Divergence:
     """One file against the reference, over all evaluated tokens.
 
-    ``kl``: KL divergence of the file's distribution from the reference's, in nats per token, and ``percentiles`` of it by
-    PERCENTILES.  ``perplexity`` of the file, ``reference`` of the reference, ``ratio`` of the two.  ``delta_p``: root mean
-    square of the change of the probability of the token that follows; ``top1``: share of tokens for which both find
-    the same token likeliest.  Both of the last two are fractions, not percent.
+    ``kl``: KL divergence of the file's distribution from the reference's, in nats per token; ``percentiles`` of it by
+    PERCENTILES.  ``perplexity``: of the file; ``reference``: perplexity of the reference; ``ratio``: of the two.
+    ``delta_p``: root mean square of the change of the next token's probability.  ``top1``: share of tokens for which
+    both have the same likeliest token.  The last two are fractions, not percent.
     """
 
     kl: Estimate
@@ -63,7 +63,7 @@ class Divergence:
 
 
 def divergence(stdout: str) -> Divergence:
-    """Statistics of a ``--kl-divergence`` run; ParseError if some are not there."""
+    """Statistics of a ``--kl-divergence`` run; ParseError if some are missing."""
     _, begin, text = stdout.partition(BEGIN)
     if not begin:
         raise ParseError("it printed no statistics")
@@ -93,7 +93,7 @@ def divergence(stdout: str) -> Divergence:
 
 
 def perplexity(output: str) -> Estimate | None:
-    """``Final estimate`` of a perplexity run (it goes to stderr); None if it is not there."""
+    """``Final estimate`` of a perplexity run (it goes to stderr); None if it is missing."""
     found = re.search(rf"Final estimate: PPL = {NUMBER} \+/- {NUMBER}", output)
     return Estimate(float(found[1]), float(found[2])) if found else None
 

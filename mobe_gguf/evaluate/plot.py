@@ -22,15 +22,15 @@ FORMATS = ("png", "svg", "pdf")
 #: factorized -> (legend, marker, color)
 STYLES = {False: ("plain", "o", "tab:blue"), True: ("MoBE", "D", "tab:red")}
 
-#: Inches of the figure; where labels find no place, the next larger one is tried.
+#: Sizes of the figure in inches; if labels find no place, the next larger one is tried.
 SIZES = ((9.0, 6.0), (12.0, 8.0), (16.0, 11.0))
 
-#: Pixels that a point takes to each side of its middle.
+#: Radius of a point in pixels.
 MARK = 6.0
 
 
 def check(path: Path) -> None:
-    """Before the work: MobeError if the plot could not be drawn or written after it."""
+    """MobeError if the plot could not be drawn or written; called before the work."""
     if path.suffix.lstrip(".").lower() not in FORMATS:
         raise UsageError(f"--plot {path}: expected a name that ends in {', '.join('.' + f for f in FORMATS)}")
     parent = destination(path).absolute().parent
@@ -45,9 +45,10 @@ def check(path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> list[Row]:
-    """Draw ``rows`` into ``path``; returns those that could not be drawn, their KL divergence being no positive number.
+    """Draw ``rows`` into ``path``; returns those whose KL divergence is not a positive number and cannot be drawn.
 
-    A line joins the plain files that no smaller plain file beats.  MobeError as :func:`check`, or if none can be drawn.
+    A line joins the plain files that no smaller plain file beats.  MobeError as :func:`check`, or if no row can be
+    drawn.
     """
     path = Path(path)
     check(path)
@@ -67,7 +68,7 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str]) -> list[Row]:
 
 
 def _draw(figure: Any, canvas: Any, drawn: Sequence[Row]) -> bool:
-    """Points, frontier and labels; whether each label found a place (one that did not is left out)."""
+    """Draw points, frontier and labels.  False if some label found no place and was left out."""
     from matplotlib.ticker import LogFormatter
 
     unit, name = (1e9, "GB") if max(row.facts.n_bytes for row in drawn) >= 1e10 else (1e6, "MB")
@@ -105,7 +106,7 @@ def _draw(figure: Any, canvas: Any, drawn: Sequence[Row]) -> bool:
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
-    """By size, those that are better than every smaller one."""
+    """The rows that are better than every smaller one, by size."""
     best: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.facts.n_bytes, row.divergence.kl.value)):
         if not best or row.divergence.kl.value < best[-1].divergence.kl.value:
@@ -114,7 +115,7 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
 
 
 def _bars(rows: Sequence[Row]) -> list[list[float]]:
-    """Standard errors below and above; none that is no number or would reach zero on the logarithmic axis."""
+    """Standard errors below and above, except those that are not finite or would reach zero on the logarithmic axis."""
     pairs = [(row.divergence.kl.value, row.divergence.kl.error) for row in rows]
     errors = [error if 0 <= error < value else 0.0 for value, error in pairs]
     return [errors, errors]
@@ -123,8 +124,8 @@ def _bars(rows: Sequence[Row]) -> list[list[float]]:
 def _label(
     canvas: Any, axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str], best: Sequence[int]
 ) -> bool:
-    """Write each label beside its point where it covers nothing, the line through the ``best`` points included; False if some have
-    no such place and are left out."""
+    """Write each label beside its point where it covers nothing, not even the line through the ``best`` points.  False
+    if some label found no such place and was left out."""
     canvas.draw()
     renderer, inverse = canvas.get_renderer(), axes.transData.inverted()
     style = {"fontsize": 8, "ha": "center", "va": "center"}
@@ -147,7 +148,8 @@ def _label(
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
-    """File names, without what all begin with: ``q4_k_m``, ``mobe-q4_k`` of ``model-q4_k_m``, ``model-mobe-q4_k``."""
+    """File names without their common beginning: ``q4_k_m``, ``mobe-q4_k`` for ``model-q4_k_m``,
+    ``model-mobe-q4_k``."""
     names = short_names([row.facts.path for row in rows])
     shared = os.path.commonprefix(names)
     shared = shared[: shared.rfind("-") + 1]

@@ -17,20 +17,20 @@ from mobe_gguf.evaluate.facts import Facts
 from mobe_gguf.evaluate.measure import EvalSettings, Row
 from mobe_gguf.evaluate.parse import Estimate
 
-#: Digits of a KL divergence: a file against itself has up to 1e-6 (of the shipped model; see ``measure.FIXED``), so the sixth says
-#: nothing.
+#: Digits of a KL divergence.  A file against itself has up to 1e-6 (the shipped model, see ``measure.FIXED``), so a
+#: sixth digit means nothing.
 FLOOR_DIGITS = 5
 
 
-#: Columns that go where the table is too wide, the first one first.
+#: Columns to leave out if the table is too wide, in this order.
 DISPENSABLE = ("99 %", "median", "Δp", "ratio", "top-1")
 
 
 def table(
     reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings, width: int | None = None
 ) -> RenderableType:
-    """The reference first, then the files as they were asked for.  Names stay whole: where more than ``width`` columns would
-    be taken, some of the numbers are left out."""
+    """The reference first, then the files in the given order.  Names are never cut: if the table is wider than
+    ``width``, some columns of numbers are left out."""
     names = short_names([reference.path, *(row.facts.path for row in rows)])
     unit, name = (
         (1e9, "GB") if max(f.n_bytes for f in (reference, *(r.facts for r in rows))) >= 1e10 else (1e6, "MB")
@@ -56,7 +56,7 @@ def table(
 
 
 def _cells(facts: Facts, row: Row | None, unit: float) -> dict[str, str]:
-    """By column, in order."""
+    """The cells of a line by column, in order."""
     cells = {
         "form": "MoBE" if facts.factorized else "plain",
         "size": f"{facts.n_bytes / unit:.2f}",
@@ -77,13 +77,13 @@ def _cells(facts: Facts, row: Row | None, unit: float) -> dict[str, str]:
 
 
 def _width(names: Sequence[str], lines: Sequence[dict[str, str]], columns: Sequence[str]) -> int:
-    """Columns of text that the table takes, two between its own."""
+    """Width of the table in characters, with two between columns."""
     widest = (max(len(column), *(len(line.get(column, "")) for line in lines)) for column in columns)
     return max(map(len, names)) + sum(2 + w for w in widest)
 
 
 def legend(rows: Sequence[Row], text: Path, settings: EvalSettings) -> str:
-    """What the columns are, and what they were measured on."""
+    """What the columns mean, and what they were measured on."""
     on = f" ({rows[0].scored} tokens of {rows[0].chunks} chunks of {settings.ctx})" if rows else ""
     return (
         "bits: of tensors in the file, for each of the original's weights. KL divergence from the first file, in nats: mean per token of "
@@ -93,7 +93,7 @@ def legend(rows: Sequence[Row], text: Path, settings: EvalSettings) -> str:
 
 
 def sentence(reference: Facts, row: Row, text: Path) -> str:
-    """What was measured of one file, for its card."""
+    """The measured values of one file in a sentence, for its card."""
     d = row.divergence
     return (
         f"KL divergence {with_error(d.kl)} from {reference.path.name}, same likeliest token {d.top1.value:.1%}, "
@@ -102,7 +102,7 @@ def sentence(reference: Facts, row: Row, text: Path) -> str:
 
 
 def decimal(value: float, digits: int) -> str:
-    """``0.00`` and not ``-0.00``, which rounding makes of the smallest negative numbers."""
+    """``value`` with ``digits`` decimals; ``0.00`` instead of ``-0.00`` for the smallest negative numbers."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
@@ -115,7 +115,7 @@ def with_error(estimate: Estimate) -> str:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """File names without ``.gguf``; with their directories where names alone are not distinct."""
+    """File names without ``.gguf``, with their directories if the names alone are not distinct."""
     plain = [path.name for path in paths]
     if len(set(plain)) < len(set(paths)):
         absolute = [str(path.absolute()) for path in paths]
@@ -127,7 +127,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def as_json(reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings) -> dict[str, Any]:
-    """For ``--json``: plain values only; what is not a number is null."""
+    """For ``--json``: plain values only; NaN and infinity become null."""
     return {
         "reference": _facts(reference)
         | {"perplexity": _estimate(rows[0].divergence.reference) if rows else None},
@@ -176,7 +176,7 @@ def _estimate(estimate: Estimate) -> dict[str, float | None]:
 
 
 def _number(value: float) -> float | None:
-    # percent became fractions: 0.8848000000000001 is no more exact than 0.8848
+    # fractions were computed from percent: 0.8848000000000001 is no more exact than 0.8848
     return round(value, 9) if math.isfinite(value) else None
 
 

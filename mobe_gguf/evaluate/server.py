@@ -1,4 +1,4 @@
-"""llama-server as a child: on loopback, on a free port, ended with whoever started it."""
+"""llama-server as a child process: on loopback, on a free port; it ends with the process that started it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mobe_gguf.core.errors import MobeError
 
 HOST = "127.0.0.1"
 
-#: Seconds that an ended server has to go before it is killed, and that a request may take.
+#: Seconds that a server has for stopping before it is killed, and seconds that a request may take.
 PATIENCE, ANSWER = 5.0, 600.0
 
-#: Last lines of a server's messages that are kept.
+#: How many last lines of a server's messages are kept.
 TAIL = 12
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens at now."""
+    """A loopback port on which nobody listens now."""
     with socket.socket() as found:
         found.bind((HOST, 0))
         return int(found.getsockname()[1])
@@ -76,7 +76,7 @@ class Server:
             self._said.append(line.decode(errors="replace").rstrip())
 
     def failure(self) -> str | None:
-        """Why it no longer runs, with its last words; None while it does."""
+        """Why it no longer runs, with its last messages; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -85,10 +85,10 @@ class Server:
         return f"llama-server -m {self.file} ended ({how}){':' if words else ''}{words}"
 
     def wait(self) -> None:
-        """Until it has loaded the file; MobeError if it ends before."""
+        """Wait until it has loaded the file; MobeError if it ends before."""
         while True:
             if why := self.failure():
-                time.sleep(0.1)  # its last lines are on their way
+                time.sleep(0.1)  # its last lines may still arrive
                 raise MobeError(self.failure() or why)
             with contextlib.suppress(urllib.error.URLError, OSError):
                 with urllib.request.urlopen(f"{self.address}/health", timeout=5) as answer:
@@ -97,7 +97,7 @@ class Server:
             time.sleep(0.1)
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What it answers to a request; MobeError if it does not."""
+        """Its answer to a request; MobeError if there is none."""
         request = urllib.request.Request(
             self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -112,7 +112,7 @@ class Server:
         return found
 
     def stop(self) -> None:
-        """End it; returns when it is gone."""
+        """End the server; returns when it has exited."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -124,7 +124,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(file: Path, *options: str) -> Iterator[Server]:
-    """A llama-server that has loaded ``file``; it ends with the block.  MobeError if it cannot start."""
+    """A llama-server that has loaded ``file``; it is ended after the block.  MobeError if it cannot start."""
     server = Server(file, options)
     try:
         server.wait()
@@ -133,11 +133,11 @@ def serving(file: Path, *options: str) -> Iterator[Server]:
         server.stop()
 
 
-#: Loaded here: nothing may be imported between fork and exec.
+#: Loaded here, because nothing may be imported between fork and exec.
 _LIBC = ctypes.CDLL(None)
 
 
 def _die_with_parent() -> None:
-    """In the child, on Linux: it ends also where its parent is killed and can end nothing."""
+    """Runs in the child, on Linux: makes it end even if its parent is killed."""
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""Run one of llama.cpp's programs and follow what it prints."""
+"""Run one of llama.cpp's programs and follow its output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
 
-#: Lines of a program's messages that an error shows.
+#: How many last lines of a program's messages an error shows.
 TAIL = 12
 
-#: A program that fails at once may end before its logging thread has written why (``common_log_main`` says so).  If it
-#: gave no reason, in that many seconds, it is asked again, that many times in all.
+#: A program that fails at once may end before its logging thread has written the reason (see ``common_log_main``).  If
+#: it fails within PATIENCE seconds without a reason, it is run again, at most ATTEMPTS times in all.
 ATTEMPTS, PATIENCE = 5, 20
 ERROR_LINE = re.compile(r"^([\d.]+ E |error)", re.MULTILINE)
 
@@ -32,7 +32,7 @@ class Finished:
     stderr: str
 
     def failure(self, what: str) -> MobeError:
-        """``what``, and the program's last words."""
+        """A MobeError with ``what`` and the program's last messages."""
         return _error(what, self.stdout, self.stderr)
 
 
@@ -55,7 +55,7 @@ def run(name: str, *arguments: str, on_stdout: Callable[[str], None] | None = No
 
 
 def _run(command: list[str], on_stdout: Callable[[str], None] | None) -> tuple[int, str, str]:
-    """Exit code and both streams."""
+    """Exit code, stdout and stderr."""
     with subprocess.Popen(
         command,
         env=_environment(os.environ),
@@ -72,7 +72,7 @@ def _run(command: list[str], on_stdout: Callable[[str], None] | None) -> tuple[i
 
 
 def _read(process: subprocess.Popen[bytes], on_stdout: Callable[[str], None] | None) -> tuple[str, str]:
-    """All of both streams; the second is drained by a thread, so that neither pipe can fill up."""
+    """All of stdout and stderr; a thread drains the second, so that neither pipe can fill up."""
     out, err = process.stdout, process.stderr
     assert isinstance(out, io.BufferedReader) and err is not None
     errors: list[bytes] = []
@@ -89,7 +89,7 @@ def _read(process: subprocess.Popen[bytes], on_stdout: Callable[[str], None] | N
 
 
 def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Without the variables that change how the programs log: their output is read."""
+    """``given`` without the variables that change the programs' logging, because their output is parsed."""
     return {name: value for name, value in given.items() if not re.match(r"LLAMA_(ARG_)?LOG_", name)}
 
 

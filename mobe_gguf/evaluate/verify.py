@@ -1,7 +1,8 @@
-"""Is a GGUF file whole?  Structure, shapes, finite values and, if asked for, checksums.
+"""Check whether a GGUF file is intact: structure, shapes, finite values and, on request, checksums.
 
-The head is read by :mod:`mobe_gguf.formats.gguf`, factors are compared with the layout by :mod:`mobe_gguf.evaluate.inspect`, and values
-are judged by ggml's own check, the one behind llama.cpp's ``--check-tensors``.  Reads the data once, a few megabytes at a time.
+:mod:`mobe_gguf.formats.gguf` reads the head, and :mod:`mobe_gguf.evaluate.inspect` compares factors with the layout.
+Values are checked by ggml's own function, the one behind llama.cpp's ``--check-tensors``.  Reads the data once, a few
+megabytes at a time.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from mobe_gguf.formats.gguf import GgufFile, GgufTensor, join, padded, read_part
 from mobe_gguf.quant.small import LEAST, Squares, is_small, small_line
 from mobe_gguf.runtime import ggml
 
-#: Values of each piece of a tensor that are decoded to see how large they are.
+#: How many values of each piece of a tensor are decoded to find their size.
 SAMPLE = 1 << 14
 
 
 @dataclass
 class Verdict:
-    """``problems``: ``(what, why)``, where what is a tensor's name, a key or a file.  ``notes``: what a whole file's maker should
-    know.  ``sums``: sha256 by file name."""
+    """``problems``: ``(what, why)``; what is a tensor's name, a key or a file.  ``notes``: remarks on an intact file,
+    for its maker. ``sums``: sha256 by file name."""
 
     path: Path
     files: list[Path] = field(default_factory=list)
@@ -48,7 +49,7 @@ def verify(
     """Check the file at ``path``, or all files of a split model if it is the first of them.
 
     ``sums``: expected sha256 by file name (see :func:`read_sums`); a file of the model that is not among them is a problem.
-    A head that cannot be read is a problem, too, and then the only one.  MobeError if there is no such file.
+    If the head cannot be read, that is the only problem reported.  MobeError if there is no such file.
     """
     path = Path(path)
     if path.is_dir():
@@ -95,7 +96,8 @@ def verify(
 
 
 def _layout(file: GgufFile) -> Iterator[tuple[str, str]]:
-    """Data follow each other in the order of the table, as llama.cpp demands, and nothing follows the last."""
+    """Check that data follow each other in the table's order, as llama.cpp demands, and that nothing follows the last
+    tensor."""
     after = None
     for info in file.tensors.values():
         if after is not None and info.offset != after:
@@ -106,7 +108,7 @@ def _layout(file: GgufFile) -> Iterator[tuple[str, str]]:
 
 
 def _keys(model: GgufFile) -> Iterator[tuple[str, str]]:
-    """Numbers without which llama.cpp cannot run the model, and the keys of the factors."""
+    """Check the numbers that llama.cpp needs to run the model, and the keys of factors."""
     for name in ("block_count", "embedding_length"):
         if model.arch_number(name) < 1:
             yield f"{model.arch}.{name}", f"it is {model.arch_key(name)}, expected a positive number"
@@ -122,8 +124,8 @@ def _keys(model: GgufFile) -> Iterator[tuple[str, str]]:
 
 
 def _values(info: GgufTensor, squares: Squares) -> Iterator[str]:
-    """What is wrong with a tensor's values: at most one line.  Of each piece some rows are added to ``squares``, where the type
-    has a smallest size."""
+    """What is wrong with a tensor's values: at most one line.  If the type has a smallest value, some rows of each
+    piece are added to ``squares``."""
     kind = ggml.type_info(info.type)
     row_bytes = kind.row_bytes(info.shape[-1])
     step = max(1, CHUNK // row_bytes) * row_bytes
@@ -140,10 +142,10 @@ def _values(info: GgufTensor, squares: Squares) -> Iterator[str]:
 
 
 def _where(rows: np.ndarray, info: GgufTensor, first: int) -> str:
-    """The first value that is not finite; ``rows`` are those from row ``first`` on."""
+    """Where the first value is that is not finite; ``rows`` begin with row ``first``."""
     values = ggml.dequantize(rows, info.type, info.shape[-1])
     wrong = np.argwhere(~np.isfinite(values))
-    if not len(wrong):  # a scale of a block all of whose values are zero
+    if not len(wrong):  # the scale of a block whose values are all zero
         return f"a block's scale is not finite, in rows {first} to {first + len(rows) - 1}"
     row, column = wrong[0]
     return f"value {values[row, column]} at row {first + row}, column {column}"

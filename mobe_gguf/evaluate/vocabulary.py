@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file, as llama.cpp loads it: to compare two, and to count a text's tokens."""
+"""The vocabulary of a GGUF file as llama.cpp loads it, to compare two files and to count a text's tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mobe_gguf.core.errors import MobeError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``tokens``: the text of each id.  ``begin``: the id that begins every chunk of text, None if nothing does."""
+    """``tokens``: the text of each id.  ``begin``: the id that begins every chunk of text, None if there is none."""
 
     path: Path
     tokens: tuple[bytes, ...]
     begin: int | None
 
     def check_same(self, other: Vocabulary) -> None:
-        """MobeError, with the first difference, unless an id means the same in both."""
+        """MobeError, with the first difference, unless every id means the same in both."""
         if self.tokens != other.tokens:
             if len(self.tokens) != len(other.tokens):
                 difference = f"it has {len(self.tokens)} tokens, the reference {len(other.tokens)}"
@@ -42,7 +42,7 @@ def _shown(token: bytes) -> str:
 
 
 def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
-    """MobeError if llama.cpp cannot load it."""
+    """The vocabulary of the file at ``path``.  MobeError if llama.cpp cannot load it."""
     import llama_cpp
 
     with _opened(Path(path)) as vocab:
@@ -57,19 +57,20 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def count_tokens(path: str | os.PathLike[str], text: bytes) -> int:
-    """Tokens that llama-perplexity makes of a file's content ``text``: it drops one final line break."""
+    """Number of tokens that llama-perplexity makes of a file's content ``text``, of which it drops one final line
+    break."""
     import llama_cpp
 
     text = text.removesuffix(b"\n")
     with _opened(Path(path)) as vocab:
-        # the buffer is too small for any text: the answer is minus what it takes
+        # the buffer is too small for any text; the answer is then minus the required size
         return -llama_cpp.llama_tokenize(vocab, text, len(text), (ctypes.c_int32 * 1)(), 0, True, False)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A ``llama_vocab`` pointer; nothing else of the file is loaded, and llama.cpp's messages are held back."""
-    runtime.lib_dir()  # says what to do when there is none
+    """A ``llama_vocab`` pointer.  Nothing else of the file is loaded, and llama.cpp's messages are suppressed."""
+    runtime.lib_dir()  # raises if there is no runtime
     import llama_cpp
     from llama_cpp import _logger
 
@@ -87,7 +88,7 @@ def _opened(path: Path) -> Iterator[Any]:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        # an empty list: asking a GPU for its free memory would take some of it for as long as this process lives
+        # an empty list: asking a GPU for its free memory would occupy some of it until this process ends
         params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not model:

@@ -67,9 +67,9 @@ def export(
 def write_model(request: ExportRequest) -> Report:
     """Write the file that ``request`` asks for, or several; returns what was written.
 
-    An existing file is replaced when the new one is whole, not before; of a symbolic link, what it points to (several files
-    are not written through links).  An interrupted export of several files resumes at the unfinished one.
-    Raises MobeError if the model is not what it should be, or the file cannot be written.
+    An existing file is replaced only once the new one is complete.  If ``out`` is a symbolic link, its target is
+    replaced; several files are not written through links.  An interrupted export of several files resumes at the
+    unfinished one. Raises MobeError if the model is not valid, or the file cannot be written.
     """
     started = time.monotonic()
     options = request.options
@@ -115,7 +115,7 @@ def write_model(request: ExportRequest) -> Report:
 
 
 def _rounding(model: Opened, types: Types) -> Rounding:
-    """By second moments where there are some, else libggml's own."""
+    """Rounding by second moments if there are any, else libggml's own."""
     return Nearest() if model.moments is None else ByMoments(model.moments, frozenset(types.units))
 
 
@@ -129,7 +129,7 @@ def _size(model: Opened, shards: list[list[Encoded]]) -> int:
 def _report(
     request: ExportRequest, model: Opened, types: Types, layout: FileLayout, paths: list[Path]
 ) -> Report:
-    """What is known before a byte is written."""
+    """The report, as far as it is known before anything is written."""
     conversion, entries = model.conversion, layout.entries
     report = Report(str(paths[0]), conversion.arch, request.recipe.quant, entries, original_params(entries))
     report.files, report.needs_imatrix = [str(path) for path in paths], len(types.missing)

@@ -1,10 +1,11 @@
 """``verify --model``: does a file compute what its model computes?  The first layers of both, on the same tokens.
 
-Three things run: transformers on the model's first layers (T), the runtime on a new float32 file of these layers (N), and the
-runtime on the first layers of the file itself (F).  T and N must agree but for the order of additions: then llama.cpp's graph
-computes this model.  The file's keys must be those of N.  N and F differ by the file's types, and by factors if it has some.
+Three things run: transformers on the model's first layers (T), the runtime on a new float32 file of these layers (N),
+and the runtime on the first layers of the file itself (F).  T and N must agree except for the order of additions; if
+they do, llama.cpp's graph computes this model.  The file's keys must equal those of N.  N and F differ by the file's
+types, and by its factors if it has any.
 
-Memory and disk: the layers that are compared, the embeddings and the output, in float32; nothing else is read.
+Memory and disk: the compared layers, the embeddings and the output, in float32.  Nothing else is read.
 """
 
 from __future__ import annotations
@@ -34,26 +35,28 @@ from mobe_gguf.models.writer import copy_files
 from mobe_gguf.runtime import ggml
 from mobe_gguf.runtime.logits import logits
 
-#: Squared error of T against N, of the squared T, in the median position: 2e-13 on small models, 1e-7 and more is another model.
+#: Limit of the squared error between T and N, relative to T squared, at the median position.  Small models have 2e-13;
+#: 1e-7 and more means another model.
 GRAPH_LIMIT = 1e-8
 
-#: Largest such error of F against N, by the bits per weight of the file's largest experts; of fewer bits a figure without a verdict.
-#: Measured on random models, whose routers flip: f16 2e-7, bf16 2e-5, q8_0 0.03.
+#: Largest such error between F and N, by bits per weight of the file's largest experts.  Below 8 bits there is a
+#: figure, no verdict. Measured on random models, whose routers flip: f16 2e-7, bf16 2e-5, q8_0 0.03.
 TYPE_LIMITS = ((32.0, 1e-8), (16.0, 1e-3), (8.0, 0.2))
 
-#: Keys that may differ: how many layers there are, and what is named.
+#: Keys that may differ: the number of layers, and those of factors.
 _OWN_KEYS = ("block_count", "mobe.")
 
 #: GGUF's number for the type of arrays.
 _ARRAY = 9
 
-#: Bytes of float32 that are compared without being asked to: some seconds.
+#: Up to this many bytes of float32, ``export`` and ``compress`` compare by themselves: it takes some seconds.
 QUICK = 200_000_000
 
 
 @dataclass
 class Agreement:
-    """``graph``: error of T against N; ``file``: of N against F, None if the files cannot be compared; by the number of layers."""
+    """Errors by the number of layers.  ``graph``: T against N; ``file``: N against F, None if the files cannot be
+    compared."""
 
     n_layers: int
     graph: dict[int, float] = field(default_factory=dict)
@@ -71,10 +74,10 @@ class Agreement:
 def agreement(
     file: Path, model: Path, layers: int = 2, n_tokens: int = 32, fitted: bool = False
 ) -> Agreement:
-    """Compare ``layers`` layers, and those before the first with experts.
+    """Compare ``layers`` layers, and those before the first layer with experts.
 
-    ``model``: what the file was made of, or MoBE factors of it.  ``fitted``: the file's factors were solved for again, nearer to
-    another model than to these.  UsageError if there is no such model in transformers.
+    ``model``: what the file was made of, or MoBE factors of it.  ``fitted``: export solved for the factors again, so
+    the file may be far from those of ``model``.  UsageError if transformers has no such model.
     """
     checkpoint, whole = _open(model), read_model(file)
     n = _compared(checkpoint, layers)
@@ -111,8 +114,10 @@ def agreement(
 
 
 def check_written(path: Path, model: Path, *, layers: int = 2, fitted: bool = False) -> str:
-    """What ``export`` and ``compress`` do at their end: :func:`agreement` of the new file ``path`` in words, or why it was not
-    compared.  MobeError if the file computes something else.
+    """The last check of ``export`` and ``compress``: :func:`agreement` of the new file ``path`` in words, or why it was
+    not compared.
+
+    MobeError if the file computes something else.
     """
     if (model / FACTORS_NAME).is_file():
         return "not compared with the model: it is a GGUF file, and mobe-gguf verify compares with Hugging Face directories"
@@ -135,7 +140,7 @@ def check_written(path: Path, model: Path, *, layers: int = 2, fitted: bool = Fa
 
 
 def _compared(checkpoint: Checkpoint, layers: int) -> int:
-    """How many layers: those asked for, and at least one that attends, without which the runtime runs no model."""
+    """How many layers to compare: those asked for, and at least one with attention, which the runtime needs."""
     kinds = checkpoint.config.get("layer_types")
     attends = [
         i for i, kind in enumerate(kinds or []) if "attention" in str(kind) and "linear" not in str(kind)
@@ -176,7 +181,7 @@ def _beyond(error: float, limit: float | None) -> bool:
 
 
 def _limit(file: GgufFile, factors_of_model: bool) -> float | None:
-    """What the types of its experts allow; None where that is no statement."""
+    """The largest error that the types of the file's experts allow; None if there is no verdict."""
     experts = [t for name, t in file.tensors.items() if "_exps" in name or "_basis" in name]
     if any("_basis" in t.name for t in experts) and not factors_of_model:
         return None
@@ -194,7 +199,7 @@ def _compare(
     result: Agreement,
     limit: float | None,
 ) -> tuple[bool, bool]:
-    """Whether the first ``n`` layers agree: the graph's, and the file's."""
+    """Whether the first ``n`` layers agree: of the graph, and of the file."""
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-verify-") as folder:
         small, new, old = Path(folder) / "model", Path(folder) / "new.gguf", Path(folder) / "file.gguf"
         _first_layers(checkpoint, n, small, whole.keys.get(f"{whole.arch}.expert_used_count"))
@@ -211,7 +216,8 @@ def _compare(
 
 
 def _error(truth: np.ndarray, got: np.ndarray) -> float:
-    """Squared error by the squared truth, both centred, in the median position: one router that flips is not the model."""
+    """Squared error relative to the squared truth, both centred, at the median position: one flipped router does not
+    count."""
     truth, got = (a.astype(np.float64) - a.mean(-1, keepdims=True, dtype=np.float64) for a in (truth, got))
     return float(np.median(((got - truth) ** 2).sum(-1) / (truth**2).sum(-1)))
 
@@ -232,7 +238,7 @@ def _transformers(small: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 def _other_keys(file: GgufFile, new: GgufFile) -> Iterator[str]:
-    """Keys of the architecture that a new file of the model has otherwise."""
+    """Keys of the architecture whose values differ in a new file of the model."""
     if file.arch != new.arch:
         yield f"the file's architecture is {file.arch}, a new file of the model has {new.arch}"
         return
@@ -249,7 +255,10 @@ def _other_keys(file: GgufFile, new: GgufFile) -> Iterator[str]:
 
 
 def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> None:
-    """An ordinary model of the first ``n`` layers that uses ``used`` experts, as the file; FP8 and factors become float32."""
+    """Write an ordinary model of the first ``n`` layers to ``out``; FP8 and factors become float32.
+
+    ``used``: how many experts the file uses for a token.
+    """
     out.mkdir()
     copy_files(checkpoint.small_files(), out)
     config = {
@@ -298,7 +307,7 @@ def _float(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def _of_layers(pair: bytes, n_layer: object, n: int) -> bytes:
-    """A key and its value; of a list with a number for each layer, the first ``n``."""
+    """An encoded key and value; a list with a number for each layer is cut to the first ``n``."""
     (length,) = struct.unpack_from("<Q", pair)
     kind, at = struct.unpack_from("<I", pair, 8 + length)[0], 12 + length
     if kind != _ARRAY or struct.unpack_from("<Q", pair, at + 4)[0] != n_layer:
@@ -308,7 +317,7 @@ def _of_layers(pair: bytes, n_layer: object, n: int) -> bytes:
 
 
 def _first_blocks(file: GgufFile, n: int, out: Path) -> None:
-    """The first ``n`` blocks of ``file``, with all that is no block's."""
+    """Write the first ``n`` blocks of ``file``, and all tensors outside blocks, to ``out``."""
     kept = [
         t for name, t in file.tensors.items() if not name.startswith("blk.") or int(name.split(".")[1]) < n
     ]

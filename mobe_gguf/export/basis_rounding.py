@@ -1,12 +1,12 @@
-"""Bases of a linear form rounded by what all their experts make of an error.
+"""Rounding of the bases of a linear form, by the output error of all their experts.
 
-A is solved for again when the bases are rounded, so what an error of the bases adds within the span of an expert's Z costs nothing.  With A as it
-is, the rest of an error D of basis j costs
+A is solved for again after the bases are rounded, so errors of the bases within the span of an expert's Z cost
+nothing.  With A unchanged, the rest of an error D of basis j costs
 
     sum_i alpha_ij^2 tr( A_i D K_i D^T A_i^T ),   K_i = S_i - S_i Z_i^T (Z_i S_i Z_i^T)^-1 Z_i S_i
 
-(Kaufman 1975).  In the gauge that the fit leaves (``factorize/gauge.py``) the rows of the bases count alike, so rows are rounded in the mean of K_i,
-weighed by ``|alpha_i|^2 |A_i|^2``.
+(Kaufman 1975).  In the gauge that the fit leaves (``factorize/gauge.py``) the rows of the bases count alike.  So rows
+are rounded in the mean of K_i, weighted by ``|alpha_i|^2 |A_i|^2``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from mobe_gguf.core.formula import combine
 from mobe_gguf.core.metric import Metric
 
-#: Experts that the mean is taken over, at most: they share their inputs.
+#: The mean is taken over at most this many experts: they share their inputs.
 EXPERTS = 32
-#: Ridge of the inverse, relative to the mean of the diagonal: A is rounded, too, and does not take care of all that it could.
+#: Ridge of the inverse, relative to the mean of the diagonal: A is rounded, too, and cannot correct everything.
 RIDGE = 1e-3
 
 
@@ -31,8 +31,9 @@ def basis_metric(
     bases: torch.Tensor,
     whole: Metric,
 ) -> torch.Tensor:
-    """The mean of K_i ``[d, d]`` over ``experts`` with ``mix`` ``[n, m]`` of ``bases`` ``[m, r, d]``: ``transform(i)`` is A_i ``[p, r]``,
-    ``whole`` the metric of all experts of the layer.
+    """The mean of K_i ``[d, d]`` over ``experts``, which have ``mix`` ``[n, m]`` of ``bases`` ``[m, r, d]``.
+
+    ``transform(i)`` is A_i ``[p, r]``; ``whole``: the metric of all experts of the layer.
 
     O(n' (r d^2 + d^2 k)) for n' = EXPERTS and k directions.
     """

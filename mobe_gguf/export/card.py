@@ -1,8 +1,9 @@
 """The README.md beside exported files, as users of the hub expect it: what the model is made of, sizes, errors, how to run it.
 
-One page for all files of a model, factorized in one way, in a directory: the next export adds its line and keeps those of
-files that are still there; ``mobe-gguf eval --card`` adds what it measured.  The card is called after the file where that page is of
-other factors, or someone's own: what someone wrote, or changed, is never touched.
+One page covers all files in a directory that were made of one model, factorized in one way.  The next export adds its
+line and keeps those of files that still exist; ``mobe-gguf eval --card`` adds what it measured.  If the README.md there
+is about other factors, or is someone's own, the card is named after the file instead.  A page that someone wrote or
+changed is never touched.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from mobe_gguf.models.factors import FactorDirectory, ModelDirectory, recorded
 from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.quant.recipe import Recipe
 
-#: Says that a page is ours, and by a checksum over the rest that nobody changed it.
+#: Marks a page as ours.  The checksum over the rest shows that nobody changed it.
 MARK = re.compile(r"<!-- made by mobe-gguf export: [0-9a-f]{16} -->\n")
 
-#: A line about one file: of the table, of the commands, of the remarks.
+#: Lines about one file: in the table, the commands and the remarks.
 FILE_ROW = re.compile(r"\| \[([^\]]+)\]\(")
 COMMAND = re.compile(r"mobe-gguf export \S+ (\S+) ")
 REMARK = re.compile(r"- `([^`]+)`: ")
@@ -43,8 +44,8 @@ PAPER = "[Mixture-of-Basis-Experts](https://arxiv.org/abs/2508.05257)"
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about: the ``report`` of an export with ``keys`` of the file, out of ``checkpoint`` by ``recipe``, and
-    other ``options`` of the command."""
+    """What a card is about: one export of ``checkpoint``, with its ``recipe``, its other ``options``, the file's
+    ``keys`` and the ``report``."""
 
     report: Report
     keys: Mapping[str, Any]
@@ -73,7 +74,7 @@ class Subject:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While a card of the folder is read and written anew no other export does so: lines of neither are lost."""
+    """Lock the folder's card while it is read and rewritten, so that no export loses another's lines."""
     lock = folder / ".README.md.lock"
     with locked(lock, PATIENCE):
         try:
@@ -102,7 +103,7 @@ def _write_card(subject: Subject, first: Path) -> str:
             continue
         if not {f"# {subject.name}", *_about(subject), *_recipe(subject)} <= set(old.splitlines()):
             if _kept(old, FILE_ROW, first.parent, subject):
-                continue  # those files came of other factors
+                continue  # those files were made of other factors
             old = ""
         try:
             with atomic_path(path) as part:
@@ -115,7 +116,7 @@ def _write_card(subject: Subject, first: Path) -> str:
 
 
 def _forget(file: Path, path: Path) -> None:
-    """Take ``file``, which another export has replaced, off the page at ``path`` if that is ours."""
+    """Remove ``file``, which another export has replaced, from the page at ``path`` if that page is ours."""
     old = _ours(path) or ""
 
     def is_of(line: str) -> bool:
@@ -130,13 +131,14 @@ def _forget(file: Path, path: Path) -> None:
 
 
 def _rewrite(card: Path, text: str) -> None:
-    """Replace a card of ours by ``text``, with the mark that this has."""
+    """Replace a card of ours by ``text``, with a new mark."""
     with atomic_path(card) as part:
         part.write_text(MARK.sub(_mark(text), text), encoding="utf-8")
 
 
 def card_of(file: Path) -> Path | None:
-    """The card that has a line on the GGUF ``file``, if it is as ``mobe-gguf export`` or :func:`note` left it."""
+    """The card with a line about the GGUF ``file``, if nobody changed it since ``mobe-gguf export`` or :func:`note`
+    wrote it."""
     for path in _places(file):
         rows = map(FILE_ROW.match, (_ours(path) or "").splitlines())
         if any(row and _stem(Path(row[1])) == _stem(file) for row in rows):
@@ -145,7 +147,8 @@ def card_of(file: Path) -> Path | None:
 
 
 def note(card: Path, file: Path, measured: str) -> None:
-    """Put ``measured``, beginning with ``KL divergence``, into ``card`` as a remark on ``file``, instead of an earlier one.
+    """Put ``measured``, which begins with ``KL divergence``, into ``card`` as a remark on ``file``; it replaces an
+    earlier one.
 
     MobeError if it cannot be written.
     """
@@ -160,7 +163,8 @@ def note(card: Path, file: Path, measured: str) -> None:
 
 
 def deliver(card: Path, file: Path, out: Path) -> str:
-    """Move ``card``, of ``file`` alone, to where the file goes; returns its place, or why it has none, as :func:`write_card`."""
+    """Move ``card``, which is about ``file`` alone, to where the file goes; returns its path or why there is none, as
+    :func:`write_card` does."""
     text = card.read_text(encoding="utf-8")
     for path in _places(out):
         if not (old := _ours(path)) and old is not None or (old and _only_of(old, out)):
@@ -174,7 +178,7 @@ def deliver(card: Path, file: Path, out: Path) -> str:
 
 
 def _only_of(card: str, file: Path) -> bool:
-    """Whether a card of ours is of this file alone."""
+    """Whether a card of ours is about this file alone."""
     found = [match[1] for line in card.splitlines() if (match := FILE_ROW.match(line))]
     return all(_stem(Path(name)) == _stem(file) for name in found)
 
@@ -184,7 +188,7 @@ def _places(file: Path) -> tuple[Path, Path]:
 
 
 def _ours(path: Path) -> str | None:
-    """The page at ``path``, empty if there is none; None if it is another's, or was changed."""
+    """The page at ``path``; empty if there is none, None if it is someone else's or was changed."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -201,7 +205,7 @@ def _mark(text: str) -> str:
 
 
 def page(subject: Subject, old: str = "") -> str:
-    """The whole page; lines of files that are there still are taken from the ``old`` one."""
+    """The whole page; lines about files that still exist are taken from the ``old`` one."""
     folder = Path(subject.report.path).parent
     front = f"---\n{_front_matter(front_matter(subject))}\n---\n"
     lines = [f"# {subject.name}", "", *_about(subject), ""]
@@ -232,7 +236,7 @@ def page(subject: Subject, old: str = "") -> str:
 
 
 def _kept(old: str, pattern: re.Pattern[str], folder: Path, subject: Subject) -> list[str]:
-    """Lines of the old page about other files that are still there."""
+    """Lines of the old page about other files that still exist."""
     now = Path(subject.report.path).name
     found = [(line, match[1]) for line in old.splitlines() if (match := pattern.match(line))]
     written = {_stem(Path(now))} | {_stem(Path(name)) for name in subject.report.files}
@@ -375,7 +379,7 @@ def _run(subject: Subject) -> list[str]:
 
 
 def command(subject: Subject) -> str:
-    """The command of this export, files by their names alone."""
+    """The command of this export, with file names instead of paths."""
     recipe, model = subject.recipe, readable(subject.checkpoint.path.absolute().name)
     words = [
         "mobe-gguf export",

@@ -1,7 +1,7 @@
-"""What the stages of an export need of the model that they write, wherever it comes from.
+"""The model as the stages of an export see it, independent of its source.
 
-Two things are a :class:`Conversion`: ``converter.HfConversion``, a Hugging Face directory that llama.cpp's converter reads, and
-``gguf_target.GgufConversion``, a GGUF file that factors are put back into.
+There are two kinds of :class:`Conversion`: ``converter.HfConversion`` is a Hugging Face directory that llama.cpp's
+converter reads; ``gguf_target.GgufConversion`` is a GGUF file that factors are put back into.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class Conversion(Protocol):
 
     @property
     def alignment(self) -> int:
-        """What the data of every tensor are padded to, in bytes."""
+        """Alignment of each tensor's data, in bytes."""
 
     def files(self) -> list[Path]:
-        """Files that it reads beside the checkpoint's own."""
+        """Files that it reads besides the checkpoint's own."""
 
     def replace(self, name: str, source: Source) -> None:
-        """Give the tensor ``name``, which is there, other values; their shape may differ."""
+        """Give the existing tensor ``name`` other values; their shape may differ."""
 
     def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
-        """Set the keys that are left; ``file_type`` as in ``gguf.LlamaFileType``."""
+        """Set the remaining keys; ``file_type`` as in ``gguf.LlamaFileType``."""
 
     def choose(self, recipe: Recipe) -> dict[str, Choice]:
         """The type of every tensor.  UsageError as ``recipe.plan``."""

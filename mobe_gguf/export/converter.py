@@ -1,9 +1,9 @@
 """llama.cpp's own Hugging Face converter, run for everything but the bytes of the tensors.
 
 The pinned ``conversion`` package knows the tokenizers, hyper-parameters, permutations, MLA splits and FP8
-sources of every architecture.  Its model class is subclassed on the fly: the tensors B and W (basis and
-mix) are hidden from it, and what it would write is caught on the way to the file, still lazy.  A of a
-factorized projection has the name of the expert it replaces, so the class stacks the A's by itself.
+sources of every architecture.  Its model class is subclassed at run time.  The subclass hides the tensors
+B and W (basis and mix) and catches what would be written, still lazy.  A of a factorized projection has
+the name of the expert it replaces, so the class stacks the A's by itself.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from mobe_gguf.quant.recipe import Choice, Recipe, plan
 #: Tensors of a MoBE checkpoint that the converter must not see: ``block.B_gate``, ``block.W_up_1``, ...
 FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")
 
-#: Architectures whose graph has no output matrix but its own: where the model's is tied to the embeddings, they are written again.
+#: Architectures whose graph needs an output matrix in the file: if a model's is tied to the embeddings, these are
+#: written twice.
 UNTIED = ("qwen2moe", "olmoe", "bailingmoe", "dots1", "exaone-moe", "minimax-m2")
 
 
@@ -65,11 +66,11 @@ class HfConversion:
 
     @property
     def alignment(self) -> int:
-        """What the data of every tensor are padded to."""
+        """Alignment of each tensor's data, in bytes."""
         return self.writer.data_alignment
 
     def files(self) -> list[Path]:
-        """What it reads beside the checkpoint's own files: nothing."""
+        """Files that it reads besides the checkpoint's own: none."""
         return []
 
     def replace(self, name: str, source: Source) -> None:
@@ -79,19 +80,19 @@ class HfConversion:
                 part[name].shape = source.shape
 
     def choose(self, recipe: Recipe) -> dict[str, Choice]:
-        """As llama-quantize chooses, but for what the converter insists on."""
+        """The type of every tensor as llama-quantize chooses it, except where the converter insists on one."""
         specs = [Spec(t.name, t.source.shape) for t in self.tensors.values()]
         choices = plan(specs, recipe, ModelFacts.of(self.arch, self.keys))
         return choices | {t.name: Choice(t.forced, t.forced) for t in self.tensors.values() if t.forced}
 
     def is_copied(self, name: str, choice: Choice) -> bool:
-        """Whether the tensor passes through as it is stored: never, out of a Hugging Face model."""
+        """Whether the tensor passes through as it is stored: never for a Hugging Face model."""
         return False
 
     def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
         """Set the remaining keys, tokenizer included; ``file_type`` as in ``gguf.LlamaFileType``.
 
-        ``general.*`` is named by ``origin``; by the model's directory if there is none.
+        ``general.*`` comes from ``origin``, or from the name of the model's directory if there is none.
         """
         gguf = _package().base.gguf
         self.model.ftype = gguf.LlamaFileType[file_type]
@@ -129,17 +130,17 @@ class HfConversion:
         return writer
 
     def _set_own_keys(self) -> None:
-        """Keys that the runtime reads and the converter writes otherwise, or not at all."""
+        """Set keys that the runtime reads and the converter writes differently, or not at all."""
         add_keys(self.writer, {f"{self.arch}.{key}": value for key, value in self.own_keys.items()})
 
 
 def convert(
     checkpoint: ModelDirectory, out: Path, tokenizer_pre: str | None = None, verbose: bool = False
 ) -> HfConversion:
-    """Run the converter's model class over ``checkpoint``; ``out`` is only a name here.
+    """Run the converter's model class over ``checkpoint``.  Nothing is written to ``out``; only its name is used.
 
-    ``tokenizer_pre``: a value for ``tokenizer.ggml.pre`` instead of what would be recognized.  MobeError if the
-    converter does not know the architecture, or says no.
+    ``tokenizer_pre``: a value for ``tokenizer.ggml.pre`` instead of the recognized one.  MobeError if the
+    converter does not know the architecture, or refuses the model.
     """
     conversion = _package()
     _set_log_level(verbose)
@@ -152,7 +153,7 @@ def convert(
         hparams = for_converter(
             checkpoint.family.name, conversion.ModelBase.load_hparams(checkpoint.path, False), judgement
         )
-        if "lm_head.weight" in checkpoint:  # transformers ties no output that the model has
+        if "lm_head.weight" in checkpoint:  # as transformers: an output matrix in the checkpoint is not tied
             hparams["tie_word_embeddings"] = False
         model_class = _model_class(conversion, checkpoint, hparams)
         gguf = conversion.base.gguf
@@ -180,9 +181,10 @@ def list_tensors(result: HfConversion, gguf: Any, caught: dict[str, Any], hparam
 
 
 def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slice]]]:
-    """Tensors with all experts of a layer -> the expert matrices in them: the names that each has by itself, its index and rows.
+    """Fused tensor, with all experts of a layer -> the matrices in it: the name of each one alone, the expert's index,
+    its rows.
 
-    The converter's classes of most families know experts one by one only.
+    For most families the converter's classes know only separate experts.
     """
     family, found = checkpoint.family, {}
     for layer in checkpoint.moe_layers:
@@ -199,21 +201,22 @@ def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slic
 
 
 def _own_name(checkpoint: ModelDirectory, name: str) -> str:
-    """What the converter calls a tensor that lies beside fused experts."""
+    """The converter's name for a tensor beside fused experts."""
     layer = layer_in(name)
     fused = layer in checkpoint.moe_layers and checkpoint.is_fused(layer, "gate")
     return checkpoint.family.own_name(name, layer) if fused else name
 
 
 def _predicts(checkpoint: ModelDirectory) -> bool:
-    """Whether there are layers that predict further tokens."""
+    """Whether there are layers for multi-token prediction."""
     return any(
         layer_in(name) >= checkpoint.n_layer or re.match(r"(model\.)?mtp", name) for name in checkpoint.names
     )
 
 
 def _without_index(path: Path) -> tempfile.TemporaryDirectory[str]:
-    """A directory with links to all files of ``path`` but its index, which the converter would believe, in one of its name."""
+    """A temporary directory that holds a directory of the same name as ``path``, with links to all its files except the
+    index, which the converter would believe."""
     view = tempfile.TemporaryDirectory(prefix="mobe-gguf-")
     folder = Path(view.name) / path.absolute().name
     folder.mkdir()
@@ -224,12 +227,12 @@ def _without_index(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _take(tensor: torch.Tensor, index: int, rows: slice) -> torch.Tensor:
-    """Some rows of one expert, out of all."""
+    """Some rows of one expert, out of the stack of all."""
     return tensor[index, rows]
 
 
 def _untie(result: HfConversion) -> None:
-    """The embeddings as the output matrix, too."""
+    """Write the embeddings as the output matrix, too."""
     if "output.weight" not in result.tensors:
         source = result.tensors["token_embd.weight"].source
         result.tensors["output.weight"] = Tensor("output.weight", source)
@@ -238,7 +241,7 @@ def _untie(result: HfConversion) -> None:
 
 
 def _model_class(conversion: Any, checkpoint: ModelDirectory, hparams: dict[str, Any]) -> Any:
-    """The converter's class; ``hparams["architectures"]`` is corrected where it names one of the authors' classes."""
+    """The converter's class; ``hparams["architectures"]`` is corrected if it names a class of MoBE's authors."""
     names = [*(hparams.get("architectures") or []), checkpoint.family.architecture]
     for name in names:
         if name is None:
@@ -262,12 +265,14 @@ def _catching(
     pre: Any,
     checkpoint: ModelDirectory | None,
 ) -> Any:
-    """A subclass of the converter's model class ``base`` that hides B and W and puts what it makes in ``caught``; ``checkpoint``: what
-    it reads, None if it is given names and shapes alone."""
+    """A subclass of the converter's model class ``base`` that hides B and W and collects its tensors in ``caught``.
+
+    ``checkpoint``: what it reads, None if it gets only names and shapes.
+    """
     fused = {} if checkpoint is None else _fused_of(checkpoint)
 
     class Marked(lazy):
-        """A LazyTorchTensor whose conversions can be told from other operations, see ``source.is_cast``."""
+        """A LazyTorchTensor that marks conversions between types, see ``source.is_cast``."""
 
         _tensor_type = torch.Tensor
 
@@ -279,7 +284,7 @@ def _catching(
 
     class Catching(base):
         model_arch = base.model_arch
-        #: Whether no layer predicts further tokens, which some classes expect of every model.
+        #: True if no layer is for multi-token prediction; some classes expect such layers in every model.
         no_mtp = base.no_mtp if checkpoint is None else not _predicts(checkpoint)
 
         def set_vocab(self) -> None:
@@ -326,7 +331,7 @@ def _catching(
             level = logger.level
             logger.setLevel(
                 logging.ERROR
-            )  # its twelve lines of stars are about something that is handled here
+            )  # the converter's long warning is about something that is handled here
             try:
                 return tokenizer.Recognized(
                     super().get_vocab_base_pre(tokenizer_), "llama.cpp's converter knows it"
@@ -340,8 +345,8 @@ def _catching(
 
 
 def _is_in_json(path: Path, why: str) -> bool:
-    """Whether a vocabulary that a class of the converter cannot read, and says ``why``, lies there as tokenizer.json, too: the class
-    asks for a sentencepiece model, for ranks that Python code has, or for a setting as transformers 4 gives it."""
+    """Whether tokenizer.json has the vocabulary that a class of the converter could not read, for the reason ``why``:
+    the class wants a sentencepiece model, ranks that are in Python code, or a setting in the form of transformers 4."""
     if "add_bos_token" in why:
         said = path / "tokenizer_config.json"
         return said.is_file() and read_json(said).get("add_bos_token") is True
@@ -358,7 +363,7 @@ def _catcher(base: Any, caught: dict[str, Any], result: HfConversion) -> Any:
             if name in caught:
                 node = caught.pop(name)
                 source: Source = Lazy(node) if hasattr(node, "_func") else Whole(node)
-            else:  # the class writes it past modify_tensors: small things, such as scales
+            else:  # the class writes small tensors, such as scales, without modify_tensors
                 array = np.asarray(evaluate(tensor))
                 if array.dtype not in (np.float32, np.float16):
                     raise MobeError(
@@ -374,13 +379,13 @@ def _catcher(base: Any, caught: dict[str, Any], result: HfConversion) -> Any:
 
 
 def _package() -> Any:
-    """The pinned tree's ``conversion`` package, its models not yet loaded."""
+    """The pinned source's ``conversion`` package, without its models, which are loaded later."""
     runtime.use_conversion()
     return importlib.import_module("conversion")
 
 
 def _set_log_level(verbose: bool) -> None:
-    """The converter logs through these; its warnings are about what is handled, or explained, here."""
+    """Set the level of the converter's loggers; its warnings are about things that are handled or explained here."""
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("hf-to-gguf", "gguf", "transformers"):
@@ -389,10 +394,10 @@ def _set_log_level(verbose: bool) -> None:
 
 @contextlib.contextmanager
 def no_remote_code(path: Path) -> Iterator[None]:
-    """Keep the converter from running Python code out of the model's directory, which it allows by itself.
+    """Keep the converter from running Python code in the model's directory, which it would do by default.
 
-    A tokenizer.json says all that such code says of a vocabulary, so where it lies beside the code it is taken; so is
-    Kimi-K2's rank file, see ``tiktoken``.
+    If there is a tokenizer.json beside the code, it describes the same vocabulary and is used instead; so is Kimi-K2's
+    rank file, see ``tiktoken``.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -423,14 +428,15 @@ def no_remote_code(path: Path) -> Iterator[None]:
 
 
 class NoVocabulary(MobeError):
-    """The tokenizer cannot be taken over; the model can."""
+    """The tokenizer cannot be converted; the model can."""
 
 
 def rehearse(checkpoint: Original) -> list[str]:
-    """What the end of the work will meet, before it begins: llama.cpp's converter is run over the headers of a Hugging Face model.
+    """Find out before the work whether its result can be exported: run llama.cpp's converter over a Hugging Face
+    model's headers.
 
-    MobeError if it does not take the tensors or config.json; a note if it does not take the tokenizer, which can be mended later,
-    or if there is no runtime yet.  Nothing of a GGUF file.
+    MobeError if it refuses the tensors or config.json.  Returns a note if it refuses the tokenizer, which can be mended
+    later, or if there is no runtime yet.  A GGUF file is not checked.
     """
     model = checkpoint.directory
     if model is None:
@@ -460,7 +466,7 @@ def rehearse(checkpoint: Original) -> list[str]:
 
 @contextlib.contextmanager
 def _explained(path: Path, what: str, kind: type[MobeError] = MobeError) -> Iterator[None]:
-    """Foreign code may raise anything about a model that it does not like: make that a MobeError of ``kind``."""
+    """Turn whatever the converter's code raises into a MobeError of ``kind``."""
     try:
         yield
     except MobeError as e:

@@ -1,7 +1,7 @@
-"""``--target-size`` and ``--target-bpw``: the types that make the best file of a size.
+"""``--target-size`` and ``--target-bpw``: the types that make the best file of a given size.
 
-Of bases, A and experts' matrices; with moments that say how large inputs are, of all matrices that they weigh: attention, shared experts, dense
-layers, output.
+Types are chosen for bases, A and experts' matrices.  If the moments say how large inputs are, types are chosen for all
+matrices that they cover: also attention, shared experts, dense layers and output.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from mobe_gguf.quant.allocate import TooSmall, allocate
 from mobe_gguf.quant.mixture import Spec, layer_of
 from mobe_gguf.quant.recipe import Choice, allows_quantization, is_fixed
 
-#: Any quantized type: what importance matrices are looked up for, before there is a choice.
+#: Any quantized type, to look up importance matrices before the types are chosen.
 QUANTIZED = Choice("q4_k", "q4_k")
 
 
 def divide(
     request: ExportRequest, model: Opened, choices: Mapping[str, Choice], head: int
 ) -> tuple[dict[str, Choice], list[str]]:
-    """``choices`` with those of the experts' tensors changed, but for what an option names, and how in words.
+    """``choices`` with other types for the tensors that can be divided, and a description of the result.
 
-    ``head``: bytes before the tensors.  UsageError if the smallest types take more than the target, or there is nothing to
-    choose.
+    Tensors that an option names keep their types.  ``head``: bytes before the tensors.  UsageError if even the smallest
+    types take more than the target, or there is nothing to choose.
     """
     conversion, imatrix, recipe = model.conversion, model.imatrix, request.recipe
     tensors, target, moments = conversion.tensors, recipe.target, model.moments

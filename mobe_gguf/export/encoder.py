@@ -1,7 +1,7 @@
 """How the values of a tensor become bytes of its type: the stage between choosing types and writing.
 
 A :class:`Rounding` gives each tensor an :class:`Encoder`.  :class:`Nearest` is libggml's own rounding; another way of rounding is
-another class with these two members, passed on by ``layout.lay_out``.
+another class that follows the protocol ``Rounding`` and is given to ``layout.lay_out``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mobe_gguf.models.tensors import all_finite
 from mobe_gguf.runtime import ggml
 
 #: ``(rows [n, row] of any float type, number of their matrix, their name for messages) -> bytes [n, bytes of a row]``.
-#: Is called from several threads at once.
+#: It is called from several threads at once.
 EncodeRows = Callable[[torch.Tensor, int, str], np.ndarray]
 
 
@@ -28,27 +28,28 @@ class Encoder(Protocol):
 
     @property
     def by_matrix(self) -> bool:
-        """Whether the matrices of the tensor are encoded differently: no call gets rows of two."""
+        """Whether each matrix of the tensor is encoded differently; then no call gets rows of two matrices."""
 
     def open(self) -> EncodeRows:
-        """Read what is needed for this tensor; it is held until the tensor is written."""
+        """Read what is needed for this tensor; it stays in memory until the tensor is written."""
 
 
 class Rounding(Protocol):
     """Chooses the encoder of each tensor.
 
-    What ``refit`` solves for (``refit.Solved``) is encoded there, matrix by matrix, not through this.
+    Not used for what ``refit`` solves for (``refit.Solved``): that is encoded there, matrix by matrix.
     """
 
     @property
     def fingerprint(self) -> Hashable:
-        """Differs where files would; an interrupted export resumes only with the same."""
+        """Differs whenever the files would differ; an interrupted export resumes only if it is the same."""
 
     def encoder(self, tensor: Tensor, type_name: str, importance: Importance | None) -> Encoder:
-        """For ``tensor`` in the ggml type ``type_name``; ``importance``: weights of its columns, if they are known."""
+        """The encoder of ``tensor`` in the ggml type ``type_name``; ``importance``: weights of its columns, if they are
+        known."""
 
     def said(self, name: str) -> str | None:
-        """What there is to say of a tensor when it has been written."""
+        """A remark on a tensor that has been written, None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def encode_rows(rows: torch.Tensor, type_name: str, weights: np.ndarray | None, name: str) -> np.ndarray:
-    """Rows of any float type in ``type_name``; those that have it already are copied.
+    """Encode rows of any float type in ``type_name``; rows that have this type already are copied.
 
     MobeError names the value if one is NaN, Inf or too large.
     """

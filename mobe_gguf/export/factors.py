@@ -1,7 +1,7 @@
 """The factors of a MoBE checkpoint as GGUF tensors and keys (docs/format.md, "GGUF"), or multiplied out.
 
-A comes through the converter, under the name of the experts that it replaces; B and the mix are added here.  Where the
-checkpoint is an original model with factors beside it, the converter gives its experts, and A takes their place.
+A comes through the converter, under the name of the experts that it replaces; B and the mix are added here.  If the
+checkpoint is an original model with factors beside it, the converter gives the original experts, and A replaces them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mobe_gguf.models.mobe_checkpoint import Reconstruction
 
 
 def check_factors(checkpoint: FactorDirectory) -> None:
-    """Compare all shapes of experts and factors, before work is done on them.
+    """Compare all shapes of experts and factors before any work is done.
 
-    MobeError names the tensor that contradicts the others, or the layers whose groups differ: the format has one number
-    for all.
+    MobeError names the tensor that contradicts the others, or the layers whose number of groups differs: the format has
+    one number for all layers.
     """
     group_counts: dict[int, str] = {}
     for index in checkpoint.moe_layers:
@@ -42,7 +42,7 @@ def check_factors(checkpoint: FactorDirectory) -> None:
 
 
 def put_transforms(conversion: Conversion, checkpoint: FactorDirectory) -> None:
-    """Put the A's in the place of the original experts that they are for, in ``conversion.tensors``."""
+    """Replace the original experts in ``conversion.tensors`` by their A's."""
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
         for projection in layer.projections:
@@ -51,7 +51,7 @@ def put_transforms(conversion: Conversion, checkpoint: FactorDirectory) -> None:
 
 
 def put_experts(conversion: Conversion, checkpoint: FactorDirectory) -> None:
-    """Put the multiplied-out experts in the place of all A's in ``conversion.tensors``: an ordinary model."""
+    """Replace all A's in ``conversion.tensors`` by the multiplied-out experts, which makes an ordinary model."""
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
         for projection in layer.projections:
@@ -66,7 +66,7 @@ def _put(
     shape: tuple[int, ...],
     read: Callable[[int], torch.Tensor],
 ) -> None:
-    """``read(e)``, of ``shape``, for all experts, as the tensor that the converter made of them."""
+    """Replace the converter's tensor of all experts by ``read(e)``, each of shape ``shape``."""
     name = names.transform_name(layer.index, projection)
     if name not in conversion.tensors:
         raise MobeError(
@@ -79,7 +79,7 @@ def _put(
 def add_factors(conversion: Conversion, checkpoint: FactorDirectory) -> None:
     """Put basis and mix behind each factorized A in ``conversion.tensors``, and set the ``mobe`` keys.
 
-    ``checkpoint`` went through :func:`check_factors`.
+    ``checkpoint`` must have passed :func:`check_factors`.
     """
     behind: dict[str, list[Tensor]] = {}
     groups, version = 1, names.MOBE_VERSION
@@ -107,10 +107,9 @@ def add_mobe_keys(writer: KeyWriter, arch: str, version: int, activation: str, g
 
 
 def _factors(conversion: Conversion, layer: MobeLayer, projection: str) -> list[Tensor]:
-    """Basis ``[m, r, d]`` and mix ``[n, m/g]`` or ``[n, m/g, r]`` of one projection (of down with d and r in each other's
-    place).
+    """Basis ``[m, r, d]`` and mix ``[n, m/g]`` or ``[n, m/g, r]`` of one projection; for down, d and r are swapped.
 
-    MobeError if the converter did not make of the A's what they should be: one stack ``[n, p, r]`` (``[n, r, p]``).
+    MobeError if the converter did not make one stack ``[n, p, r]`` (of down: ``[n, r, p]``) of the A's.
     """
     checkpoint, index = layer.checkpoint, layer.index
     transform, expected = (

@@ -1,4 +1,4 @@
-"""The types that factors were fitted for, ``factorize --for TYPE``: what they are exported in if nothing else is asked for."""
+"""The types that factors were fitted for by ``factorize --for TYPE``: the defaults of their export."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mobe_gguf.quant.recipe import ALIASES, BLOCK, FLOATS, QUANTS, Choice, fitti
 
 
 def fitted_types(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Types of B and of A by config.json or factors.json, None where none was said, or one that is unknown.
+    """Types of B and A in config.json or factors.json; None for a type that is missing or unknown.
 
-    MobeError, which names ``path``, if what is there is no name.
+    MobeError, which names ``path``, if a value is not a name.
     """
     found = {key: recorded(config, "settings", key) for key in ("for_basis", "for_transform")}
     for key, name in found.items():
@@ -54,7 +54,7 @@ def default_types(model: Path) -> tuple[str, str, str]:
 
 
 def mismatch(checkpoint: FactorDirectory, choices: Mapping[str, Choice]) -> str | None:
-    """What to tell a user whose factors get other quantized types than they were fitted for; None if they do not."""
+    """A warning if factors get other quantized types than they were fitted for, else None."""
     fitted = dict(zip(("basis", "transform"), fitted_types(checkpoint.path, checkpoint.config), strict=True))
     got: dict[str, set[str]] = {"basis": set(), "transform": set()}
     for index in checkpoint.moe_layers:

@@ -1,7 +1,8 @@
-"""Factors back into the GGUF file that they are of: its keys and all other tensors pass through, byte for byte.
+"""Put factors back into the GGUF file that they were made of: its keys and all other tensors are copied byte for byte.
 
-:class:`GgufConversion` is what ``converter.HfConversion`` is for a Hugging Face model: it has the file's tensors, in order, each with a source that decodes it if it is given another type.  What keeps its type is
-copied.  Gate and up that are one tensor are taken apart in the layers that have factors: llama.cpp then asks for both.
+:class:`GgufConversion` is the counterpart of ``converter.HfConversion``.  It has the file's tensors, in order.  A
+tensor that keeps its type is copied; one that gets another type is decoded.  If gate and up are one tensor, they are
+split in the layers that have factors, because llama.cpp then asks for both.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from mobe_gguf.runtime import ggml
 _U16, _U32, _I32, _F32, _BOOL, _STRING = 2, 4, 5, 6, 7, 8
 _FORMATS = {_U16: "<H", _U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?"}
 
-#: What a split file says of itself; the output may be cut in another way.
+#: Keys of a split file; the output may be split differently.
 SPLIT_NO, SPLIT_TENSORS, SPLIT_COUNT = "split.no", "split.tensors.count", "split.count"
 
 
 class Keys:
-    """The keys of the file to be written: those of the source as they stand there, and what is set over or behind them.
+    """The keys of the new file: those of the source, unchanged, and those that are replaced or added.
 
-    Has of ``gguf.GGUFWriter`` what ``export`` calls.
+    It has the methods of ``gguf.GGUFWriter`` that ``export`` calls.
     """
 
     def __init__(self, model: GgufModel):
@@ -99,7 +100,7 @@ def pair(name: str, kind: int, value: Any) -> bytes:
 
 
 class GgufConversion:
-    """``source`` with the factors' layers made ready for them: gate and up apart, under the names that A gets."""
+    """``source``, with gate and up split in the layers that have factors, under the names that A gets."""
 
     pre: Recognized | None = None
 
@@ -129,7 +130,7 @@ class GgufConversion:
         self.notes: list[str] = []
 
     def _take(self, rest: GgufModel, wanted: list[str]) -> None:
-        """These tensors from another file of the same model.  UsageError if it is none."""
+        """Take these tensors from another file of the same model.  UsageError if it is of another model."""
         if rest.arch != self.arch:
             raise UsageError(
                 f"--rest-from {rest.path}: it is of a {rest.arch} model, the factors of a {self.arch} model"
@@ -153,7 +154,7 @@ class GgufConversion:
         return self.model.file.alignment
 
     def files(self) -> list[Path]:
-        """Those of the source, and of what gives the rest."""
+        """Files of the source, and of the model that gives the rest."""
         models = (self.model,) if self.rest is None else (self.model, self.rest)
         return sorted({info.file for model in models for info in model.file.tensors.values()})
 
@@ -161,13 +162,14 @@ class GgufConversion:
         self.tensors[name].source = source
 
     def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
-        """The source's keys are whole; what depends on the types is set in :meth:`header`."""
+        """Nothing to do: the source has all keys, and :meth:`header` sets those that depend on types."""
 
     def choose(self, recipe: Recipe) -> dict[str, Choice]:
-        """The type of every tensor: factors by ``recipe``, others the one that they have unless an option names them, or
-        ``recipe.rest`` or, where nothing is factorized, ``recipe`` is for them.
+        """The type of every tensor.
 
-        UsageError as ``recipe.plan``.
+        Factors get types by ``recipe``.  Other tensors keep theirs, with three exceptions: an option names them,
+        ``recipe.rest`` gives them types, or nothing is factorized and ``recipe`` applies to all.  UsageError as
+        ``recipe.plan``.
         """
         self.recipe = recipe
         facts = ModelFacts.of(self.arch, self.keys)
@@ -194,7 +196,7 @@ class GgufConversion:
         return found
 
     def is_copied(self, name: str, choice: Choice) -> bool:
-        """Whether the tensor passes through.  UsageError if it cannot, being of a type that cannot be decoded."""
+        """Whether the tensor is copied as it is.  UsageError if it gets another type but its own cannot be decoded."""
         source = self.tensors[name].source
         if not isinstance(source, StoredTensor) or source.type == choice.type:
             return isinstance(source, StoredTensor)
@@ -217,7 +219,7 @@ class GgufConversion:
                 self.writer.add_uint32("general.quantization_version", gguf.GGML_QUANT_VERSION)
             pairs = self.writer.pairs()
         else:
-            key = "general.alignment"  # each file's own, the others' default
+            key = "general.alignment"  # each file of a split needs it, else it has the default
             pairs = [pair(key, _U32, self.alignment)] if self.alignment != ALIGNMENT else []
         if len(shards) > 1:  # in the order and with the types of llama-gguf-split
             pairs += [
@@ -228,7 +230,7 @@ class GgufConversion:
         return Header(pairs, shards[index], self.alignment)
 
     def _file_type(self, tensors: list[Encoded]) -> str | None:
-        """That of ``--quant`` where most parameters are of its type; else the source's, None, still says it best."""
+        """File type of ``--quant`` if most parameters have its type; else None: the source's own fits best."""
         assert self.recipe is not None
         parameters: Counter[str] = Counter()
         for tensor in tensors:
@@ -237,9 +239,9 @@ class GgufConversion:
 
 
 class Header:
-    """Head of a GGUF file, version 3; has of ``gguf.GGUFWriter`` what ``write_gguf`` calls.
+    """Head of a GGUF file, version 3, with the methods of ``gguf.GGUFWriter`` that ``write_gguf`` calls.
 
-    ``pairs``: encoded keys.  gguf-py's own writer would encode every key anew, vocabularies and all.
+    ``pairs``: encoded keys.  gguf-py's own writer would encode every key again, whole vocabularies included.
     """
 
     def __init__(self, pairs: list[bytes], tensors: list[Encoded], alignment: int):

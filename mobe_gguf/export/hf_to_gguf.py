@@ -1,7 +1,7 @@
 """llama.cpp's own converter as a program: any model that it knows, to a plain GGUF file.
 
-It runs in a process of its own, for it changes what other modules import, and ends whole processes where it does not like a model.  Python code
-out of the model's directory is not run, see ``converter``.
+It runs in a process of its own, because it changes what other modules import and ends the whole process if it refuses a
+model. Python code in the model's directory is not run, see ``converter``.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from mobe_gguf.formats.gguf import GgufFile, missing_tensors, read_gguf
 from mobe_gguf.models.config_values import check_values
 from mobe_gguf.models.families import OTHERWISE, family_of, known_model_types, other_way
 
-#: ``--outtype``: of the matrices; "auto" takes that of the source's first one, f16 or bf16.
+#: ``--outtype``, the type of matrices; "auto" takes f16 or bf16 as the source's first matrix has it.
 TYPES = ("auto", "bf16", "f16", "f32", "q8_0")
-#: Bytes of a weight in each, at most.
+#: Bytes per weight in each type, at most.
 BYTES = {"auto": 2.0, "bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32}
-#: Bytes of a weight as safetensors store it.
+#: Bytes per weight in safetensors.
 STORED = {"F64": 8.0, "F32": 4.0, "F16": 2.0, "BF16": 2.0, "F8_E4M3": 1.0, "F8_E5M2": 1.0, "U8": 0.5, "I8": 1.0}  # fmt: skip
 
 SCRIPT = "convert_hf_to_gguf.py"
-#: Seconds between two looks at the growing file, and last lines that an error shows.
+#: Seconds between two looks at the growing file, and how many last lines an error shows.
 LOOK, TAIL = 0.5, 6
 
 
@@ -44,8 +44,8 @@ def convert_model(
 ) -> None:
     """Write ``model``, a Hugging Face directory, as the GGUF file ``out``.
 
-    ``tokenizer_pre``: value of ``tokenizer.ggml.pre``, instead of the one that is recognized.
-    MobeError if it is none, the converter does not know its architecture or fails, or there is no room.
+    ``tokenizer_pre``: value of ``tokenizer.ggml.pre``, instead of the recognized one. MobeError if ``model`` is no such
+    directory, the converter does not know its architecture or fails, or there is no room.
     """
     check_name(str(out))
     check_output(out)
@@ -78,7 +78,7 @@ def convert_model(
 
 
 def _lacking(file: GgufFile) -> str | None:
-    """The first tensor, or layer, that the file should have and has not."""
+    """The first tensor or layer that is missing from the file, None if nothing is."""
     if missing := missing_tensors(file):
         return f"tensor {missing[0]}"
     layers = {int(name.split(".")[1]) for name in file.tensors if name.startswith("blk.")}
@@ -113,7 +113,7 @@ def _check_answers(model: Path) -> None:
 
 
 def _expected_bytes(model: Path, outtype: str) -> int:
-    """About what the file will take, from the sizes of the model's own: safetensors' headers say how they are stored."""
+    """Estimated size of the file, from the tensors' sizes and types in safetensors' headers."""
     total = 0.0
     for path in model.glob("*.safetensors"):
         with open(path, "rb") as file:
@@ -145,7 +145,7 @@ def _text(log: IO[bytes]) -> str:
 
 
 def _why(model: Path, architecture: str, code: int, said: str) -> str:
-    """One line where the reason is known, else the converter's last ones."""
+    """One line if the reason is known, else the converter's last lines."""
     if re.search(r"Model .+ is not supported", said):
         return (
             f"{model}: llama.cpp's converter does not know {architecture}; nothing here can read this model"
@@ -159,7 +159,7 @@ def _why(model: Path, architecture: str, code: int, said: str) -> str:
 
 
 def _child(model: str, part: str, outtype: str, pre: str | None = None) -> None:
-    """In the converter's process."""
+    """Run the converter; called in a process of its own."""
     from mobe_gguf.export.converter import no_remote_code
 
     runtime.use_conversion()
@@ -174,7 +174,7 @@ def _child(model: str, part: str, outtype: str, pre: str | None = None) -> None:
 
 
 def _name_tokenizers(pre: str | None) -> None:
-    """Let the converter take ``pre``, and recognize a tokenizer that it has not seen by what its tokenizer.json says."""
+    """Make the converter use ``pre``, or recognize an unknown tokenizer by its tokenizer.json."""
     import conversion
 
     base, own = conversion.base.TextModel, conversion.base.TextModel.get_vocab_base_pre

@@ -1,16 +1,17 @@
 """Importance of each column of each matrix, from llama-imatrix files, for the encoders.
 
-For a weight ``W`` a file holds the sums of the squares of its input's channels, ``W.in_sum2`` ``[matrices, row]``, and the
-number of inputs, ``W.counts`` ``[matrices, 1]``.  llama-quantize weighs the columns of each expert's matrix by their quotient, or by
-1 where nothing was counted.  So does export.
+For a weight ``W`` a file holds the sums of the squares of its input's channels, ``W.in_sum2`` ``[matrices, row]``, and
+the number of inputs, ``W.counts`` ``[matrices, 1]``.  llama-quantize weighs the columns of each expert's matrix by
+their quotient, or by 1 if nothing was counted.  So does export.
 
-Two kinds of file serve a MoBE model, each where it fits:
+Two kinds of file can be used for a MoBE model:
 
-- A file of the MoBE model itself (from the patched ``llama-imatrix``) has everything: what A multiplies and, under the name of the
-  basis, ``sum_uses mix[j,e]^2 x^2`` (``native/ggml_mobe/mobe-imatrix.h``).
-- A file of the original model has all that is not factorized.  For the bases the same sum is made from its entry for the experts,
-  ``sum_e mix[j,e]^2 in_sum2[e]``.  What A multiplies is computed from that entry through the bases (``refit``).  A of down multiplies the
-  experts' input; the bases of down multiply A times that, computed as if the channels were independent.
+- A file of the MoBE model itself (from the patched ``llama-imatrix``) has everything: the inputs of A and, under the
+  name of the basis, ``sum_uses mix[j,e]^2 x^2`` (``native/ggml_mobe/mobe-imatrix.h``).
+- A file of the original model has all tensors that are not factorized.  For the bases the same sum is made from its
+  entry for the experts, ``sum_e mix[j,e]^2 in_sum2[e]``.  The inputs of A are computed from that entry through the
+  bases (``refit``).  For down, A multiplies the experts' input.  The bases of down multiply A times that input,
+  computed as if its channels were independent.
 """
 
 from __future__ import annotations
@@ -36,33 +37,33 @@ from mobe_gguf.quant.recipe import FLOATS, Choice, requires_imatrix
 
 @dataclass(frozen=True)
 class Importance:
-    """Weights of one tensor's columns: ``read()`` gives float32 ``[matrices, row]``; ``origin`` says from where."""
+    """Weights of one tensor's columns: ``read()`` gives float32 ``[matrices, row]``; ``origin`` names their file."""
 
     origin: str
     read: Callable[[], np.ndarray]
 
 
 class Imatrix:
-    """Several files, those of MoBE models first: their statistics are those of the model that is written."""
+    """Several files.  Those of MoBE models come first: they were made with the model that is written."""
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]):
         self.files = sorted((ImatrixFile(os.fspath(path)) for path in paths), key=lambda f: not f.of_mobe)
 
     def keys(self) -> dict[str, str | int]:
-        """Metadata for the GGUF file: of the first file, for llama.cpp's keys have room for one."""
+        """Metadata for the GGUF file, about the first file only: llama.cpp's keys have room for one."""
         return self.files[0].keys() if self.files else {}
 
     def find(self, tensors: Mapping[str, Tensor], name: str) -> Importance | None:
-        """Weights for the tensor ``name`` of ``tensors``, which are a model's; None if no file has any.
+        """Weights for the tensor ``name``, one of a model's ``tensors``; None if no file has any.
 
-        MobeError if a file has them in another number: it is of another model.
+        MobeError if their number is wrong: the file is of another model.
         """
         shape = tensors[name].source.shape
         factorized = is_transform(name) and name.replace("_exps.", "_basis.") in tensors
         wanted = (shape[-3] if len(shape) > 2 else 1, shape[-1])
         for file in self.files:
             if factorized and not file.of_mobe:
-                continue  # it has this name too, but for x, not for what A multiplies
+                continue  # the file has this name, too, but for x and not for the inputs of A
             stem = name if factorized else _stem_of_inputs(file, name)
             entry = file.entry(stem)
             if entry is None:
@@ -74,14 +75,15 @@ class Imatrix:
         return self._through_mix(tensors, name) if is_basis(name) else None
 
     def inputs(self, layer: int, projection: str, n: int, d: int) -> tuple[str, torch.Tensor] | None:
-        """Second moments ``[n, 1, d]`` of what enters the experts of a factorized projection, and which file they are of; None
-        if no file has them.  For the metric of ``factorize``: weighted by how often each expert is used.
+        """The name of a file, and its second moments ``[n, 1, d]`` of the inputs of a factorized projection's experts.
+
+        For the metric of ``factorize``: weighted by how often each expert is used.  None if no file has them.
         """
         experts, mix = names.transform_name(layer, projection), names.mix_name(layer, projection)
         for file in self.files:
             stems = [mix] if file.of_mobe else [experts, merged_name(layer)]
             if side(projection).output:
-                stems = [experts]  # of down this is what A multiplies
+                stems = [experts]  # for down these are the inputs of A
             name = next((stem for stem in stems if stem in file.names), None)
             entry = None if name is None else file.entry(name)
             if name is None or entry is None or not entry.counts.any() or not entry.sums.any():
@@ -114,8 +116,8 @@ class Imatrix:
 
 
 def _stem_of_inputs(file: ImatrixFile, name: str) -> str:
-    """Statistics of what a matrix multiplies: of experts that are multiplied out, where the file is of their factors, that of
-    the mix, for under their own name it has what A multiplies."""
+    """Name of the statistics of a matrix's inputs.  For multiplied-out experts and a file of their factors it is the
+    mix: under the experts' own name such a file has the inputs of A."""
     mix = name.replace("_exps.weight", "_basis.mix")
     return mix if file.of_mobe and "_down_" not in name and mix in file.names else name
 
@@ -129,9 +131,9 @@ def _means(file: ImatrixFile, name: str, shape: tuple[int, int]) -> np.ndarray:
 def _basis_weights(
     file: ImatrixFile, experts: str, mix: Tensor, n_basis: int, transform: Tensor | None
 ) -> np.ndarray:
-    """``[m, d]``: mean over the inputs counted of ``sum_e mix[j,e]^2 x^2``, e over the experts of j's group.
+    """``[m, d]``: mean of ``sum_e mix[j,e]^2 x^2`` over the counted inputs; e runs over the experts of j's group.
 
-    With a ``transform``, ``[m, r]``: x is A times what the experts take, its squares ``sum_c A[r,c]^2 h[c]^2``.
+    With a ``transform``, ``[m, r]``: x is A times the experts' input h, its squares are ``sum_c A[r,c]^2 h[c]^2``.
     """
     entry = file.entry(experts)
     assert entry is not None
@@ -149,7 +151,8 @@ def _basis_weights(
 
 
 def _through(transform: Tensor, sums: np.ndarray) -> np.ndarray:
-    """``[n, r]``: sums of squares of ``A_e h`` for A ``[n, r, p]`` and sums ``[n, p]`` of squares of h; an A at a time."""
+    """``[n, r]``: sums of squares of ``A_e h``, for A ``[n, r, p]`` and sums ``[n, p]`` of squares of h; reads one A at
+    a time."""
     _, r, p = transform.source.shape
     matrices = (a for piece in transform.source.pieces() for a in piece.reshape(-1, r, p))
     return np.stack([a.double().square().numpy() @ s for a, s in zip(matrices, sums, strict=True)])
@@ -166,8 +169,7 @@ def _other_model(file: ImatrixFile, name: str, entry: Statistics, wanted: tuple[
 def importances(
     imatrix: Imatrix, tensors: Mapping[str, Tensor], choices: Mapping[str, Choice]
 ) -> dict[str, Importance]:
-    """Weights for the tensors that are quantized, as far as there are some; each is read once, so that no damage is
-    found later."""
+    """Weights for the quantized tensors, as far as files have them."""
     if not imatrix.files:
         return {}
     found = {n: imatrix.find(tensors, n) for n, choice in choices.items() if choice.type not in FLOATS}
@@ -175,10 +177,10 @@ def importances(
 
 
 def remarks(imatrix: Imatrix, choices: Mapping[str, Choice]) -> list[str]:
-    """What the files lack that runs of llama-imatrix leave out without a word, exit code 0.
+    """Warnings about entries that llama-imatrix left out silently, with exit code 0.
 
-    It counts batches of fewer than 16 tokens for experts alone: with ``-ub 8`` dense matrices have no entry at all.  And experts
-    that no token of the text chose have sums of zero.
+    From batches of fewer than 16 tokens it counts experts only: with ``-ub 8`` dense matrices have no entry at all.
+    Experts that no token of the text chose have sums of zero.
     """
     lines = []
     dense = [
@@ -204,20 +206,20 @@ def remarks(imatrix: Imatrix, choices: Mapping[str, Choice]) -> list[str]:
 
 
 def _unseen(file: ImatrixFile, name: str) -> int:
-    """Matrices that nothing was counted for."""
+    """Number of matrices for which nothing was counted."""
     entry = file.entry(name)
     return 0 if entry is None else int((entry.counts == 0).sum())
 
 
 def without(found: Mapping[str, Importance], choices: Mapping[str, Choice], quant: str) -> list[str]:
-    """Tensors whose types need weights and that have none in ``found``."""
+    """Tensors whose types need weights but which have none in ``found``."""
     return [n for n, choice in choices.items() if n not in found and requires_imatrix(n, choice.type, quant)]
 
 
 def missing_message(
     imatrix: Imatrix, missing: list[str], choices: Mapping[str, Choice], tensors: Mapping[str, Tensor]
 ) -> str:
-    """The message for types that need weights which no file has."""
+    """The error message if types need weights that no file has."""
     first = missing[0]
     others = f" (and {len(missing) - 1} more tensors)" if len(missing) > 1 else ""
     text = f"tensor {first}{others}: type {choices[first].type} needs an importance matrix, and "

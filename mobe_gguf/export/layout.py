@@ -22,10 +22,10 @@ from mobe_gguf.runtime import ggml
 
 @dataclass(frozen=True)
 class Types:
-    """The type of every tensor, and what its columns weigh.
+    """The type of every tensor, and the weights of its columns.
 
-    ``divided``: how ``--target-size`` was met, in words.  ``collected``: tensors whose weights are out of a file.  ``units``:
-    factorized projections by the name of their A.  ``missing``: tensors that need weights and have none.
+    ``divided``: how ``--target-size`` was met, in words.  ``collected``: tensors whose weights are from a file.
+    ``units``: factorized projections by the name of their A.  ``missing``: tensors that need weights but have none.
     """
 
     choices: Mapping[str, Choice]
@@ -38,7 +38,7 @@ class Types:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """The tensors as they are written, in order, and what the report says of each."""
+    """The tensors as they are written, in order, and the report's entry for each."""
 
     encoded: list[Encoded]
     entries: list[ListedTensor]
@@ -46,10 +46,10 @@ class FileLayout:
 
 
 def choose_types(request: ExportRequest, model: Opened) -> Types:
-    """The types that ``request`` means for ``model``.
+    """The types that ``request`` asks for.
 
-    MobeError if one needs an importance matrix that is not there (unless nothing is written), UsageError as ``recipe.plan`` and
-    ``divide``.
+    MobeError if a type needs an importance matrix and there is none (unless nothing is written).  UsageError as
+    ``recipe.plan`` and ``divide``.
     """
     conversion, imatrix, recipe = model.conversion, model.imatrix, request.recipe
     choices = conversion.choose(recipe)
@@ -74,7 +74,7 @@ def choose_types(request: ExportRequest, model: Opened) -> Types:
 
 
 def lay_out(request: ExportRequest, model: Opened, types: Types, rounding: Rounding) -> FileLayout:
-    """Every tensor with the encoder that ``rounding`` has for it; what is solved for again encodes itself."""
+    """Every tensor with its encoder from ``rounding``; tensors that are solved for again encode themselves."""
     encoded, entries = _tensors(model.conversion, types.choices, types.weights, rounding)
     refitting = None
     if request.options.refit:

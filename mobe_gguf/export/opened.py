@@ -1,4 +1,4 @@
-"""First stage of an export: the model is opened and checked, and its tensors and keys are there."""
+"""First stage of an export: open and check the model, and list its tensors and keys."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mobe_gguf.models.wab import WabCheckpoint
 class Opened:
     """A model, ready to be given types.
 
-    ``factors``: the checkpoint, if its factors are written as such.  ``original``: the model that they were made of; ``why``: why
-    there is none.
+    ``factors``: the checkpoint, if its factors are written as factors.  ``original``: the model that they were made of;
+    ``why``: the reason if there is none.
     """
 
     checkpoint: ModelDirectory | GgufModel
@@ -45,7 +45,7 @@ class Opened:
 def open_model(request: ExportRequest) -> Opened:
     """Open what ``request`` names and put the factors among the tensors.
 
-    MobeError if the model is not what it should be, UsageError if an option does not fit it.
+    MobeError if the model is not valid, UsageError if an option does not fit it.
     """
     recipe, options = request.recipe, request.options
     checkpoint = _checkpoint(request.model, options)
@@ -85,17 +85,17 @@ def _checkpoint(model: Path, options: ExportOptions) -> ModelDirectory | GgufMod
         return GgufModel(model)
     checkpoint = open_directory(model)
     if checkpoint.factors is None and not (options.allow_dense or options.dense):
-        return MobeCheckpoint(model)  # says why it is none
+        return MobeCheckpoint(model)  # raises with the reason
     return checkpoint
 
 
 def _convert(checkpoint: ModelDirectory | GgufModel, out: Path, options: ExportOptions) -> Conversion:
-    """What is written around the factors: by llama.cpp's converter, or out of the GGUF file."""
+    """Everything except the factors: from llama.cpp's converter, or from the GGUF file."""
     checkpoint.check_whole()
     factors, source = checkpoint.factors, checkpoint.gguf_source(options.source)
     if options.rest_from is not None and (source is None or factors is None):
         raise UsageError("--rest-from is for factors of a GGUF file; leave it out")
-    if source is None:  # a GGUF file is its own
+    if source is None:  # the checkpoint is a GGUF file itself
         return convert(cast(ModelDirectory, checkpoint), out, options.tokenizer_pre, options.verbose)
     if options.tokenizer_pre is not None:
         raise UsageError("--tokenizer-pre: the tokenizer is that of the GGUF file; leave the option out")
@@ -116,7 +116,7 @@ def _put_factors(conversion: Conversion, checkpoint: FactorDirectory, dense: boo
 
 
 def source_checksum(model: Opened) -> object:
-    """Of the original model: of factors what was recorded, which may be nothing."""
+    """Checksum of the original model; for factors the recorded one, None if none was recorded."""
     return model.checkpoint.original_checksum
 
 

@@ -1,7 +1,7 @@
-"""What the model that is exported was made of, and how the file's metadata call it.
+"""What the exported model was made of, and its name in the file's metadata.
 
-llama.cpp's converter takes ``general.name`` and what belongs to it from the directory's name: that of a MoBE checkpoint is as good
-as ``mobe``, that of the hub's cache a hash.
+llama.cpp's converter takes ``general.name`` and related keys from the directory's name.  That is of little use here: a
+MoBE checkpoint's directory may be called ``mobe``, and in the hub's cache the name is a hash.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mobe_gguf.models.hub import model_id
 
 HUB = "https://huggingface.co/"
 
-#: Files of a model directory that metadata come from.
+#: Files of a model directory from which metadata are read.
 SOURCES = ("README.md", "config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """``name``: of the model that is written, ``source``: of the original; ``base``: the original's id on the hub
-    (``org/name``), if that is known.  ``of_mobe``: whether it was made by factors, written as such or multiplied out.
+    """``name``: name of the written model; ``source``: name of the original; ``base``: the original's id on the hub
+    (``org/name``), if known.  ``of_mobe``: whether the model was made from factors, kept or multiplied out.
     """
 
     name: str
@@ -41,7 +41,8 @@ class Origin:
     def of(
         cls, checkpoint: ModelDirectory | GgufModel, base: str | None = None, dense: bool = False
     ) -> Origin:
-        """``base`` as a user says it; UsageError if it is no id.  ``dense``: the factors are multiplied out."""
+        """``base``: the id that the user gave; UsageError if it is not one.  ``dense``: the factors are multiplied
+        out."""
         if base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is None:
             raise UsageError(f"--base-model {base}: expected an id of the hub such as Qwen/Qwen3-30B-A3B")
         path = checkpoint.path.absolute()
@@ -56,7 +57,7 @@ class Origin:
         return cls(f"{name}-dense" if of_mobe and dense else name, source, base, of_mobe)
 
     def keys(self) -> dict[str, str | int]:
-        """``general.base_model.*`` for the file; empty where the converter's own are as good."""
+        """``general.base_model.*`` for the file; empty if the converter's own are as good."""
         if self.base is None or not self.of_mobe:
             return {}
         organization, _, name = self.base.partition("/")
@@ -69,7 +70,7 @@ class Origin:
 
     @contextlib.contextmanager
     def directory(self, model: Path) -> Iterator[Path]:
-        """A directory of that name with what the converter takes metadata from."""
+        """A temporary directory named ``name`` with the files from which the converter takes metadata."""
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / self.name
             folder.mkdir()

@@ -1,6 +1,6 @@
-"""How large the GGUF file of a factorized model will be, before there are factors: what ``factorize --target 12GB`` goes by.
+"""Size of a factorized model's GGUF file before there are factors, for ``factorize --target 12GB``.
 
-The original goes through the same steps as in ``export`` up to the tensor table; then A and B take the places of the experts.
+The original goes through the steps of ``export`` up to the tensor table; then A and B replace the experts.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mobe_gguf.quant.recipe import Recipe, plan
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes of a file: ``fixed`` for all that is not a factor, header and tensor table included.
+    """Bytes of a file.  ``fixed``: everything except the factors, header and tensor table included.
 
-    ``types``: ``(A, B)`` of each (layer, projection) by rank, ``plain`` the bytes of the file with ordinary experts.
+    ``types``: ``(A, B)`` of each (layer, projection), by rank.  ``plain``: bytes of the file with ordinary experts.
     """
 
     fixed: int
@@ -55,9 +55,9 @@ def predict(
     by_row: bool,
     activation: str,
 ) -> Prediction:
-    """For factors of ``units`` in the types of ``recipe``, at any of ``ranks``.
+    """The prediction for factors of ``units`` in the types of ``recipe``, at any of ``ranks``.
 
-    MobeError if the runtime is not built, the converter does not take the model, or has its gate and up in one tensor.
+    MobeError if the runtime is not built, or if the converter refuses the model or puts gate and up into one tensor.
     """
     units, sizes = list(units), (checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd)
     conversion = convert(checkpoint, Path("model.gguf"))
@@ -85,7 +85,7 @@ def predict(
         for layer, projection in units:
             a, b, _ = _names(layer, projection)
             types[layer, projection, rank] = chosen[a], chosen[b]
-    # what is no factor has the same type at any rank, and the table the same length
+    # the types of all other tensors and the length of the table do not depend on the rank
     rest = sum(stored_bytes(shape, chosen[name]) for name, shape in plain.items() if name not in factors)
     fixed = _head(conversion, plain | factors) + rest
     originally = types_of(plain, recipe, facts) | forced
@@ -101,7 +101,7 @@ def _names(layer: int, projection: str) -> tuple[str, str, str]:
 def _shapes(
     n: int, p: int, d: int, projection: str, bases: int, rank: int, groups: int, by_row: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """A, B and alpha in torch's order; down has its bases on the output side."""
+    """Shapes of A, B and alpha in torch's order; for down the bases are on the output side."""
     on = side(projection)
     basis = on.basis(rank, d)
     mix = (n, bases // groups) + ((basis[0],) if by_row else ())

@@ -2,8 +2,9 @@
 
     W_i = A_i f( sum_j alpha_ij B_j )   takes the place of A_i; bases and mixes are left out; config.json is the original's again
 
-Everything else is copied as it is; FP8 is dequantized, for experts in another type contradict ``quantization_config``.
-Experts are computed while they are written.  Finished shards wait in the hidden folder ``.OUT.parts`` until all are, then it gets OUT's name.
+Everything else is copied as it is.  FP8 is dequantized, because experts in another type would contradict
+``quantization_config``. Experts are computed while they are written.  Finished shards wait in the hidden folder
+``.OUT.parts``; when all are finished, the folder is renamed to OUT.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from mobe_gguf.models.writer import MAX_SHARD, copy_files, shard_names, shards
 #: Keys of config.json that only a MoBE checkpoint has.
 MOBE_KEYS = ("num_B", "activation", "mobe")
 
-#: safetensors' names of types; what can be converted to another.
+#: safetensors' names of the types that can be converted into each other.
 SPELLED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass
 class Reconstructed:
-    """What was written, or would be.  ``dtype``: that of the experts; ``notes``: what a user should know of config.json."""
+    """What was written, or would be.  ``dtype``: type of the experts; ``notes``: what a user should know about
+    config.json."""
 
     path: str
     architecture: str
@@ -60,7 +62,7 @@ class Reconstructed:
 def open_factors(model: Path, wab: WabFiles | None) -> ModelWithFactors:
     """The MoBE checkpoint ``model``, or the authors' training output ``wab`` for it.
 
-    MobeError if its factors are those of a GGUF file: they are multiplied out into such a file.
+    MobeError if the factors are those of a GGUF file: only ``export`` can multiply these out.
     """
     if (model / FACTORS_NAME).is_file():
         raise MobeError(
@@ -81,9 +83,9 @@ def reconstruct_model(
 ) -> Reconstructed:
     """Write ``checkpoint`` with ordinary experts to the new directory ``out``.
 
-    ``dtype`` (f32, f16, bf16): of all matrices; if None, that of config.json for the experts, and other tensors keep
-    theirs.  An interrupted run resumes at the unfinished shard, if nothing changed.
-    MobeError if the checkpoint contradicts itself, ``out`` exists, or it cannot be written.
+    ``dtype`` (f32, f16, bf16): type of all matrices.  If None, experts get the type in config.json and other tensors
+    keep theirs.  An interrupted run resumes at the unfinished shard, if nothing changed. MobeError if the checkpoint
+    contradicts itself, ``out`` exists, or it cannot be written.
     """
     started = time.monotonic()
     _check_absent(out)
@@ -110,7 +112,7 @@ def reconstruct_model(
     try:
         check_space(out, result.n_bytes, parts.files(), "Make room or write elsewhere.")
         with parts.locked():
-            _check_absent(out)  # what held the folder may have finished it
+            _check_absent(out)  # the process that held the lock may have finished it
             try:
                 result.files_kept = _write(checkpoint, parts, dict(zip(names, runs, strict=True)), quiet)
                 index = {entry.name: name for name, run in zip(names, runs, strict=True) for entry in run}
@@ -192,7 +194,7 @@ def _entries(checkpoint: ModelWithFactors, target: torch.dtype, convert_all: boo
 def _computed(
     name: str, shape: tuple[int, ...], target: torch.dtype, read: Callable[[], torch.Tensor]
 ) -> Entry:
-    """A tensor that is made when its turn comes."""
+    """A tensor that is computed while it is written."""
 
     def data() -> Iterator[Any]:
         tensor = read().to(target)
@@ -237,10 +239,10 @@ def _dequantized(
 
 
 def original_config(checkpoint: ModelWithFactors, target: torch.dtype) -> tuple[dict[str, Any], list[str]]:
-    """config.json of the ordinary model, and what was changed in it that a user may have to mend.
+    """config.json of the ordinary model, and notes on changes in it that a user may have to correct.
 
-    ``architectures`` and ``auto_map`` of the authors' checkpoints may name their own classes, and code that does not
-    lie beside them.
+    In the MoBE authors' checkpoints, ``architectures`` and ``auto_map`` may name the authors' own classes, and code
+    that is not beside them.
     """
     config = {key: value for key, value in checkpoint.config.items() if key not in MOBE_KEYS}
     config.pop("quantization_config", None)
@@ -268,7 +270,7 @@ def original_config(checkpoint: ModelWithFactors, target: torch.dtype) -> tuple[
 
 
 def _is_mobe_class(name: str) -> bool:
-    """``Qwen3MoBEForCausalLM`` and the like: the method's authors' own classes."""
+    """Whether ``name`` is a class of MoBE's authors, such as ``Qwen3MoBEForCausalLM``."""
     return re.search(r"MoBE", name) is not None
 
 
@@ -284,6 +286,6 @@ def _is_there(path: Path, value: Any) -> bool:
 
 
 def _model_dtype(config: dict[str, Any]) -> torch.dtype:
-    """What config.json says of the weights, bfloat16 if it says something else than these three."""
+    """The weights' type in config.json; bfloat16 if it names none of the three."""
     said = config.get("dtype") or config.get("torch_dtype")
     return next((t for t in STORED.values() if said == str(t).removeprefix("torch.")), torch.bfloat16)

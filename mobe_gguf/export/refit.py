@@ -1,18 +1,18 @@
 """A and mix solved again for the bases as the file holds them.
 
-Rounding the bases changes every ``Z_i = f( sum_j alpha_ij B_j )``, and the A that was best for the old one is not for the
-new.  So for each expert, in the metric of its inputs:
+Rounding the bases changes every ``Z_i = f( sum_j alpha_ij B_j )``.  The best A for the old Z is not the best one for
+the new Z.  So for each expert, in the metric of its inputs:
 
 1. A and alpha are solved for again with the bases as they will be read back, see ``refit_solve``;
-2. A is encoded, its columns weighed by the second moments of what it multiplies, ``E[z^2]``;
-3. it is compared with the A of the checkpoint encoded in the same way, and the better one is written with its alpha.
+2. A is encoded, its columns weighted by the second moments of its inputs, ``E[z^2]``;
+3. it is compared with the checkpoint's A, encoded in the same way.  The better one is written, with its alpha.
 
-The matrices W to come near to are the original model's, or, where it is not at hand, what the unrounded factors stand for: what
-these leave of W is orthogonal to Z, so not much is lost.  Where the encoder leaves the bases as they are, for they were
-fitted ``--for`` their type, so was A, and its rows are only scaled.
+The target matrices W are the original model's.  Without the original, they are the product of the unrounded factors;
+the rest of W is orthogonal to Z, so not much is lost.  If the bases were fitted ``--for`` their type, encoding does not
+change them.  A was fitted for that type, too, so its rows are only scaled.
 
-Down, ``W_i ~ f( sum_j alpha_ij B_j ) A_i``, is the same problem transposed.  What is said of shapes here is true of it after
-that; its inputs weigh the rows of ``W_i^T``, to each of which a row of ``A_i^T`` belongs.
+Down, ``W_i ~ f( sum_j alpha_ij B_j ) A_i``, is the same problem transposed; shapes given here apply after transposing.
+Its inputs weigh the rows of ``W_i^T``, each of which belongs to a row of ``A_i^T``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mobe_gguf.quant.rounding.rounder import ROUNDED, Rounder
 from mobe_gguf.quant.small import Squares
 from mobe_gguf.runtime import ggml
 
-#: Bytes that a block of experts may take, if it is more than one.  It is fixed, for sums depend on it in their last bits.
+#: Most bytes of a block of several experts.  It is fixed, because the last bits of sums depend on it.
 BLOCK_BYTES = 64 << 20
 
 
@@ -53,10 +53,12 @@ BLOCK_BYTES = 64 << 20
 class Unit:
     """The factors of one projection of one layer, and what export does with them.
 
-    ``basis_type``, ``basis_weights``: how B is encoded.  ``metric``: of all experts' inputs, none where they weigh rows;
-    ``rows``: those weights' roots ``[n, p]``; ``origin`` says which file they are of, None where nothing is known of them.  ``moments``: the
-    file that has full second moments of the inputs; they are the metric then, read when it is asked for (:meth:`inputs`), and A is rounded
-    by what it multiplies, ``quant.rounding``.
+    - ``basis_type``, ``basis_weights``: how B is encoded.
+    - ``metric``: of all experts' inputs; empty if the inputs weigh rows.
+    - ``rows``: roots of the rows' weights ``[n, p]``.
+    - ``origin``: the file that the metric or rows are from, None if nothing is known of the inputs.
+    - ``moments``: the file with full second moments of the inputs, if there is one.  They are the metric then, read on
+      demand (:meth:`inputs`), and A is rounded by the moments of its inputs, ``quant.rounding``.
     """
 
     layer: MobeLayer
@@ -78,7 +80,8 @@ class Unit:
         weights: Mapping[str, Importance],
         moments: Moments | None = None,
     ) -> Unit:
-        """``choices`` and ``weights``: types and columns' weights by GGUF name.  MobeError if ``imatrix`` is of another model."""
+        """``choices`` and ``weights``: types and weights of columns, by GGUF name.  MobeError if ``imatrix`` is of
+        another model."""
         basis = names.basis_name(layer.index, projection)
         unit = cls(layer, projection, choices[basis].type, weights.get(basis))
         n, row = layer.checkpoint.n_expert, layer.checkpoint.expert_shape(projection)[1]
@@ -104,7 +107,8 @@ class Unit:
         return self.moments is not None
 
     def inputs(self) -> Metric:
-        """The metric of all experts' inputs; of full second moments it is read anew each time, for it may take gigabytes."""
+        """The metric of all experts' inputs.  Full second moments are read again at each call: they may take
+        gigabytes."""
         if self.moments is None:
             return self.metric
         layer, n = self.layer, self.n_expert
@@ -113,13 +117,13 @@ class Unit:
 
     @property
     def by_moments(self) -> bool:
-        """Whether ``factorize --moments`` fitted the factors: it knew more of the inputs than an imatrix tells, and made A's size
-        right by that."""
+        """Whether ``factorize --moments`` fitted the factors.  It knew more of the inputs than an imatrix has, so A is
+        scaled right."""
         return recorded(self.layer.checkpoint.config, "settings", "moments") is not None
 
     @property
     def turned(self) -> bool:
-        """Whether the file's matrices are the transposed ones of the problem that is solved."""
+        """Whether the solved problem has the file's matrices transposed."""
         return side(self.projection).output
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +131,7 @@ class Unit:
         return x.transpose(-1, -2).contiguous() if self.turned else x
 
     def scaled(self, x: torch.Tensor, s: slice) -> torch.Tensor:
-        """Matrices ``[experts, p, ...]`` of the problem, their rows by their weights."""
+        """Matrices ``[experts, p, ...]`` of the problem, each row times the root of its weight."""
         return x if self.rows is None else x * self.rows[s, :, None]
 
     def unscaled(self, x: torch.Tensor, s: slice) -> torch.Tensor:
@@ -151,7 +155,7 @@ class Unit:
         return self.layer.checkpoint.n_expert
 
     def group(self, i: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
-        """Group i of experts: which they are, mix ``[n/g, m/g]`` or ``[n/g, m/g, r]``, bases ``[m/g, r, d]``."""
+        """Group i: its experts, mix ``[n/g, m/g]`` or ``[n/g, m/g, r]``, bases ``[m/g, r, d]``."""
         n = self.n_expert // self.layer.group_count(self.projection)
         mix = self.layer.mix(self.projection)[i * n : (i + 1) * n]
         if self.turned and mix.dim() == 3:
@@ -159,7 +163,7 @@ class Unit:
         return slice(i * n, (i + 1) * n), mix, self.turn(self.layer.group_basis(self.projection, i))
 
     def basis_rounder(self, i: int, bases: torch.Tensor) -> Rounder | None:
-        """What rounds the bases of group i by moments; None where these are not known, or the form is not linear."""
+        """The rounder of group i's bases by moments; None if there are no moments, or the form is not linear."""
         if not (self.full and self.scalar and self.activation == "none"):
             return None
         experts, mix, _ = self.group(i)
@@ -169,7 +173,10 @@ class Unit:
     def encoded(
         self, i: int, bases: torch.Tensor, type_name: str, rounder: Rounder | None
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """The bases of group i in the bytes of a type, and as they are read back, ``[r, d]``; ``rounder``: of :meth:`basis_rounder`."""
+        """For each basis of group i: its bytes in a type, and its values when read back, ``[r, d]``.
+
+        ``rounder``: from :meth:`basis_rounder`.
+        """
         weights = None if self.basis_weights is None else self.basis_weights.read()
         for j, basis in enumerate(bases, i * len(bases)):
             name = f"basis {j} of {self.name}"
@@ -182,7 +189,7 @@ class Unit:
             yield data, self.turn(values)
 
     def read_back(self, i: int, bases: torch.Tensor, type_name: str, rounder: Rounder | None) -> torch.Tensor:
-        """The bases of group i as they are read out of a file that has them in this type."""
+        """The bases of group i as they are read back from a file that has them in this type."""
         found = torch.empty(bases.shape)
         for k, (_, values) in enumerate(self.encoded(i, bases, type_name, rounder)):
             found[k] = values
@@ -191,7 +198,7 @@ class Unit:
     def groups(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """All groups: experts, mix, the bases as they are in the checkpoint, and as they will be in the file.
 
-        Who takes them forgets the bases before the next group, or the memory of two groups is taken.
+        The caller must drop the bases before it takes the next group, or two groups are in memory at once.
         """
         for i in range(self.layer.group_count(self.projection)):
             experts, mix, bases = self.group(i)
@@ -200,14 +207,14 @@ class Unit:
             del bases, kept
 
     def blocks(self, experts: slice) -> list[slice]:
-        """``experts`` in runs that memory allows."""
+        """``experts`` in runs that fit into ``BLOCK_BYTES``."""
         p = self.layer.checkpoint.n_ff_exp
         r, d = self.layer.rank(self.projection), self.layer.checkpoint.n_embd
         size = max(1, BLOCK_BYTES // (4 * (6 * r * d + 4 * p * d + 6 * p * r + 4 * r * r)))
         return [slice(i, min(i + size, experts.stop)) for i in range(experts.start, experts.stop, size)]
 
     def transform_weights(self) -> np.ndarray:
-        """``[n, r]``: ``E[z^2]`` of each expert, z = f(sum of alpha B) x with the rounded bases, from the inputs' squares."""
+        """``[n, r]``: ``E[z^2]`` of each expert, for z = f(sum of alpha B) x with the rounded bases."""
         out, whole = np.empty((self.n_expert, self.layer.rank(self.projection)), np.float32), self.inputs()
         for experts, mix, bases, basis in self.groups():
             del bases
@@ -221,10 +228,10 @@ class Unit:
 
 @dataclass
 class Solved(Encoded):
-    """A of a unit, solved for while it is written; ``original`` is the model whose matrices it is to come near to, or None.
+    """A of a unit, solved for while it is written; ``original``: the model with the target matrices, or None.
 
-    ``collected``: whether ``importance`` is out of a file; if not, its columns are weighed by E[z^2] of each expert's new Z, or
-    alike where nothing is known of the inputs.
+    ``collected``: whether ``importance`` is from a file.  If not, columns are weighted by E[z^2] of each expert's new
+    Z, or alike if nothing is known of the inputs.
     """
 
     unit: Unit = None  # type: ignore[assignment]
@@ -237,7 +244,7 @@ class Solved(Encoded):
         self.check(sum(file.write(data.data.cast("B")) for data in self._solve()))
 
     def solved_mix(self) -> torch.Tensor:
-        """alpha that belongs to the A's: ``[n, m/g]`` or ``[n, m/g, r]``; solves for them if that was not done yet."""
+        """alpha that belongs to the A's, ``[n, m/g]`` or ``[n, m/g, r]``; solves for both if that was not done yet."""
         if self.mix is None:
             for _ in self._solve():
                 pass
@@ -264,7 +271,7 @@ class Solved(Encoded):
                 if unit.full or (not (same and unit.by_moments) and (self.original is not None or not same)):
                     stored, values = (unit.scaled(unit.turn(a), s) for a in (stored, values))
                     w = self._target(s, alpha, basis, stored, metric)
-                    if same and not unit.full:  # they were fitted for this type, and A for them
+                    if same and not unit.full:  # the bases were fitted for this type, and A for them
                         new = resized(w, stored, zm), alpha, zm
                     else:
                         anchor = ANCHOR_BY_MOMENTS if unit.full else None
@@ -284,7 +291,7 @@ class Solved(Encoded):
     def _target(
         self, s: slice, alpha: torch.Tensor, basis: torch.Tensor, stored: torch.Tensor, metric: Metric
     ) -> torch.Tensor:
-        """W of the block's experts, in the metric and scaled, as ``stored`` is."""
+        """The targets W of the block's experts, in the metric, with rows scaled as those of ``stored`` are."""
         unit = self.unit
         if self.original is None:
             return torch.bmm(stored, metric.apply(activate(combine(alpha, basis), unit.activation)))
@@ -303,8 +310,11 @@ class Solved(Encoded):
         s: slice,
         outcome: Refit,
     ) -> tuple[list[np.ndarray], torch.Tensor]:
-        """Bytes and alpha of the block's experts, of each the better of what is ``stored`` (A encoded, and its values, for
-        Z ``zm`` and ``alpha``) and ``solved``: A, alpha and Z."""
+        """Bytes and alpha of the block's experts, for each expert the better of two solutions.
+
+        ``stored``: the checkpoint's A encoded, and its values; ``zm`` and ``alpha`` belong to it.  ``solved``: the new
+        A, alpha and Z.
+        """
         unit, (data, values) = self.unit, stored
         a, new_alpha, new_zm = solved
         new = unit.turn(unit.unscaled(a, s))
@@ -355,7 +365,7 @@ class RoundedBases(Encoded):
 
 @dataclass(frozen=True)
 class SolvedMix:
-    """alpha of a unit as a source: what belongs to the A's that were written."""
+    """alpha of a unit as a source: the one that belongs to the A's that were written."""
 
     solved: Solved
 
@@ -388,7 +398,7 @@ def units_of(
 def weigh_transforms(
     units: Mapping[str, Unit], choices: Mapping[str, Choice], weights: Mapping[str, Importance]
 ) -> dict[str, Importance]:
-    """Weights of the A's that no file has any for: E[z^2] by the factors and their inputs, where these are known."""
+    """Weights of the A's that have none in a file: E[z^2], from the factors and their inputs, if these are known."""
     return {
         name: Importance(f"{unit.origin} (experts' inputs, through the bases)", unit.transform_weights)
         for name, unit in units.items()
@@ -401,7 +411,8 @@ def weigh_transforms(
 
 @dataclass
 class Refitting:
-    """What an export solves for again: ``units`` by the name of their A; ``why``: why ``original`` is None."""
+    """What an export solves for again: ``units`` by the name of their A; ``why``: the reason if ``original`` is
+    None."""
 
     units: dict[str, Unit]
     original: Original | None
@@ -410,17 +421,17 @@ class Refitting:
 
     @classmethod
     def of(cls, units: Mapping[str, Unit], original: Original | None, why: str | None) -> Refitting | None:
-        """None if there is nothing to solve for, because no bases are quantized, and there are no moments to round A by."""
+        """None if there is nothing to solve for: no bases are quantized, and there are no moments to round A by."""
         units = {n: unit for n, unit in units.items() if unit.full or unit.basis_type not in FLOATS}
         return cls(units, original, why) if units else None
 
     @property
     def fingerprint(self) -> tuple[str, str]:
-        """For telling whether an interrupted export did the same."""
+        """Tells whether an interrupted export solved for the same."""
         return "refit", self.original.checksum if self.original else ""
 
     def put(self, encoded: Sequence[Encoded], collected: Mapping[str, Importance]) -> list[Encoded]:
-        """``encoded`` with the A's and mixes of the units replaced by what solves for them."""
+        """``encoded``, with the units' A's and mixes replaced by :class:`Solved` and :class:`SolvedMix`."""
         by_name = {e.tensor.name: e for e in encoded}
         for name, unit in self.units.items():
             a, mix = by_name[name], by_name[names.mix_name(unit.layer.index, unit.projection)]
@@ -436,7 +447,7 @@ class Refitting:
         return list(by_name.values())
 
     def outcome(self) -> Refit:
-        """Sum over what was solved for; in files that an interrupted run had finished nothing was."""
+        """Sum over all matrices that this run solved for; files that an interrupted run finished are not counted."""
         total = Refit(None if self.original is None else str(self.original.path), self.why)
         for solved in self.solved:
             if solved.outcome is not None:
@@ -447,9 +458,10 @@ class Refitting:
 def find_original(
     checkpoint: FactorDirectory, given: str | os.PathLike[str] | None
 ) -> tuple[Original | None, str | None]:
-    """The model that the factors are of, and why there is none.
+    """The model that the factors were made of, or None and the reason.
 
-    ``given`` by the user, or where factorize found it.  MobeError if the one that was given is another model.
+    It is the one ``given`` by the user, or the one where factorize found it.  MobeError if the given one is another
+    model.
     """
     path = checkpoint.original_path(given)
     if path is None:

@@ -1,17 +1,18 @@
 """The arithmetic of ``refit``: A and alpha of a block of experts for bases that stay as they are.
 
 All matrices of a block are in the metric of the experts' inputs: W ``[n, p, d]``, Z = f(sum_j alpha_j B_j) ``[n, r, d]``.  For
-each expert, A0 being the A that there is:
+each expert, with A0 the present A:
 
     A = A0 + argmin_D |W - (A0 + D) Z|^2 + anchor trace(Z Z^T) / r |D|^2          anchor = 0.03
     rows of A then scaled such that <a Z, w> = <w, w>
 
-*The anchor* holds A near to what was best for the bases before they were rounded: the metric knows the channels' squares, not
-how they hang together, and A0 does better there (KL divergence 0.0203 for 0.0221 at q4_k, 0.0528 for 0.0579 at q3_k).
+*The anchor* holds A near the best A for the unrounded bases.  The metric knows the channels' squares but not their
+correlations, and A0 does better there (KL divergence 0.0203 instead of 0.0221 at q4_k, 0.0528 instead of 0.0579 at
+q3_k).
 
-*The scale*: least squares leaves outputs that are too small, by as much as the error, in every expert of every layer alike.
-That does not average out as other errors do.  On the shipped model KL divergence goes with ``error + 18 bias^2``, and
-the scale takes it from 0.071 to 0.022 at q4_k, from 0.278 to 0.058 at q3_k (A as it was: 0.054, 0.256).  Hence :func:`cost`.
+*The scale*: least squares makes outputs too small, by as much as the error, in every expert of every layer.  Unlike
+other errors, this does not average out.  On the shipped model KL divergence goes with ``error + 18 bias^2``.  The scale
+lowers it from 0.071 to 0.022 at q4_k and from 0.278 to 0.058 at q3_k (unchanged A: 0.054, 0.256).  Hence :func:`cost`.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from mobe_gguf.core.projected import SingularError, derivative_, solve_transform
 #: Ridge of the change of A, relative to the mean of the Gram matrix's diagonal.
 ANCHOR = 0.03
 
-#: The same where full second moments are known: they need no help but for directions that no input has.
+#: The same if full second moments are known; then it matters only for directions that no input has.
 ANCHOR_BY_MOMENTS = 1e-3
 
-#: What the square of a bias counts against the square of an error that is as likely of one sign as of the other.
+#: Weight of a squared bias, relative to a squared error without bias.
 BIAS = 16.0
 
-#: A row is scaled by no more than this, up or down: one that is hardly met at all cannot be mended so.
+#: Largest factor by which a row is scaled, up or down: scaling does not help a row that is hardly approximated at all.
 MOST_SCALE = 2.0
 
-#: Rows of A that the matrix of the Gauss-Newton step is estimated from; the gradient takes all.
+#: Rows of A from which the matrix of the Gauss-Newton step is estimated; the gradient uses all rows.
 SAMPLED_ROWS = 32
 
 #: Added to the diagonal of that step's matrix, relative to its mean.
@@ -47,23 +48,24 @@ def squares(x: torch.Tensor) -> torch.Tensor:
 
 
 def kept(w: torch.Tensor, a: torch.Tensor, zm: torch.Tensor) -> torch.Tensor:
-    """``<a Z, w> / <w, w>`` of each row, ``[n, p]``: how much of its size is left; 1 for a row of zeros."""
+    """``<a Z, w> / <w, w>`` of each row, ``[n, p]``: the share of its size that is kept; 1 for a row of zeros."""
     size = w.square().sum(-1)
     inner = (torch.bmm(a, zm) * w).sum(-1)
     return torch.where(size > 0, inner / size.clamp_min(torch.finfo(size.dtype).tiny), torch.ones_like(size))
 
 
 def cost(w: torch.Tensor, a: torch.Tensor, zm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each expert: what A costs, ``|W - A Z|^2 + BIAS sum over rows (1 - kept)^2 |w|^2``, and the first term alone."""
+    """The cost of each expert's A, ``|W - A Z|^2 + BIAS sum over rows (1 - kept)^2 |w|^2``, and its first term
+    alone."""
     error = squares(w - torch.bmm(a, zm))
     bias = ((1 - kept(w, a, zm)).square() * w.square().sum(-1)).sum(-1, dtype=torch.float64)
     return error + BIAS * bias, error
 
 
 def second_moments(zm: torch.Tensor) -> torch.Tensor:
-    """diag of ``Z C Z^T`` ``[n, r]``, for ``zm = Z C^(1/2)``: the squares of what A multiplies, on average.
+    """diag of ``Z C Z^T`` ``[n, r]``, for ``zm = Z C^(1/2)``: mean squares of the inputs of A.
 
-    Encoders refuse weights that are all zero: an expert whose Z is gets ones.
+    Encoders refuse weights that are all zero, so an expert whose Z is zero gets ones.
     """
     moments = zm.square().sum(-1)
     return torch.where(moments.amax(-1, keepdim=True) > 0, moments, torch.ones_like(moments))
@@ -83,8 +85,8 @@ def solve(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(A, alpha, Z)`` of a block of experts for fixed bases: A as above, after one step of alpha.
 
-    ``z`` is ``zm`` not in the metric; Z is returned in it.  An expert keeps its alpha where the step does not pay, and where
-    alpha is given row by row, for then there are too many for one matrix.
+    ``z`` is ``zm`` without the metric; the returned Z is in the metric.  An expert keeps its alpha if the step does not
+    help.  It also keeps an alpha with one value for each row: these are too many for one matrix.
     """
     anchor = ANCHOR if anchor is None else anchor
     change, loss = _change(w - torch.bmm(a0, zm), zm, anchor)
@@ -100,12 +102,12 @@ def solve(
 
 
 def resized(w: torch.Tensor, a: torch.Tensor, zm: torch.Tensor) -> torch.Tensor:
-    """A with its rows scaled such that the outputs keep their size."""
+    """A with rows scaled so that the outputs keep their size."""
     return a / kept(w, a, zm).clamp(1 / MOST_SCALE, MOST_SCALE)[..., None]
 
 
 def _change(rest: torch.Tensor, zm: torch.Tensor, anchor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """D ``[n, p, r]`` and the least loss of each expert; zeros where the Gram matrix is that of a Z of zeros."""
+    """D ``[n, p, r]`` and the least loss of each expert; zeros if the expert's Z is zero."""
     try:
         change, product = solve_transform(rest, zm, anchor)
     except SingularError:
@@ -126,13 +128,15 @@ def step(
     metric: Metric,
     activation: str,
 ) -> torch.Tensor:
-    """alpha ``[n, m]`` after one Gauss-Newton step with A a function of it (Kaufman 1975); what is zero stays so.
+    """alpha ``[n, m]`` after one Gauss-Newton step, with A a function of alpha (Kaufman 1975); zeros stay zero.
 
-    ``D_j = A (f'(U) * B_j)`` is the change of ``A Z`` with alpha_j, P (with the anchor's ridge) the projection on the rows of Z,
-    which A takes care of: ``sum_k <D_j (1-P), D_k (1-P)> delta_k = <D_j, W - A Z>``.  The matrix is estimated from some of A's rows.
-    Measured, layer error at q4_k: one step 0.1278, two 0.1277, a long search 0.1277, none 0.1340; KL divergence 5 % lower.
+    ``D_j = A (f'(U) * B_j)`` is the derivative of ``A Z`` by alpha_j.  P (with the anchor's ridge) is the projection on
+    the rows of Z, within which A corrects errors: ``sum_k <D_j (1-P), D_k (1-P)> delta_k = <D_j, W - A Z>``.  The
+    matrix is estimated from some rows of A.  Measured, layer error at q4_k: one step 0.1278, two 0.1277, a long search
+    0.1277, none 0.1340; KL divergence 5 % lower.
 
-    A single coefficient without an activation is but a scale of A: it stays, so that the mix of an SVD remains an identity.
+    A single coefficient without an activation only scales A.  It is not changed, so the mix of an SVD remains an
+    identity.
     """
     u = combine(alpha, basis)
     slope = derivative_(torch.ones_like(u), u, z, activation)

@@ -1,4 +1,4 @@
-"""What an export wrote, or a file holds: tensors counted by class, sizes, bits per weight."""
+"""Report of an export or of a file: tensors counted by class, sizes, bits per weight."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from mobe_gguf.quant.recipe import FLOATS
 
 @dataclass
 class Refit:
-    """What solving for A and mix again did, see ``refit``: squared errors of the outputs, summed over experts.
+    """Effect of solving for A and mix again, see ``refit``: squared errors of the outputs, summed over experts.
 
-    ``original``: the model that they come near to; ``why``: why there is none.  ``before``: with the A's of the checkpoint
-    rounded as they are, ``after``: as written; ``cost_before``, ``cost_after``: the same with what the outputs' size counts
-    (``refit_solve.cost``), by which the better A of each expert is taken; ``kept_before``, ``kept_after``: their inner product with the outputs that they
-    should have, ``norm``: these outputs' squares.  ``solved``: matrices whose A is new, of ``matrices``.
+    - ``original``: the model with the target matrices; ``why``: the reason if there is none.
+    - ``before``: errors if the checkpoint's A's are only rounded; ``after``: errors as written.
+    - ``cost_before``, ``cost_after``: the same plus the cost of outputs of the wrong size (``refit_solve.cost``).  The
+      A of lower cost is taken for each expert.
+    - ``kept_before``, ``kept_after``: inner product of the outputs with the right ones; ``norm``: squares of the right
+      ones.
+    - ``solved``: how many of the ``matrices`` have a new A.
     """
 
     original: str | None = None
@@ -82,8 +85,10 @@ class Refit:
 
 @dataclass(frozen=True)
 class Rounded:
-    """What rounding by second moments came to: mean over ``tensors`` of their squared errors, relative to their size, as libggml rounds by the
-    diagonal alone (``before``) and as was written (``after``).  ``damping``: the largest share of its mean that was added to a diagonal.
+    """Effect of rounding by second moments: relative squared errors, mean over ``tensors``.
+
+    ``before``: as libggml rounds by the diagonal alone; ``after``: as written.  ``damping``: what was added to a
+    diagonal, as a share of its mean, at most.
     """
 
     tensors: int
@@ -100,15 +105,17 @@ class Rounded:
 
 @dataclass
 class Report:
-    """A GGUF file, written or to be written.  ``n_bytes`` is the whole file's size, also where it is only planned and not
-    ``written``.
+    """A GGUF file, ``written`` or only planned.
 
-    ``original_params``: the same model with its experts as they were (equal to ``n_params`` if nothing is factorized).
-    ``files``: all paths where it is split (``path`` is the first), of which ``files_kept`` an interrupted run had
-    finished.  ``needs_imatrix``: tensors that could not be written for want of an importance matrix (planned only).  ``refit``: None if A was not
-    solved for again.  ``copied``: tensors
-    that passed through from a GGUF file.  ``card``: where the card is, or why there is none.  ``compared``: how far the file's first
-    layers are from the model's, or why that is not known.
+    - ``n_bytes``: size of the whole file, also if it is only planned.
+    - ``original_params``: parameters with the original experts (equal to ``n_params`` if nothing is factorized).
+    - ``files``: all paths of a split file (``path`` is the first); ``files_kept``: how many an interrupted run had
+      finished.
+    - ``needs_imatrix``: tensors that cannot be written without an importance matrix (planned only).
+    - ``refit``: None if A was not solved for again.
+    - ``copied``: tensors that were copied from a GGUF file.
+    - ``card``: where the card is, or why there is none.
+    - ``compared``: how far the file's first layers are from the model's, or why that is not known.
     """
 
     path: str
@@ -215,8 +222,8 @@ def size_table(entries: Iterable[ListedTensor], title: str | None = None) -> Tab
 
 
 def importance_lines(entries: Iterable[ListedTensor]) -> list[str]:
-    """Which tensors were weighed by which file, and which quantized ones by none: a line for each; none at all if no
-    file was given."""
+    """A line for each file, with the tensors that it weighed, and one for quantized tensors without weights.  Empty if
+    no file was given."""
     by_origin: dict[str, list[str]] = {}
     without = []
     found = rows(entries)

@@ -1,4 +1,4 @@
-"""What a caller asks of an export: one object from the command line to the file."""
+"""What a caller asks of an export: one object, passed from the command line through all stages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mobe_gguf.quant.recipe import Recipe
 class ExportOptions:
     """Everything but the model, the file and the types.
 
-    - ``tokenizer_pre``: value of ``tokenizer.ggml.pre``, instead of the one that is recognized.
+    - ``tokenizer_pre``: value of ``tokenizer.ggml.pre``, instead of the recognized one.
     - ``split_max_size``: bytes of tensors in one file, see ``shards``.
     - ``experts_used``: experts that a token uses, instead of the number in config.json.
     - ``allow_dense``: also take a model without factors; its experts are written as they are.
     - ``dense``: write ordinary experts of any model; factors are multiplied out.
-    - ``wab``: the authors' training output for the model, which is the original then.
-    - ``source``: the GGUF file that the model holds factors of, if it has moved.
-    - ``rest_from``: a GGUF file of the same model, in fewer bits: all that is no factor comes from there.
+    - ``wab``: the training output of MoBE's authors; ``model`` is the original model then.
+    - ``source``: the GGUF file that the factors were made of, if it has moved.
+    - ``rest_from``: a GGUF file of the same model, in fewer bits: all tensors except factors are taken from it.
     - ``refit``: solve for A and the mix again where the bases are quantized, see ``refit``.
     - ``original``: the model that the factors were made of, if it has moved.
     - ``base_model``: the original's id on the hub, for the metadata.
@@ -47,7 +47,7 @@ class ExportOptions:
     quiet: bool = False
 
     def words(self) -> tuple[str, ...]:
-        """These options as the card's command has them; paths by their names alone."""
+        """These options as in the card's command, with file names instead of paths."""
         words = [] if self.experts_used is None else [f"--experts-used {self.experts_used}"]
         if self.split_max_size is not None:
             words.append(f"--split-max-size {format_size(self.split_max_size)}")
@@ -59,7 +59,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """``model`` to the GGUF file ``out`` in the types of ``recipe``."""
+    """Write ``model`` to the GGUF file ``out`` in the types of ``recipe``."""
 
     model: Path
     out: Path

@@ -1,7 +1,7 @@
 """Rounding by second moments as a stage of export: what ``--moments`` does.
 
-A matrix that the file of moments has inputs for, in a type whose codes can be chosen, goes through ``quant.rounding``, one run of rows at a
-time; everything else is rounded by libggml, with the moments' diagonal (or an imatrix) as weights.
+``quant.rounding`` rounds every matrix whose inputs are in the file of moments, if codes of its type can be chosen; one
+run of rows at a time.  libggml rounds everything else, with the moments' diagonal (or an imatrix) as weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 
 def matrix(roots: Roots, e: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
-    """S of expert ``e``, ``[d, d]`` float32, the less believed off its diagonal the fewer ``tokens`` ``[n]`` it was made of."""
+    """S of expert ``e``, ``[d, d]`` float32.  With ``tokens`` ``[n]`` it is shrunk off its diagonal, more if there were
+    fewer tokens."""
     s = roots.root[e] @ roots.root[e].T
     if roots.rest is not None:
         s.diagonal().add_(roots.rest[e])
@@ -37,12 +38,12 @@ def matrix(roots: Roots, e: int, tokens: torch.Tensor | None = None) -> torch.Te
 
 
 def behind(tokens: torch.Tensor, e: int) -> float:
-    """Tokens that the moments of expert ``e`` are made of: its own, and what all have of the layer's mean."""
+    """Tokens behind the moments of expert ``e``: its own, and the share of the layer's mean that all experts have."""
     return float(tokens[e]) + PRIOR * float(tokens.float().mean())
 
 
 def shrunk(s: torch.Tensor, tokens: float) -> torch.Tensor:
-    """``s`` in place as ``core.metric.shrinkage`` says."""
+    """Shrink ``s`` off its diagonal, in place, by ``core.metric.shrinkage``."""
     diagonal = s.diagonal().clone()
     s.mul_(1 - shrinkage(tokens, len(s)))
     s.diagonal().copy_(diagonal)
@@ -51,9 +52,10 @@ def shrunk(s: torch.Tensor, tokens: float) -> torch.Tensor:
 
 @dataclass
 class ByMoments:
-    """A :class:`~.encoder.Rounding` by a file of second moments; ``outcomes`` by the name of the tensor, as they are written.
+    """A :class:`~.encoder.Rounding` by a file of second moments; ``outcomes``: results of the tensors written so far,
+    by name.
 
-    ``factors``: names that A's have, where the file knows the inputs of the experts that they replace.
+    ``factors``: names of A's; under these the file has the inputs of the experts that they replace.
     """
 
     moments: Moments
@@ -71,12 +73,12 @@ class ByMoments:
         return MomentsEncoder(self, tensor.name, type_name)
 
     def said(self, name: str) -> str | None:
-        """What came of a tensor that has been written; None if libggml rounded it."""
+        """The result for a tensor that has been written; None if libggml rounded it."""
         outcome = self.outcomes.get(name)
         return None if outcome is None else str(outcome)
 
     def report(self) -> Rounded | None:
-        """Of all tensors together; their relative errors count alike.  None if there was none."""
+        """The mean over all tensors, whose relative errors count alike; None if there was none."""
         found = [outcome for outcome in self.outcomes.values() if outcome.size > 0]
         if not found:
             return None
@@ -86,7 +88,7 @@ class ByMoments:
 
 @dataclass(frozen=True)
 class MomentsEncoder:
-    """Encodes one tensor; one run of rows at a time, for each takes all cores and has the matrix's moments beside it."""
+    """Encodes one tensor, one run of rows at a time: each takes all cores, and the matrix's moments are in memory."""
 
     rounding: ByMoments
     name: str
@@ -124,7 +126,7 @@ class MomentsEncoder:
 
 
 def covers(moments: Moments, tensor: Tensor) -> bool:
-    """Whether the file has the inputs of ``tensor``.  MobeError if it has those of a tensor of another shape."""
+    """Whether the file has the inputs of ``tensor``.  MobeError if they are of a tensor of another shape."""
     shape = moments.shape(tensor.name)
     if shape is None:
         return False
@@ -139,8 +141,11 @@ def covers(moments: Moments, tensor: Tensor) -> bool:
 
 
 def few_tokens(moments: Moments, names: Iterable[str]) -> str | None:
-    """Which experts saw fewer tokens than they have inputs, so that most of what the file has of them is the layer's mean, which is mixed into all;
-    None if there are none, or the file does not say."""
+    """A warning about experts that saw fewer tokens than they have input channels: their moments are mostly the layer's
+    mean.
+
+    None if there are no such experts, or the file does not say.
+    """
     found: dict[str, list[int]] = {}
     for name in names:
         stem, shape, tokens = moments.stem(name), moments.shape(name), moments.tokens(name)
@@ -165,7 +170,7 @@ def few_tokens(moments: Moments, names: Iterable[str]) -> str | None:
 
 
 def diagonals(moments: Moments, tensors: Mapping[str, Tensor]) -> dict[str, Importance]:
-    """Weights of the columns of all tensors that the file has the inputs of: the moments' diagonals."""
+    """Weights of the columns of all tensors whose inputs are in the file: the moments' diagonals."""
 
     def reader(name: str, n: int) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
@@ -184,7 +189,8 @@ def diagonals(moments: Moments, tensors: Mapping[str, Tensor]) -> dict[str, Impo
 
 
 def bases(moments: Moments, factors: FactorDirectory) -> dict[str, Importance]:
-    """Weights of the columns of the bases of gate and up: of basis j ``sum_i mix_ij^2 diag(S_i)`` over the experts that use it."""
+    """Weights of the columns of gate's and up's bases: for basis j, ``sum_i mix_ij^2 diag(S_i)`` over the experts that
+    use it."""
 
     def reader(layer: MobeLayer, projection: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:

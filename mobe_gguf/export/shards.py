@@ -1,11 +1,11 @@
-"""One model in several files, cut as llama-gguf-split cuts it: ``out-00001-of-00003.gguf`` and so on.
+"""One model in several files, split as llama-gguf-split does: ``out-00001-of-00003.gguf`` and so on.
 
-Tensors stay in order; a file takes them while their padded data fit the limit.  The first file has all keys, every
-file ``split.no``, ``split.count`` and ``split.tensors.count``.
+Tensors stay in order; a file takes them while their padded data fit the limit.  The first file has all keys; every
+file has ``split.no``, ``split.count`` and ``split.tensors.count``.
 
-Finished files wait in the folder ``.out.gguf.parts`` beside the output until all are, then they get their names: a set
-under its names is whole.  The folder's ``state.json`` says what they are of; an interrupted export with the same
-model and options resumes at the unfinished file.
+Finished files wait in the folder ``.out.gguf.parts`` beside the output.  They get their names when all are finished, so
+a set of files with these names is complete.  The folder's ``state.json`` says what the files were made of.  An
+interrupted export with the same model and options resumes at the unfinished file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ MAX_SHARDS = 65_535
 
 
 def cut(tensors: Sequence[Encoded], limit: int | None, alignment: int = ALIGNMENT) -> list[list[Encoded]]:
-    """``tensors`` in order, in runs of at most ``limit`` bytes (None: one run), each tensor padded to ``alignment``.
+    """``tensors`` in order, split into runs of at most ``limit`` bytes (None: one run), each tensor padded to
+    ``alignment``.
 
     UsageError if a tensor alone is larger, or there are too many runs.
     """
@@ -58,7 +59,7 @@ def cut(tensors: Sequence[Encoded], limit: int | None, alignment: int = ALIGNMEN
 
 
 def shard_paths(out: Path, n: int) -> list[Path]:
-    """Names of the ``n`` files that ``out`` becomes: llama.cpp finds the others by the first one's."""
+    """Names of the ``n`` files of ``out``; llama.cpp finds the others by the name of the first."""
     if n == 1:
         return [out]
     stem = out.name.removesuffix(".gguf")
@@ -66,7 +67,8 @@ def shard_paths(out: Path, n: int) -> list[Path]:
 
 
 def check_places(paths: Sequence[Path]) -> None:
-    """MobeError if one of several files cannot get its name in the end: what is there is a link or no file at all."""
+    """MobeError if one of several files could not get its name in the end, because a link or something not a file is
+    there."""
     for path in paths if len(paths) > 1 else ():
         destination(path)
         if path.is_symlink():
@@ -77,18 +79,19 @@ def check_places(paths: Sequence[Path]) -> None:
 
 
 def fingerprint(files: Iterable[Path], *settings: Any) -> str:
-    """One string for the same files (by name, size and time of change) and the same ``settings`` (by their repr)."""
+    """A string that is the same for the same files (name, size, time of change) and the same ``settings`` (by their
+    repr)."""
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((__version__, sorted(state), settings)).encode()).hexdigest()
 
 
-#: In the folder of parts: what they are of, and which are finished.
+#: File in the folder of parts: what the parts were made of, and which are finished.
 STATE = "state.json"
 
 
 @dataclass
 class Parts:
-    """The folder where finished files of ``out`` wait.  ``key``: what they are of, see :func:`fingerprint`."""
+    """The folder where finished files of ``out`` wait.  ``key``: what they were made of, see :func:`fingerprint`."""
 
     out: Path
     key: str
@@ -107,9 +110,9 @@ class Parts:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from the folder, by a lock beside it (not in it: the folder may become the output).
+        """Keep other processes out of the folder by a lock beside it (not in it: the folder may become the output).
 
-        MobeError if one is at work there.  On a file system without locks nothing is kept from it.
+        MobeError if another process is at work there.  On a file system without locks there is no protection.
         """
         lock = self.out.with_name(f".{self.out.name}.lock")
         with contextlib.ExitStack() as stack:
@@ -121,7 +124,7 @@ class Parts:
             yield
 
     def load(self) -> None:
-        """Take over what an interrupted run with the same key finished: files of the recorded size."""
+        """Take over the files that an interrupted run with the same key finished, if they have the recorded size."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             state = Workspace(self.folder).read(STATE)
             if state.get("key") == self.key:
@@ -129,7 +132,7 @@ class Parts:
                 self.finished = {n: s for n, s in state["finished"].items() if sizes.get(n) == s}
 
     def begin(self) -> None:
-        """Make the folder, empty but for what was taken over."""
+        """Make the folder, empty except for files that were taken over."""
         try:
             self.folder.mkdir(exist_ok=True)
             for path in self.files():
@@ -151,8 +154,8 @@ class Parts:
     def deliver(self, paths: Sequence[Path]) -> None:
         """Give all files their names and remove the folder.
 
-        The first file is the one to load.  That of an older set goes before anything else and the new one comes last: stopped
-        in between, there is none, and never one with files of another set beside it.
+        The first file is the one to load.  The first file of an older set is removed before anything else, and the new
+        one comes last.  If the process is stopped in between, there is no first file, so two sets are never mixed.
         """
         paths[0].unlink(missing_ok=True)
         for path in reversed(paths):
@@ -160,13 +163,13 @@ class Parts:
         shutil.rmtree(self.folder)
 
     def remove_if_useless(self) -> None:
-        """Without a finished file there is nothing to resume."""
+        """Remove the folder if it holds no finished file, for then there is nothing to resume."""
         if not self.finished:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def left_by(out: Path, finished: str) -> str:
-    """What a run that was stopped left of several files, for a message; ``finished``: what they are called."""
+    """Message about the files that a stopped run left; ``finished``: what the files are called."""
     folder = Parts(out, "").folder
     return (
         f"{finished} kept in {folder}, the same command resumes from there"
@@ -181,10 +184,10 @@ def write_shards(
     writer_of: Callable[[int], Any],
     on_tensor: Callable[[Encoded], None],
 ) -> list[Path]:
-    """Write what is not finished yet, then deliver all; returns their paths.
+    """Write the files that are not finished yet, then deliver all; returns their paths.
 
     ``writer_of(i)`` makes the ``gguf.GGUFWriter`` of file i, with keys and tensor table.  MobeError as
-    :func:`write_gguf`; what is finished is kept then.
+    :func:`write_gguf`; finished files are kept then.
     """
     paths = shard_paths(parts.out, len(shards))
     parts.begin()

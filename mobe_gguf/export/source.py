@@ -14,7 +14,7 @@ import torch
 
 from mobe_gguf.core.errors import MobeError
 
-#: Values converted and encoded at a time (4 MiB of float32): small, for every core holds two such pieces.
+#: Values converted and encoded at a time (4 MiB of float32).  It is small because every core holds two such pieces.
 CHUNK = 1 << 20
 
 
@@ -25,7 +25,7 @@ class Source(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        """Tensors of any float type that, one after the other and flattened, are the tensor."""
+        """Tensors of any float type; flattened and put one after the other, they are the whole tensor."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Stacked:
-    """``shape[0]`` slices, each read when its turn comes: ``read(i)`` has shape ``shape[1:]``."""
+    """``shape[0]`` slices, each read only when it is needed: ``read(i)`` has shape ``shape[1:]``."""
 
     shape: tuple[int, ...]
     read: Callable[[int], torch.Tensor]
@@ -67,8 +67,8 @@ class Stacked:
 class Lazy:
     """A lazy tensor of llama.cpp's converter (``LazyTorchTensor``), evaluated without keeping what it computes.
 
-    The converter's own ``to_eager`` stores every intermediate result in the graph: for one stack of experts that is
-    the experts in float32 twice, until the tensor is written.  Here a stack along the first axis is
+    The converter's own ``to_eager`` stores every intermediate result in the graph.  For one stack of experts these are
+    all experts in float32, twice, until the tensor is written.  Here a stack along the first axis is
     evaluated slice by slice, and a tensor that is only read and converted stays a view of the mapped file.
     """
 
@@ -83,7 +83,7 @@ class Lazy:
 
 
 def _pieces(node: Any) -> Iterator[torch.Tensor]:
-    if is_cast(node):  # whoever takes the chunks converts, one at a time
+    if is_cast(node):  # the chunks are converted later, one at a time
         yield from _pieces(node._args[0])
     elif (
         node._data is None
@@ -106,12 +106,12 @@ def is_cast(node: Any) -> bool:
     )
 
 
-#: Conversion from these to float32 is exact, so it may as well happen later.
+#: Conversion from these types to float32 is exact, so it can be done later.
 WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``tensor.to(dtype)``, under a name that is recognized in a graph."""
+    """``tensor.to(dtype)``, as a function that :func:`is_cast` recognizes in a graph."""
     return tensor.to(dtype)
 
 
@@ -129,8 +129,11 @@ def evaluate(node: Any) -> Any:
 def chunks(
     source: Source, limit: int = CHUNK, within: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Rows of ``source`` in order, ``[rows, row length]`` of any float type, about ``limit`` values at a time, each with
-    the number of its first row.  ``within``: no chunk holds rows of two runs of so many rows (of two matrices)."""
+    """Rows of ``source`` in order, ``[rows, row length]`` of any float type, about ``limit`` values at a time.
+
+    Each chunk comes with the number of its first row.  ``within``: rows of a matrix; no chunk holds rows of two
+    matrices.
+    """
     row = source.shape[-1]
     step = max(1, limit // row)
     total = 0

@@ -1,10 +1,11 @@
-"""What an error of each tensor counts, by the second moments alone: its part of the residual stream.
+"""How much an error of each tensor counts, from second moments alone: its share of the residual stream.
 
     share(l) = E|what the sublayer adds|^2 / ( E|embedding|^2 + sum over all sublayers up to it of E|what they add|^2 )
 
-A file of moments has the size of what a matrix is fed, so ``E|W x|^2 = sum_c |W[:, c]|^2 E x_c^2`` follows for the matrices that write into the
-stream: attention's output, ``ffn_down`` of experts, shared experts and dense layers.  What is added counts as uncorrelated.  Matrices
-before these (gate, up, q, k, v) count as the writer of their sublayer does.  ``models/residual.py`` has the same of an importance matrix.
+A file of moments has the mean squares of each matrix's inputs.  From these follows ``E|W x|^2 = sum_c |W[:, c]|^2 E
+x_c^2`` for the matrices that write into the stream: attention's output, and ``ffn_down`` of experts, shared experts and
+dense layers.  Additions are taken as uncorrelated.  Matrices before these (gate, up, q, k, v) have the share of their
+sublayer's writer. ``models/residual.py`` computes the same from an importance matrix.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.residual import ROWS, TRUST
 
-#: Writers of a sublayer into the stream, in the order in which a layer has them: GGUF names without ``blk.N.`` and ``.weight``.
+#: Matrices that write a sublayer's result into the stream, in their order in a layer: GGUF names without ``blk.N.`` and
+#: ``.weight``.
 ATTENTION = ("attn_output", "ssm_out", "linear_attn_out")
 FEED_FORWARD = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
-#: KL divergence per relative error of a matrix's outputs and root of its share, in times that of ``ffn_up``: of the shipped model, measured
-#: (docs/quantization.md).  Others before attention's output count as q.
+#: KL divergence per relative error of a matrix's outputs and root of its share, relative to that of ``ffn_up``.
+#: Measured on the shipped model (docs/quantization.md).  Other matrices before attention's output count as q.
 COUNTS = {
     "ffn_gate": 2.0,
     "ffn_up": 1.0,
@@ -32,14 +34,15 @@ COUNTS = {
     **dict.fromkeys(ATTENTION, 4.0),
 }
 OTHERS_COUNT = 2.0
-#: Of the output, whose share is 1; of tied embeddings, too.
+#: The same for the output matrix, whose share is 1, and for tied embeddings.
 OUTPUT_COUNTS = 65.0
 
 
 def counted(tensors: Mapping[str, Tensor], moments: Moments) -> dict[str, float] | None:
-    """What a relative error of the outputs of each tensor counts, by name; only of tensors whose place is known.
+    """How much a relative error of each tensor's outputs counts, by name; only for tensors whose place in the model is
+    known.
 
-    None if the moments do not say how large inputs are (format version 1).  Reads the writers once, a piece at a time.
+    None if the moments do not say how large inputs are (format version 1).  Reads the writing matrices once, in pieces.
     """
     layers: dict[int, dict[str, float]] = {}
     for name, tensor in tensors.items():
@@ -82,7 +85,8 @@ def _weight(name: str, shares: Mapping[tuple[int, str], float]) -> float | None:
 
 
 def written(tensor: Tensor, moments: Moments) -> float | None:
-    """Mean square of what a matrix, or a stack of experts' matrices, adds for a token; None if the moments do not say."""
+    """Mean square of what a matrix, or a stack of experts' matrices, adds to the stream for a token; None if not
+    known."""
     scale, roots = moments.scale(tensor.name), moments.find(tensor.name)
     if scale is None or roots is None:
         return None
@@ -95,7 +99,7 @@ def written(tensor: Tensor, moments: Moments) -> float | None:
 
 
 def _embedding(tensors: Mapping[str, Tensor]) -> float:
-    """Mean square of a token's embedding, over some rows of the vocabulary; 0 if there is no such tensor."""
+    """Mean square of a token's embedding, from some rows of the vocabulary; 0 if there is no such tensor."""
     tensor = tensors.get("token_embd.weight")
     if tensor is None:
         return 0.0

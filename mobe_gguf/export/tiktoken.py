@@ -1,8 +1,8 @@
 """Tokenizers that come as a tiktoken rank file and a Python class (Kimi-K2's), read without running the class.
 
-``tiktoken.model`` has a line ``base64(token) rank`` for each token; special tokens follow the last rank, named by
-``added_tokens_decoder`` of tokenizer_config.json, ``<|reserved_token_ID|>`` where that names none.  How text is split
-before merging is not in any file but the code, so only the class whose splitting llama.cpp implements is taken.
+``tiktoken.model`` has a line ``base64(token) rank`` for each token.  Special tokens follow the last rank.  Their names
+are in ``added_tokens_decoder`` of tokenizer_config.json; one without a name is ``<|reserved_token_ID|>``.  Only the
+code says how text is split before merging, so only the class whose splitting llama.cpp implements is accepted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which of llama.cpp's pre-tokenizers a ``tokenizer.json`` describes.
 
-llama.cpp names the splitting that comes before byte-pair merging in ``tokenizer.ggml.pre``, and its converter finds
-the name by a hash over one text's tokens: a vocabulary that it has not seen, though it splits as Qwen2's does, is
-refused.  Here the splitting itself is compared: the ``pre_tokenizer`` of tokenizer.json is brought to a canonical
-form, a sequence of regular expressions, and looked up in a table of those that llama.cpp implements.
+``tokenizer.ggml.pre`` names how text is split before byte-pair merging.  llama.cpp's converter finds the name by a
+hash over one text's tokens, so it refuses a vocabulary that it has not seen, even one that splits as Qwen2's does.
+Here the splitting itself is compared.  The ``pre_tokenizer`` of tokenizer.json is brought to a canonical form, a
+sequence of regular expressions, and looked up in a table of those that llama.cpp implements.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ DEEPSEEK_LETTERS = (
 
 @dataclass(frozen=True)
 class Known:
-    """One pre-tokenizer of llama.cpp: its name, its splits in order, and the ``ignore_merges`` it turns on."""
+    """One pre-tokenizer of llama.cpp: its name, its splits in order, and the ``ignore_merges`` that it sets."""
 
     name: str
     splits: tuple[str, ...]
     ignore_merges: bool = False
 
 
-#: Sources: the tokenizer.json files of the models that convert_hf_to_gguf_update.py lists, and the originals quoted
-#: in the comments of ``llm_tokenizer_bpe`` (src/llama-vocab.cpp).  Where several names mean the same, the plainest.
+#: Sources: the tokenizer.json files of the models that convert_hf_to_gguf_update.py lists, and the originals quoted in
+#: the comments of ``llm_tokenizer_bpe`` (src/llama-vocab.cpp).  If several names mean the same, the plainest is here.
 KNOWN = (
     Known("qwen2", (QWEN2,)),
     Known(
@@ -91,19 +91,19 @@ KNOWN = (
     ),
 )
 
-#: Normalizers that leave the tokens of ordinary text alone, as llama.cpp does for byte-level BPE.
+#: Normalizers that do not change the tokens of ordinary text; llama.cpp does not normalize for byte-level BPE.
 HARMLESS_NORMALIZERS = (None, "NFC")
 
 
 @dataclass(frozen=True)
 class Recognized:
-    """The value for ``tokenizer.ggml.pre`` and the reason in a few words."""
+    """The value for ``tokenizer.ggml.pre`` and, in a few words, the reason."""
 
     name: str
     why: str
 
 
-#: Names in the converter's list that are not byte-level BPE, which the runtime refuses for such a vocabulary.
+#: Names in the converter's list that are not byte-level BPE; the runtime refuses them for a byte-level BPE vocabulary.
 WORDPIECE = ("bert-bge", "bert-bge-large", "jina-v2-en")
 
 
@@ -200,7 +200,7 @@ def _split(step: dict[str, Any]) -> str:
     if step.get("type") != "Split":
         raise _Unlike(f"its pre_tokenizer has a step {step.get('type')}")
     pattern = step.get("pattern") or {}
-    # "Removed" of everything that does not match is "Isolated" of what does: these expressions match all text
+    # removing what does not match is the same as isolating what does: these expressions match all text
     isolates = (step.get("behavior"), bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
     if "Regex" not in pattern or not isolates:
         raise _Unlike(f"its Split by {pattern} is {step.get('behavior')}, invert {step.get('invert')}")
@@ -208,7 +208,7 @@ def _split(step: dict[str, Any]) -> str:
 
 
 def _normal(regex: str) -> str:
-    """Spellings of the same expression made one: escapes for line ends, case folding spelled out."""
+    """One spelling for equal expressions: escapes for line ends, case folding written out."""
     regex = regex.replace("\r", r"\r").replace("\n", r"\n").replace(r"\p{N}{1}|", r"\p{N}|")
     spelled = "(?:" + "|".join(f"'{_both(c)}" for c in ("s", "t", "re", "ve", "m", "ll", "d")) + ")"
     return regex.replace(spelled, CONTRACTIONS)

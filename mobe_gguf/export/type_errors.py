@@ -1,14 +1,15 @@
-"""What each type costs each matrix of the experts: measured with the encoders themselves, on some experts of every layer.
+"""The error of each type in each matrix of the experts, measured with the encoders on some experts of every layer.
 
-An error is the share of the outputs' square that is wrong, on inputs as the importance matrix saw them:
+An error is the squared error of the outputs relative to their square, for inputs as the importance matrix saw them:
 
-- bases: ``|W - A Z|^2 / |W|^2`` with the bases rounded, A as it is or solved for again (``refit``), W being what the
-  unrounded factors stand for;
-- A: the same with A rounded and the bases as they are; ordinary experts and down: W rounded.
+- bases: ``|W - A Z|^2 / |W|^2`` with rounded bases and A unchanged or solved for again (``refit``); W is the product of
+  the unrounded factors;
+- A: the same with A rounded and the bases unchanged;
+- ordinary experts and down: the same with W rounded.
 
-Roundings of different matrices do not know of each other, so their errors add up; those of a layer count by its experts' share
-of the residual stream (``models/residual.py``), if the original model and an importance matrix of it are there.
-Memory: one group's bases twice and SAMPLE experts.  Time: the bases are encoded once in each type of the ladder.
+Errors of different matrices are independent, so they add up.  The errors of a layer are weighted by its experts' share
+of the residual stream (``models/residual.py``), if the original model and an importance matrix of it are there. Memory:
+one group's bases twice and SAMPLE experts.  Time: the bases are encoded once in each type of the ladder.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from mobe_gguf.quant.allocate import LADDER, Option
 from mobe_gguf.quant.recipe import fitting_type, requires_imatrix
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
-#: Experts of a layer that are measured; they are the first ones, for experts have no order.
+#: Experts of a layer that are measured.  The first ones are taken, since experts have no order.
 SAMPLE = 4
 
 #: Rows of each that are rounded by second moments.
@@ -46,14 +47,14 @@ Size = Callable[[str, str], int]
 
 
 def is_divided(name: str, counted: Mapping[str, float] | None = None) -> bool:
-    """Whether bits are divided among tensors of this name: all experts' matrices, factorized or not, and bases; any matrix
-    of which is known what its error counts (``stream``)."""
+    """Whether a type is chosen for the tensor ``name``: for experts' matrices, factorized or not, for bases, and for
+    every matrix whose error has a known weight (``stream``)."""
     experts = is_transform(name) or is_down(name) or name.endswith("_basis.weight")
     return experts or (counted is not None and name in counted)
 
 
 def ladder(tensor: Tensor, weights: Importance | None) -> list[str]:
-    """Types of LADDER that ``tensor`` can have, as its rows allow them."""
+    """Types of LADDER that the row length of ``tensor`` allows."""
     fitting = dict.fromkeys(fitting_type(t, tensor.source.shape[-1]) for t in LADDER)
     return [t for t in fitting if weights is not None or not requires_imatrix(tensor.name, t, "")]
 
@@ -71,8 +72,9 @@ def measure(
 ) -> Iterator[tuple[str, list[Option]]]:
     """The options of each tensor of ``wanted``, in the file's order.
 
-    ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``counts``: what an error
-    of a tensor counts.  ``moments``: what the file is going to be rounded by; then these are errors after that.
+    ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``counts``: how much
+    an error of a tensor counts.  ``moments``: if the file will be rounded by them, errors are those after such
+    rounding.
     """
     for name in (n for n in tensors if n in wanted):
         tensor, found = tensors[name], weights.get(name)
@@ -93,7 +95,7 @@ def measure(
 
 
 def _sampled(unit: Unit) -> tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of some experts of the first group: which, alpha, the bases, A ``[., p, r]`` scaled and Z ``[., r, d]``."""
+    """Some experts of the first group: which ones, alpha, the bases, A ``[., p, r]`` scaled, and Z ``[., r, d]``."""
     experts, mix, bases = unit.group(0)
     s = slice(0, min(SAMPLE, experts.stop))
     a = unit.turn(torch.stack([unit.layer.transform(unit.projection, e) for e in range(s.stop)]))
@@ -139,7 +141,7 @@ def _transform(unit: Unit, weights: Importance | None, types: list[str]) -> list
 
 
 def _rounded(tensor: Tensor, moments: Moments, types: list[str]) -> list[float]:
-    """Of some rows of some matrices: rows are rounded independently of each other."""
+    """Errors of some rows of some matrices; rows are rounded independently of each other."""
     roots, tokens = moments.find(tensor.name), moments.tokens(tensor.name)
     assert roots is not None, tensor.name
     matrices = (m for piece in tensor.source.pieces() for m in piece.reshape(-1, *tensor.source.shape[-2:]))
@@ -151,7 +153,7 @@ def _rounded(tensor: Tensor, moments: Moments, types: list[str]) -> list[float]:
             if type_name in ROUNDED:
                 outcome.add(rounder.encode(rows, type_name, tensor.name)[1])
             else:
-                outcome.size += 1.0  # a float type: nothing is lost that counts here
+                outcome.size += 1.0  # a float type: its error is negligible here
     return [outcome.after / outcome.size if outcome.size else 0.0 for outcome in outcomes.values()]
 
 
@@ -170,11 +172,11 @@ def _plain(tensor: Tensor, weights: Importance | None, types: list[str]) -> list
 def shares_of(
     original: Original | None, imatrix: Imatrix, layers: tuple[int, ...]
 ) -> dict[int, float] | None:
-    """What the experts of each layer count; None if that cannot be told."""
+    """The weight of each layer's experts; None if it is not known."""
     for file in imatrix.files:
         if original is not None and not file.of_mobe:
             try:
                 return layer_shares(original, file, layers)
             except MobeError:
-                continue  # of another model: what export itself reads of it is checked elsewhere
+                continue  # a file of another model; export reports that elsewhere
     return None

@@ -1,4 +1,4 @@
-"""Writing GGUF files tensor by tensor: header and sizes first, then the data in pieces, encoded as they come."""
+"""Write GGUF files tensor by tensor: first the header and tensor table, then the data, encoded in pieces."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ class Head(Protocol):
 
 
 def stored_bytes(shape: Sequence[int], type_name: str, alignment: int = ALIGNMENT) -> int:
-    """What a tensor takes in a file, with what it is padded by."""
+    """Bytes of a tensor in a file, padding included."""
     return padded(ggml.type_info(type_name).tensor_bytes(shape), alignment)
 
 
 def head_bytes(writer: Head, alignment: int = ALIGNMENT) -> int:
-    """What header, keys and tensor table of ``writer`` take, padded: they are written to a temporary file for that."""
+    """Bytes of header, keys and tensor table of ``writer``, padded; they are written to a temporary file to find
+    out."""
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
         path = Path(directory) / "head"
         writer.write_header_to_file(path)
@@ -58,10 +59,10 @@ def head_bytes(writer: Head, alignment: int = ALIGNMENT) -> int:
 
 @dataclass
 class Encoded:
-    """A tensor for ``GGUFWriter.write_tensor_data``: it asks for ``nbytes`` and calls ``tofile``.
+    """A tensor for ``GGUFWriter.write_tensor_data``, which reads ``nbytes`` and calls ``tofile``.
 
-    ``importance``: weights of its columns; ``encoder``: what makes its bytes, libggml's own if None.  ``squares``: of the values
-    that were encoded, when they were.
+    ``importance``: weights of its columns.  ``encoder``: what makes its bytes, libggml's own encoder if None.
+    ``squares``: squares of the encoded values, known after writing.
     """
 
     tensor: Tensor
@@ -78,7 +79,7 @@ class Encoded:
         self.check(sum(file.write(block) for block in encode(self.tensor, encoder, self.type, self.squares)))
 
     def check(self, written: int) -> None:
-        """MobeError if not as many bytes were ``written`` as the tensor table says: all that follows would be misread."""
+        """MobeError if ``written`` differs from the bytes in the tensor table: all that follows would be misread."""
         if written != self.nbytes:
             raise MobeError(
                 f"tensor {self.tensor.name}: {written} bytes were written, {self.nbytes} are needed for {self.type}"
@@ -109,12 +110,13 @@ def _valid_blocks(source: StoredTensor) -> Iterator[bytes]:
 def encode(
     tensor: Tensor, encoder: Encoder, type_name: str, squares: Squares | None = None
 ) -> Iterator[memoryview]:
-    """The bytes of ``tensor``, which is to have the ggml type ``type_name``, piece by piece; ``squares`` is added to.
+    """The bytes of ``tensor`` in the ggml type ``type_name``, piece by piece; the values' squares are added to
+    ``squares``.
 
-    Values are checked here, whatever the encoder: of a NaN most make finite, valid blocks without a word.
+    Values are checked here for all encoders: most would silently turn a NaN into a valid block.
 
-    libggml encodes outside Python's lock, so each core encodes a piece while the next is read; no more than one
-    piece a core and one besides are in memory.  MobeError names the tensor if a value is NaN, Inf or too large.
+    libggml encodes without Python's lock, so each core encodes a piece while the next is read.  At most one piece per
+    core and one more are in memory.  MobeError names the tensor if a value is NaN, Inf or too large.
     """
     workers = len(os.sched_getaffinity(0))
     run = encoder.open()
@@ -146,7 +148,8 @@ def write_gguf(
 ) -> None:
     """Write header, keys, tensor table (all in ``writer``) and the data of ``tensors`` to ``out``, atomically.
 
-    MobeError if the disk fills up or goes away; nothing stays behind then.  ``left`` is what it says about that.
+    MobeError if the disk fills up or goes away; nothing is left behind then.  ``left``: what the message says about
+    that.
     """
     try:
         with atomic_path(out) as part:

@@ -1,8 +1,9 @@
-"""What each form takes on a machine: where its bytes lie, what a token reads of them, tokens a second, how good it may be.
+"""The cost of each form on a machine: bytes in VRAM and RAM, bytes read per token, tokens per second, estimated
+quality.
 
-A token reads everything once but the embeddings (a row) and the experts (k of n).  ``seconds = bytes in VRAM / its bandwidth +
-bytes in RAM by type / the CPU's measured rate of the type + nodes of the graph``.  Routed experts go to system memory first,
-a layer at a time, as llama.cpp's ``--n-cpu-moe`` has them; bases stay with the rest.
+A token reads all weights once, except the embeddings (one row) and the experts (k of n).  ``seconds = bytes in VRAM /
+its bandwidth + bytes in RAM by type / the CPU's measured rate of the type + nodes of the graph``.  Routed experts go to
+system memory first, a layer at a time, as with llama.cpp's ``--n-cpu-moe``; bases stay with the other weights.
 """
 
 from __future__ import annotations
@@ -19,24 +20,27 @@ from mobe_gguf.plan.memory import Beside
 from mobe_gguf.plan.probe import Probe
 from mobe_gguf.quant.roundtrip import noise
 
-#: Nodes of a decoder layer's graph that all threads meet behind, of a mixture of experts.
+#: Nodes in the graph of a MoE decoder layer; all threads synchronize after each.
 NODES = 40
 #: Memory that is left to the system and other programs.
 RESERVE = 0.5e9
 
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 
-#: KL divergence a unit of relative squared error of gate and up, and what rounding by moments leaves of it: the shipped model
-#: (docs/quality.md), its q4_k, q3_k and q2_k files alike within a fifth.
+#: KL divergence per unit of relative squared error of gate and up, and the share of it that remains with rounding by
+#: moments.  Of the shipped model (docs/quality.md); its q4_k, q3_k and q2_k files agree within a fifth.
 KL_OF_ERROR, ROUNDED_BY_MOMENTS = 0.155, 0.5
-#: KL divergence of factors that are not rounded, by the share of gate and up that they keep: shipped model, 2 to 4 wide bases.
+#: KL divergence of unrounded factors by the share of gate and up that they keep; shipped model, 2 to 4 wide bases.
 KL_OF_KEPT = ((0.5, 0.0065), (0.625, 0.0022), (0.75, 0.0009))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one form: bytes in VRAM and RAM, KV cache included; read of each a token; ``cpu_layers`` with experts in RAM.  ``error``: of the
-    experts, relative and squared, where a probe measured it."""
+    """The cost of one form: bytes in VRAM and RAM, KV cache included, and bytes of each that a token reads.
+
+    ``cpu_layers``: layers with experts in RAM.  ``error``: relative squared error of the experts, if a probe measured
+    it.
+    """
 
     form: Form
     vram: int
@@ -51,7 +55,7 @@ class Cost:
 
     @property
     def limit(self) -> str:
-        """What a token waits for most."""
+        """The memory from which a token reads more."""
         return "VRAM" if self.read_vram > self.read_ram else "RAM"
 
 
@@ -69,7 +73,7 @@ def read_per_token(layout: Layout, form: Form, name: str) -> float:
 
 
 def cost(layout: Layout, form: Form, machine: Machine, beside: Beside, measured: Probe | None = None) -> Cost:
-    """With as many layers' experts in VRAM as it holds; without a GPU all is in RAM."""
+    """The cost with as many layers' experts in VRAM as fit; without a GPU everything is in RAM."""
     layers = layout.expert_layers
     experts: dict[int, list[str]] = defaultdict(list)
     rest = []
@@ -122,8 +126,8 @@ def cost(layout: Layout, form: Form, machine: Machine, beside: Beside, measured:
 
 
 def expected_kl(layout: Layout, form: Form, measured: Probe | None = None) -> float:
-    """KL divergence that the shipped model would have with experts in these types, or with the errors that were ``measured``: to put files
-    in order, no promise."""
+    """KL divergence that the shipped model would have with experts in these types, or with the ``measured`` errors.  It
+    serves to put files in order and is no promise."""
     if measured is not None:
         return KL_OF_ERROR * 1.5 * probed_error(form, measured)
     total = sum(math.prod(s) for name, s in form.shapes.items() if EXPERTS.fullmatch(name))
@@ -138,20 +142,20 @@ def expected_kl(layout: Layout, form: Form, measured: Probe | None = None) -> fl
 
 
 def probed_error(form: Form, measured: Probe) -> float:
-    """Mean over the weights of all experts of what the probe found for their types, or for the form's factors."""
+    """The probe's error for the experts' types, or for the form's factors; mean over the weights of all experts."""
     total = found = 0.0
     for name, shape in form.shapes.items():
         if not EXPERTS.fullmatch(name):
             continue
         basis = form.shapes.get(name.replace("_exps.", "_basis."))
-        size = math.prod(shape[:-1]) * (basis[-1] if basis else shape[-1])  # of what factors stand for
+        size = math.prod(shape[:-1]) * (basis[-1] if basis else shape[-1])  # of what factors replace
         total += size
         found += size * (measured.forms[form.name].after if basis else measured.error(form.types[name]))
     return found / total
 
 
 def kl_of_kept(kept: float) -> float:
-    """Log-linear between the measured points."""
+    """KL divergence for the share ``kept``: log-linear between the measured points."""
     (x0, y0), (x1, y1) = next(
         ((a, b) for a, b in zip(KL_OF_KEPT, KL_OF_KEPT[1:], strict=False) if kept <= b[0]), KL_OF_KEPT[-2:]
     )

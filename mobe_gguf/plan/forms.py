@@ -1,4 +1,4 @@
-"""What could be written of a model: plain files in the types that people use, and factorized ones."""
+"""The files that could be made of a model: plain ones in common types, and factorized ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN = (
     "iq2_xxs",
     "iq1_m",
 )
-#: Factorized ones: bases, share of gate and up that is kept, types of B and A, ``--quant`` of the rest.
+#: Factorized files: number of bases, share of gate and up that is kept, types of B and A, ``--quant`` of the rest.
 FACTORIZED = (
     (4, 0.625, "q4_k", "q4_k", "q4_k_m"),
     (4, 0.625, "q4_k", "q3_k", "q4_k_m"),
@@ -34,8 +34,8 @@ FACTORIZED = (
     (2, 0.5, "q4_k", "q3_k", "q3_k_m"),
     (2, 0.5, "q4_k", "q2_k", "q2_k"),
 )
-#: Ranks are multiples of a block, or A's rows fall back to longer types.  Models too narrow for ranks in steps of 256 have
-#: them in steps of 32, and A in types with such blocks.
+#: Ranks are multiples of a block, or A's rows would fall back to larger types.  Models too narrow for ranks in steps of
+#: 256 have ranks in steps of 32, and A in types with blocks of 32.
 BLOCK, NARROW, NARROW_BLOCK = 256, 1536, 32
 SHORT = {"q4_k": "iq4_nl", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 #: Above this share p / d, and below this number of experts, factors save next to nothing.
@@ -44,7 +44,7 @@ WIDEST, FEWEST = 0.8, 16
 
 @dataclass(frozen=True)
 class Form:
-    """One file: tensors with shapes and types; ``options`` of ``mobe-gguf compress`` that make it."""
+    """One file: tensors with shapes and types; ``options``: those of ``mobe-gguf compress`` that make it."""
 
     name: str
     options: str
@@ -80,7 +80,7 @@ class Form:
 
 
 def why_not_factorized(layout: Layout) -> str | None:
-    """A sentence if factors are not for this model; None if they may pay."""
+    """A sentence that says why factors do not suit this model; None if they may help."""
     n, p, d = layout.expert_shape()
     if layout.native <= 5:
         return (
@@ -95,7 +95,7 @@ def why_not_factorized(layout: Layout) -> str | None:
 
 
 def forms(layout: Layout) -> list[Form]:
-    """All candidates; factorized ones only where they may pay."""
+    """All candidates; factorized ones only if they may help."""
     found = [plain_form(layout, quant) for quant in PLAIN]
     if layout.native <= 5:
         found.insert(3, plain_form(layout, "mxfp4_moe"))
@@ -120,7 +120,8 @@ def factorized_forms(
     transform_type: str | None = None,
     quant: str | None = None,
 ) -> Iterator[Form]:
-    """Wide and few bases, linear: FACTORIZED, with whatever is given in place of what stands there."""
+    """The factorized forms of FACTORIZED, with few, wide bases and no activation; given values replace those of
+    FACTORIZED."""
     n, p, d = layout.expert_shape()
     block = BLOCK if d >= NARROW else NARROW_BLOCK
     seen = set()
@@ -141,7 +142,7 @@ def factorized_forms(
 
 
 def _with_factors(layout: Layout, bases: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Gate and up of every layer as A, B and alpha, where they are two tensors."""
+    """Shapes with gate and up of every layer as A, B and alpha, if gate and up are two tensors."""
     shapes = dict(layout.tensors)
     for layer in layout.expert_layers:
         for projection in names.PROJECTIONS:
@@ -161,7 +162,8 @@ def _types(layout: Layout, shapes: Mapping[str, tuple[int, ...]], recipe: Recipe
 
 
 def _size(layout: Layout, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str]) -> int:
-    """Bytes of the file as export writes it without an importance matrix; a vocabulary that is not here is estimated."""
+    """Bytes of the file as export writes it without an importance matrix; the size of a missing vocabulary is
+    estimated."""
     factorized = shapes.keys() != layout.tensors.keys()
     return file_head(layout, shapes, factorized) + sum(
         stored_bytes(shape, types[name]) for name, shape in shapes.items()
@@ -180,6 +182,6 @@ def file_head(layout: Layout, shapes: Mapping[str, tuple[int, ...]], factorized:
     stored = keys.kv_data[0]
     if layout.typed_keys:
         return table_bytes(layout.arch, stored, shapes) + layout.vocabulary_bytes
-    # a GGUF file's own keys stay as they are: what is added to them and to the table
+    # a GGUF file keeps its own keys; only what is added to them and to the table is computed
     had = table_bytes(layout.arch, gguf.GGUFWriter(path=None, arch=layout.arch).kv_data[0], layout.tensors)
     return layout.head_bytes + table_bytes(layout.arch, stored, shapes) - had

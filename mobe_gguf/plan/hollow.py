@@ -1,4 +1,5 @@
-"""A model directory whose weights are holes, made of a config.json alone: for whatever reads nothing but headers."""
+"""A model directory with a sparse, empty weights file, made from a config.json alone, for code that reads only
+headers."""
 
 from __future__ import annotations
 
@@ -25,10 +26,11 @@ def is_bare(model: Path) -> bool:
 
 @contextlib.contextmanager
 def hollow(model: Path) -> Iterator[Path]:
-    """A directory with the config.json that ``model`` is or holds and one safetensors file of the shapes that it says, in bf16.
+    """A temporary directory with the config.json that ``model`` is or holds and one safetensors file with its shapes,
+    in bf16.
 
-    It takes no room on the disk and goes afterwards.  MobeError as :func:`source_shapes`, or where a file cannot have holes of
-    that size.
+    The file is sparse, takes no disk space, and is removed afterwards.  MobeError as :func:`source_shapes`, or if the
+    file system has no sparse files of that size.
     """
     config = model if model.is_file() else model / "config.json"
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:

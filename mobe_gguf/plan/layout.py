@@ -1,8 +1,8 @@
 """The tensors of a model's plain GGUF file, with their shapes, and its keys: from headers, or from config.json alone.
 
-Nothing is derived by hand: names and shapes are those of transformers' own class, built without memory (the ``meta`` device),
-in the form that it saves; llama.cpp's converter then makes of them what it makes of a real checkpoint.  O(tensors) time: a
-second for Mixtral, some ten for DeepSeek-V3's 45,000.
+Nothing is derived by hand.  Names and shapes are those that transformers' own class saves; the class is built without
+memory, on the ``meta`` device.  llama.cpp's converter then treats them as it treats a real checkpoint.  O(tensors)
+time: a second for Mixtral, some ten for DeepSeek-V3's 45,000.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mobe_gguf.quant.mixture import ModelFacts
 
 Shapes = dict[str, tuple[int, ...]]
 
-#: What quantized checkpoints store beside a matrix; the matrix itself has the plain name and shape.
+#: Suffixes of what quantized checkpoints store beside a matrix; the matrix itself has the plain name and shape.
 SCALES = ("_scale_inv", "_scale", ".input_scale", ".weight_scale_2")
 
-#: Bytes of a vocabulary's entry in GGUF keys, where there is no tokenizer to count: token, type and merges of the ten models
-#: that ``tests/plan`` knows take 40 to 60.
+#: Estimated bytes of a vocabulary's entry in GGUF keys, used if there is no tokenizer.  Token, type and merges of the
+#: ten models in ``tests/plan`` take 40 to 60.
 VOCABULARY_ENTRY = 50
 
 
@@ -38,9 +38,12 @@ VOCABULARY_ENTRY = 50
 class Layout:
     """A model as llama.cpp would hold it.
 
-    ``tensors``: GGUF names and shapes in torch's order, the plain model's.  ``origin``: what was read.  ``native``: bits of the
-    experts in the source (16, 8, 4).  ``vocabulary_bytes``: estimated size of the tokenizer's keys where there is no tokenizer.  ``typed_keys``: keys as gguf's
-    writer holds them, or ``file`` and ``head_bytes``: where they stand, and what stands before the tensors.
+    - ``tensors``: GGUF names and shapes of the plain model, in torch's order.
+    - ``origin``: what was read.
+    - ``native``: bits of the experts in the source (16, 8, 4).
+    - ``vocabulary_bytes``: estimated size of the tokenizer's keys if there is no tokenizer.
+    - ``typed_keys``: keys as gguf's writer holds them.  For a GGUF file instead ``file``, which has them, and
+      ``head_bytes``, the bytes before its tensors.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Layout:
     file: Path | None = None
 
     def number(self, key: str, default: int = 0) -> int:
-        """The architecture's key as one number; of a list per layer the largest."""
+        """The architecture's key as one number; the largest of a list with a number for each layer."""
         value = self.keys.get(f"{self.arch}.{key}", default)
         if isinstance(value, (list, tuple)):
             return int(max(value, default=default))
@@ -78,7 +81,7 @@ class Layout:
 
     @property
     def n_layer(self) -> int:
-        """Layers that every token passes: without those for multi-token prediction, which stand behind."""
+        """Layers that every token passes, without those for multi-token prediction, which come last."""
         return self.number("block_count") - self.number("nextn_predict_layers")
 
     @property
@@ -99,7 +102,7 @@ class Layout:
 
 
 def read_layout(model: Path) -> Layout:
-    """Of a Hugging Face directory (weights may be missing), a ``config.json`` or a GGUF file.
+    """The layout of a Hugging Face directory (weights may be missing), a ``config.json`` or a GGUF file.
 
     MobeError if it is none of these, or neither transformers nor llama.cpp's converter knows the model.
     """
@@ -141,7 +144,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def source_shapes(path: Path) -> Shapes:
-    """Names and shapes of the tensors of the checkpoint that a ``config.json`` is of; MobeError as :func:`read_layout`."""
+    """Names and shapes of the tensors in the checkpoint of a ``config.json``; MobeError as :func:`read_layout`."""
     return _source_shapes(path, _read_config(path))[0]
 
 
@@ -182,7 +185,8 @@ def _native_bits(quantized: Mapping[str, Any]) -> float:
 
 
 def _source_shapes(path: Path, config: Mapping[str, Any]) -> tuple[Shapes, str]:
-    """Names and shapes of the checkpoint's tensors: its headers' where they say so plainly, else transformers'."""
+    """Names and shapes of the checkpoint's tensors: from its headers if these give them plainly, else from
+    transformers."""
     headers = _headers(path.parent)
     if headers and not any(
         name.endswith(("_blocks", "_packed", ".qweight", ".experts.gate_up_proj")) for name in headers
@@ -193,7 +197,8 @@ def _source_shapes(path: Path, config: Mapping[str, Any]) -> tuple[Shapes, str]:
 
 
 def _headers(directory: Path) -> Shapes:
-    """Of every safetensors file that is there, scales of quantized matrices left out; empty if one of the index is not."""
+    """Names and shapes in all safetensors files, without scales of quantized matrices; empty if a file in the index is
+    missing."""
     index = directory / "model.safetensors.index.json"
     files = sorted(directory.glob("*.safetensors"))
     if index.is_file():
@@ -211,7 +216,7 @@ def _headers(directory: Path) -> Shapes:
 
 
 def _transformers_shapes(path: Path, config: Mapping[str, Any]) -> Shapes:
-    """The tensors that ``save_pretrained`` would write of transformers' class, which is built without memory."""
+    """The tensors that ``save_pretrained`` of transformers' class would write; the class is built without memory."""
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -230,20 +235,21 @@ def _transformers_shapes(path: Path, config: Mapping[str, Any]) -> Shapes:
         return {
             name: tuple(t.shape) for name, t in revert_weight_conversion(model, model.state_dict()).items()
         }
-    except Exception as e:  # transformers raises all sorts of errors for a config that it does not like
+    except Exception as e:  # transformers raises many kinds of errors for an invalid config
         raise MobeError(f"{path}: transformers cannot build {found.__name__}: {type(e).__name__}: {e}") from e
 
 
 def _prediction_layers(shapes: Shapes, config: Mapping[str, Any]) -> Shapes:
-    """Layers for multi-token prediction, which checkpoints hold and transformers' classes leave out.
+    """Layers for multi-token prediction, which checkpoints hold but transformers' classes leave out.
 
-    As DeepSeek and GLM publish them (``num_nextn_predict_layers``, behind the last layer, with embeddings of their own) and as
-    Qwen3-Next does (one, under ``mtp.``, its config.json does not say so).  The converter keeps those that llama.cpp has.
+    DeepSeek and GLM have ``num_nextn_predict_layers`` of them, after the last layer, with embeddings of their own.
+    Qwen3-Next has one, under ``mtp.``; its config.json does not say so.  The converter keeps those that llama.cpp
+    supports.
     """
     count, d, vocabulary = (int(config[key]) for key in ("num_hidden_layers", "hidden_size", "vocab_size"))
     made: Shapes = {}
     if config.get("model_type") == "qwen3_next":
-        last = f"model.layers.{count - 1}."  # of full attention, as the predicting one
+        last = f"model.layers.{count - 1}."  # has full attention, as the prediction layer has
         made |= {f"mtp.layers.0.{n.removeprefix(last)}": s for n, s in shapes.items() if n.startswith(last)}
         made |= {f"mtp.{n}.weight": (d,) for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
         return made | {"mtp.fc.weight": (d, 2 * d)}
@@ -280,7 +286,7 @@ def _convert(
                 out[kept[0]] = kept[1]
         return out
 
-    original = base.index_tensors  # families' own index_tensors call it, so it is replaced at the bottom
+    original = base.index_tensors  # families' own index_tensors call it, so it is replaced in the base class
     base.index_tensors = index_tensors
     try:
         result.model = subclass(
@@ -293,12 +299,13 @@ def _convert(
 
 
 def _no_data(meta: Any) -> Any:
-    """Small tensors that a family computes from others are zeros here; only their shapes count."""
+    """Zeros in place of small tensors that a family computes from others; only their shapes count."""
     return torch.zeros(meta.shape, dtype=meta.dtype)
 
 
 def _set_keys(conversion: converter.HfConversion, hparams: Mapping[str, Any]) -> bool:
-    """All keys as export sets them; without a tokenizer its size alone.  Returns whether there was one."""
+    """Set all keys as export does; without a tokenizer only the vocabulary's size.  Returns whether there was a
+    tokenizer."""
     directory = conversion.model.dir_model
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
     known = any((directory / name).is_file() for name in files)

@@ -1,4 +1,4 @@
-"""What there is to run on: memory, GPUs, and how fast weights are read; measured once and kept in the cache folder."""
+"""The machine: memory, GPUs, and how fast weights are read.  Speeds are measured once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from mobe_gguf.core.memory import free_memory, usable_cpus
 from mobe_gguf.runtime import speed
 from mobe_gguf.runtime.source import cache_dir
 
-#: Bytes a second of a GPU's memory where nothing says more, and the share of them that a matrix product reaches.
+#: Bytes per second of a GPU's memory if nothing else is known, and the share of them that a matrix product reaches.
 VRAM_BANDWIDTH = 600e9
 GPU_SHARE = 0.7
 
 
-#: How ``runtime.speed`` measures: what was measured in another way is not taken from the cache.
+#: How ``runtime.speed`` measures; rates measured in another way are not taken from the cache.
 WAY = "repacked, processor time"
 
 
 @dataclass
 class Machine:
-    """``ram``, ``vram``: bytes.  ``rates``: type -> bytes a second of a matrix times a vector, on the CPU; ``node`` seconds a
-    node of the graph.  ``ram_bandwidth``: of another machine, given instead of what is measured here."""
+    """``ram``, ``vram``: bytes.  ``rates``: type -> bytes per second of a matrix times a vector on the CPU.  ``node``:
+    seconds per node of the graph.  ``ram_bandwidth``: that of another machine, used instead of the rates measured
+    here."""
 
     ram: int
     vram: int = 0
@@ -37,12 +38,13 @@ class Machine:
     gpu: str = ""
 
     def cpu_rate(self, type_name: str) -> float:
-        """Bytes a second in which the CPU goes through weights of a type."""
+        """Bytes per second at which the CPU processes weights of a type."""
         return self.ram_bandwidth or self.rates[type_name]
 
 
 def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
-    """What this process may use, speeds of ``types`` measured where the cache has none of this processor and runtime."""
+    """What this process may use.  Speeds of ``types`` are measured if the cache has none for this processor and
+    runtime."""
     threads = usable_cpus()
     cache = cache or cache_dir() / "machine.json"
     key = f"{_processor()} x{threads}, {WAY}"
@@ -73,7 +75,7 @@ def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
 
 
 def _processor() -> str:
-    """Its name as the system says it."""
+    """The processor's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,8 +1,8 @@
-"""What the runtime takes beside the weights, asked of the runtime itself.
+"""The runtime's memory besides the weights, as the runtime itself reports it.
 
-A file of the model's keys and tensor table is written, its data a hole, and llama.cpp opens it without allocating
-(``no_alloc``): it says how large its KV cache, recurrent states and compute buffers would be.  So sliding windows, MLA and
-linear attention are counted as they are run, without formulas of ours.
+A sparse file with the model's keys and tensor table is written, and llama.cpp opens it without allocating
+(``no_alloc``).  It then reports the sizes of its KV cache, recurrent states and compute buffers.  So sliding windows,
+MLA and linear attention are counted as they are run, without formulas of ours.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mobe_gguf.quant.mixture import Spec
 from mobe_gguf.quant.recipe import Recipe, plan
 from mobe_gguf.runtime import ggml
 
-#: Tokens of a prompt that are computed at once: llama.cpp's own ``-ub``.
+#: Tokens of a prompt that are computed at once: llama.cpp's default for ``-ub``.
 UBATCH = 512
 
-#: Lines of llama.cpp's log, ``MiB`` in the first group.  A cache prints a line for each of its parts.
+#: Lines of llama.cpp's log; the first group is the size in MiB.  A cache prints a line for each of its parts.
 STATES = re.compile(r"(?:kv_cache\w*|memory_recurrent):\s+size =\s+([\d.]+) MiB")
 COMPUTE = re.compile(r"compute buffer size =\s+([\d.]+) MiB")
 
@@ -36,16 +36,17 @@ SECONDS = 300
 
 @dataclass(frozen=True)
 class Beside:
-    """Bytes beside the weights: ``states`` (KV cache and recurrent states at the full context), ``compute`` buffers."""
+    """Bytes besides the weights: ``states`` (KV cache and recurrent states at the full context), ``compute``
+    buffers."""
 
     states: int
     compute: int
 
 
 def beside_weights(layout: Layout, ctx: int) -> Beside:
-    """What llama.cpp would take for a context of ``ctx`` tokens, one sequence, f16 cache, its default batch.
+    """llama.cpp's memory for a context of ``ctx`` tokens: one sequence, f16 cache, default batch.
 
-    MobeError if it does not load the model's table.
+    MobeError if llama.cpp does not load the model's tensor table.
     """
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as directory:
         path = layout.file or Path(directory) / "table.gguf"
@@ -71,7 +72,7 @@ def beside_weights(layout: Layout, ctx: int) -> Beside:
 
 
 def write_table(path: Path, layout: Layout, types: Mapping[str, str] | None = None) -> None:
-    """A GGUF file of the layout's keys and tensors in ``types`` (4-bit ones by default), its data a hole."""
+    """Write a sparse GGUF file with the layout's keys and tensors in ``types`` (4-bit ones by default)."""
     import gguf
 
     if types is None:
@@ -109,7 +110,8 @@ def _dtype(name: str) -> Any:
 
 
 def _ask(path: str, ctx: int) -> dict[str, float]:
-    """In a process of its own: llama.cpp ends the process where it does not like a file."""
+    """The sizes that llama.cpp reports.  Called in a process of its own, because llama.cpp ends the process if it
+    rejects a file."""
     import ctypes
 
     import llama_cpp

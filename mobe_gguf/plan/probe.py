@@ -1,12 +1,14 @@
-"""One layer's experts really fitted and rounded: measured errors instead of a table's, in about a minute.
+"""Fit and round one layer's experts to measure errors instead of reading them from a table, in about a minute.
 
-Of one projection of one layer (gate of the middle one) the probe measures, in the metric of the experts' inputs where moments are given:
+The probe takes one projection of one layer (gate of the middle layer).  If moments are given, errors are in the metric
+of the experts' inputs.  It measures
 
-- each plain type: the error as libggml rounds by the moments' diagonal, and after rounding by all of them;
-- each factorized form: the error of the fit, and after A and the bases were rounded;
-- how much of the experts' rows the strongest shared directions hold, and how much they would hold of random matrices.
+- for each plain type, the error of libggml's rounding by the moments' diagonal, and of rounding by the full moments;
+- for each factorized form, the error of the fit, and the error after A and the bases were rounded;
+- which share of the experts' rows lies in the strongest shared directions, and which it would be for random matrices.
 
-All experts are fitted if that takes no longer than BUDGET; else some of them, and then the factors look better than they are.
+All experts are fitted if that takes no longer than BUDGET.  Otherwise only some are; then factors look better than they
+are.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ from mobe_gguf.quant.rounding.rounder import ROUNDED, Rounder
 from mobe_gguf.quant.roundtrip import noise
 from mobe_gguf.runtime import ggml
 
-#: Seconds of fits that the number of experts is chosen for, iterations of a fit, and products of p r d that one takes.
+#: Seconds for all fits, which decide the number of experts; iterations of a fit; products of p r d in an iteration.
 BUDGET, ITERATIONS, PRODUCTS = 60.0, 60, 3
-#: Experts that types are tried on, and factors are rounded of.
+#: Experts on which types are tried, and whose factors are rounded.
 SAMPLE = 4
 
 
 @dataclass(frozen=True)
 class TypeProbe:
-    """Relative squared error of a type: as libggml rounds with the moments' diagonal, and by all moments."""
+    """Relative squared error of a type: rounded by libggml with the moments' diagonal, and by the full moments."""
 
     bits: float
     before: float
@@ -54,8 +56,8 @@ class TypeProbe:
 
 @dataclass(frozen=True)
 class FormProbe:
-    """Of a factorized form: ``bits`` for each weight of the projection, error of the ``fit`` and ``after`` rounding; ``plain``: the
-    error of a plain type at the same bits, between the measured ones."""
+    """A factorized form: ``bits`` per weight of the projection, error of the ``fit`` and ``after`` rounding.
+    ``plain``: error of a plain type of the same bits, interpolated between the measured types."""
 
     bits: float
     fit: float
@@ -64,14 +66,14 @@ class FormProbe:
 
     @property
     def gain(self) -> float:
-        """Above 1: the factors are better than plain experts of the same bytes."""
+        """Above 1 if the factors are better than plain experts of the same size."""
         return self.plain / self.after if self.after else math.inf
 
 
 @dataclass(frozen=True)
 class Probe:
-    """``forms`` by their names; ``shared``: of the experts' squared rows, the share in the stronger half of their shared directions,
-    and ``random``: of random matrices of these shapes."""
+    """``forms`` by name.  ``shared``: share of the experts' squares in the stronger half of their principal directions;
+    ``random``: the same for random matrices of these shapes."""
 
     layer: int
     projection: str
@@ -85,7 +87,8 @@ class Probe:
     seconds: float
 
     def error(self, type_name: str) -> float:
-        """Measured, or for a type that was not: what it makes of normal values, times what the others came to of that."""
+        """The measured error of a type.  For a type that was not measured it is its error on normal values, times the
+        mean ratio of the measured types' errors to theirs."""
         if type_name in self.types:
             return self.types[type_name].after
         known = [probe.after / noise(name) for name, probe in self.types.items() if noise(name) > 0]
@@ -149,7 +152,8 @@ def _spread(n: int, most: int) -> list[int]:
 
 
 def _experts(n: int, shape: tuple[int, int], forms: Sequence[Form]) -> list[int]:
-    """As many experts as BUDGET and half of the memory allow, evenly spread; more than any form has bases."""
+    """Indices of as many experts as BUDGET and half of the memory allow, evenly spread, but more than any form has
+    bases."""
     p, d = shape
     room = max(1, int(free_memory() // 2 // (4 * 6 * p * d)))
     if not forms:
@@ -178,8 +182,8 @@ def _moments(roots: Roots | None, e: int, d: int) -> torch.Tensor:
 
 
 def spectrum(w: torch.Tensor, rows: int, d: int) -> tuple[float, float]:
-    """Share of the squares of ``rows`` rows of ``d`` that lies in the stronger half of their principal directions: of ``w``'s, and of random rows
-    (Marchenko and Pastur 1967)."""
+    """Share of the squares in the stronger half of the principal directions: for the rows of ``w`` (``rows`` of length
+    ``d``), and for random rows (Marchenko and Pastur 1967)."""
     gram = torch.zeros(d, d)
     for matrix_ in w:
         gram += matrix_.T @ matrix_
@@ -245,7 +249,8 @@ def _form(
 
 
 def at_bits(types: Mapping[str, TypeProbe], bits: float) -> float:
-    """Error of a plain type of so many bits: between the two nearest on the frontier of those measured, logarithmic."""
+    """Error of a plain type with ``bits`` bits, interpolated logarithmically between the two nearest measured types on
+    the frontier."""
     best: list[TypeProbe] = []
     for one in sorted(types.values(), key=lambda t: (t.bits, t.after)):
         if not best or one.after < best[-1].after:

@@ -21,7 +21,7 @@ from mobe_gguf.plan.probe import Probe
 
 @dataclass(frozen=True)
 class PlanWishes:
-    """What was asked for: the largest file, the slowest speed."""
+    """What was asked for: the largest size and the lowest speed allowed."""
 
     size: int | None = None
     tokens_per_second: float | None = None
@@ -29,7 +29,7 @@ class PlanWishes:
 
 
 def order(costs: Sequence[Cost], wishes: PlanWishes) -> list[Cost]:
-    """What fits and meets the wishes first, the best of them at the top; then the rest by size."""
+    """First the files that fit and meet the wishes, the best one at the top, then the rest by size."""
     good = [c for c in costs if meets(c, wishes)]
     rest = [c for c in costs if not meets(c, wishes)]
     return sorted(good, key=lambda c: (c.kl, -c.tokens_per_second)) + sorted(
@@ -44,7 +44,7 @@ def meets(cost: Cost, wishes: PlanWishes) -> bool:
 
 
 def table(model: str, layout: Layout, costs: Sequence[Cost], wishes: PlanWishes) -> Table:
-    """Best first; fits 100 columns."""
+    """The table of files, best first; fits 100 columns."""
     out = Table(pad_edge=False, box=None, padding=(0, 2, 0, 0))
     out.add_column("form", overflow="fold")
     quality = "error (probe)" if any(c.error is not None for c in costs) else "KL (table)"
@@ -71,7 +71,7 @@ def _small(cost: Cost, wishes: PlanWishes) -> bool:
 
 
 def head(layout: Layout, machine: Machine, beside: Beside, wishes: PlanWishes) -> str:
-    """What is planned for: the model and the machine, a line each."""
+    """The model and the machine, a line each."""
     n, p, d = layout.expert_shape()
     size = (
         ""
@@ -92,7 +92,7 @@ def head(layout: Layout, machine: Machine, beside: Beside, wishes: PlanWishes) -
 def advice(
     model: str, layout: Layout, costs: Sequence[Cost], wishes: PlanWishes, no_factors: str | None
 ) -> str:
-    """Which to take, why not factors, and the command."""
+    """Which file to take, why not factors, and the command."""
     lines = []
     if no_factors:
         lines.append(f"MoBE is not the answer here. {no_factors}")
@@ -135,7 +135,7 @@ PROBE_LEGEND = (
 
 
 def probe_page(probe: Probe) -> list[RenderableType]:
-    """What the probe saw: types, factors against plain types of the same bits, and how much the experts share."""
+    """The probe's results: types, factors against plain types of the same bits, and how much the experts share."""
     all_of = "all" if probe.experts == probe.of else f"{probe.experts} of"
     weighed = f"by {probe.moments}" if probe.moments else "of the weights alone, for there are no --moments"
     lines = [
@@ -176,7 +176,7 @@ def page(
     no: str | None,
     probe: Probe | None = None,
 ) -> RenderableType:
-    """All of it, for a terminal."""
+    """The whole plan, for a terminal."""
     legend = LEGEND if probe is None else PROBE_LEGEND
     parts = (head(layout, machine, beside, wishes), "", table(model, layout, costs, wishes), "", legend, "")
     seen = [] if probe is None else [*probe_page(probe), Text()]
@@ -197,7 +197,7 @@ def as_json(
     no: str | None,
     probe: Probe | None = None,
 ) -> dict[str, Any]:
-    """The same as numbers: bytes, tokens a second."""
+    """The same as numbers: bytes, tokens per second."""
     n, p, d = layout.expert_shape()
     return {
         "model": layout.name,

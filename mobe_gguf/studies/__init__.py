@@ -1,1 +1,1 @@
-"""What is measured on a model at hand: the paper's studies, the demo."""
+"""Whole studies on one model: those of MoBE's paper, and the demo."""

@@ -1,8 +1,8 @@
-"""``mobe-gguf compress`` on the tiny model that ships with the project, and what the file writes.
+"""``mobe-gguf compress`` on the tiny model that ships with the project, and a text that the result generates.
 
     demo = run(Path("demo"))
 
-leaves in ``demo/`` the file that compress chose, and says how it compares.
+leaves the file that compress chose in ``demo/``, and returns the comparison.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from mobe_gguf.evaluate import tool
 from mobe_gguf.runtime.install import Environment
 
 MODEL = "tiny-moe"
-#: What is asked for, as the command has it: a quarter of the original's size.
+#: The size asked for in bytes: a quarter of the original's.
 SIZE = 3_950_000
 
-#: Opens many a verse of what the model was trained on.
+#: Begins many verses of the model's training text.
 PROMPT = "And it came to pass"
 TEMPERATURE, SEED = 0.7, 1
 
-#: In a model this small threads wait for each other, and on a busy machine for most of the time.
+#: In a model this small several threads would mostly wait for each other, above all on a busy machine.
 THREADS = 1
 
-#: How often a program is run that ends without its answer.
+#: How often a program is run if it ends without its answer.
 ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much work is done; the defaults are the demo's, the tests do with less.
+    """How much work is done; the defaults are the demo's, tests use less.
 
-    ``steps`` of the solver for each unit, ``chunks`` of 512 tokens to calibrate with (None: all of the text) and ``eval_chunks`` to
-    measure on, ``tokens`` of text to write.
+    ``steps``: of the solver for each unit.  ``chunks``: of 512 tokens for calibration (None: all of the text);
+    ``eval_chunks``: for measurements.  ``tokens``: of text to generate.
     """
 
     steps: int | None = 60
@@ -57,7 +57,7 @@ class Effort:
     tokens: int = 110
 
     def wishes(self) -> Wishes:
-        """The model learned on old books, so it is calibrated with some."""
+        """What is asked of compress.  The model was trained on old books, so it is calibrated with such text."""
         return Wishes(
             size=SIZE,
             text=(resources.path("models") / "calibration.txt",),
@@ -68,7 +68,7 @@ class Effort:
         )
 
     def command(self, out: Path) -> str:
-        """The same as a command."""
+        """The same as a command line."""
         models = resources.path("models")
         words = f"--size {SIZE / 1e6:g}M --text {_shown(models / 'calibration.txt')}"
         words += "" if self.steps is None else f" --steps {self.steps}"
@@ -78,7 +78,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Demo:
-    """``result`` of the compression; ``text`` that its file wrote."""
+    """``result`` of the compression; ``text`` that its file generated."""
 
     result: Result
     text: str
@@ -86,13 +86,13 @@ class Demo:
 
 
 def run(directory: Path, effort: Effort = Effort()) -> Demo:
-    """Do all of it in ``directory``.  A stopped run resumes; a file of an earlier one is replaced.
+    """Run the demo in ``directory``.  A stopped run resumes; the file of an earlier run is replaced.
 
     MobeError if the runtime is not built, or ``directory`` cannot be written.
     """
     started = time.monotonic()
     for name in ("llama-perplexity", "llama-completion"):
-        runtime.tool(name)  # better said now than after the work
+        runtime.tool(name)  # raises now rather than after the work
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -104,26 +104,26 @@ def run(directory: Path, effort: Effort = Effort()) -> Demo:
 
 
 def complete(gguf: Path, tokens: int) -> str:
-    """PROMPT and what the model makes of it.
+    """PROMPT and the model's continuation.
 
-    The program may end before its log's last lines are written (``common_log_main`` says so; on a busy machine it was
-    one run in ten), so if its last line is missing it is asked again.
+    The program may end before the last lines of its log are written (see ``common_log_main``; on a busy machine it was
+    one run in ten), so it is run again if the last line is missing.
     """
     options = ("-p", PROMPT, "-n", str(tokens), "--temp", str(TEMPERATURE), "--seed", str(SEED))
     quiet = ("-no-cnv", "--no-display-prompt", "--simple-io", "--perf")
     for _ in range(ATTEMPTS):
         done = tool.run("llama-completion", "-m", str(gguf), "-t", str(THREADS), *options, *quiet)
-        # this line comes after the text: where it is found, the text is whole
+        # this line follows the text: if it is there, the text is complete
         if re.search(r"\beval time =.* runs .*?([0-9.]+) tokens per second", done.stderr):
             return (PROMPT + done.stdout.strip("\n").removesuffix(" [end of text]")).rstrip()
     raise done.failure(f"llama-completion -m {gguf} did not say that it was done:")
 
 
-# what a person sees
+# output
 
 
 def render(demo: Demo) -> RenderableType:
-    """compress' own page, what the file wrote and what to try next; fits 100 columns."""
+    """The report of compress, the generated text and commands to try; fits 100 columns."""
     out = demo.result.out
     title = Text(out.name)
     return Group(
@@ -139,13 +139,13 @@ def render(demo: Demo) -> RenderableType:
 
 
 def _shown(path: Path) -> Path:
-    """From here, where it lies below."""
+    """``path`` relative to the current directory, if it is below it."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _program(name: str) -> str:
-    """How to call an installed program from here: by its name where the PATH has it, else by its path."""
+    """How to call an installed program from here: by name if PATH has it, else by path."""
     script = Environment.active().scripts / name
     on_path = shutil.which(name)
     if on_path and script.exists() and os.path.samefile(on_path, script):

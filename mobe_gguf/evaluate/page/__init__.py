@@ -1,7 +1,7 @@
-"""One HTML page that needs nothing else: pictures as SVG, the same numbers as tables, no script, no network.
+"""A self-contained HTML page: pictures as SVG, the same numbers as tables, no script, no network.
 
-``data`` says what a page may show, ``render`` makes HTML of that, ``charts`` its pictures.  ``files`` and ``texts`` gather from GGUF
-files what ``sections`` puts on a page; each command adds what only it knows.
+``data`` defines what a page may show, ``render`` makes HTML of it, ``charts`` draws the pictures.  ``files`` and
+``texts`` read from GGUF files what ``sections`` puts on a page; each command adds its own sections.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A small SVG picture: shapes, text whose box is known, ticks of axes.
+"""A small SVG picture: shapes, text of known size, ticks of axes.
 
-Text is set in a monospaced font, so its width follows from its length (``WIDE`` is the widest such font in use).  Colors are CSS classes,
-so that the page decides them, in light, dark and print.
+Text is set in a monospaced font, so its width follows from its length (``WIDE`` is for the widest such font in use).
+Colors are CSS classes; the page defines them for light, dark and print.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 from mobe_gguf.evaluate.labels import Box
 
-#: Pixels of a letter's height, and its width as a share of that.
+#: Font size in pixels, and the width of a letter as a share of it.
 FONT, WIDE = 11.5, 0.605
 #: Height of a line of text.
 LINE = 15.0
@@ -30,7 +30,7 @@ class Canvas:
         self.root = ET.Element("svg", {"role": "img", "aria-label": label})
 
     def shape(self, tag: str, style: str, **attributes: float | str) -> ET.Element:
-        """An element of CSS class ``style``; underscores in names become hyphens."""
+        """Add an element of CSS class ``style``; underscores in attribute names become hyphens."""
         texts = {
             name.replace("_", "-"): value if isinstance(value, str) else f"{value:.2f}"
             for name, value in attributes.items()
@@ -44,11 +44,12 @@ class Canvas:
         self.shape("polyline", style, points=" ".join(f"{x:.2f},{y:.2f}" for x, y in points))
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", style: str = "t") -> None:
-        """``text`` whose middle line is at ``y``."""
+        """Write ``text``, vertically centred at ``y``."""
         self.shape("text", style, x=x, y=y + 0.35 * FONT, text_anchor=anchor).text = text
 
     def mark(self, series: int, x: float, y: float, size: float, said: str) -> None:
-        """A point: circle, diamond, square or triangle by its series; ``said`` is shown when it is pointed at."""
+        """Draw a point: circle, diamond, square or triangle by its series; ``said`` is shown under the mouse
+        pointer."""
         s, style = size, f"m c{series % 8}"
         if series % 4 == 0:
             found = self.shape("circle", style, cx=x, cy=y, r=s)
@@ -63,7 +64,7 @@ class Canvas:
         ET.SubElement(found, "title").text = said
 
     def cell(self, box: Box, share: float | None, said: str, style: str = "cell") -> None:
-        """A rectangle as strong as ``share`` of 1, with ``said`` shown when it is pointed at."""
+        """Draw a rectangle with a color of strength ``share`` (0 to 1); ``said`` is shown under the mouse pointer."""
         x0, y0, x1, y1 = box
         strength = {} if share is None else {"fill_opacity": 0.08 + 0.92 * min(1.0, max(0.0, share))}
         found = self.shape("rect", style, x=x0, y=y0, width=x1 - x0, height=y1 - y0, **strength)
@@ -75,7 +76,7 @@ class Canvas:
 
 
 def short(text: str, length: int) -> str:
-    """``text`` in at most ``length`` letters, the middle left out."""
+    """``text`` cut to at most ``length`` characters by leaving out its middle."""
     if len(text) <= length:
         return text
     end = (length - 1) * 2 // 3
@@ -94,7 +95,8 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
-    """Round numbers from ``low`` to ``high``, both positive: 1, 2, 5 of each power of ten, or fewer where those are too many."""
+    """Round numbers from ``low`` to ``high``, both positive: 1, 2, 5 times powers of ten, or fewer if these are too
+    many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         found = [k * 10.0**e for e in decades for k in steps if low <= k * 10.0**e <= high]
@@ -104,5 +106,5 @@ def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick's number: ``0.005``, ``12``, ``1e-06``."""
+    """A tick's number as text: ``0.005``, ``12``, ``1e-06``."""
     return f"{value:.6g}"

@@ -1,4 +1,4 @@
-"""The pictures of a page as SVG, each for a given width: a narrow one for phones and a wide one; text has the same size in both."""
+"""The pictures of a page as SVG, for a given width: narrow for phones, or wide; text has the same size in both."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mobe_gguf.evaluate.page.canvas import (
 )
 from mobe_gguf.evaluate.page.data import Bars, Body, Cell, Dot, HeatMap, Lines, Scatter
 
-#: A phone's picture and all others'.
+#: Width of a picture on a phone, and on all other screens.
 NARROW, WIDE = 330, 760
 
-#: Pixels of a point that was chosen, and of any other.
+#: Radius in pixels of a chosen point, and of any other.
 CHOSEN, ORDINARY = 6.5, 4.5
 
 
 def drawing(body: Body, width: float, title: str) -> tuple[str, str]:
-    """The SVG of a section's body and a remark for its caption; both empty where it has no picture."""
+    """The SVG of a section's body and a remark for its caption; both are empty if it has no picture."""
     makers: dict[type, Callable[..., tuple[str, str]]] = {
         Scatter: scatter, HeatMap: heat, Lines: lines, Bars: bars,
     }  # fmt: skip
@@ -37,17 +37,17 @@ def drawing(body: Body, width: float, title: str) -> tuple[str, str]:
 
 
 def names_of_series(dots: Sequence[Dot]) -> list[str]:
-    """In the order of their first point."""
+    """Names of the series, in the order of their first point."""
     return list(dict.fromkeys(dot.series for dot in dots))
 
 
 def drawable(dots: Sequence[Dot]) -> list[Dot]:
-    """Those that a logarithmic axis can show."""
+    """The points that a logarithmic axis can show."""
     return [dot for dot in dots if 0 < dot.y < math.inf and math.isfinite(dot.x)]
 
 
 def frontier(dots: Sequence[Dot]) -> list[Dot]:
-    """By x, those of less y than every one before."""
+    """The points, ordered by x, whose y is below that of every point before."""
     best: list[Dot] = []
     for dot in sorted(dots, key=lambda dot: (dot.x, dot.y)):
         if not best or dot.y < best[-1].y:
@@ -141,7 +141,7 @@ def _label(
     taken: Sequence[Box],
     line: Sequence[tuple[float, float]],
 ) -> int:
-    """Write the labels, leaving ``taken`` and the ``line`` free; returns how many found no place."""
+    """Write the labels without covering ``taken`` or the ``line``; returns how many found no place."""
     shown = [short(text, 16 if canvas.width < 500 else 30) for text in _without_prefix(dots)]
     sizes = [(width_of(text) + 2, FONT + 1.5) for text in shown]
     boxes = place(points, sizes, frame, taken, CHOSEN + 3, list(pairwise(line)))
@@ -169,7 +169,7 @@ def _without_prefix(dots: Sequence[Dot]) -> list[str]:
 
 
 def heat(body: HeatMap, canvas: Canvas) -> tuple[str, str]:
-    """Fields as strong as their value; columns that do not fit beside each other go below."""
+    """Cells colored by their value; columns that do not fit beside each other continue below."""
     values = [
         cell.value for row in body.cells for cell in row if cell is not None and math.isfinite(cell.value)
     ]
@@ -212,7 +212,7 @@ def _cell(canvas: Canvas, box: Box, found: Cell | None, low: float, high: float)
 
 
 def _scale(canvas: Canvas, y: float, low: float, high: float, unit: str) -> float:
-    """Which strength is which value; returns where it ends."""
+    """Draw the scale of colors; returns the y at its end."""
     first, last = f"{low:.3g}", f"{high:.3g} {unit}"
     x = width_of(first) + 6
     canvas.text(0, y + LINE / 2, first)
@@ -223,7 +223,7 @@ def _scale(canvas: Canvas, y: float, low: float, high: float, unit: str) -> floa
 
 
 def lines(body: Lines, canvas: Canvas) -> tuple[str, str]:
-    """Each line with its points; the y axis begins at 0."""
+    """Lines with their points; the y axis begins at 0."""
     points = [p for line in body.lines for p in line.points if math.isfinite(p[1])]
     if not points:
         return "", ""
@@ -254,7 +254,7 @@ def lines(body: Lines, canvas: Canvas) -> tuple[str, str]:
 
 
 def bars(body: Bars, canvas: Canvas) -> tuple[str, str]:
-    """One bar below the other, its label and total above it."""
+    """Bars one below the other, each with its label and total above."""
     most = max((sum(bar.parts) for bar in body.bars), default=0.0)
     if most <= 0:
         return "", ""

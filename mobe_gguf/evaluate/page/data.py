@@ -27,7 +27,8 @@ class Dot(msgspec.Struct, frozen=True):
 
 
 class Scatter(msgspec.Struct, frozen=True, tag="scatter"):
-    """Points, y on a logarithmic axis, less of both being better: a line joins those that no other point beats."""
+    """Points; the y axis is logarithmic, and less is better in x and y.  A line joins the points that no other point
+    beats."""
 
     x_label: str
     y_label: str
@@ -35,7 +36,7 @@ class Scatter(msgspec.Struct, frozen=True, tag="scatter"):
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """One field of a heat map.  ``dotted``: it has a dot in it.  ``said``: its numbers in words."""
+    """One cell of a heat map.  ``dotted``: it has a dot in it.  ``said``: its numbers in words."""
 
     value: float
     said: str
@@ -43,7 +44,7 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 class HeatMap(msgspec.Struct, frozen=True, tag="heat"):
-    """``cells[row][column]``, None where there is nothing.  ``unit`` of the values; ``dot``: what a dot in a cell means;
+    """``cells[row][column]``, None for an empty one.  ``unit``: of the values; ``dot``: what a dot in a cell means;
     ``across``: what the columns are."""
 
     rows: Sequence[str]
@@ -62,7 +63,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Lines(msgspec.Struct, frozen=True, tag="lines"):
-    """Lines over a common x, y on a linear axis from 0.  ``whole``: x counts something, as layers."""
+    """Lines over a common x; the y axis is linear from 0.  ``whole``: x is a whole number, such as a layer's."""
 
     x_label: str
     y_label: str
@@ -86,7 +87,7 @@ class Bars(msgspec.Struct, frozen=True, tag="bars"):
 
 
 class Token(msgspec.Struct, frozen=True):
-    """``kind``: "" where both texts have it, "own" where only this one has, "part" at the first difference."""
+    """``kind``: "" if both texts have the token, "own" if only this one has it, "part" at the first difference."""
 
     text: str
     kind: str = ""
@@ -101,7 +102,7 @@ class FileText(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """What the original and the result continue ``prompt`` with.  ``same``: tokens before the first difference."""
+    """How the original and the result continue ``prompt``.  ``same``: number of tokens before the first difference."""
 
     prompt: str
     left: FileText
@@ -146,7 +147,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Page(msgspec.Struct, frozen=True):
-    """A whole page.  ``facts``: what was used, ``(name, value)``, at its end."""
+    """A whole page.  ``facts``: ``(name, value)`` of what was used, shown at the end."""
 
     title: str
     lead: str

@@ -1,4 +1,5 @@
-"""What GGUF files hold, layer by layer: bits and forms, sizes by kind, and the error of the experts' matrices."""
+"""The contents of GGUF files for a page: bits and forms by layer, sizes by kind, and errors of the experts'
+matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from mobe_gguf.formats.gguf import GgufFile, GgufTensor, read_model
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.gguf_source import MERGED, StoredTensor
 
-#: Kinds of a layer's tensors in the order of the picture, by what follows ``blk.N.``; gate and up in one tensor count as both.
+#: Kinds of a layer's tensors in the picture's order, by the name after ``blk.N.``; a merged gate and up counts as both.
 KINDS = {
     "gate": r"ffn_gate_(exps|basis)\.",
     "up": r"ffn_up_(exps|basis)\.",
@@ -32,7 +33,7 @@ KINDS = {
     "attention": r"(attn|ssm)_(?!\w*norm)",
 }
 
-#: What CLASSES of formats.contents are called on a page.
+#: Names on a page for the CLASSES of formats.contents.
 LABELS = {
     "A": "A of factorized experts", "B": "bases", "mix": "mixing weights", "down": "down of experts",
     "experts": "gate and up of experts", "attention": "attention", "embeddings": "embedding and output", "other": "everything else",
@@ -51,12 +52,12 @@ class Part:
 
     @property
     def bits(self) -> float:
-        """For each weight of the original."""
+        """Bits per weight of the original."""
         return 8 * sum(t.n_bytes for t in self.tensors) / original_params(self.tensors)
 
     @property
     def types(self) -> str:
-        """``q4_k``; ``A q3_k, B q4_k`` where factorized."""
+        """``q4_k``; ``A q3_k, B q4_k`` if factorized."""
         found = dict.fromkeys(
             (("B " if "_basis." in t.name else "A ") if self.form else "") + t.type
             for t in self.tensors
@@ -70,7 +71,7 @@ def listed(file: GgufFile) -> list[ListedTensor]:
 
 
 def by_layer(file: GgufFile) -> dict[str, dict[int, Part]]:
-    """Kind -> layer -> its tensors; kinds that no layer has are left out."""
+    """Kind -> layer -> its tensors of this kind; kinds that no layer has are left out."""
     found: dict[str, dict[int, Part]] = {kind: {} for kind in KINDS}
     for tensor in listed(file):
         match = re.match(r"blk\.(\d+)\.(.+)", tensor.name)
@@ -101,7 +102,7 @@ class Weights:
 
     @property
     def layers(self) -> list[int]:
-        """Those with routed experts."""
+        """Layers with routed experts."""
         found = (re.fullmatch(r"blk\.(\d+)\.ffn_(gate_)?up_exps\.weight", name) for name in self.file.tensors)
         return sorted({int(match[1]) for match in found if match})
 
@@ -117,7 +118,7 @@ class Weights:
         return StoredTensor.half(merged, names.transform_name(layer, projection), MERGED.index(projection))
 
     def experts(self, layer: int, projection: str) -> tuple[int, Callable[[int], torch.Tensor]]:
-        """How many there are, and what gives the matrix of one: float32, ``[p, d]``, of down ``[d, p]``.
+        """The number of experts, and a function that gives the matrix of one: float32, ``[p, d]``, for down ``[d, p]``.
 
         Holds the bases of one projection and one expert's matrix at a time.
         """
@@ -146,10 +147,9 @@ class Weights:
 
 
 def errors(original: Path, result: Path, moments: Moments | None) -> Iterator[tuple[int, str, float]]:
-    """``(layer, projection, error)``: ``|W - W'|^2 / |W|^2``, or with ``moments`` the same of the experts' outputs, over up to
-    SAMPLE experts of each layer.
+    """``(layer, projection, error)``: ``|W - W'|^2 / |W|^2`` over up to SAMPLE experts of each layer.
 
-    Reads SAMPLE experts of each layer of both files, one at a time.
+    With ``moments`` it is the same error of the experts' outputs.  Reads the experts of both files one at a time.
     """
     before, after = Weights(original), Weights(result)
     for layer in before.layers:

@@ -1,4 +1,4 @@
-"""The page of ``mobe-gguf eval``: files compared with their original; the first of them in detail."""
+"""The page of ``mobe-gguf eval``: files compared with their original, the first file in detail."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mobe_gguf.evaluate.page.data import Page
 from mobe_gguf.evaluate.report import short_names
 from mobe_gguf.formats.moments import Moments
 
-#: What points are called in the legend.
+#: Names of the points in the legend.
 PLAIN, MOBE = "plain", "MoBE"
 
 
 def of_eval(
     reference: Facts, rows: Sequence[Row], text: Path, settings: EvalSettings, moments: Moments | None
 ) -> Page:
-    """``rows`` as ``compare`` gave them, at least one; errors and texts of the first file are computed here.
+    """The page of ``rows`` from ``compare``, at least one; errors and texts of the first file are computed here.
 
     MobeError if a file cannot be read or llama-server does not run.
     """

@@ -14,25 +14,25 @@ from mobe_gguf.core.errors import UsageError
 from mobe_gguf.evaluate.page import charts
 from mobe_gguf.evaluate.page.data import Bars, Generations, Lines, Page, Scatter, Section
 
-#: Bytes that a page may have.
+#: Most bytes of a page.
 MOST = 3_000_000
 
 
 def check(path: Path) -> None:
-    """Before the work: UsageError or MobeError if the page could not be written after it."""
+    """UsageError or MobeError if the page could not be written; called before the work."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--report {path}: expected a name that ends in .html")
     check_output(path)
 
 
 def write(page: Page, path: Path) -> None:
-    """The page into ``path``, whole or not at all."""
+    """Write the page to ``path``, whole or not at all."""
     with atomic_path(path) as part:
         part.write_text(render(page), encoding="utf-8")
 
 
 def render(page: Page) -> str:
-    """HTML in UTF-8.  Tables of a page that would be too large keep their first rows and say so."""
+    """The page as HTML in UTF-8.  If it would be too large, tables keep their first rows and say so."""
     for most in (100_000, 1000, 200, 50):
         made = _template().render(page=page, drawn=[_drawn(section, most) for section in page.sections])
         if len(made.encode()) < MOST:
@@ -42,8 +42,8 @@ def render(page: Page) -> str:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A section with its pictures; ``legend``: ``(number of the color, name)``; ``rows``: the table's, of which ``hidden`` are left
-    out."""
+    """A section with its pictures.  ``legend``: ``(number of the color, name)``; ``rows``: the table's shown rows;
+    ``hidden``: how many are left out."""
 
     section: Section
     kind: str

@@ -1,4 +1,4 @@
-"""The sections of a page, each of what was measured or of what a file holds."""
+"""The sections of a page; each shows measurements or the contents of a file."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from mobe_gguf.evaluate.report import decimal, with_error
 from mobe_gguf.formats.gguf import read_model
 from mobe_gguf.formats.moments import Moments
 
-#: Columns of the picture of routed tokens: experts, or groups of them where there are more.
+#: Columns of the picture of routed tokens; if there are more experts, each column is a group of them.
 GROUPS = 24
-#: An expert that saw fewer tokens than this share of the layer's mean is counted as rarely used.
+#: An expert that saw fewer tokens than this share of the layer's mean counts as rarely used.
 RARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a command measured: the original, the other files, and how each of those is called and of which ``series`` it is.
+    """What a command measured: the original, the other files, and the name and ``series`` of each.
 
-    ``chosen``: the index of the file that the page is about.  ``speeds``: tokens a second of each, where measured.
+    ``chosen``: the index of the file that the page is about.  ``speeds``: tokens per second of each, where measured.
     """
 
     reference: Facts
@@ -146,7 +146,7 @@ def bits(path: Path) -> Section | None:
 
 
 def errors(original: Path, result: Path, moments: Moments | None = None) -> Section:
-    """Error of the experts' matrices, or of their outputs where ``moments`` are known."""
+    """Errors of the experts' matrices, or of their outputs if there are ``moments``."""
     found = list(files.errors(original, result, moments))
     projections = [p for p in names.ALL_PROJECTIONS if any(p == q for _, q, _ in found)]
     lines = [Line(p, [(float(layer), e) for layer, q, e in found if q == p]) for p in projections]
@@ -160,7 +160,7 @@ def errors(original: Path, result: Path, moments: Moments | None = None) -> Sect
 
 
 def routing(moments: Moments) -> Section | None:
-    """Tokens of the calibration text that each expert saw."""
+    """How many tokens of the calibration text each expert saw."""
     rows, cells, layers = [], [], []
     names_of = sorted(
         (name for name in moments.names if ".ffn_down_exps." in name),
@@ -233,14 +233,15 @@ def generations(found: Generations) -> Section:
 
 
 def commands(found: Sequence[tuple[str, str]]) -> Section:
-    """``(what, line)`` each."""
+    """Commands, each ``(what, line)``."""
     return Section("commands", "Run and reproduce", "Lines for a shell.", Commands([Command(*each) for each in found]))  # fmt: skip
 
 
 def about_file(
     original: Path, result: Path, moments: Moments | None, text: Path | None, threads: int | None, options: Sequence[str] = ()
 ) -> list[Section]:  # fmt: skip
-    """All sections that two files (and the moments of their model) give; texts are generated if there is a ``text`` to begin them."""
+    """All sections that can be made of two files and their model's moments; with a ``text`` for prompts, also generated
+    texts."""
     found = [bits(result), errors(original, result, moments)]
     found += [routing(moments)] if moments is not None else []
     found.append(sizes([original, result]))

@@ -1,4 +1,5 @@
-"""The same prompts continued by the original and by the result, the likeliest token each time, and where the two part."""
+"""The same prompts continued by the original and by the result, always with the likeliest token, and where the two
+differ first."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.evaluate.page.data import FileText, Generation, Generations, Token
 from mobe_gguf.evaluate.server import Server, serving
 
-#: Prompts out of a text, words of each, and tokens that are generated.
+#: Number of prompts, words of each, and tokens that are generated.
 PROMPTS, WORDS, TOKENS = 3, 16, 80
-#: Likeliest tokens that are shown where the texts part.
+#: How many of the likeliest tokens are shown at the first difference.
 CHOICES = 3
 
 
@@ -28,7 +29,7 @@ class Step:
 
 
 def prompts(text: Path) -> list[str]:
-    """PROMPTS beginnings out of a text, evenly spread, each of WORDS words from the start of a sentence where there is one."""
+    """PROMPTS passages of a text, evenly spread, each of WORDS words; they begin with a sentence if possible."""
     words = text.read_text(encoding="utf-8", errors="replace").split()
     found = []
     for i in range(PROMPTS):
@@ -42,7 +43,7 @@ def prompts(text: Path) -> list[str]:
 def generate(
     original: Path, result: Path, asked: Sequence[str], threads: int | None, options: Sequence[str] = ()
 ) -> Generations:
-    """Both files' continuations; one server after the other.  MobeError if one does not run."""
+    """Both files' continuations, from one server after the other.  MobeError if one does not run."""
     more = ("-np", "1", "-c", "1024", *(() if threads is None else ("-t", str(threads))), *options)
     runs = []
     for file in (original, result):
@@ -77,12 +78,12 @@ def _continue(server: Server, prompt: str) -> list[Step]:
 
 
 def visible(text: str) -> str:
-    """A token with its white space to be seen."""
+    """A token with visible white space."""
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def pair(prompt: str, names: tuple[str, str], left: Sequence[Step], right: Sequence[Step]) -> Generation:
-    """Two continuations with each token marked: at the first difference, and what only one of them has after it."""
+    """Two continuations, with tokens marked at the first difference, and after it if only one of them has them."""
     steps = zip(left, right, strict=False)
     same = next((i for i, (a, b) in enumerate(steps) if a.id != b.id), min(len(left), len(right)))
     matcher = difflib.SequenceMatcher(None, [s.id for s in left], [s.id for s in right], autojunk=False)

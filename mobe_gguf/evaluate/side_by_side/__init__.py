@@ -1,7 +1,7 @@
-"""Two GGUF files answer the same prompt in one page: two llama-servers behind one small web server, all on loopback.
+"""Two GGUF files answer the same prompt on one page: two llama-servers behind one small web server, all on loopback.
 
-``http`` serves the page (``index.html``, ``page.css``, ``page.js``) and passes requests on to the two servers; ``compare`` holds all
-three together and ends them together.
+``http`` serves the page (``index.html``, ``page.css``, ``page.js``) and forwards requests to the two servers.
+``compare`` starts and ends all three together.
 """
 
 from __future__ import annotations

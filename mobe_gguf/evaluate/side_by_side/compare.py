@@ -1,4 +1,4 @@
-"""Start two llama-servers and the page between them; none outlives the others."""
+"""Start two llama-servers and the page's web server; if one ends, all end."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ LOOK = 0.2
 
 @dataclass
 class Running:
-    """``address``: of the page."""
+    """The running servers; ``address``: of the page."""
 
     address: str
     servers: tuple[Server, Server]
 
     def wait(self) -> None:
-        """Until a server ends, which is a MobeError; Ctrl-C and SIGTERM come through as they are."""
+        """Wait until a server ends, then raise MobeError; Ctrl-C and SIGTERM are not caught."""
         while True:
             for server in self.servers:
                 if server.failure():
-                    time.sleep(LOOK)  # its last lines are on their way
+                    time.sleep(LOOK)  # its last lines may still arrive
                     raise MobeError(server.failure() or "")
             time.sleep(LOOK)
 
 
 @contextlib.contextmanager
 def running(left: Path, right: Path, port: int = 0, options: Sequence[str] = ()) -> Iterator[Running]:
-    """Both files loaded and the page served, until the block ends.  ``port`` 0: a free one; ``options``: of llama-server, for both.
+    """Load both files and serve the page until the block ends.  ``port`` 0: a free one; ``options``: of llama-server,
+    for both.
 
-    MobeError if a file is no model, a server does not start, or the port is taken.
+    MobeError if a file is not a model, a server does not start, or the port is in use.
     """
     names = short_names([left, right])
     files = [

@@ -1,4 +1,5 @@
-"""The web server of the page.  Answers only to its own address: no other site can use it through a browser."""
+"""The web server of the page.  It answers only requests for its own address, so no other site can use it through a
+browser."""
 
 from __future__ import annotations
 
@@ -11,23 +12,23 @@ from typing import Any
 
 from mobe_gguf.evaluate.server import HOST, Server
 
-#: Files of the page, and what they are.
+#: Files of the page, and their types.
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
-#: What is passed on to ``/a`` and ``/b``.
+#: Paths of the two servers, below ``/a`` and ``/b``, to which requests are forwarded.
 PASSED = ("/completion", "/apply-template")
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:"
 
-#: Bytes of a request, and of a piece of an answer.
+#: Most bytes of a request, and of a piece of an answer.
 LARGEST, PIECE = 1 << 20, 1 << 14
 
 
 class PageServer(ThreadingHTTPServer):
-    """``files``: names, sizes and whether each has a chat template, as the page shows them."""
+    """``files``: what the page shows of the files: name, size, whether there is a chat template."""
 
     daemon_threads = True
 
@@ -42,10 +43,10 @@ class PageServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
-    protocol_version = "HTTP/1.0"  # an answer ends with its connection: streams need no lengths
+    protocol_version = "HTTP/1.0"  # an answer ends with its connection, so streams need no length
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not on the terminal."""
+        """Log nothing on the terminal."""
 
     def do_GET(self) -> None:
         if not self._is_ours():
@@ -73,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._pass_on(self.server.servers["ab".index(which)], path, self.rfile.read(int(length)))
 
     def _is_ours(self) -> bool:
-        """Whether the request is of the page itself: a site that resolves to loopback, or posts from elsewhere, is refused."""
+        """Whether the request comes from the page itself; sites that resolve to loopback or post from elsewhere are
+        refused."""
         port = self.server.server_address[1]
         hosts = (f"{HOST}:{port}", f"localhost:{port}")
         origin = self.headers.get("Origin")
@@ -92,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _pass_on(self, server: Server, path: str, body: bytes) -> None:
-        """The answer piece by piece, as it comes; where the page goes away, llama-server stops, too."""
+        """Forward the answer piece by piece, as it comes; if the page disconnects, llama-server stops generating."""
         connection = http.client.HTTPConnection(HOST, server.port)
         try:
             connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -107,6 +109,6 @@ class _Handler(BaseHTTPRequestHandler):
             while piece := answer.read1(PIECE):
                 self.wfile.write(piece)
         except (OSError, http.client.HTTPException):
-            pass  # one of the ends is gone
+            pass  # the page or the server has disconnected
         finally:
             connection.close()
