@@ -138,32 +138,37 @@ def families_page() -> str:
 
 
 FAMILIES_TEXT = """
-What is read as a Hugging Face directory was compared with transformers on small random models (`tests/parity`), factorized and not,
-with one tensor for each expert and with fused ones; logits agree to 1e-10 of their energy (Qwen3-Next, whose linear attention is
-summed in another order, to 1e-8). Bailing's and Kimi's code is not in transformers and not run here: their files
-are compared with files of the same model that have ordinary experts. A MoE that is not read so goes through a GGUF file:
-llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any types, and `export` puts the factors back into it. "yes" under
-GGUF says of the families that are not read as directories that the converter has a class for them; each was not tried here.
-`mobe-gguf verify FILE --model DIR` compares the first layers of a file with its model.
+Families with "yes" under Hugging Face are read as directories. Each was compared with transformers on small
+random models (`tests/parity`), factorized and not, with one tensor for each expert and with fused ones.
+Logits agree to 1e-10 of their energy, those of Qwen3-Next to 1e-8, because its linear attention is summed in
+another order. The code of Bailing and Kimi is not in transformers and is not run here. Their files are
+compared with files of the same model that have ordinary experts.
+
+Any other MoE goes through a GGUF file: llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any
+types, and `export` puts the factors back into it. For these families "yes" under GGUF means that the
+converter has a class for them; not each was tried. `mobe-gguf verify FILE --model DIR` compares the first
+layers of a file with its model.
 """
 
 REFUSED_TEXT = """
-A file says less than config.json, and llama.cpp's graphs have constants where a model's class reads it. Where that would give other
-answers, `factorize` and `export` refuse the model and name key, value and what the runtime computes. Everything else is carried; a
-test changes each key of each family on a small model and compares logits (`tests/export/test_config_values.py`).
-Lines without a key are rules over several.
+A GGUF file cannot express every value of config.json: for some, llama.cpp's graphs have a constant. If that
+would give other answers, `factorize` and `export` refuse the model and name the key, the value and what the
+runtime computes. Everything else is carried over. A test changes each key of each family on a small model and
+compares logits (`tests/export/test_config_values.py`). Lines without a key are rules over several keys.
 """
 
 OWN_KEYS_TEXT = """
-Two values have keys of this project, set where a model needs them. Only the runtime of `mobe-gguf build` reads them: any other
-llama.cpp loads the file, ordinary or factorized, and gives other answers. Export says so.
+For two values this project has its own GGUF keys, which export writes if a model needs them. Only the runtime
+of `mobe-gguf build` reads them. Any other llama.cpp ignores them and gives other answers, if it loads the
+file at all. Export warns of this.
 
 | key | value | families | without it |
 |---|---|---|---|
 | `<arch>.norm_topk_prob` | bool: whether routing weights are divided by their sum | qwen3_moe, qwen2_moe, olmoe | qwen3moe does, the others do not |
 | `<arch>.expert_group_top_count` | u32: of how many of its best experts the sum ranks a group | deepseek_v2 with `group_limited_greedy`: 1 | 2 |
 
-The first is not `expert_weights_norm`, which llama.cpp has: its model saver writes that as false for families whose graph normalizes all the same.
+The first key is not llama.cpp's `expert_weights_norm`, because llama.cpp's model saver writes that as false
+also for families whose graph normalizes.
 """
 
 
