@@ -138,11 +138,11 @@ def families_page() -> str:
 
 
 FAMILIES_TEXT = """
-Families with "yes" under Hugging Face are read as directories. Each was compared with transformers on small
-random models (`tests/parity`), factorized and not, with one tensor for each expert and with fused ones.
-Logits agree to 1e-10 of their energy, those of Qwen3-Next to 1e-8, because its linear attention is summed in
-another order. The code of Bailing and Kimi is not in transformers and is not run here. Their files are
-compared with files of the same model that have ordinary experts.
+Families with "yes" under Hugging Face are read as directories. All but Bailing and Kimi were compared with
+transformers on small random models (`tests/parity`), factorized and not, with one tensor for each expert and
+with fused ones. Logits agree to 1e-10 of their energy, those of Qwen3-Next to 1e-8, because its linear
+attention is summed in another order. The code of Bailing and Kimi is not in transformers and is not run here;
+their files are compared with files of the same model that have ordinary experts.
 
 Any other MoE goes through a GGUF file: llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any
 types, and `export` puts the factors back into it. For these families "yes" under GGUF means that the
