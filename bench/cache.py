@@ -1,13 +1,15 @@
-"""The cache of formed matrices: one layer's experts, token by token, against budget and number of mixing terms.
+"""The cache of formed matrices: speed of one layer's experts, token by token, by budget and number of mixing terms.
 
     python bench/cache.py [--shape qwen3-30b] [--quant q4_k] [--terms 0,4] [--budgets 0,0.125,0.25,0.5] [--threads 2]
 
-The layer is computed by ggml as the model's graph has it (gate and up through the operator, products with A, down), on random
-weights.  Which experts a token uses comes from a trace with the locality that has been measured of large models: a
-least-recently-used cache of 1/8 of the experts serves 2/3 of the lookups, one of 1/4 serves 80 %.  Milliseconds are means over
-the trace's tokens, medians of --rounds in turns.  Beside each: what the misses and hits move and multiply, the limit that this
-and the machine's peaks set (see peaks.py; the mean of each token's own), and the share reached.  The last two columns are the ratio of
-the uncompressed layer's limit to this one's with 8 and 16 such cores beside memory of 80 GB/s: arithmetic, nothing is run.
+ggml computes the layer as in the model's graph (gate and up through the operator, products with A, down), on random
+weights. Which experts a token uses comes from a trace with the locality measured on large models: a least-recently-used
+cache of 1/8 of the experts serves 2/3 of the lookups, one of 1/4 serves 80 %.
+
+Milliseconds are means over the trace's tokens, medians of --rounds in turns.  Beside each time stand what the misses
+and hits move and multiply, the limit that follows from the machine's peaks (see peaks.py; the mean of the tokens'
+limits), and the share reached.  The last two columns are computed, not run: the ratio of the uncompressed layer's limit
+to this one's, with 8 and 16 such cores and memory of 80 GB/s.
 """
 
 from __future__ import annotations
@@ -37,12 +39,13 @@ from ggml_graph import F32, I8, I32
 
 ffi = ggml_graph.ffi
 
-#: Where in the list of experts, last used first, a lookup finds its own: shares of the lookups up to shares of the list.
+#: Position of a lookup's expert in the list of experts, last used first: (share of the list, share of lookups found
+#: within it).
 LOCALITY = ((1 / 8, 2 / 3), (1 / 4, 0.8), (1.0, 1.0))
 
 
 def trace(n: int, k: int, tokens: int, seed: int = 0) -> np.ndarray:
-    """``[tokens, k]`` different experts a token, by the model of :data:`LOCALITY`."""
+    """``[tokens, k]``: k different experts for each token, drawn by :data:`LOCALITY`."""
     rng = np.random.default_rng(seed)
     stack = list(rng.permutation(n))
     edges = [0, *(round(share * n) for share, _ in LOCALITY)]
@@ -52,7 +55,7 @@ def trace(n: int, k: int, tokens: int, seed: int = 0) -> np.ndarray:
         chosen: list[int] = []
         while len(chosen) < k:
             part = rng.choice(len(chances), p=chances)
-            # of the part that was drawn, so that each has its share of the lookups
+            # only from the part that was drawn, so that each part has its share of the lookups
             left = [expert for expert in stack[edges[part] : edges[part + 1]] if expert not in chosen]
             if left:
                 chosen.append(left[rng.integers(len(left))])
@@ -123,7 +126,7 @@ class Layer:
         return tensor
 
     def run(self, tokens: np.ndarray) -> Iterator[float]:
-        """Seconds of each token ``[k]``, with nothing in the cache at first."""
+        """Seconds of each token ``[k]``, beginning with an empty cache."""
         for cache in self.caches:
             empty = np.zeros(self.lib.ggml_nbytes(cache), np.uint8)
             self.lib.ggml_backend_tensor_set(cache, ffi.from_buffer(empty), 0, empty.nbytes)
@@ -152,10 +155,10 @@ class Layer:
 
 
 def missed(tokens: np.ndarray, slots: int) -> Iterator[list[int]]:
-    """Those of each token's experts ``[tokens, k]`` that a cache of ``slots`` lacks, empty at first; 0 for no cache.
+    """The experts of each token ``[tokens, k]`` that a cache of ``slots`` lacks; it begins empty, 0 is no cache.
 
-    As mobe-cache.c has it: what is there is marked as used first, then each missed expert takes the slot that has been unused
-    longest, unless this very token uses it.
+    The rule is that of mobe-cache.c: first, experts in the cache are marked as used.  Then each missed expert takes the
+    slot that was unused longest, unless the same token uses it.
     """
     used: dict[int, int] = {}
     clock = 0
@@ -177,19 +180,19 @@ def missed(tokens: np.ndarray, slots: int) -> Iterator[list[int]]:
 
 
 def misses(tokens: np.ndarray, slots: int) -> np.ndarray:
-    """How many each token lacks."""
+    """How many experts each token misses."""
     return np.array([len(lacking) for lacking in missed(tokens, slots)])
 
 
 def works(s: synthetic.Shape, quant: str, slots: int | None, lacking: np.ndarray) -> list[synthetic.Work]:
-    """Of each token."""
+    """The work of each token."""
     if slots is None or slots == 0:
         return [s.work(slots == 0, quant)] * len(lacking)
     return [s.cached(quant, int(count)) for count in lacking]
 
 
 def mean_limit(machine: peaks.Peaks, work: list[synthetic.Work], quant: str) -> float:
-    """Seconds a token."""
+    """The limit in seconds per token, mean over ``work``."""
     return statistics.fmean(machine.limit(each, quant) for each in work)
 
 

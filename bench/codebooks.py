@@ -1,10 +1,11 @@
-"""Gate and up in each codebook type: error in the second moments of their inputs, KL divergence and time, by how they are rounded.
+"""Ways to round gate and up in each codebook type: error in the metric of their inputs' second moments, KL divergence
+and time.
 
     python bench/codebooks.py MOMENTS [--model DIR] [--text FILE] [--chunks N] [--types iq1_s,...]
 
-``stock`` is libggml with each expert's own mean squares as the importance matrix, ``feedback`` the pass with error feedback alone, ``descent``
-what export does.  All else stays as it is; KL divergence from the model itself, second halves of chunks of 512 tokens, by transformers.
-Times are of the process, on one thread.
+``stock`` is libggml with each expert's own mean squares as the importance matrix, ``feedback`` is only the pass with
+error feedback, ``descent`` is what export does.  All other tensors are unchanged.  KL divergence is from the model
+itself, on the second halves of chunks of 512 tokens, by transformers.  Times are CPU times on one thread.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ METHODS: tuple[Method, ...] = (stock, feedback, descent)
 
 
 class Bench:
-    """The model, what its experts are fed, and what it says of the text."""
+    """The model, the moments of its experts' inputs, and its predictions on the text."""
 
     def __init__(self, model: Path, moments: Path, text: Path, chunks: int):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()

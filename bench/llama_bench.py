@@ -1,4 +1,4 @@
-"""Run llama-bench on several files in turns, so that what else the machine does falls on all of them alike."""
+"""Run llama-bench on several files in turns, so that other load affects all of them alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mobe_gguf.evaluate import tool
 
 @dataclass
 class Speeds:
-    """Tokens per second, one number a round."""
+    """Tokens per second, one number for each round."""
 
     values: list[float] = field(default_factory=list)
 
@@ -25,7 +25,7 @@ class Speeds:
 
     @property
     def spread(self) -> float:
-        """Half of the distance from the slowest to the fastest round, as a share of the median."""
+        """Half of the difference between the fastest and the slowest round, as a share of the median."""
         return (max(self.values) - min(self.values)) / 2 / self.median
 
     def __str__(self) -> str:
@@ -45,11 +45,11 @@ class Contender:
 def run(
     contender: Contender, batches: Sequence[int], tokens: int, options: Sequence[str] = ()
 ) -> dict[int, float]:
-    """Tokens per second by batch, the file being loaded once: ``tokens`` of a prompt in batches of each size, or generated one
-    by one where ``batches`` is 1 alone.
+    """Tokens per second by batch; the file is loaded once.  ``tokens`` of a prompt are computed in batches of each
+    size, or generated one by one if ``batches`` is only 1.
 
-    Of a prompt too, all tokens pass the last layer and the output (-embd), as those of parallel slots do: otherwise llama.cpp
-    takes but the last token through them, and of few layers one is missing.
+    With -embd all tokens of a prompt pass the last layer and the output, as those of parallel slots do.  Otherwise
+    llama.cpp computes only the last token there, and one of the few layers would be missing.
     """
     sizes = ",".join(map(str, batches))
     what = (
@@ -74,7 +74,7 @@ def compare_each(
     rounds: int,
     options: Sequence[str] = (),
 ) -> dict[int, dict[str, Speeds]]:
-    """Speeds by batch and label; every round takes each contender once, in an order that turns."""
+    """Speeds by batch and label; every round runs each contender once, in a rotating order."""
     speeds = {batch: {contender.label: Speeds() for contender in contenders} for batch in batches}
     for turn in range(rounds):
         shift = turn % len(contenders)
@@ -87,12 +87,13 @@ def compare_each(
 def compare(
     contenders: Sequence[Contender], batch: int, tokens: int, rounds: int, options: Sequence[str] = ()
 ) -> dict[str, Speeds]:
-    """The same for one batch."""
+    """:func:`compare_each` for one batch."""
     return compare_each(contenders, (batch,), tokens, rounds, options)[batch]
 
 
 def grouped(batches: Sequence[int], tokens: Mapping[int, int]) -> list[tuple[list[int], int]]:
-    """``batches`` that may share a run, with its tokens: those of as many tokens, a batch of 1 alone."""
+    """Groups of ``batches`` that can share a run, with the run's tokens: those of the same number of tokens; batch 1
+    runs alone."""
     groups: dict[tuple[bool, int], list[int]] = {}
     for batch in batches:
         groups.setdefault((batch == 1, tokens.get(batch, batch)), []).append(batch)
@@ -105,5 +106,5 @@ def threads_of(machine: int, wanted: str) -> list[int]:
 
 
 def require_runtime() -> None:
-    """MobeError now rather than after the files were written."""
+    """MobeError if there is no runtime; called before the files are written."""
     runtime.tool("llama-bench")

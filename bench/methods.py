@@ -1,9 +1,10 @@
-"""MoBE against the methods that its paper compares with, on one model at as many parameters of gate and up: one table.
+"""MoBE against the methods that its paper compares with, on one model, with equal numbers of parameters in gate and up.
 
     python bench/methods.py [--model DIR] [--target SHARE] [--steps N] [--chunks N] [--mse] [--out DIR]
 
-Each is `mobe-gguf factorize --method NAME --target SHARE`, exported as f16 (all but MoBE multiplied out) and compared with
-the bf16 original by `mobe-gguf eval`.  ``mobe, even`` has the same number of bases in all layers, as the paper does.
+Each row is `mobe-gguf factorize --method NAME --target SHARE`, exported as f16 (all except MoBE multiplied out) and
+compared with the bf16 original by `mobe-gguf eval`.  ``mobe, even`` has the same number of bases in all layers, as the
+paper does.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from mobe_gguf.factorize.methods import METHODS
 from mobe_gguf.factorize.plan import Options, default_rank
 from mobe_gguf.models.checkpoint import Checkpoint
 
-#: Of the reference: the shipped model is trained in bf16.
+#: Type of the reference; the shipped model was trained in bf16.
 REFERENCE = "bf16"
 
 
 def even_bases(model: Path, target: float) -> int:
-    """Bases of every unit, at full rank, that keep the share ``target``."""
+    """Number of full-rank bases in every unit that keeps the share ``target`` of parameters."""
     c = Checkpoint(model)
     rank = default_rank(c.n_ff_exp, c.n_embd)
     bases = round(c.n_expert * (target * c.n_ff_exp / rank - c.n_ff_exp / c.n_embd))

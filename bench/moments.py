@@ -1,10 +1,11 @@
-"""Gathering moments of a model of any size: peak memory and time, beside the plain forward pass.
+"""Gathering moments for a model of any size: peak memory and time, compared with the plain forward pass.
 
     python bench/moments.py --dir DIR                                  DeepSeek-V3's layer shapes in FP8, one MoE layer: memory
     python bench/moments.py --dir DIR --shape small --forward          a model that fits: time against its own forward pass
 
-The checkpoint is written to --dir, all matrices being pieces of the same random numbers (FP8 with block scales, or bf16), and
-kept there for the next run.  The peak is of the process's own pages: those of mapped files are the system's to take back.
+The checkpoint is written to --dir and kept there for the next run.  All its matrices are pieces of the same random
+numbers (FP8 with block scales, or bf16).  The peak counts the process's own pages; the system can take back those of
+mapped files.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""The operator on one core of this machine's CPU: time, arithmetic and bytes a second, beside what the core can do.
+"""The operator on one CPU core of this machine: time, arithmetic and bytes per second, compared with the core's peaks.
 
     python bench/op.py [--types q4_K,q8_0] [--tokens 1,4,16,64,512] [--shape d,r,m,n,k] [--terms S] [--repetitions N]
 
-Times are CPU time (the machine may be busy), medians with the fastest and slowest.  The limit adds up what the kernel cannot
-do without, each at the peak that a loop of nothing else reaches (bench/op.c): multiply-adds of the combination at the rate of
-products of bytes (floats: of multiply-adds), evaluations of tanh, multiply-adds with the inputs; or it is the read of the
-bases from memory, if that takes longer.  What it leaves out is taking quantized numbers apart, loads and stores.
+Times are CPU times (the machine may be busy): medians, with the fastest and slowest.
+
+The limit is the time of the operations that the kernel cannot avoid, each at the peak of a loop that does nothing else
+(bench/op.c): multiply-adds of the combination at the rate of byte products (for floats, of multiply-adds), evaluations
+of tanh, multiply-adds with the inputs.  If reading the bases from memory takes longer, that is the limit.  Unpacking of
+quantized numbers, loads and stores are left out.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def run(program: Path, *arguments: object) -> list[str]:
 
 
 def measure(program: Path, peak: Peaks, kind: str, shape: list[int], tokens: int, options):
-    """One row of the table."""
+    """Run the program once; returns one row of the table."""
     d, r, m, n, k = shape
     found = run(program, kind, *shape, tokens, options.terms, options.repetitions)
     seconds = sorted(float(line) for line in found if line[:1].isdigit())

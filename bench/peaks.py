@@ -1,21 +1,23 @@
-"""What this machine can do, measured by a loop of nothing else for each kind of work, and how long a given work takes at that.
+"""The machine's peak rate for each kind of work, measured by a loop that does nothing else, and the time limits that
+follow.
 
     peaks = measure(threads)        as many processes as threads, at the same time (bench/op.c, `peaks`)
-    peaks.limit(work, "q4_k")       seconds that the work takes at least
+    peaks.limit(work, "q4_k")       least seconds that the work takes
 
-The limit is the larger of two times: to move its bytes at the rate at which all threads together read memory, and to do
-its arithmetic.  Units of arithmetic share the core's ports, so their times add up, each at its own peak:
+The limit is the larger of two times: that of moving the bytes at the rate at which all threads together read memory,
+and that of the arithmetic.  Kinds of arithmetic share the core's ports, so their times add up, each at its own peak:
 
-    mix        multiply-adds of the combination of bases: products of bytes; with bases in q8_0 coefficients are of two bytes,
-               twice the work; with bases of floats, multiply-adds of floats
-    evaluate   of f: tanh by the kernel's own approximation
+    mix        multiply-adds of the combination of bases: products of bytes; with bases in q8_0 coefficients have two
+               bytes, twice the work; with bases of floats, multiply-adds of floats
+    evaluate   evaluations of f: tanh by the kernel's own approximation
     encode     numbers that a cache of formed matrices rounds to q8_0, by ggml's own function
     project    multiply-adds of formed rows with inputs: floats
     prompt     the same in a prompt: of bytes when bases are quantized
-    multiply   ggml's own products, also those of rows that a cache holds: of bytes for quantized matrices, bf16 for those,
-               else floats
+    multiply   ggml's own products, also with rows in a cache: of bytes for quantized matrices, of bf16 for bf16
+               matrices, else of floats
 
-Taking quantized numbers apart, loads and stores, and waiting of threads are not in it: no kernel reaches it.
+Unpacking of quantized numbers, loads and stores, and synchronization of threads are not counted, so no kernel reaches
+the limit.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.runtime import ggml
 
-#: Each peak is the best of so many runs.
+#: Each peak is the best of this many runs.
 RUNS = 3
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """``rates``: units a second of ``threads`` cores together, by the names that op.c prints (``read``: bytes), and ``encode``."""
+    """``rates``: units per second of ``threads`` cores together, by the names that op.c prints (``read``: bytes), and
+    ``encode``."""
 
     threads: int
     rates: dict[str, float]
@@ -52,7 +55,7 @@ class Peaks:
         return next(self.rates[name] for name in names if name in self.rates)
 
     def limits(self, work: Work, quant: str) -> tuple[float, float]:
-        """Seconds to move the bytes of ``work``, and of its arithmetic, for matrices of the type ``quant``."""
+        """Seconds for moving the bytes of ``work`` and for its arithmetic, with matrices of the type ``quant``."""
         floats = self.rates["fma"]
         mix = prompt = products = floats
         if ggml.type_info(quant).quantized:
@@ -68,11 +71,11 @@ class Peaks:
         return work.moved / self.rates["read"], arithmetic
 
     def limit(self, work: Work, quant: str) -> float:
-        """Seconds that ``work`` takes at least."""
+        """Least seconds that ``work`` takes."""
         return max(self.limits(work, quant))
 
     def on(self, cores: int, read: float) -> Peaks:
-        """The same cores in another number, beside memory that gives ``read`` bytes a second."""
+        """Peaks of ``cores`` such cores with memory that gives ``read`` bytes per second."""
         rates = {name: rate / self.threads * cores for name, rate in self.rates.items()}
         return Peaks(cores, {**rates, "read": read})
 
@@ -97,7 +100,7 @@ def build(out: Path) -> Path:
 def measure(threads: int, rounding: bool = False) -> Peaks:
     """The best of RUNS runs of each loop, summed over ``threads`` processes that run at the same time.
 
-    ``rounding``: also that of ``encode``, which op.c may leave out.  MobeError without a compiler.
+    ``rounding``: also measure ``encode``, if op.c does not.  MobeError without a compiler.
     """
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +125,7 @@ def together(program: Path, threads: int) -> dict[str, float]:
 
 
 def summed(outputs: Iterable[Iterable[str]]) -> dict[str, float]:
-    """``name rate`` lines of several processes, rates of one name added up."""
+    """Rates by name from ``name rate`` lines of several processes; rates of the same name are added."""
     rates: dict[str, float] = {}
     for lines in outputs:
         for line in lines:
@@ -132,7 +135,7 @@ def summed(outputs: Iterable[Iterable[str]]) -> dict[str, float]:
 
 
 def encode() -> float:
-    """Numbers a second that one core rounds to q8_0, in its first-level cache, by the CPU backend's function for that."""
+    """Numbers per second that one core rounds to q8_0 in its first-level cache, with the CPU backend's function."""
     import cffi
 
     path = runtime.lib_dir() / "libggml-cpu.so"

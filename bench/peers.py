@@ -1,9 +1,9 @@
 """GGUF files of one model by another project's quantizer, AutoRound, for bench/quality.py --peers.
 
-AutoRound is no dependency: it is run from an interpreter that has it (``python -m venv V && V/bin/pip install auto-round==0.16.1
-torch==2.13.0``), which --peers or AUTOROUND_PYTHON names.  Its converter gets the pinned llama.cpp's ``conversion`` and ``gguf``, for with
-PyPI's gguf 0.19.0 it refuses Qwen3-MoE, and the pre-tokenizer that our exporter recognizes: tuned models of a tokenizer that llama.cpp does not
-list would be lost when they are written.
+AutoRound is not a dependency.  It is run by an interpreter that has it (``python -m venv V && V/bin/pip install
+auto-round==0.16.1 torch==2.13.0``), named by --peers or AUTOROUND_PYTHON.  Its converter gets the pinned llama.cpp's
+``conversion`` and ``gguf``, because with PyPI's gguf 0.19.0 it refuses Qwen3-MoE.  It also gets the pre-tokenizer that
+our exporter recognizes: a tuned model whose tokenizer llama.cpp does not list could not be written.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.progress import bar
 from mobe_gguf.export.tokenizer import recognize
 
-#: Types that AutoRound has, each against llama-quantize's and ours of the same name.
+#: AutoRound's types; each is compared with llama-quantize's and our file of the same type.
 TYPES = ("q2_k_s", "q3_k_s", "q4_k_s")
 VARIABLE = "AUTOROUND_PYTHON"
 
-#: Samples that are cut shorter than ``length`` tokens are left out by AutoRound: pieces of the text have so much more.
+#: Pieces of the text are longer than ``length`` tokens by this factor, because AutoRound drops shorter samples.
 SLACK = 1.15
 
 
-#: A ``conversion`` that is the pinned one, but for the name of the pre-tokenizer.
+#: A ``conversion`` package that is the pinned one, except for the name of the pre-tokenizer.
 OVERLAY = """\
 __path__ = [{path!r}]
 with open({path!r} + "/__init__.py", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ TextModel.get_vocab_base_pre = lambda self, tokenizer: {pre!r}
 
 @dataclass(frozen=True)
 class Tuning:
-    """``samples`` of ``length`` tokens each, in ``steps`` a block of the model."""
+    """``samples`` of ``length`` tokens each, with ``steps`` for each block of the model."""
 
     steps: int = 50
     samples: int = 32
@@ -70,7 +70,7 @@ def interpreter(named: str | None) -> Path:
 
 
 def pieces(text: str, tokens: int, length: int) -> list[str]:
-    """``text``, of so many tokens, in pieces that have ``length`` or more, for the most part."""
+    """``text``, which has ``tokens`` tokens, in pieces most of which have ``length`` tokens or more."""
     step = max(1, round(SLACK * length * len(text) / max(1, tokens)))
     return [text[i : i + step] for i in range(0, len(text) - step + 1, step)]
 
@@ -78,8 +78,8 @@ def pieces(text: str, tokens: int, length: int) -> list[str]:
 def command(python: Path, model: Path, dataset: Path, out: Path, name: str, tuning: Tuning) -> list[str]:
     """AutoRound's command line for one type.
 
-    The router stays as it is (by default it is rounded, too).  Nothing is compiled: for the shipped model, of many small
-    matrices, torch.compile had not ended the first layer after two minutes; without it a step takes about a second.
+    The router is not rounded (by default it is).  torch.compile is off: for the many small matrices of the shipped
+    model it had not finished the first layer after two minutes, and without it a step takes about a second.
     """
     options = {
         "model": str(model.resolve()),
@@ -98,7 +98,8 @@ def command(python: Path, model: Path, dataset: Path, out: Path, name: str, tuni
 
 
 def overlay(root: Path, tree: Path, pre: str) -> None:
-    """Write what LLAMA_CPP_ROOT may name, ``root``: the converter of ``tree``, calling every pre-tokenizer ``pre``."""
+    """Write a folder ``root`` for LLAMA_CPP_ROOT: the converter of ``tree``, which gives every pre-tokenizer the name
+    ``pre``."""
     (root / "conversion").mkdir(parents=True)
     text = OVERLAY.format(path=str(tree / "conversion"), pre=pre)
     (root / "conversion" / "__init__.py").write_text(text, encoding="utf-8")
@@ -107,7 +108,8 @@ def overlay(root: Path, tree: Path, pre: str) -> None:
 def make(
     python: Path, model: Path, out: Path, calibration: Path, threads: int, tuning: Tuning | None = None
 ) -> list[Path]:
-    """``autoround-TYPE.gguf`` for each of TYPES in ``out``, what is there being kept; its words are in ``autoround-TYPE.log``."""
+    """``autoround-TYPE.gguf`` in ``out`` for each of TYPES; existing files are kept.  AutoRound's output is in
+    ``autoround-TYPE.log``."""
     text = calibration.read_text(encoding="utf-8")
     tuning = tuning or Tuning()
     tree = runtime.source_tree()

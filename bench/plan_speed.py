@@ -1,11 +1,11 @@
-"""What `mobe-gguf plan` expects of files, and what the runtime then does with them: tokens a second and memory.
+"""Compare the speed and memory that `mobe-gguf plan` expects with those of the runtime.
 
     python bench/plan_speed.py [--shapes qwen3-30b,deepseek-v2-lite,deepseek-v3] [--quants q4_k,q3_k] [--layers 2] [--dir synthetic]
 
-Files of real shapes and random weights (see synthetic.py): plain ones, and of the first shape one with four bases and no activation.  The
-machine's rates are measured anew.  Speed: llama-bench, writing, the fastest of some rounds.  Memory: the most that
-llama-bench had resident while it read a prompt of --ctx tokens, no file mapped: the program itself included.  Exit code 1 if
-one is off by more than 25 % (speed) or 5 % (memory).
+Files have real shapes and random weights (see synthetic.py): plain ones, and for the first shape one with four bases
+and no activation.  The machine's rates are measured again.  Speed: llama-bench, generation, the fastest of some
+rounds.  Memory: the peak resident memory of llama-bench for a prompt of --ctx tokens, without mapped files, the program
+itself included.  Exit code 1 if one is off by more than 25 % (speed) or 5 % (memory).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mobe_gguf.plan import cost, machine, memory
 from mobe_gguf.plan.forms import Form
 from mobe_gguf.plan.layout import Layout, read_layout
 
-#: A DeepSeek-V3 layer is 6 GB: with fewer experts a token reads as much.
+#: A DeepSeek-V3 layer has 6 GB; with fewer experts it is smaller, but a token reads as much.
 FEWER = {"deepseek-v3": {"n": 32}}
 SPEED, MEMORY = 0.25, 0.05
 
 
 def form_of(path: Path) -> Form:
-    """The file as it is."""
+    """The form of an existing file."""
     file = read_model(path)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     types = {name: info.type for name, info in file.tensors.items()}
@@ -47,7 +47,7 @@ def form_of(path: Path) -> Form:
 
 
 def files(options: argparse.Namespace) -> list[Path]:
-    """Written where they are not there."""
+    """The files; missing ones are written."""
     directory, layers = options.dir, options.layers
     directory.mkdir(parents=True, exist_ok=True)
     found = []
@@ -67,8 +67,8 @@ def files(options: argparse.Namespace) -> list[Path]:
 
 
 def alone(path: Path, tokens: int, rounds: int) -> float:
-    """Tokens a second of the processor's time, of one thread: what other programs take is left out.  By runs of two lengths, so that
-    loading is left out, too; the quickest of some rounds each."""
+    """Tokens per second of CPU time, on one thread, so that other programs do not count.  From runs of two lengths, so
+    that loading does not count either; the fastest of some rounds each."""
     spent = {tokens: math.inf, 3 * tokens: math.inf}
     for _ in range(rounds):
         for count in spent:
@@ -78,13 +78,13 @@ def alone(path: Path, tokens: int, rounds: int) -> float:
 
 
 def resident(path: Path, ctx: int, threads: int) -> int:
-    """Most bytes that llama-bench had in memory while it read a prompt of ``ctx`` tokens: cache and buffers are filled then."""
+    """Peak memory in bytes of llama-bench for a prompt of ``ctx`` tokens, which fills cache and buffers."""
     more = ("-t", str(threads), "-p", str(ctx), "-n", "0", "-r", "1", "--no-warmup", "-lm", "none")
     return finished(path, more).ru_maxrss * 1024
 
 
 def finished(path: Path, more: tuple[str, ...]) -> resource.struct_rusage:
-    """What a run of llama-bench took; MobeError if it fails."""
+    """Resources that a run of llama-bench used; MobeError if it fails."""
     command = [str(runtime.tool("llama-bench")), "-m", str(path), *more]
     with open(os.devnull, "wb") as nothing:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=nothing, stderr=nothing)

@@ -2,7 +2,7 @@
 
     python bench/prompt.py [--shapes qwen3-30b,...] [--quants q4_k,...] [--batches 16,64,512] [--threads 1,all]
 
-As decode.py, with batches of a prompt's size.  A prompt forms each expert's matrix once for all of its tokens.
+Works as decode.py, with batches of a prompt's size.  A prompt forms each expert's matrix once for all its tokens.
 """
 
 from __future__ import annotations

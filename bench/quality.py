@@ -3,11 +3,17 @@
     python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,sized,default,mobe] [--sizes 3.0M,3.47M,4.63M]
                             [--peers [PYTHON]] [--also FILE.gguf]... [--plot FILE.png]
 
-What a MoBE file has to be measured against is the plain file of its size: llama-quantize's own mixtures, and one of them with
-fewer bits for gate and up alone (``MIXED``), which is what a careful user would try first.  ``ours`` are plain files rounded by moments, in types
-that llama-quantize's files have, and a second table says how many times less their KL divergence is; ``sized`` plain ones whose types
-`--target-size` chooses; ``default`` what `factorize --for q4_k` makes with no other option.  ``--peers`` adds
-AutoRound's files (see peers.py).  With ``--out`` everything made is kept, and a second run goes on with what is there.
+A MoBE file is compared with plain files of its size:
+
+- ``plain``: llama-quantize's own mixtures, and one of them with fewer bits for gate and up alone (``MIXED``), which a
+  careful user would try first;
+- ``ours``: plain files rounded by moments, in the types of llama-quantize's files; a second table has the ratios of
+  their KL divergences;
+- ``sized``: plain files whose types `--target-size` chooses;
+- ``default``: the result of `factorize --for q4_k` with no other option.
+
+``--peers`` adds AutoRound's files (see peers.py).  With ``--out`` all files are kept, and a second run resumes with
+them.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from mobe_gguf.factorize.plan import Options, default_bases
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.wab import WabFiles, wab_name
 
-#: iq2_s beside iq2_xs: of a small MoE, llama-quantize makes the same file of both.
+#: For a small MoE, llama-quantize makes the same file of iq2_s and iq2_xs.
 PLAIN = (
     "q8_0",
     "q6_k",
@@ -54,23 +60,23 @@ PLAIN = (
     "iq2_xxs",
 )
 
-#: What is also written by `export --dense --moments`, to be held against PLAIN's.
+#: Types also written by `export --dense --moments`, for comparison with those of PLAIN.
 OURS = ("q4_k_m", "q3_k_m", "iq4_xs", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs")
 
-#: Types of gate and up in a file that is REST everywhere else.
+#: Types of gate and up in files that have the type REST everywhere else.
 MIXED = ("iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
 REST = "iq4_xs"
 
-#: Of the reference: the shipped model is trained in bf16 (float16 would round its smallest weights).
+#: Type of the reference: the shipped model was trained in bf16 (float16 would round its smallest weights).
 REFERENCE = "bf16"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A MoBE file: ``by`` is what the error is weighed with (``moments``, ``imatrix``, nothing), or ``published``.
+    """A MoBE file.  ``by``: what weighs the error (``moments``, ``imatrix``, nothing), or ``published``.
 
-    ``bases``, ``rank``: None is factorize's default.  ``basis``, ``transform``: types that A and B are fitted for and exported
-    in, None if rounded as they are, in those of ``quant``.
+    ``bases``, ``rank``: None is factorize's default.  ``basis``, ``transform``: types for which B and A are fitted and
+    in which they are exported.  None: fitted for no type, exported in the types of ``quant``.
     """
 
     name: str
@@ -96,7 +102,7 @@ class Variant:
 
 
 def variants(n: int, p: int) -> tuple[Variant, ...]:
-    """For n experts with p rows.  The last four differ in how they are fitted only, the others in size."""
+    """The variants for n experts with p rows.  The last four differ only in how they are fitted, the others in size."""
     q4 = ("q4_k_m", "q4_k", "q4_k")
     q3 = (REST, "q3_k", "iq4_nl")
     quarter = default_bases(n, 1)
@@ -121,7 +127,7 @@ def variants(n: int, p: int) -> tuple[Variant, ...]:
 def make_plain(
     model: Path, out: Path, calibration: Path, threads: int, types: bool
 ) -> tuple[Path, Path, list[Path]]:
-    """Reference, importance matrix, and one file for each of PLAIN and MIXED in ``out``."""
+    """Make in ``out`` the reference, the importance matrix, and one file for each of PLAIN and MIXED."""
     reference = out / f"{model.name}-{REFERENCE}.gguf"
     if not reference.is_file():
         export(model, reference, Recipe(parse_quant(REFERENCE)), allow_dense=True, quiet=True)
@@ -145,7 +151,8 @@ def make_plain(
 
 
 def make_ours(model: Path, out: Path, calibration: Path, types: bool, sizes: Sequence[str]) -> list[Path]:
-    """Plain files rounded by second moments, in ``out``: in the types of OURS, and of ``sizes`` by `--target-size`."""
+    """Make plain files rounded by second moments in ``out``: in the types of OURS, and for ``sizes`` by
+    `--target-size`."""
     moments, files = str(_moments(model, out, calibration)), []
     wanted = {f"ours-{name}": Recipe(parse_quant(name), moments=moments) for name in (OURS if types else ())}
     for size in sizes:
@@ -161,7 +168,8 @@ def make_ours(model: Path, out: Path, calibration: Path, types: bool, sizes: Seq
 
 
 def make_default(model: Path, out: Path, calibration: Path, sizes: Sequence[str]) -> list[Path]:
-    """What `factorize --moments FILE --for q4_k` makes, exported as it says, and for each of ``sizes``."""
+    """Export the result of `factorize --moments FILE --for q4_k` in the types that it was fitted for, and for each of
+    ``sizes``."""
     moments, factors = str(_moments(model, out, calibration)), out / "factors-default"
     if not factors.is_dir():
         options = Options(moments=moments, for_basis="q4_k", for_transform="q4_k")
@@ -175,14 +183,14 @@ def make_default(model: Path, out: Path, calibration: Path, sizes: Sequence[str]
         try:
             if not files[-1].is_file():
                 export(factors, files[-1], recipe, original=model, quiet=True)
-        except MobeError as error:  # the smallest types take more
+        except MobeError as error:  # even the smallest types take more
             print(f"{name}: {error.message}", flush=True)
             files.pop()
     return files
 
 
 def ratios(rows: Sequence[evaluate.Row]) -> list[str]:
-    """A line for each of OURS that llama-quantize's file was measured beside: KL divergences and how many times less ours is."""
+    """A line for each of OURS if llama-quantize's file was measured, too: both KL divergences and their ratio."""
     found = {Path(row.facts.path).stem: row.divergence.kl.value for row in rows}
     lines = ["| types | llama-quantize, imatrix | by moments | ratio |", "|---|---|---|---|"]
     for name in OURS:
@@ -193,7 +201,7 @@ def ratios(rows: Sequence[evaluate.Row]) -> list[str]:
 
 
 def _moments(model: Path, out: Path, calibration: Path) -> Path:
-    """The moments of the calibration text, which are made if they are not there."""
+    """The moments of the calibration text; gathered if they are missing."""
     moments = out / f"{model.name}-moments.safetensors"
     if not moments.is_file():
         collect(model, calibration, moments)
@@ -203,7 +211,7 @@ def _moments(model: Path, out: Path, calibration: Path) -> Path:
 def make_mobe(
     model: Path, out: Path, calibration: Path, imatrix: Path, steps: int, published_steps: int, threads: int
 ) -> list[Path]:
-    """A file for each of the variants in ``out``."""
+    """Make a file for each of the variants in ``out``."""
     torch.set_num_threads(threads)
     checkpoint = Checkpoint(model)
     todo = variants(checkpoint.n_expert, checkpoint.n_ff_exp)

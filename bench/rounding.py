@@ -2,9 +2,9 @@
 
     python bench/rounding.py [--rows 768] [--columns 2048] [--experts 4] [--directions 256] [--types q3_k,q4_k]
 
-Random experts of the given shape (Qwen3-30B's by default), and moments of ``--directions`` directions and a diagonal, as
-`mobe-gguf moments` stores them.  What is timed is what export does: S out of its root, its factor, codes and scales.  llama-quantize calls the
-same encoder for the same rows.
+Experts are random matrices of the given shape (Qwen3-30B's by default).  Moments have ``--directions`` directions and a
+diagonal, as `mobe-gguf moments` stores them.  The timed work is that of export: S from its root, its factorization,
+codes and scales. llama-quantize calls the same libggml encoder for the same rows.
 """
 
 from __future__ import annotations

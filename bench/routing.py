@@ -1,15 +1,16 @@
-"""Which experts the shipped model uses on real text, and what a cache of formed matrices is good for with it.
+"""Which experts the shipped model uses on real text, and how much a cache of formed matrices helps.
 
     python bench/routing.py [--terms 0,4,2] [--slots 0,4,6,8,12,24] [--tokens 2048] [--rounds 3] [--plot docs/cache.png]
 
-The shipped model is factorized and exported once for each number of mixing terms (0: all; kept in --dir) and fed held-out text
-through llama.cpp, one token at a time, in windows of 512 that share the cache.  The ids of the experts are taken from the graph
-(ffn_moe_topk of each layer) with the cache on.  Hits are those that the context counts and says in its log; they must be what
-the rule of replacement gives on these ids (cache.missed).  Bytes are of a token in all layers' experts: bases that missed
-experts mix, kept rows that are read or written, A and down.  Speeds are medians of --rounds in turns, with nobody looking at ids.
+The shipped model is factorized and exported once for each number of mixing terms (0: all; kept in --dir).  llama.cpp
+then reads held-out text, one token at a time, in windows of 512 that share the cache.  The ids of the experts are taken
+from the graph (ffn_moe_topk of each layer) with the cache on.  Hits are counted by the context and read from its log;
+they must equal what the rule of replacement gives for these ids (cache.missed).  Bytes are those of a token in all
+layers' experts: bases that missed experts mix, kept rows that are read or written, A and down.  Speeds are medians of
+--rounds in turns, measured without reading ids.
 
-The plot has the hit rate against the share of experts kept: of that text, of routing by dice, and of the trace of cache.py, with
-the published figures that it is made of.
+The plot shows the hit rate against the share of experts kept: for that text, for random routing, and for the trace of
+cache.py with the published figures behind it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ BASES = 6
 
 @dataclass(frozen=True)
 class Model:
-    """A file and its sizes.  ``users[layer][projection]``: ``[n, m]``, which bases an expert mixes; empty if there are none."""
+    """A file and its sizes.  ``users[layer][projection]``: ``[n, m]``, which bases each expert mixes; empty without
+    factors."""
 
     path: Path
     n: int
@@ -92,7 +94,8 @@ class Model:
         return cls(path, n, file.arch_key("expert_used_count"), layers, d, users, sizes)
 
     def bytes_a_token(self, ids: np.ndarray, slots: int) -> float:
-        """Of experts ``[layers, tokens, k]``, with a cache of ``slots`` (0: without), on average."""
+        """Mean bytes per token for the experts ``ids`` ``[layers, tokens, k]``, with a cache of ``slots`` (0: no
+        cache)."""
         kept = ggml.type_info("q8_0").bits / 8
         total = 0.0
         for layer, tokens in enumerate(ids):
@@ -113,7 +116,7 @@ def _bytes_each(file, name: str) -> float:
 
 @dataclass
 class Run:
-    """``ids`` [layers, tokens, k], if they were asked for; ``asked`` and ``found`` matrices, as the log says."""
+    """``ids`` [layers, tokens, k], if requested; ``asked`` and ``found``: numbers of matrices, from the log."""
 
     seconds: float
     asked: int = 0
@@ -124,7 +127,7 @@ class Run:
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What llama.cpp says meanwhile."""
+    """llama.cpp's log messages during the block."""
     import llama_cpp
     from llama_cpp._logger import llama_log_callback
 
@@ -218,11 +221,11 @@ def feed(model: Model, tokens: np.ndarray, threads: int, budget: int = 0, watch:
 
 
 def make(directory: Path, terms: int | None, steps: int) -> tuple[Model, Model]:
-    """The shipped model, plain and with ``terms`` terms an expert (None: all), in q4_k."""
+    """The shipped model in q4_k, plain and with ``terms`` mixing terms per expert (None: all)."""
     directory.mkdir(parents=True, exist_ok=True)
     source = resources.path("models") / demo.MODEL
     factors = directory / f"factors-{terms or BASES}-{steps}"
-    if not factors.exists():  # of an earlier run: the same settings
+    if not factors.exists():  # else of an earlier run with the same settings
         options = Options(bases=BASES, steps=steps, seed=0, mix_terms=terms)
         jobs.run(jobs.prepare(source, factors, options, resume=True))
     made = []
@@ -247,7 +250,7 @@ def text_tokens(model: Model, count: int) -> np.ndarray:
 
 
 def check(model: Model, run: Run, ids: np.ndarray, slots: int) -> float:
-    """The share found; MobeError unless the log's counts are what :func:`cache.misses` gives."""
+    """The hit rate; MobeError unless the log's counts equal those of :func:`cache.misses`."""
     missed = sum(
         int(cache.misses(ids[layer], slots).sum()) * len(users) for layer, users in enumerate(model.users)
     )
@@ -261,12 +264,12 @@ def check(model: Model, run: Run, ids: np.ndarray, slots: int) -> float:
 
 
 def curve(tokens: np.ndarray, n: int) -> np.ndarray:
-    """``[n]``: share of lookups of ``tokens`` [T, k] that caches of 1 to n slots find."""
+    """``[n]``: hit rate of caches of 1 to n slots for ``tokens`` [T, k]."""
     return np.array([1 - cache.misses(tokens, slots).sum() / tokens.size for slots in range(1, n + 1)])
 
 
 def draw(path: Path, ids: np.ndarray, model: Model) -> None:
-    """Hit rate against the share of experts kept."""
+    """Plot the hit rate against the share of experts kept."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter

@@ -1,13 +1,15 @@
-"""llama-server with several requests at once, and with speculative decoding: tokens that are computed together share the bases.
+"""llama-server with several requests at once, and with speculative decoding; tokens computed together share the bases.
 
     python bench/server.py [--shape qwen3-30b] [--quant q4_k] [--layers 6] [--slots 1,2,4,8] [--tokens 48] [--rounds 3]
 
-Models are synthetic (see synthetic.py) and kept in --dir.  Each round starts the server of every form once, with as many slots as
-the largest number, and sends it 1, 2, ... requests at the same time: token ids as the prompt, a fixed number of tokens to generate.
-Tokens a second are all generated ones over the time until the last answer, with the prompts of 4 tokens in it.
+Models are synthetic (see synthetic.py) and kept in --dir.  Each round starts the server once for every form, with the
+largest number of slots, and sends it 1, 2, ... requests at the same time: token ids as the prompt, a fixed number of
+tokens to generate.  Tokens per second are all generated tokens divided by the time until the last answer; the time
+includes prompts of 4 tokens.
 
-The last column is one request with drafts of 4 tokens by a model of one small layer, of which the server accepts 2 on average, at
-random (--spec-synth-len 3, its own option for measuring: with random weights no draft would be right).
+The last column is one request with speculative decoding.  A model of one small layer drafts 4 tokens, of which the
+server accepts 2 on average, at random.  This is done by --spec-synth-len 3, the server's own option for measuring,
+because with random weights no draft would be right.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.core.progress import console
 
-#: Seconds that the server may take to load, and a request to be answered.
+#: Seconds that loading, and answering a request, may take.
 PATIENCE = 300
 
 #: A draft's length, and how many tokens a step of the target yields on average.
@@ -54,7 +56,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(file: Path, slots: int, tokens: int, threads: int, *options: str) -> Iterator[str]:
-    """A running llama-server's address; each slot has room for a request."""
+    """Run a llama-server, whose slots each have room for one request; yields its address."""
     port = free_port()
     command = [str(runtime.tool("llama-server")), "-m", str(file), "-t", str(threads), "--port", str(port)]
     room = slots * 2 * max(256, tokens + PROMPT)
@@ -85,7 +87,7 @@ def _healthy(address: str) -> bool:
 
 
 def complete(address: str, number: int, tokens: int) -> int:
-    """Generate ``tokens`` after a prompt of its own for each ``number``; returns how many came."""
+    """Generate ``tokens`` tokens after a prompt that depends on ``number``; returns how many came."""
     prompt = [300 + (number * PROMPT + i) * 37 % 3000 for i in range(PROMPT)]
     wanted = {"prompt": prompt, "n_predict": tokens, "temperature": 0}
     wanted |= {"ignore_eos": True, "cache_prompt": False}
@@ -135,7 +137,7 @@ def main() -> None:
         for label, file in files.items():
             console.print(f"round {turn + 1} of {options.rounds}: {label}")
             with server(file, max(slots), options.tokens, options.threads) as address:
-                complete(address, 0, 4)  # the first request finds nothing ready
+                complete(address, 0, 4)  # the first request is slower
                 for together in slots:
                     speeds[label][together].values.append(speed(address, together, options.tokens))
             if not options.no_drafts:

@@ -1,15 +1,15 @@
-"""Ordinary files on the patched build and on an unpatched one of the same source, in turns: is anything slower?
+"""Speed of ordinary files on the patched build and on an unpatched build of the same source, in turns.
 
     python bench/stock_speed.py [--stock DIR] [--rounds 7] [--threads 1,all] [--layers 6]
 
-DIR holds llama-bench and the libraries of an unpatched build.  One with the same options as the installed runtime's, where this
-script looks for it, is made by
+DIR holds llama-bench and the libraries of an unpatched build.  This makes one with the installed runtime's options, in
+the place where this script looks for it:
 
     cd tests && python -c "from stock.record import build_stock; build_stock()"
 
-(options: mobe_gguf/runtime/compile.py).  Files: the shipped model in q4_k and f16, and a synthetic one of Qwen3-30B's shapes in q4_k
-(see synthetic.py), kept in --dir.  The ratio is that of the two runs of a round, which follow each other and take turns
-in being first; its median, with the lowest and the highest.
+(options: mobe_gguf/runtime/compile.py).  Files: the shipped model in q4_k and f16, and a synthetic one of Qwen3-30B's
+shapes in q4_k (see synthetic.py), kept in --dir.  In each round the two builds run one after the other and take turns
+in being first.  The table has the median of the rounds' ratios, with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TESTS = {"tiny-moe": ((1, 512), (512, 2048)), "qwen3-30b": ((1, 64), (512, 512))
 
 
 def unpatched(directory: Path | None) -> Path:
-    """Its llama-bench.  MobeError if there is none, or it is a patched one."""
+    """Path of the unpatched build's llama-bench.  MobeError if there is none, or if it is patched."""
     directory = directory or Environment.at(source.cache_dir() / "stock-runtime").lib
     program = directory / "llama-bench"
     if not program.is_file():
@@ -55,7 +55,7 @@ def unpatched(directory: Path | None) -> Path:
 
 
 def files(directory: Path, layers: int) -> list[tuple[str, Path]]:
-    """(label, file), the label beginning with a name in TESTS."""
+    """``(label, file)`` pairs; each label begins with a name in TESTS."""
     directory.mkdir(parents=True, exist_ok=True)
     found = []
     for quant in ("q4_k", "f16"):
@@ -69,7 +69,7 @@ def files(directory: Path, layers: int) -> list[tuple[str, Path]]:
 
 
 def ratios(patched: Speeds, stock: Speeds) -> list[float]:
-    """Patched over unpatched, of each round."""
+    """Speed of the patched build over that of the unpatched one, for each round."""
     return [ours / theirs for ours, theirs in zip(patched.values, stock.values, strict=True)]
 
 

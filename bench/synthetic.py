@@ -2,10 +2,10 @@
 
     python bench/synthetic.py qwen3-30b --quant q4_k --layers 4 --out DIR     writes both, prints their sizes
 
-All are of the architecture qwen3moe whatever the experts' shapes come from, with that model's number of heads of 128 and a
-vocabulary of 4096 tokens, so that the few layers weigh what they weigh in a whole model.  All experts of
-a tensor are copies of one random matrix: what is timed does not depend on the values, and the file is written as fast as
-the disk takes it.  The router is random, so routing is by dice: the worst case for a cache.
+All files have the architecture qwen3moe, whatever model the shapes are from, with that model's number of heads (of size
+128) and a vocabulary of 4096 tokens, so that the few layers have the same weight as in a whole model.  All experts of a
+tensor are copies of one random matrix: times do not depend on the values, and the file is written as fast as the disk
+allows.  The router is random, which is the worst case for a cache.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from mobe_gguf.runtime import ggml
 VOCABULARY = 4096
 HEAD_DIM = 128
 
-#: Of what layers add to a token's vector: it stays nearly the embedding, so that tokens differ as much in the last layer as in the
-#: first, and so do their experts.  With 1, eight tokens use 50 of 128 experts in the first layer and 35 in the sixth.
+#: Scale of what layers add to a token's vector.  It stays nearly the embedding, so tokens and their experts differ as
+#: much in the last layer as in the first.  With 1, eight tokens use 50 of 128 experts in the first layer and 35 in the
+#: sixth.
 SMALL = 0.1
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the experts of one layer take for one token, by the part of the processor that does it (see peaks.py).
+    """The work of one layer's experts for one token, by kind (see peaks.py).
 
-    ``moved``: bytes of weights, and of rows that a cache keeps; the others are numbers or multiply-adds.
+    ``moved``: bytes of weights and of rows that a cache keeps.  The others are counts of numbers or multiply-adds.
     """
 
     moved: float
@@ -53,8 +54,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one layer; one group, tanh.  ``rank``: rows of a basis, None for p.  ``terms``: non-zero coefficients an expert, None for
-    all.  ``down``: whether it is factorized as gate and up are."""
+    """Sizes of one layer; one group, tanh.  ``rank``: rows of a basis, None for p.  ``terms``: non-zero coefficients
+    per expert, None for all.  ``down``: whether down is factorized, too."""
 
     n: int
     k: int
@@ -74,7 +75,7 @@ class Shape:
 
     @property
     def projections(self) -> int:
-        """With factors."""
+        """Number of factorized projections."""
         return 2 + self.down
 
     @property
@@ -83,19 +84,19 @@ class Shape:
         return self.projections * self.p * self.r + (not self.down) * self.p * self.d
 
     def basis_bytes(self, quant: str) -> float:
-        """One basis of each projection; rows of down's are r long."""
+        """Bytes of one basis of each projection; rows of down's bases have length r."""
         return self.r * self.d * (2 * size(quant, self.d) + self.down * size(quant, self.r))
 
     def experts_used(self, tokens: int) -> float:
-        """Different experts that ``tokens`` tokens together use, expected of even routing."""
+        """Expected number of different experts that ``tokens`` tokens use together, with even routing."""
         return self.n * (1 - (1 - self.k / self.n) ** tokens)
 
     def bases_used(self, experts: float) -> float:
-        """Different bases that so many experts mix, expected of terms chosen at random."""
+        """Expected number of different bases that ``experts`` experts mix, with terms chosen at random."""
         return self.m * (1 - (1 - (self.terms or self.m) / self.m) ** experts)
 
     def work(self, factorized: bool, quant: str, tokens: int = 1) -> Work:
-        """A token, when ``tokens`` are computed at once: they share what is read, and the matrices that are formed."""
+        """Work of one token when ``tokens`` are computed at once; they share what is read and the formed matrices."""
         k, d, p, m = self.k, self.d, self.p, self.m
         each, used = p * d, self.experts_used(tokens)
         long, short = size(quant, d), size(quant, p)
@@ -117,7 +118,8 @@ class Shape:
         )
 
     def cached(self, quant: str, missed: int) -> Work:
-        """A token alone, with a cache of formed matrices that lacks ``missed`` of its k experts (of all projections alike)."""
+        """Work of one token alone, with a cache of formed matrices that lacks ``missed`` of its k experts (in each
+        projection)."""
         k, each, count = self.k, self.r * self.d, self.projections
         moved = self.bases_used(missed) * self.basis_bytes(quant)
         moved += count * k * each * size("q8_0", self.d)  # read, or written by a miss
@@ -132,12 +134,12 @@ class Shape:
 
 
 def is_prompt(tokens: int, k: int, used: float) -> bool:
-    """Whether a call with ``used`` experts, ``k`` a token, is multiplied as a prompt (mobe-cpu.c's rule)."""
+    """Whether a call with ``used`` experts, ``k`` for each token, is computed as a prompt (mobe-cpu.c's rule)."""
     return tokens >= 4 and 2 * k * tokens >= 3 * used
 
 
 def size(quant: str, row: int) -> float:
-    """Bytes a number of rows of ``row``, in ``quant`` or what is taken in its place."""
+    """Bytes per number in rows of length ``row``, in ``quant`` or the type that replaces it."""
     return ggml.type_info(fitting_type(quant, row)).bits / 8
 
 
@@ -151,9 +153,10 @@ SHAPES = {
 
 
 def write(path: Path, shape: Shape, quant: str, layers: int, factorized: bool) -> Path:
-    """Write one model whose matrices are of the type ``quant``, or what llama-quantize takes instead for rows that it does not divide; returns ``path``.
+    """Write one model with matrices of the type ``quant``; returns ``path``.
 
-    A file that is there is kept: its name has to stand for its contents.
+    For rows that are no multiple of the type's block, llama-quantize's replacement is taken.  An existing file is kept,
+    so its name must identify its contents.
     """
     if path.exists():
         return path
@@ -205,7 +208,7 @@ def write(path: Path, shape: Shape, quant: str, layers: int, factorized: bool) -
 
 
 def _add_tokenizer(writer, kinds) -> None:
-    """Tokens that mean nothing: llama-server wants to spell what it generates."""
+    """Add meaningless tokens, because llama-server must write what it generates as text."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256]
     rest = VOCABULARY - len(tokens)
@@ -256,7 +259,7 @@ def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
 def _matrix(
     dims: tuple[int, ...], type_name: str, scale: float | None, seed: int, shape: Shape
 ) -> np.ndarray:
-    """What one tensor, or one expert's or basis's share of it, consists of: bytes."""
+    """The bytes of one tensor, or of one expert or basis in it."""
     if scale is None:
         return np.ones(dims, np.float32)
     rng = np.random.default_rng(seed)
@@ -289,7 +292,7 @@ def pair(directory: Path, name: str, quant: str, layers: int, **changes) -> tupl
 
 
 def rest(directory: Path, name: str, quant: str, layers: int) -> Path:
-    """The ordinary model with one small expert a token: what is left of the time is attention, norms and output."""
+    """The ordinary model with one small expert per token: its time is that of attention, norms and output."""
     directory.mkdir(parents=True, exist_ok=True)
     shape = replace(SHAPES[name], n=2, k=1, p=256)
     return write(directory / f"{name}-{layers}l-{quant}-rest.gguf", shape, quant, layers, factorized=False)

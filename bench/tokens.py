@@ -1,10 +1,11 @@
-"""How much text rounding by moments needs: KL divergence against tokens of calibration, on texts of two kinds.
+"""How much text rounding by moments needs: KL divergence by number of calibration tokens, on two kinds of text.
 
     python bench/tokens.py [--model DIR] [--out DIR] [--chunks 10,40,180,1000] [--quant q3_k_m] [--texts A.txt,B.txt] [--eval-chunks N]
 
-For each number of chunks of 512 tokens: moments and an importance matrix of so much of the calibration text, a file by
-`export --dense --moments` and one by llama-quantize with the matrix, both evaluated on every text.  ``--shrinkage`` tries other values of
-``core.metric.TRUSTED``.  With ``--out`` what is there is kept.
+For each number of chunks of 512 tokens, moments and an importance matrix are made from that much of the calibration
+text.  Then `export --dense --moments` makes one file and llama-quantize, with the matrix, another; both are evaluated
+on every text. ``--shrinkage`` tries other values of ``core.metric.TRUSTED``.  With ``--out`` existing files are kept
+and used.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CONTEXT = 512
 def made(
     model: Path, reference: Path, out: Path, texts: list[Path], chunks: int, quant: str
 ) -> tuple[Path, Path]:
-    """``(by llama-quantize, by moments)`` with so many chunks of the calibration text."""
+    """The files ``(by llama-quantize, by moments)`` for that many chunks of the calibration text."""
     moments, imatrix = out / f"{chunks}.safetensors", out / f"{chunks}-imatrix.gguf"
     if not moments.is_file():
         collect(model, texts, moments, ctx=CONTEXT, chunks=chunks, quiet=True)
