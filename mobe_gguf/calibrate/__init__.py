@@ -1,1 +1,1 @@
-"""Running a model over a text: what its matrices are fed."""
+"""Run a model over a text and record the inputs of its matrices."""

@@ -1,4 +1,4 @@
-"""What a layer's ordinary matrices are fed: attention, dense MLPs, shared experts, the output."""
+"""Inputs of a layer's ordinary matrices: attention, dense MLPs, shared experts, the output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Names = Callable[[str], str | None]
 
 
 def gguf_names(model_type: str, n_layer: int) -> Names:
-    """As gguf-py maps them: by the architecture that is called as the model type is, else by any that knows the name."""
+    """gguf-py's mapping: by the architecture with the model type's name, else by any architecture that knows the name."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
     plain = model_type.replace("_", "").replace("-", "")
@@ -37,8 +37,11 @@ def gguf_names(model_type: str, n_layer: int) -> Names:
 
 
 def _name_map(arch: Any, n_layer: int) -> Any:
-    """gguf-py's map of an architecture.  Making one of Arctic's, or another's that differs, changes the table that all later maps
-    are made of (``findings/gguf-tensor-map-shared.sh``), so the table is put back."""
+    """gguf-py's map of an architecture.
+
+    For Arctic and others with special names, making the map changes the table from which all later maps are made
+    (``findings/gguf-tensor-map-shared.sh``).  So the table is restored.
+    """
     from gguf import get_tensor_name_map
     from gguf.tensor_mapping import TensorNameMap
 
@@ -53,7 +56,7 @@ def _name_map(arch: Any, n_layer: int) -> Any:
 
 @dataclass
 class Sum:
-    """``sums`` ``[n, d, d]`` of one set of inputs over ``tokens`` tokens, and the GGUF tensors that they are fed to."""
+    """``sums`` ``[n, d, d]`` of one set of inputs over ``tokens`` tokens, and the GGUF tensors that get these inputs."""
 
     weighs: list[str]
     sums: torch.Tensor
@@ -64,7 +67,7 @@ class Sum:
         return self.sums.numel() * 4
 
     def add(self, x: torch.Tensor) -> None:
-        """x ``[..., n, d]``."""
+        """Add inputs x ``[..., n, d]``."""
         n, d = self.sums.shape[:2]
         x = x.reshape(-1, n, d).float()
         if n == 1:
@@ -99,11 +102,11 @@ class Sum:
 
 
 class Watch:
-    """Sums what the ``nn.Linear`` modules of ``module`` are fed while it is run, as many at once as ``limit`` bytes hold.
+    """Sums the inputs of the ``nn.Linear`` modules of ``module`` while it runs, for as many as fit in ``limit`` bytes.
 
-    Modules that are fed the same tensor share a sum.  After the first batch :attr:`waiting` says which were left out, for
-    further passes.  Of latent attention (MLA) the heads' queries without position are summed, too: they are what the key half of
-    ``kv_b`` is fed where a GGUF file has it by itself.
+    Modules with the same input tensor share a sum.  After the first batch :attr:`waiting` lists those that were left out,
+    for further passes.  In latent attention (MLA) the heads' queries without position are summed, too: they are the input
+    of the key half of ``kv_b``, which GGUF files may store separately.
     """
 
     def __init__(self, module: nn.Module, prefix: str, names: Names, limit: float):
@@ -118,7 +121,7 @@ class Watch:
         for path, part in module.named_modules():
             if isinstance(part, nn.Linear) and ".experts." not in f".{path}.":
                 name = names(f"{prefix}{path}")
-                if name is not None and "_inp" not in name:  # routers stay as they are
+                if name is not None and "_inp" not in name:  # routers are not quantized
                     self._parts.append((part, name, 0))
             nope = getattr(part, "qk_nope_head_dim", None)
             if isinstance(nope, int) and isinstance(getattr(part, "kv_b_proj", None), nn.Linear):
@@ -130,7 +133,7 @@ class Watch:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """While the module runs over all batches."""
+        """Collect sums while the module runs over all batches."""
         hooks, self.started = [], True
         for part, name, head in self._parts:
             if head:
@@ -145,11 +148,11 @@ class Watch:
             self._seen.clear()
 
     def next_batch(self) -> None:
-        """Before each batch."""
+        """Call this before each batch."""
         self._seen.clear()
 
     def next_pass(self) -> dict[str, Sum]:
-        """What was summed; what was left out comes next."""
+        """Return the sums of this pass; the modules left out follow in the next one."""
         found, self.sums = self.sums, {}
         self._done |= set(found)
         self.waiting = set()
@@ -191,9 +194,9 @@ class Watch:
         self.sums[stem].add(x)
 
     def weighs(self) -> dict[str, str]:
-        """GGUF tensor -> stem, after the first batch."""
+        """GGUF tensor -> stem, known after the first batch."""
         found = {f"{name}.weight": stem for name, stem in self._stems.items()}
         for name, stem in list(found.items()):
-            if ".attn_kv_b." in name:  # the value half of it is fed the same
+            if ".attn_kv_b." in name:  # its value half has the same input
                 found[name.replace("_kv_b", "_v_b")] = stem
         return found

@@ -1,6 +1,6 @@
-"""What a layer's routed experts are fed, and where their weights do not fit beside each other, what they answer.
+"""Inputs of a layer's routed experts, and also their outputs where not all experts' weights fit into memory.
 
-One expert after the other, over all tokens at once: sums of one expert alone are in memory, however many there are.
+The experts are processed one after the other, each over all its tokens, so memory holds the sums of only one expert.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.formats.safetensors import Entry
 
-#: Rows of an expert that are computed at once.
+#: Number of an expert's tokens that are computed at once.
 ROWS = 4096
 
 
 @dataclass
 class Fed:
-    """What the experts of a layer were fed: x ``[T, d]``, the experts of each token ``index`` ``[T, k]`` and the router's
+    """The inputs of a layer's experts: x ``[T, d]``, each token's experts ``index`` ``[T, k]`` and the router's
     ``weights`` ``[T, k]``."""
 
     x: States
@@ -46,19 +46,22 @@ class Fed:
         self.done += len(x)
 
     def seen(self, n: int, sizes: Sequence[int]) -> list[list[int]]:
-        """How many tokens each of ``n`` experts saw of each text, these being so many tokens long, one after the other."""
+        """How many tokens of each text each of ``n`` experts saw.  ``sizes``: tokens of each text, in order."""
         parts = self.index.split(list(sizes))
         return [torch.bincount(part.flatten(), minlength=n).tolist() for part in parts]
 
     def by_expert(self, n: int) -> list[torch.Tensor]:
-        """Places in the flattened ``index`` of each expert, in the order of the text."""
+        """Positions of each expert in the flattened ``index``, in the order of the text."""
         flat = self.index.flatten()
         return list(flat.argsort(stable=True).split(torch.bincount(flat, minlength=n).tolist()))
 
 
 def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> Any:
-    """A hook that gives ``take`` what ``module`` is called with: ``experts(x [T, d], index [T, k], weights [T, k])``, by place or by
-    name; what it computes is ``down(act(gate x) * up x)``, gate and up being ``gate_up_proj`` ``[n, 2p, d]``, gate first."""
+    """Add a hook that passes the arguments of ``module`` to ``take``.
+
+    The module is called as ``experts(x [T, d], index [T, k], weights [T, k])``, with positional or named arguments.  It
+    computes ``down(act(gate x) * up x)``; gate and up are ``gate_up_proj`` ``[n, 2p, d]``, gate first.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given, matrices = [*args, *kwargs.values()], getattr(module, "gate_up_proj", None)
@@ -72,7 +75,7 @@ def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> A
 
 
 def fill(module: nn.Module, checkpoint: Runnable, layer: int, dtype: torch.dtype, device: str) -> None:
-    """All experts' weights of a layer, read one by one."""
+    """Load all experts' weights of a layer, one by one."""
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     both = torch.empty(n, 2 * p, d, dtype=dtype, device=device)
     down = torch.empty(n, d, p, dtype=dtype, device=device)
@@ -85,20 +88,20 @@ def fill(module: nn.Module, checkpoint: Runnable, layer: int, dtype: torch.dtype
 
 
 class Experts:
-    """The experts of one MoE layer of ``checkpoint``, over all that they were ``fed``."""
+    """The experts of one MoE layer of ``checkpoint``, run over all their inputs ``fed``."""
 
     def __init__(self, checkpoint: Runnable, layer: int, module: nn.Module, fed: Fed, work: LayersWorkspace, dtype: torch.dtype, device: str):  # fmt: skip
         self.checkpoint, self.layer, self.fed, self.work = checkpoint, layer, fed, work
-        self.module: Any = module  # transformers'
+        self.module: Any = module  # transformers' class
         self.dtype, self.device = dtype, device
         self.n, self.d, self.p = checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
         self.places = fed.by_expert(self.n)
 
     def run(self, out: States | None, keep: float, rank: int | None) -> tuple[list[Entry], dict[str, str]]:
-        """Tensors of the file, see docs/format.md, and which GGUF tensors they weigh; into ``out`` ``[T, d]``, float32, goes what the
-        experts answer, if it is asked for.
+        """Return the tensors of the moments file (see docs/format.md) and the GGUF tensors that they weigh.  If ``out``
+        ``[T, d]``, float32, is given, the experts' outputs are written to it.
 
-        Every expert has PRIOR of the average expert's tokens mixed in, with the layer's average moments.
+        Every expert's moments include PRIOR of the average expert's tokens, with the layer's average moments.
         """
         gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in ("gate", "down"))
         mean = self._mean_of_inputs()
@@ -131,7 +134,7 @@ class Experts:
         return entries, weighs | {names.transform_name(self.layer, "down"): down_stem}
 
     def _mean_of_inputs(self) -> torch.Tensor:
-        """``[d, d]``, the average of all experts' sums: each token once, with the sum of its weights' squares."""
+        """``[d, d]``, the average of all experts' sums.  Each token counts once, with the sum of its squared weights."""
         sums = torch.zeros(self.d, self.d, device=self.device)
         strength = self.fed.weights.square().sum(1).sqrt()
         for rows in torch.arange(self.fed.done).split(ROWS):
@@ -140,7 +143,7 @@ class Experts:
         return mirror(sums).div_(self.n)
 
     def _expert(self, e: int, out: States | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums ``[d, d]`` and ``[p, p]`` of what gate and up, and down of one expert are fed."""
+        """Sums of one expert's inputs: ``[d, d]`` for gate and up, ``[p, p]`` for down."""
         sums = torch.zeros(self.d, self.d, device=self.device)
         hidden_sums = torch.zeros(self.p, self.p, device=self.device)
         if not len(self.places[e]):
@@ -160,7 +163,7 @@ class Experts:
         return sums, hidden_sums
 
     def _weights(self, e: int, with_down: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """As float32 of values in the model's type."""
+        """One expert's weights: values in the model's type, as float32."""
         both = self.module._parameters["gate_up_proj"]
         if both.device.type != "meta":
             return both[e].float(), self.module._parameters["down_proj"][e].float()
@@ -171,7 +174,7 @@ class Experts:
 
 
 class _Roots:
-    """Roots of all experts, in scratch files as they will lie in the layer's."""
+    """Roots of all experts, in scratch files with the layout of the layer's file."""
 
     def __init__(self, work: LayersWorkspace, name: str, n: int, d: int, k: int):
         self.k = k

@@ -1,7 +1,7 @@
-"""A GGUF file as the layers are run from it: transformers' class, and its tensors dequantized one by one.
+"""A GGUF file as the source of a layer-by-layer run: transformers' class with tensors that are dequantized one by one.
 
-For architectures whose tensors llama.cpp's converter renames and leaves as they are.  Others permute, split or fold what they
-convert (DeepSeek's kv_b, Llama's rotary rows), which would have to be undone here.
+This works for architectures whose tensors llama.cpp's converter only renames.  For others it permutes, splits or folds
+tensors (DeepSeek's kv_b, Llama's rotary rows), and this module would have to undo that.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ NAMES = {
 
 
 class GgufCheckpoint:
-    """A :class:`mobe_gguf.calibrate.runnable.Runnable`, as a Hugging Face directory is one.
+    """A :class:`mobe_gguf.calibrate.runnable.Runnable`, like a Hugging Face directory.
 
-    MobeError if the file is damaged, or of an architecture that is not among KNOWN.
+    MobeError if the file is damaged, or its architecture is not in KNOWN.
     """
 
     is_mobe = False
@@ -69,14 +69,14 @@ class GgufCheckpoint:
         self.expert = self.model.expert
 
     def hf_config(self) -> Any:
-        """transformers' config; it reads most of it out of the file, and lacks what follows."""
+        """transformers' config.  transformers reads most of it from the file; the code below adds what is missing."""
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(
                 self.path.parent, gguf_file=self.path.name, trust_remote_code=False
             )
-        except Exception as e:  # transformers raises all sorts of errors here
+        except Exception as e:  # transformers raises many kinds of errors here
             raise unloadable(self.path, "the model", e) from e
         config.moe_intermediate_size = self.model.n_ff_exp
         config.mlp_only_layers = [i for i in range(self.model.n_layer) if i not in self.model.moe_layers]
@@ -127,15 +127,15 @@ class GgufCheckpoint:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """As :meth:`get` gives it."""
+        """Type of the tensor that :meth:`get` returns."""
         return torch.float32
 
     def matrix(self, name: str) -> torch.Tensor:
-        """As :meth:`get`."""
+        """Same as :meth:`get`."""
         return self.get(name)
 
     def get(self, name: str) -> torch.Tensor:
-        """Dequantized, float32, in transformers' shape."""
+        """A tensor, dequantized to float32, in transformers' shape."""
         stored = self._tensors[name]
         tensor = stored.matrix(0).view(stored.shape)
         if not all_finite(tensor):

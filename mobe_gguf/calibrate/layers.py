@@ -1,7 +1,7 @@
-"""A model run layer by layer: all chunks of the text through one layer, then the next one's weights.
+"""Runs a model layer by layer: all chunks of the text go through one layer, then the next layer's weights are loaded.
 
-Peak of memory: what a layer's matrices take but for its routed experts, these too where they fit into the budget, else one
-expert at a time; the sums of what is fed to some matrices; a batch of tokens.  O(model / layers), whatever the text's length.
+Peak memory: the layer's matrices, with all its routed experts if these fit in the budget, else one expert at a time; the
+sums of some matrices' inputs; a batch of tokens.  This is O(model / layers), whatever the length of the text.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from mobe_gguf.formats.safetensors import Entry, write_safetensors
 
 #: Tokens sent through a layer at once, where memory allows.
 BATCH = 4096
-#: Of the memory that is free, what may be used where ``--memory`` does not say.
+#: Share of the free memory that may be used without ``--memory``.
 SHARE = 0.8
-#: What a layer's experts take beside each other, as a multiple of their weights: torch's product of groups of rows packs them.
+#: Memory of a layer's experts when all are loaded, as a multiple of their weights: torch's grouped product packs them.
 BESIDE = 2.5
-#: Values that a token takes while it goes through a layer, as multiples of the hidden and the widest inner size; measured.
+#: Values in memory for each token in a layer, as multiples of the hidden and the widest inner size; measured.
 LIVE = 24
 
 
 @dataclass(frozen=True)
 class MomentSettings:
-    """How moments are gathered: see the options of ``mobe-gguf moments``."""
+    """How moments are collected: see the options of ``mobe-gguf moments``."""
 
     keep: float = 0.999
     rank: int | None = None
@@ -79,7 +79,7 @@ class Run:
         return max(self.tokens.shape[1], min(BATCH, int(self.budget / 8 / one)))
 
     def run(self) -> None:
-        """All layers that are not finished, and the output."""
+        """Run all layers that are not finished, and the output."""
         begin = self.work.next_layer()
         states = None if begin is None else self._states(self.work.states_file(begin))
         calls = self._embed(states is None)
@@ -132,10 +132,10 @@ class Run:
                 left.unlink()
         self.bar.advance(1, f"layer {layer}: {found.said}, {describe_size(own_memory(), 1)} in memory")
 
-    # behind the layers
+    # after the layers
 
     def _output(self, states: States) -> None:
-        """What the output matrix is fed."""
+        """Inputs of the output matrix."""
         total: Sum | None = None
         with torch.inference_mode():
             for number, ids in enumerate(self.batches):
@@ -148,7 +148,7 @@ class Run:
             if total is None:
                 return
             entries = total.entries("output", self.settings.keep, self.settings.rank)
-        # an output that is tied to the embeddings is the embeddings' tensor in a GGUF file
+        # in a GGUF file, an output that is tied to the embeddings is the embeddings' tensor
         names = (
             {"output.weight": "output", "token_embd.weight": "output"}
             if self._tied()
@@ -168,7 +168,7 @@ class Run:
 
 
 class LayerRun:
-    """Layer ``number`` of a ``run``, its weights loaded but for the experts': takes ``states`` to ``after``."""
+    """Layer ``number`` of a ``run``, with all weights loaded except the experts'.  It computes ``after`` from ``states``."""
 
     def __init__(self, run: Run, number: int, calls: list[Call], states: States, after: States):
         self.run, self.number, self.calls, self.states, self.after = run, number, calls, states, after
@@ -177,7 +177,7 @@ class LayerRun:
         prefix = f"{run.skeleton.layers_name}{number}."
         self.dense = Watch(self.module, prefix, run.names, run.budget / 4)
         self.weighs: dict[str, str] = {}
-        #: Tokens of each text that each expert saw.
+        #: How many tokens of each text each expert saw.
         self.seen: list[list[int]] | None = None
         self.said = "no routed experts"
 
@@ -193,7 +193,7 @@ class LayerRun:
         return entries
 
     def _forward(self, keep: States | None) -> None:
-        """All batches, in order."""
+        """Run all batches, in order."""
         for number, call in enumerate(self.calls):
             self.run.bar.update(f"layer {self.number}: {number} of {len(self.calls)} batches")
             self.dense.next_batch()
@@ -217,7 +217,7 @@ class LayerRun:
         )
 
     def _dense(self) -> list[Entry]:
-        """Of ordinary matrices, in as many passes as it takes."""
+        """Moments of ordinary matrices, in as many passes as needed."""
         settings, entries = self.run.settings, []
         while True:
             again = bool(self.dense.waiting)
@@ -232,8 +232,11 @@ class LayerRun:
     # routed experts
 
     def _experts(self, stack: contextlib.ExitStack) -> list[Entry]:
-        """Of routed experts.  Where these fit into memory beside each other, the layer is run as it is; else it is run up to them,
-        they answer one after the other, and until ``stack`` closes they answer with what is known."""
+        """Moments of routed experts.
+
+        If all fit in memory, the layer runs as it is.  Otherwise it runs up to the experts, and their outputs are computed
+        one expert after the other.  Until ``stack`` closes, the layer's expert module then returns these outputs.
+        """
         found = [m for name, m in self.module.named_modules() if name.split(".")[-1] == "experts"]
         if len(found) != 1:
             raise MobeError(
@@ -276,7 +279,7 @@ class LayerRun:
 
     @contextlib.contextmanager
     def _answering(self, inner: nn.Module, answers: States) -> Iterator[None]:
-        """The experts' answers are read, batch after batch, over and over."""
+        """Make ``inner`` return the experts' stored outputs, batch after batch, again for every pass."""
         at = 0
 
         def answer(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,11 +1,13 @@
-"""Full second moments of what each matrix is fed, gathered by running the original model over a text, layer by layer.
+"""Full second moments of each matrix's inputs, from running the original model over a text, layer by layer.
 
-    S_e = E[ g^2 x x^T ]   over the tokens routed to expert e, g being the router's weight of the expert for the token
+    S_e = E[ g^2 x x^T ]   over the tokens routed to expert e; g is the router's weight of the expert for the token
 
-so that ``tr(D S_e D^T)`` is what an error D of the expert's matrix adds to its weighted output.  llama-imatrix counts the
-diagonal only.  Measured on the shipped model (gate and up, 6 bases, B q3_k, A iq4_nl, 1.50 MB; KL divergence on
-held-out text): diagonal 0.0314, S_e without g 0.0112, with g 0.0076.  Plain iq2_s, 1.51 MB: 0.0088.  Weighing each
-token by the slope of the expert's own output, too, gave 0.0072, weighing the rows of W by it 0.0071: not done.
+``tr(D S_e D^T)`` is the squared error that an error D of the expert's matrix adds to its weighted output.  llama-imatrix
+collects only the diagonal.
+
+Measured on the shipped model (gate and up, 6 bases, B q3_k, A iq4_nl, 1.50 MB; KL divergence on held-out text): diagonal
+0.0314, S_e without g 0.0112, with g 0.0076.  Plain iq2_s, 1.51 MB: 0.0088.  Not done: to weigh each token by the slope of
+the expert's own output, too (0.0072), or the rows of W by it (0.0071).
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ from mobe_gguf.formats.moments import KEY, KEY_SEEN, KEY_WEIGHS, VERSION
 from mobe_gguf.formats.safetensors import Entry, read_header, read_metadata, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
 
-#: An expert with fewer tokens than this is named in the report: most of what its moments say is then the layer's average.
+#: The report names experts with fewer tokens than this: their moments are mostly the layer's average.
 FEW = 128
-#: Such experts that the report names.
+#: How many such experts the report names at most.
 NAMED = 12
-#: A text helps them if its tokens reach them so many times as often as the whole text's.
+#: A text is recommended for such experts if its tokens reach them this many times as often as those of the whole text.
 HELPS = 1.5
 
 
-# wide: what a user may choose, all of it optional
+# wide: the options of a user, all with defaults
 def collect(
     model: Path,
     text: Path | Sequence[Path] | None,
@@ -57,14 +59,17 @@ def collect(
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Write the moments of every matrix of ``model``, a Hugging Face directory or a GGUF file (see ``gguf_model``), to ``out``; returns what is said of them.
+    """Write the moments of every matrix of ``model``, a Hugging Face directory or a GGUF file (see ``gguf_model``), to ``out``;
+    returns the facts for :func:`report`.
 
     transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.
-    ``text``: files, see :func:`text.read_chunks`; None: what ships with the project.  ``keep``: share of the energy of a layer's average moments that the directions hold which are kept (0.999 if nothing is
-    said), or ``rank`` of them.  ``memory``: bytes that may be used beside what torch takes.  What is finished is kept in
-    ``OUT.work`` until all is, and ``resume`` resumes from there.
-    Raises MobeError or UsageError: model or text cannot be read, transformers does not know the model, too little text, no
-    place for ``out``.  Code that a model's directory may hold is never run.
+    ``text``: files, see :func:`text.read_chunks`; None: the text that ships with the project.  ``keep``: the kept directions
+    hold this share of the energy of a layer's average moments (default 0.999); or ``rank``: how many directions are kept.
+    ``memory``: bytes that may be used besides those that torch takes.  Finished layers are kept in ``OUT.work`` until all are
+    done; ``resume`` continues from there.
+
+    Raises MobeError or UsageError if model or text cannot be read, transformers does not know the model, there is too little
+    text, or no space for ``out``.  Code in a model's directory is never run.
     """
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
@@ -131,7 +136,8 @@ def _free(device: str) -> int:
 def _check_space(
     out: Path, work: LayersWorkspace, checkpoint: Runnable, tokens: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    """Two sets of states, what the experts of a layer are fed and their sums; how large the file becomes shows only later."""
+    """Check disk space for two sets of states and for a layer's expert inputs and sums.  The size of ``out`` is known only
+    later."""
     a_set = tokens.numel() * checkpoint.n_embd * dtype.itemsize
     needed = 3 * a_set + 4 * checkpoint.n_expert * checkpoint.n_ff_exp**2
     left = [*work.path.glob("states-*"), *work.path.glob("scratch-*")] if work.path.is_dir() else []
@@ -141,7 +147,8 @@ def _check_space(
 def _assemble(
     out: Path, work: LayersWorkspace, about: dict[str, Any], n_layer: int, texts: dict[str, int]
 ) -> dict[str, Any]:
-    """All layers' files as one; returns the coverage, and what of the ``texts``, name -> tokens, the experts saw that saw little."""
+    """Join all layers' files; returns the coverage, and which of the ``texts`` (name -> tokens) reach the experts that saw
+    few tokens."""
     files = [work.layer_file(f"{i:03d}") for i in range(n_layer)]
     files += [work.layer_file("output")] * work.layer_file("output").is_file()
     entries: list[Entry] = []
@@ -183,7 +190,7 @@ def _assemble(
 
 
 def _rates(reached: torch.Tensor, texts: dict[str, int]) -> list[float]:
-    """How often a token of each text reaches an expert that saw little, as a multiple of the whole text's."""
+    """How often a token of each text reaches an expert that saw few tokens, as a multiple of the whole text's rate."""
     whole = float(reached.sum()) / sum(texts.values())
     return [
         round(n / size / whole, 2) if whole and size else 0.0
@@ -198,7 +205,7 @@ def _bytes(file: Path, begin: int, end: int) -> bytes:
 
 
 def report(about: dict[str, Any], out: Path) -> str:
-    """What a person wants to know of the coverage, one line: tokens an expert, experts that saw few, which text would help them."""
+    """A line about the coverage: tokens per expert, experts that saw few, and which text would help them."""
     coverage = about["coverage"].values()
     least, few = min(c["least"] for c in coverage), sum(c["few"] for c in coverage)
     said = f"{out}: {describe_size(out.stat().st_size)}, {about['tokens']} tokens; an expert saw {least} at least, "
@@ -211,7 +218,7 @@ def report(about: dict[str, Any], out: Path) -> str:
 
 
 def _named(coverage: dict[str, Any]) -> str:
-    """``blk.3: 17, 22; blk.5: 1``: the experts that saw little, NAMED at most."""
+    """``blk.3: 17, 22; blk.5: 1``: the experts that saw few tokens, at most NAMED of them."""
     left, said = NAMED, []
     for block, found in coverage.items():
         if shown := found["experts"][:left]:
@@ -222,7 +229,7 @@ def _named(coverage: dict[str, Any]) -> str:
 
 
 def _advice(reached: dict[str, float]) -> str:
-    """Which of the texts reaches them, if one does it oftener than the others."""
+    """Which text reaches them, if one does so more often than the others."""
     name, rate = max(reached.items(), key=lambda item: item[1])
     if len(reached) > 1 and rate >= HELPS:
         return f"give more text like {name}, which reaches them {rate:.1f} times as often as the whole text"

@@ -7,17 +7,17 @@ import torch
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import FLOOR
 
-#: Products with S in the search for its strongest directions.
+#: Number of products with S in the search for its strongest directions.
 POWER_STEPS = 2
-#: Channels from which on only the upper half of a sum is computed, in so many columns at a time: 5/8 to 9/16 of the work.
+#: From this many channels on, only the upper half of a sum is computed, in blocks of columns: 5/8 to 9/16 of the work.
 HALF = 1024
-#: Directions that are kept at most where nothing is said; up to so many channels all are computed, whatever is kept.
+#: Default limit of the directions that are kept.  Up to this many channels all directions are computed, whatever is kept.
 MOST = 1024
 
 
 def add_products(sums: torch.Tensor, x: torch.Tensor) -> None:
-    """``sums += x^T x``, sums ``[d, d]``, x ``[T, d]``; of many channels the blocks on and above the diagonal alone, see
-    :func:`mirror`."""
+    """``sums += x^T x``, sums ``[d, d]``, x ``[T, d]``.  With many channels only the blocks on and above the diagonal are
+    computed, see :func:`mirror`."""
     d = len(sums)
     if d < HALF:
         sums.addmm_(x.T, x)
@@ -29,7 +29,7 @@ def add_products(sums: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def mirror(sums: torch.Tensor) -> torch.Tensor:
-    """The whole of what :func:`add_products` summed, in place."""
+    """Fill in, in place, the lower half that :func:`add_products` left out."""
     d = len(sums)
     if d >= HALF:
         step = max(HALF // 4, -(-d // 8))
@@ -42,8 +42,9 @@ def mirror(sums: torch.Tensor) -> torch.Tensor:
 def directions(sums: torch.Tensor, keep: float) -> int:
     """How many directions of ``sums`` ``[d, d]`` hold the share ``keep`` of its trace.
 
-    All d where that is more than half of them and d is at most MOST: a root with a diagonal beside it would take no less.
-    Else at most MOST: finding them is O(k d^2) for each expert, all of them O(d^3).
+    The result is d if more than half of the directions are needed and d is at most MOST, because a root with a separate
+    diagonal would take no less space.  Otherwise it is at most MOST: finding k directions is O(k d^2) for each expert, all
+    of them O(d^3).
     """
     d, total = len(sums), float(sums.diagonal().double().sum())
     most = min(d, MOST)
@@ -89,7 +90,7 @@ def root(sums: torch.Tensor, k: int, seed: int = 0) -> tuple[torch.Tensor, torch
 
 
 def size_of(mean: torch.Tensor, what: str) -> float:
-    """Mean of the diagonal; MobeError if it is not a size."""
+    """Mean of the diagonal; MobeError if it is not a valid scale."""
     size = float(mean.diagonal().double().mean())
     if size == 0:
         raise MobeError(f"{what}: fed nothing but zeros on this text")

@@ -1,4 +1,4 @@
-"""What the layers are run from: a Hugging Face directory or a GGUF file of a known architecture."""
+"""The source of a layer-by-layer run: a Hugging Face directory or a GGUF file of a known architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mobe_gguf.models.families import Family
 
 
 class Runnable(Protocol):
-    """What is asked of a model; ``models.Checkpoint`` and ``gguf_model.GgufCheckpoint`` have it.  Names of tensors are transformers'."""
+    """The interface of a model; ``models.Checkpoint`` and ``gguf_model.GgufCheckpoint`` implement it.  Tensor names are
+    transformers'."""
 
     path: Path
     family: Family

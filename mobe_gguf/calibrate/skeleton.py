@@ -1,7 +1,7 @@
-"""transformers' model of a directory, built empty; weights come and go with a layer.
+"""transformers' model of a directory, built without weights; each layer's weights are loaded and dropped with the layer.
 
-Masks, rotary embeddings and what kind of layer gets which are transformers' own: its forward pass runs once over each batch
-with the decoder layers put aside, and what it hands to each layer is kept.
+Masks, rotary embeddings and their choice for each kind of layer come from transformers.  Its forward pass runs once over
+each batch without the decoder layers, and the arguments for each layer are recorded.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mobe_gguf.models.tensors import all_finite
 
 
 class Enough(Exception):
-    """Ends a forward pass: what was wanted of it is there."""
+    """Ends a forward pass when its needed results are there."""
 
 
 @contextlib.contextmanager
 def silent(quiet: bool) -> Iterator[None]:
-    """Nothing on stderr of what transformers says but errors; without ``quiet`` only its bars for each load are left out."""
+    """Hide transformers' messages on stderr, except errors; without ``quiet`` hide only its progress bars of each load."""
     from transformers.utils import logging
 
     level, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -44,7 +44,7 @@ def silent(quiet: bool) -> Iterator[None]:
 
 
 def unloadable(model: Path, what: str, error: Exception) -> MobeError:
-    """What is said where transformers cannot load something of a directory."""
+    """The error when transformers cannot load something from a directory."""
     if "trust_remote_code" in str(error):
         code = ", ".join(sorted(p.name for p in model.glob("*.py"))) or "not in this directory"
         why = (
@@ -57,7 +57,7 @@ def unloadable(model: Path, what: str, error: Exception) -> MobeError:
 
 
 class _NoWeights(TorchFunctionMode):
-    """While it is on, parameters are made without memory (device ``meta``); buffers, which are computed, are real."""
+    """While active, parameters are created without memory (device ``meta``); buffers, which are computed, are real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.empty:
@@ -82,7 +82,7 @@ class _NoWeights(TorchFunctionMode):
 
 @dataclass
 class Call:
-    """How transformers calls a decoder layer, beside the hidden states: other positions and names."""
+    """How transformers calls a decoder layer: all positional and named arguments except the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -104,8 +104,8 @@ def _same(a: Any, b: Any) -> bool:
 class Skeleton:
     """The causal language model of ``checkpoint`` without weights, on ``device``.
 
-    ``layers[i]`` is decoder layer i; :meth:`load` fills it, without its routed experts, and :meth:`drop` empties it.
-    MobeError if transformers does not know the model, or only by code out of its directory, which is never run.
+    ``layers[i]`` is decoder layer i.  :meth:`load` loads its weights except the routed experts', and :meth:`drop` frees them.
+    MobeError if transformers does not know the model, or needs code from its directory, which is never run.
     """
 
     def __init__(self, checkpoint: Runnable, device: str = "cpu"):
@@ -153,7 +153,7 @@ class Skeleton:
         )
 
     def _find_sources(self, rename: Callable[[str, Any], tuple[str, str | None]]) -> dict[str, list[str]]:
-        """Module of the model that is loaded at once (a layer, or all else by tensor) -> tensors of the checkpoint."""
+        """Module that is loaded as a whole (a layer; elsewhere each tensor's own) -> tensors of the checkpoint."""
         there = self.model.state_dict()
         experts = re.compile(r"\.experts\.(\d+\.|gate_up_proj|down_proj)")
         sources: dict[str, list[str]] = {}
@@ -168,7 +168,7 @@ class Skeleton:
     # weights
 
     def load(self, layer: int) -> None:
-        """Weights of a decoder layer, but for those of routed experts, in the model's type."""
+        """Load a decoder layer's weights, except those of routed experts, in the model's type."""
         self._load(f"{self.layers_name}{layer}.")
         for name, buffer in self.layers[layer].named_buffers():
             _set(self.layers[layer], name, buffer.to(self.device))
@@ -207,16 +207,16 @@ class Skeleton:
         return tensor
 
     def drop(self, layer: int) -> None:
-        """Gives the memory of a layer's weights back."""
+        """Free the memory of a layer's weights."""
         empty(self.layers[layer])
 
-    # what surrounds the layers
+    # around the layers
 
     def embed(
         self, batches: list[torch.Tensor], keep: Callable[[int, torch.Tensor], None]
     ) -> list[list[Call]]:
-        """The hidden states before the first layer, given to ``keep(batch number, [chunks, ctx, d])``, and how each layer is called
-        in each batch (batches that are called the same share a list)."""
+        """Compute the hidden states before the first layer and pass them to ``keep(batch number, [chunks, ctx, d])``.  Returns
+        how each layer is called in each batch; batches with equal calls share a list."""
         table = self.model.get_input_embeddings()
         names = [n for n, m in self.model.named_modules() if m is table]
         for name in names:
@@ -257,8 +257,8 @@ class Skeleton:
                 del layer.forward
 
     def head_inputs(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What the output matrix is fed, ``[chunks, ctx, d]``, where ``hidden`` leaves the last layer; None if the model has no such
-        matrix."""
+        """Inputs of the output matrix, ``[chunks, ctx, d]``, from the last layer's output ``hidden``; None if the model has no
+        such matrix."""
         head = self.model.get_output_embeddings()
         if head is None:
             return None
@@ -274,7 +274,7 @@ class Skeleton:
             raise Enough
 
         table = self.model.get_input_embeddings()
-        embed = lambda _: hidden  # noqa: E731, any states will do: the layers are put aside
+        embed = lambda _: hidden  # noqa: E731, any states will do: the layers are not run
         table.forward, hook = embed, head.register_forward_pre_hook(look)
         try:
             with self._put_aside(lambda i, h, *a, **k: hidden), contextlib.suppress(Enough):
@@ -293,7 +293,7 @@ class Skeleton:
 
 
 def _dtype(config: Any, checkpoint: Runnable) -> torch.dtype:
-    """As ``from_pretrained(dtype="auto")`` has it: what config.json says, else the type of the first tensor."""
+    """The type of ``from_pretrained(dtype="auto")``: the one in config.json, else the type of the first tensor."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     floats = (torch.float32, torch.float16, torch.bfloat16)
@@ -306,7 +306,7 @@ def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def empty(module: nn.Module) -> None:
-    """Parameters of a module without memory again."""
+    """Replace a module's parameters by ones without memory."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""The text that a model is run over, as chunks of token numbers."""
+"""The calibration text as chunks of token ids."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mobe_gguf.calibrate.skeleton import unloadable
 from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError, UsageError
 
-#: Where a line of a .jsonl file has its chat: key -> keys of a message's role and content.
+#: Keys that hold the chat in a line of a .jsonl file -> keys of a message's role and content.
 CHATS = {
     "messages": ("role", "content"),
     "conversations": ("from", "value"),
     "conversation": ("from", "value"),
 }
-#: What others call the roles.
+#: Other names of the roles.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 def default_texts() -> list[Path]:
-    """What ships with the project: prose, documentation, code, dialogue, mathematics, many languages."""
+    """The texts that ship with the project: prose, documentation, code, dialogue, mathematics, many languages."""
     models = resources.path("models")
     return [models / "calibration.txt", *sorted((models / "calibration").glob("*.txt"))]
 
@@ -32,19 +32,20 @@ def default_texts() -> list[Path]:
 def read_tokens(
     model: Path, texts: Sequence[Path], ctx: int, chunks: int | None, n_vocab: int
 ) -> torch.Tensor:
-    """``[chunks, ctx]`` token numbers: those of :func:`read_chunks`, one file after the other."""
+    """``[chunks, ctx]`` token ids: those of :func:`read_chunks`, one file after the other."""
     return torch.cat(list(read_chunks(model, texts, ctx, chunks, n_vocab).values()))
 
 
 def read_chunks(
     model: Path, texts: Sequence[Path], ctx: int, chunks: int | None, n_vocab: int
 ) -> dict[Path, torch.Tensor]:
-    """Of each file ``[chunks, ctx]`` token numbers; what is left over at its end is dropped.
+    """For each file, ``[chunks, ctx]`` token ids; an incomplete chunk at its end is dropped.
 
-    Of several files each gives as many of the ``chunks`` as its share of the text is.  A ``.jsonl`` file holds a chat a line
-    (``{"messages": [{"role": ..., "content": ...}]}``, or ``conversations`` with ``from`` and ``value``), run through the model's
-    chat template, or a text (``{"text": ...}``); all others are plain text.
-    MobeError or UsageError: a file or the tokenizer cannot be read, the tokenizer is another model's, too little text.
+    With several files, the ``chunks`` are divided in proportion to the files' text.  Each line of a ``.jsonl`` file is a chat
+    (``{"messages": [{"role": ..., "content": ...}]}``, or ``conversations`` with ``from`` and ``value``), to which the
+    model's chat template is applied, or a text (``{"text": ...}``).  All other files are plain text.
+    MobeError or UsageError if a file or the tokenizer cannot be read, the tokenizer is another model's, or there is too
+    little text.
     """
     from transformers import AutoTokenizer
 
@@ -55,7 +56,7 @@ def read_chunks(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     except Exception as e:  # transformers raises all sorts of errors here
         raise unloadable(model, "its tokenizer", e) from e
-    tokenizer.model_max_length = int(1e12)  # it would warn of a text that is longer than the model's context
+    tokenizer.model_max_length = int(1e12)  # else it warns of a text longer than the model's context
     ids = {path: _encode(tokenizer, path, parts) for path, parts in contents}
     largest = max((int(x.max()) for x in ids.values() if len(x)), default=0)
     if largest >= n_vocab:
@@ -75,13 +76,13 @@ def read_chunks(
 
 
 def _shares(sizes: list[int], total: int) -> list[int]:
-    """``total`` divided as ``sizes`` are, whole numbers."""
+    """``total`` divided in proportion to ``sizes``, in whole numbers."""
     ends = [round(sum(sizes[: i + 1]) * total / sum(sizes)) for i in range(len(sizes))]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def _read(path: Path) -> Iterator[Any]:
-    """Texts, and chats as lists of messages."""
+    """The file's texts, and its chats as lists of messages."""
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
     except OSError as e:
@@ -122,7 +123,7 @@ def _encode(tokenizer: Any, path: Path, parts: list[Any]) -> torch.Tensor:
             raise MobeError(f"{path}: it holds chats, but the model has no chat template; give plain text")
         try:
             text = tokenizer.apply_chat_template(part, tokenize=False)
-        except Exception as e:  # a template is a program of the model's: it raises what it likes
+        except Exception as e:  # a template is a program of the model and may raise anything
             said = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise MobeError(f"{path}: the model's chat template refuses a chat: {said}") from e
         found += tokenizer(text, add_special_tokens=False).input_ids

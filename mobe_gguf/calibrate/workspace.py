@@ -1,12 +1,12 @@
-"""The folder of a run, ``OUT.work``: what is finished stays there after any kill, and a later run goes on from it.
+"""The folder of a run, ``OUT.work``: finished layers stay there after any kill, and a later run continues from them.
 
     settings.json             fingerprint of model, text and settings
-    states-003                hidden states that enter layer 3, [chunks, ctx, d]: of the last finished layer alone
-    layer-003.safetensors     moments of what layer 3's matrices are fed
-    scratch-*                 what a layer needs while it runs
+    states-003                hidden states that enter layer 3, [chunks, ctx, d]; kept only after the last finished layer
+    layer-003.safetensors     moments of the inputs of layer 3's matrices
+    scratch-*                 temporary data of a layer
 
-A file appears under its name only when it is whole.  Files of states and scratch are mapped: the system keeps them in
-memory as long as there is room for them, and on disk where there is not.
+A file appears under its name only when it is complete.  Files of states and scratch are mapped: the system keeps them in
+memory while there is room, else on disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LayersWorkspace(Workspace):
 
     @contextlib.contextmanager
     def open(self, settings: Mapping[str, Any], resume: bool) -> Iterator[None]:
-        """Make the folder, or with ``resume`` go on in it; errors as :meth:`settled` and :meth:`locked` raise them."""
+        """Create the folder, or with ``resume`` continue in it; errors as in :meth:`settled` and :meth:`locked`."""
         with self.locked(finished=(LAYERS,)):
             self.settled("settings.json", settings, resume, (LAYERS,))
             if not self.any(LAYERS):
@@ -49,14 +49,14 @@ class LayersWorkspace(Workspace):
     # layers
 
     def layer_file(self, name: str) -> Path:
-        """Moments of a layer (``003``), or of what comes behind the last (``output``)."""
+        """File with the moments of a layer (``003``) or of what follows the last one (``output``)."""
         return self.path / f"layer-{name}.safetensors"
 
     def states_file(self, layer: int) -> Path:
         return self.path / f"states-{layer:03d}"
 
     def next_layer(self) -> int | None:
-        """The layer to go on with: its states are there, and so are all layers before it.  None to begin."""
+        """The next layer to run: its states and all earlier layers are there.  None at the beginning."""
         there = [int(f.name[7:]) for f in self.path.glob("states-*") if re.fullmatch(r"states-\d+", f.name)]
         whole = (
             i
@@ -66,13 +66,13 @@ class LayersWorkspace(Workspace):
         return next(whole, None)
 
     def finish_layer(self, layer: int, states: States) -> None:
-        """The states behind ``layer`` get their name; those before it go."""
+        """Give the states after ``layer`` their name and delete those before it."""
         states.sync()
         rename(states.file, self.states_file(layer + 1))
         self.states_file(layer).unlink(missing_ok=True)
 
     def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> States:
-        """A scratch file of that shape.  MobeError if the disk has no room."""
+        """A new scratch file of that shape.  MobeError if the disk is full."""
         return States.make(self.path / f"scratch-{name}", shape, dtype)
 
 
@@ -95,7 +95,7 @@ class States:
         try:
             with open(
                 file, "wb"
-            ) as f:  # taken now: a full disk must not be found by a mapping, which is a crash
+            ) as f:  # reserve the space now: writing to a mapping on a full disk is a crash
                 os.posix_fallocate(f.fileno(), 0, max(1, size)) if size else None
         except OSError as e:
             file.unlink(missing_ok=True)

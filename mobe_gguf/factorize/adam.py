@@ -1,21 +1,21 @@
 """Adam (Kingma and Ba 2015) on a few tensors, in place.
 
-Not torch's own, for two reasons.  Its epsilon of 1e-8 is a size that gradients reach here: the loss is a mean over a layer's
-weights, so a gradient is about 1e-6 in a layer of a million and 1e-9 in one of a billion, where such an epsilon would take
-most of the step away.  And making a ``torch.optim`` optimizer imports torch's compiler: 1.3 s of CPU time, as long as a
-hundred steps on a small layer.
+torch's own is not used, for two reasons.  First, its epsilon of 1e-8 is as large as gradients here: the loss is a mean over
+a layer's weights, so a gradient is about 1e-6 in a layer of a million weights and 1e-9 in one of a billion.  There the
+epsilon would remove most of the step.  Second, creating a ``torch.optim`` optimizer imports torch's compiler: 1.3 s of CPU
+time, as long as a hundred steps on a small layer.
 """
 
 from __future__ import annotations
 
 import torch
 
-#: Keeps 0 / 0 away, and does nothing else: its square and those of all gradients that matter are normal float32 numbers.
+#: Only prevents 0 / 0.  Its square and those of all relevant gradients are normal float32 numbers.
 EPSILON = 1e-18
 
 
 class Adam:
-    """Steps ``parameters`` along their ``.grad``."""
+    """Updates ``parameters`` by their ``.grad``."""
 
     def __init__(self, parameters: list[torch.Tensor], betas: tuple[float, float]):
         self.parameters, self.betas, self.steps = parameters, betas, 0

@@ -1,15 +1,15 @@
-"""The methods that MoBE's paper compares with, at as many parameters: ``--method svd|molae|d2moe``.
+"""The methods with which MoBE's paper compares, at the same number of parameters: ``--method svd|molae|d2moe``.
 
-- ``svd``: each expert by itself, W_i = A_i B_i, truncated.
+- ``svd``: each expert alone, W_i = A_i B_i, by truncated SVD.
 - ``molae`` (arXiv 2503.23100): one latent B for all experts of a layer, W_i = A_i B, from the SVD of the stacked experts.
-- ``d2moe`` (arXiv 2502.17298): W_i = a shared base + U_i V_i, the base a weighted mean of the experts, the differences
-  truncated.  The paper weighs by Fisher information, which takes gradients of the model; here it is what the inputs of the
-  expert weigh (their second moment and how often it is used), the plain mean without an imatrix.  Its pruning of the
-  base is left out.
+- ``d2moe`` (arXiv 2502.17298): W_i = a shared base + U_i V_i.  The base is a weighted mean of the experts; the differences
+  are truncated.  The paper weighs by Fisher information, which needs gradients of the model.  Here the weight is the second
+  moment of the expert's inputs and how often it is used; without an imatrix it is the plain mean.  The paper's pruning of
+  the base is left out.
 
-With an imatrix everything is minimised in the outputs' metric (activation-aware SVD), as MoBE's own error is.  ``svd`` and
-``molae`` are MoBE with no activation, m = n and an identity for alpha, or m = 1; of ``d2moe`` the matrices that the factors
-stand for are written, an ordinary checkpoint.
+With an imatrix all methods minimise the error of the outputs (activation-aware SVD), like MoBE itself.  ``svd`` and
+``molae`` are stored as MoBE without activation: m = n with an identity for alpha, and m = 1.  ``d2moe`` writes the resulting
+matrices as an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mobe_gguf.core.projected import Projected
 from mobe_gguf.factorize.methods import D2MOE, MOLAE, SVD, Method, method_named
 from mobe_gguf.factorize.solver import Factors
 
-#: Ridge of A's last solve, relative: B is orthogonal but for its rounding, so only a basis of zeros needs it.
+#: Relative ridge of the last solve for A.  B is orthogonal except for rounding, so only a basis of zeros needs it.
 RIDGE = 1e-9
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One method at one size.  ``kept``: parameters of a unit that stand for its experts; ``stored``: numbers of it in the
-    output; ``memory``: bytes while a unit is at work.
+    """One method at one size.  ``kept``: parameters that represent a unit's experts.  ``stored``: how many numbers of the unit
+    are written to the output.  ``memory``: bytes while a unit is computed.
     """
 
     method: Method
@@ -44,7 +44,7 @@ class Baseline:
 
     @classmethod
     def within(cls, name: str, allowance: int, n: int, p: int, d: int) -> Baseline:
-        """The largest rank for which experts ``[n, p, d]`` keep at most ``allowance`` parameters; UsageError below 1."""
+        """The largest rank at which experts ``[n, p, d]`` keep at most ``allowance`` parameters; UsageError if it is below 1."""
         method = method_named(name)
         fixed, each = method.fixed(n, p, d), method.each(n, p, d)
         rank = min((allowance - fixed) // each, method.most(p, d))
@@ -67,7 +67,7 @@ class Baseline:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> Factors | Matrices:
-        """Experts w, float32 ``[n, p, d]``; ``weight``: second moments of the inputs, see :meth:`Metric.of`."""
+        """Compress experts w, float32 ``[n, p, d]``; ``weight``: second moments of the inputs, see :meth:`Metric.of`."""
         n, _, d = w.shape
         start = time.monotonic()
         metric = Metric.of(weight, n, d)
@@ -84,7 +84,7 @@ class Baseline:
 
 @dataclass
 class Matrices:
-    """Experts ``[n, p, d]`` as they come out, with the errors that :class:`Factors` has."""
+    """The resulting experts ``[n, p, d]``, with the same errors as in :class:`Factors`."""
 
     matrices: torch.Tensor
     error: float
@@ -106,7 +106,7 @@ def _truncated(x: torch.Tensor, metric: Metric, rank: int) -> torch.Tensor:
 
 
 def _own(metric: Metric, expert: int, like: torch.Tensor) -> Metric:
-    """One expert's metric with an invertible root, ``[d]`` or ``[d, d]``, in the type of ``like``."""
+    """One expert's metric, with an invertible root ``[d]`` or ``[d, d]``, in the type of ``like``."""
     own = metric.slice(slice(expert, expert + 1), like)
     if own.root is None or not own.per_expert:
         return own
@@ -114,7 +114,7 @@ def _own(metric: Metric, expert: int, like: torch.Tensor) -> Metric:
 
 
 def _shared(metric: Metric, n: int, like: torch.Tensor) -> Metric:
-    """The mean of the experts' metrics, for a basis that all share; as :func:`_own`."""
+    """The mean of the experts' metrics, for a shared basis; in the form of :func:`_own`."""
     own = [metric.slice(slice(i, i + 1), like) for i in range(n)] if metric.per_expert else []
     if not own:
         return metric.slice(slice(0, 1), like)
@@ -150,9 +150,9 @@ def _unapply(metric: Metric, x: torch.Tensor) -> torch.Tensor:
 
 
 def _latent(w: torch.Tensor, metric: Metric, rank: int, device: str | torch.device) -> torch.Tensor:
-    """B ``[rank, d]``: the strongest right singular directions of all experts under each other.
+    """B ``[rank, d]``: the strongest right singular directions of all experts' stacked rows.
 
-    One B needs one metric: the mean of the experts' own.  By the d x d Gram matrix, an expert at a time.
+    One B needs one metric: the mean of the experts' metrics.  Uses the d x d Gram matrix, summed one expert at a time.
     """
     n, _, d = w.shape
     gram = torch.zeros(d, d, dtype=torch.float64, device=device)
@@ -178,7 +178,7 @@ def _solve(w: torch.Tensor, basis: torch.Tensor, metric: Metric, device: str | t
 
 
 def _mean(w: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """D2-MoE's base ``[p, d]``: what all experts are nearest to in sum, each in its own metric:
+    """D2-MoE's base ``[p, d]``, with the least total error for all experts, each in its own metric:
     ``(sum_i W_i S_i) (sum_i S_i)^-1``.
     """
     n, p, d = w.shape
@@ -197,7 +197,7 @@ def _mean(w: torch.Tensor, metric: Metric) -> torch.Tensor:
 
 
 def _errors(w: torch.Tensor, approximations: Iterable[torch.Tensor], metric: Metric) -> tuple[float, float]:
-    """``(error, objective)`` of matrices ``[p, d]`` one after the other."""
+    """``(error, objective)`` of approximations ``[p, d]`` that arrive one after the other."""
     total = torch.zeros(4, dtype=torch.float64)
     for i, near in enumerate(approximations):
         own = metric.slice(slice(i, i + 1), w)
@@ -210,7 +210,7 @@ def _errors(w: torch.Tensor, approximations: Iterable[torch.Tensor], metric: Met
 def _base_and_differences(
     w: torch.Tensor, metric: Metric, rank: int, device: str | torch.device
 ) -> torch.Tensor:
-    """d2moe: ``[n, p, d]``, the mean and each expert's truncated difference from it."""
+    """d2moe: ``[n, p, d]``, the mean plus each expert's truncated difference from it."""
     matrices = torch.empty_like(w)
     base = _mean(w, metric)
     for i in range(w.shape[0]):
@@ -238,6 +238,6 @@ def _one_basis(
     return _latent(w, metric, rank, device)[None], torch.ones(w.shape[0], 1)
 
 
-#: What computes the bases of a method that is stored as factors, and the matrices of one that is not.
+#: Functions that compute the bases of methods stored as factors, and the matrices of the others.
 BASES = {SVD: _own_bases, MOLAE: _one_basis}
 DENSE = {D2MOE: _base_and_differences}

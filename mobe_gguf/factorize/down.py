@@ -1,11 +1,11 @@
-"""Fitting down: its bases are on the output side, ``W_i ~ f(sum_j alpha_ij B_j) . A_i``, which is the problem of gate and up
-transposed.
+"""Fitting down.  Its bases are on the output side, ``W_i ~ f(sum_j alpha_ij B_j) . A_i``: the transposed problem of gate
+and up.
 
     W_i^T  ~  A_i^T . f( sum_j alpha_ij B_j^T )          [p, d] ~ [p, r] [r, d]
 
-So the solver does it, told that rows and columns have changed places (``Settings.transposed``): what weighs the inputs of
-down weighs rows of W_i^T, each of which has a row of A_i^T to itself; the file's rows, along which factors are rounded, are
-columns; and a mix row by row, a weight for each of down's d outputs, is one column by column.
+So the same solver is used, with rows and columns exchanged (``Settings.transposed``).  Weights of down's inputs then weigh
+rows of W_i^T, and each of these has its own row of A_i^T.  The file's rows, along which factors are rounded, are columns.
+A row-wise mix, with a weight for each of down's d outputs, becomes a column-wise one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mobe_gguf.factorize.solver import Factors, Settings, fit
 
 def fit_down(w: torch.Tensor, settings: Settings, *, overwrite_w: bool = False, **options: Any) -> Factors:
     """:func:`solver.fit` for experts w ``[n, d, p]``: basis ``[m, d, r]``, mix ``[n, m/g]`` or ``[n, m/g, d]``, transform
-    ``[n, r, p]``.  ``weight`` among the ``options``: second moments of the p inputs.  ``overwrite_w`` saves a copy, as
-    there: w is transposed in its place meanwhile.
+    ``[n, r, p]``.  The option ``weight``: second moments of the p inputs.  ``overwrite_w`` saves a copy, as in
+    :func:`solver.fit`; w is then transposed in place during the fit.
     """
     turned = _turned(w if overwrite_w else w.clone())
     try:
@@ -38,7 +38,7 @@ def fit_down(w: torch.Tensor, settings: Settings, *, overwrite_w: bool = False, 
 
 
 def _turned(x: torch.Tensor) -> torch.Tensor:
-    """The matrices of x ``[n, a, b]`` transposed, ``[n, b, a]``, one at a time in the memory that x has (if it is contiguous)."""
+    """The matrices of x ``[n, a, b]`` transposed, ``[n, b, a]``, one at a time; in x's own memory if x is contiguous."""
     n, a, b = x.shape
     out = x.contiguous().view(n, b, a)
     for i in range(n):

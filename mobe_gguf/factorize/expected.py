@@ -1,7 +1,7 @@
-"""How long a job will take: some steps on random experts of its shapes, on its device, times what there is to do.
+"""How long a job will take: times some steps on random experts with the job's shapes, on its device, and extrapolates.
 
-A dry run reads no weights and probes nothing, so this knows neither how soon a fit stops for want of progress (it may take
-fewer steps) nor what reading the source costs.
+A dry run reads no weights and probes nothing.  So the estimate does not include early stops of a fit that makes no more
+progress, nor the time for reading the source.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mobe_gguf.factorize.solver import Settings, fit
 from mobe_gguf.factorize.target import Size, probe_steps
 from mobe_gguf.formats.safetensors import STORED
 
-#: Multiply-adds of the largest product of a trial's step, and its steps.
+#: Multiply-adds of the largest product in a trial's step, and the number of steps.
 WORK = 4e9
 STEPS = 8
 
 
 def expected_time(job: Job, device: str) -> dict[str, Any]:
-    """Seconds: ``fitting`` all units, ``probing`` them first (``--target``), and both, with ``at_once`` units side by side;
-    ``trial``: what finding out took.  Units that are finished already count too.
+    """Seconds: ``fitting`` all units, ``probing`` them first (``--target``), and both together with ``at_once`` units in
+    parallel; ``trial``: the time of this estimate.  Finished units count, too.
     """
     began = time.monotonic()
     units = job.settings.units()
@@ -54,7 +54,7 @@ def expected_time(job: Job, device: str) -> dict[str, Any]:
 
 
 def _unit_seconds(job: Job, device: str) -> float:
-    """Of one unit with all its steps."""
+    """Seconds for one unit with all its steps."""
     c, s = job.checkpoint, job.settings
     n, p, d = c.n_expert, c.n_ff_exp, c.n_embd
     size = job.example()
@@ -78,7 +78,7 @@ def _unit_seconds(job: Job, device: str) -> float:
 
 
 def _step_seconds(w: torch.Tensor, settings: Settings, device: str) -> float:
-    """Of one step on experts w."""
+    """Seconds for one step on experts w."""
     stamps: list[float] = []
     settings = replace(settings, steps=STEPS)
     fit(w.clone(), settings, device=device, on_step=lambda *_: stamps.append(time.monotonic()))
@@ -86,7 +86,8 @@ def _step_seconds(w: torch.Tensor, settings: Settings, device: str) -> float:
 
 
 def _linear_seconds(settings: Settings, few: int, shape: tuple[int, int, int], device: str) -> float:
-    """Of the linear form, a part of which takes as long for any number of experts: by two trials of different numbers."""
+    """Seconds for the linear form.  A part of its time does not depend on the number of experts, so two trials with different
+    numbers are timed."""
     n, p, d = shape
     groups, settings = (
         settings.n_group,

@@ -1,13 +1,15 @@
-"""The gauge of a linear form: A and the bases such that rounding either costs least.
+"""The gauge of a linear form: chooses A and the bases so that rounding either costs least.
 
-Without an activation ``A_i T^-1 (sum_j alpha_ij T B_j)`` is the same for every invertible T ``[r, r]``.  What rounding costs is not.  Noise of relative
-size e on the values costs ``e sum_a M_aa G_aa``, of A and of the bases alike, with M the mean of the experts' ``A^T A`` and G that of ``Z S Z^T``: columns of A count
-by the rows of Z behind them, and the other way round.  With s_a the roots of the eigenvalues of M G, which no T changes, that is
+Without an activation ``A_i T^-1 (sum_j alpha_ij T B_j)`` is the same for every invertible T ``[r, r]``, but the cost of
+rounding is not.  Noise of relative size e on the values of A, or of the bases, costs ``e sum_a M_aa G_aa``.  M is the mean of
+the experts' ``A^T A``, G that of ``Z S Z^T``: columns of A weigh as much as the rows of Z that they multiply, and vice versa.
+Let s_a be the roots of the eigenvalues of M G, which no T changes.  The cost is
 
-    e sum s_a^2 where Z is orthogonal (an SVD), and where A is    e (sum s_a)^2 / r where M and G are equal, and flat on the diagonal
+    e sum s_a^2            where Z is orthogonal (an SVD), and where A is
+    e (sum s_a)^2 / r      where M and G are equal and have a constant diagonal
 
-and the latter is the least there is.  So T makes them equal (it is the root of the geometric mean of M and the inverse of G), and a random rotation
-flattens them.
+and the latter is the minimum.  So T makes M and G equal (it is the root of the geometric mean of M and the inverse of G), and
+a random rotation flattens their diagonals.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import torch
 from mobe_gguf.core.formula import combine
 from mobe_gguf.core.metric import Metric
 
-#: Least eigenvalue that is told from zero, relative to the largest.
+#: Least eigenvalue that counts as nonzero, relative to the largest.
 LEAST = 1e-9
 
 
 def flat_gauge(
     transform: torch.Tensor, basis: torch.Tensor, mix: torch.Tensor, metric: Metric, seed: int
 ) -> torch.Tensor:
-    """The bases ``[m, r, d]`` in that gauge; A ``[n, p, r]`` is to be solved for again.  ``mix`` ``[n, m]``, ``metric`` of these experts.
+    """The bases ``[m, r, d]`` in that gauge; solve for A ``[n, p, r]`` again afterwards.  ``mix`` ``[n, m]``; ``metric`` of
+    these experts.
 
-    O(n (p r^2 + r d k)) for k directions of the metric, an expert at a time; as they are where there is no such gauge (A or Z of zeros).
+    O(n (p r^2 + r d k)) for k directions of the metric, one expert at a time.  The bases are unchanged if there is no such
+    gauge (A or Z is zero).
     """
     r = basis.shape[1]
     m, g = (torch.zeros(r, r, dtype=torch.float64, device=basis.device) for _ in range(2))
@@ -47,6 +51,6 @@ def flat_gauge(
 
 
 def _power(x: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Of a symmetric positive semidefinite matrix."""
+    """Power of a symmetric positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh((x + x.T) / 2)
     return (vectors * values.clamp_min(float(values[-1]) * LEAST) ** exponent) @ vectors.T

@@ -1,24 +1,27 @@
-"""Fitting the linear form, ``W_i ~ A_i sum_j alpha_ij B_j``, with few bases: L-BFGS that alternating least squares precondition.
+"""Fitting the linear form, ``W_i ~ A_i sum_j alpha_ij B_j``, with few bases: L-BFGS, preconditioned by alternating least
+squares.
 
-Without an activation A, alpha and the bases are each a least-squares problem for the others fixed.  Alternating them settles
-early at a third more error than gradient steps reach, for it does not see that A follows.  The curvature of the projected
-problem (:mod:`mobe_gguf.core.projected`) without second derivatives (Kaufman 1975) is
+Without an activation each of A, alpha and the bases is a least-squares problem while the others are fixed.  Alternating
+between them stalls early, at a third more error than gradient steps reach, because it ignores that A follows.  The curvature
+of the projected problem (:mod:`mobe_gguf.core.projected`) without second derivatives (Kaufman 1975) is
 
     sum_i  alpha_i alpha_i^T (x) A_i^T A_i (x) R_i (1 - P_i) R_i^T,   P_i the projector on the rows of Z_i R_i,
 
-and the product of the sums' means, ``M [m r, m r]`` times ``C [d, d]``, can be inverted: L-BFGS (Nocedal 1980) starts from
-that.  (With P left out a step is a sweep of the alternation.)
+The product of the sums' means, ``M [m r, m r]`` times ``C [d, d]``, can be inverted, and L-BFGS (Nocedal 1980) uses this
+inverse as its first guess.  (Without P, a step is one sweep of the alternation.)
 
-What makes an evaluation cheap where all experts have one metric (no weights, or down):
+If all experts have one metric (no weights, or down), two identities make an evaluation cheap:
 
-- ``Z_i Z_i^T = sum_jk alpha_ij alpha_ik B_j B_k^T``: the products of the bases with each other, once, are all experts' Gram matrices;
-- ``sum_i alpha_ij (A_i^T A_i) Z_i`` is m^2 products of accumulated matrices with bases, for all experts together.
+- ``Z_i Z_i^T = sum_jk alpha_ij alpha_ik B_j B_k^T``: the bases' products with each other, computed once, give all experts'
+  Gram matrices;
+- ``sum_i alpha_ij (A_i^T A_i) Z_i`` needs only m^2 products of accumulated matrices with bases, for all experts together.
 
-That leaves two products of p r d for each expert, one of p r r and a Cholesky factor: less than half of what a step of
-:mod:`mobe_gguf.core.projected` does.
+What remains for each expert is two products of p r d, one of p r r and a Cholesky factor: less than half of the work of a
+step of :mod:`mobe_gguf.core.projected`.
 
-Tried, and left out: Gauss-Newton with conjugate gradients (docs/factorizer.md); the first iterations on random combinations of each expert's
-rows, ``Q W_i`` (n 128, 16 of 96 rows: such a problem is fitted to half the error, and the real one has to be fitted anew).
+Tried and left out: Gauss-Newton with conjugate gradients (docs/factorizer.md); first iterations on random combinations of
+each expert's rows, ``Q W_i`` (n 128, 16 of 96 rows: the small problem is fitted to half the error, but the real one must then
+be fitted from the beginning).
 """
 
 from __future__ import annotations
@@ -34,21 +37,21 @@ from mobe_gguf.core.formula import combine
 from mobe_gguf.core.metric import Metric
 from mobe_gguf.core.projected import Projected, SingularError, combine_gradient
 
-#: Bases of a group above which this is not used: M has m^2 r^2 elements.
+#: Largest number of bases of a group for which this solver is used: M has m^2 r^2 elements.
 MOST_BASES = 8
-#: Pairs of steps and gradients that L-BFGS keeps.
+#: Number of (step, gradient) pairs that L-BFGS keeps.
 MEMORY = 5
-#: Iterations at most.
+#: Maximum number of iterations.
 LONGEST = 100
-#: Iterations after which the preconditioner is made anew.
+#: The preconditioner is recomputed after this many iterations.
 REFRESH = 5
-#: Added to the diagonal of ``columns``, relative to its mean: directions that no expert lacks.
+#: Added to the diagonal of ``columns``, relative to its mean, for directions that the bases of all experts already span.
 COLUMNS = 0.2
 #: Added to M's diagonal, relative to its mean.
 DAMPING = 1e-5
-#: An iteration must gain this share of the loss, on average over some; else the stage is over.
+#: An iteration must reduce the loss by this share, averaged over some iterations; otherwise the stage ends.
 PLATEAU, WINDOW = 5e-4, 5
-#: What the experts that are taken at once may take: pairs of steps take the room that a larger block would.
+#: Bytes for a block of experts.  The memory of a larger block is needed for L-BFGS's pairs.
 BLOCK_BYTES = 128 << 20
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -60,7 +63,7 @@ def _dot(a: Pair, b: Pair) -> float:
 
 @dataclass
 class LinearPoint:
-    """Bases, mix and what belongs to them: ``loss`` relative to |W|^2, its gradient, and what M is made of."""
+    """Bases and mix with their ``loss`` relative to |W|^2, its gradient, and the data for M."""
 
     basis: torch.Tensor
     mix: torch.Tensor
@@ -71,8 +74,8 @@ class LinearPoint:
 
 @dataclass
 class Curvature:
-    """What a preconditioner is made of: ``bases`` ``[m, r, m, r]``, M; ``columns`` ``[d, d]``, the mean over the experts of what
-    their inputs weigh outside of the span of their Z; ``mixes`` ``[n, m, m]``.
+    """The data for a preconditioner.  ``bases`` ``[m, r, m, r]``: M.  ``columns`` ``[d, d]``: C, the experts' mean second moment
+    of the inputs outside the span of their Z.  ``mixes`` ``[n, m, m]``.
     """
 
     bases: torch.Tensor
@@ -82,7 +85,7 @@ class Curvature:
 
 @dataclass
 class LinearProblem:
-    """The projected problem of the linear form.  ``w`` ``[n, p, c]``: in the metric; ``block``: experts at once."""
+    """The projected problem of the linear form.  ``w`` ``[n, p, c]``: in the metric.  ``block``: experts processed at once."""
 
     w: torch.Tensor
     metric: Metric
@@ -94,14 +97,14 @@ class LinearProblem:
         self.square = sum(float(x.square().sum(dtype=torch.float64)) for x in self.w)
 
     def at(self, basis: torch.Tensor, mix: torch.Tensor, curved: bool = False) -> LinearPoint:
-        """Everything at one point, the curvature if it is asked for.  SingularError if a Gram matrix cannot be factorized."""
+        """Evaluate at one point, with the curvature if ``curved``.  SingularError if a Gram matrix cannot be factorized."""
         m, r, d = basis.shape
         n = len(mix)
         shared = self.metric.root is None and m * (m + 1) <= max(n, 6)
         flat = basis.view(m * r, d)
         pairs = (flat @ flat.T).view(m, r, m, r) if shared else None
         inner = basis.new_zeros(m, m, r, r)  # sum_i alpha_ij alpha_ik (A^T A + ridge)
-        target = torch.zeros_like(basis)  # what it is to be multiplied by, less the gradient
+        target = torch.zeros_like(basis)  # what ``inner`` is to be multiplied by, less the gradient
         to_mix, mixes = torch.empty_like(mix), mix.new_empty(n, m, m)
         columns = basis.new_zeros(d, d) if curved else None
         loss = 0.0
@@ -232,24 +235,24 @@ def _factor(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 
 
 def suits(activation: str, mix: str, n_basis: int, mix_terms: int | None) -> bool:
-    """Whether a group with this form and so many bases is fitted here."""
+    """Whether this solver fits a group with this form and number of bases."""
     return activation == "none" and mix == "scalar" and n_basis <= MOST_BASES and mix_terms is None
 
 
 def linear_block(block: int, p: int, c: int, r: int) -> int:
-    """Experts at once, of ``block`` that there could be: of ``p x c`` in the metric."""
+    """Number of experts of ``p x c`` (in the metric) to process at once, at most ``block``."""
     return max(1, min(block, BLOCK_BYTES // expert_bytes(p, c, r)))
 
 
 def expert_bytes(p: int, c: int, r: int) -> int:
-    """What an evaluation takes for one expert of ``p x c`` in the metric: Z, Z in the metric, the gradient; A and W Z^T; Gram
+    """Bytes of an evaluation for one expert of ``p x c`` in the metric: Z, Z in the metric, the gradient; A and W Z^T; Gram
     matrix, its factor, A^T A and one to spare."""
     return 4 * (4 * r * c + 3 * p * r + 4 * r * r)
 
 
 def fit_bytes(m: int, r: int, d: int) -> int:
-    """What the fit takes beside a block: B at the start, at the point and after it, with their gradients, the pairs, the direction
-    and what it is made of; M, its factor, and the bases' products; C and its factor."""
+    """Bytes of the fit besides a block: B at the start, at the point and after it, with their gradients; the pairs; the
+    direction and its intermediate results; M, its factor, and the bases' products; C and its factor."""
     return 4 * ((2 * MEMORY + 9) * m * r * d + 5 * m * m * r * r + 3 * d * d)
 
 
@@ -262,7 +265,8 @@ def fit_linear(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Minimise from ``basis`` ``[m, r, d]`` and ``mix`` ``[n, m]``; returns both and the iterations taken.
 
-    ``steps``: iterations at most, of which more than LONGEST are never taken.  ``report(share done, relative loss)`` after each.
+    ``steps``: maximum number of iterations, itself limited to LONGEST.  ``report(share done, relative loss)`` is called after
+    each.
     """
     iterations = min(steps, LONGEST)
     block = linear_block(problem.block, problem.w.shape[1], problem.w.shape[2], basis.shape[1])
@@ -280,7 +284,7 @@ def fit_linear(
 
 
 def _whitened(basis: torch.Tensor, curvature: Curvature) -> torch.Tensor:
-    """The bases in the gauge in which M's diagonal blocks add up to the identity: A takes the inverse, and no error changes."""
+    """The bases in the gauge in which M's diagonal blocks sum to the identity.  A takes the inverse; errors do not change."""
     factor = _factor(curvature.bases.diagonal(dim1=0, dim2=2).mean(-1))
     out = torch.matmul(factor.T, basis)
     return out.mul_(1 / out.std())
@@ -293,7 +297,7 @@ def _minimise(
     iterations: int,
     report: Callable[[int, float], None],
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """L-BFGS with M^-1 of the last point as its first guess; stops where progress does."""
+    """L-BFGS with the preconditioner of a recent point as first guess; stops when there is no more progress."""
     point = problem.at(basis, mix, True)
     assert point.curvature is not None
     point = problem.at(_whitened(basis, point.curvature), mix, True)
@@ -325,7 +329,7 @@ def _minimise(
 def _direction(
     point: LinearPoint, memory: deque[tuple[Pair, Pair, float]], precondition: _Preconditioner
 ) -> Pair:
-    """L-BFGS's, by the two loops."""
+    """The direction of L-BFGS, by its two-loop recursion."""
     q = point.gradient[0].clone(), point.gradient[1].clone()
     shares = []
     for moved, change, product in reversed(memory):
@@ -349,7 +353,7 @@ def _direction(
 def _search(
     problem: LinearProblem, point: LinearPoint, direction: Pair, slope: float, curved: bool
 ) -> LinearPoint | None:
-    """The first point along ``direction`` that gains enough, steps halved; None if none does."""
+    """The first point along ``direction`` that reduces the loss enough, with repeatedly halved steps; None if none does."""
     step = 1.0
     for _ in range(6):
         try:

@@ -1,6 +1,6 @@
-"""The methods: what each needs and makes.  All else in the package asks a :class:`Method` and compares no names.
+"""The methods: what each needs and produces.  Other modules ask a :class:`Method` and do not compare names.
 
-No torch here, so that the command line can list them at once; ``baselines`` has what computes them.
+This module does not import torch, so that the command line can list methods quickly; ``baselines`` computes them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mobe_gguf.core.names import ALL_PROJECTIONS, PROJECTIONS
 class Method:
     """One way to write experts ``[n, p, d]`` in fewer parameters.
 
-    ``fitted``: by the solver's steps, with bases of a number, rank and form that are chosen; otherwise in closed form, with
-    ``fixed(n, p, d)`` parameters and ``each(n, p, d)`` for each rank, up to ``most(p, d)``; the decomposition takes
-    ``memory(p, d)`` bytes.  ``bases(n)``: how many bases n experts then have.  ``is_factors``: the result is stored as factors, and
-    not as the matrices that they stand for, an ordinary model.  ``projections``: what it takes.  ``quant``: what the next step
-    exports it in, if nothing says otherwise.
+    ``fitted``: the solver fits it in steps, with a chosen number, rank and form of bases.  Otherwise it has a closed form, with
+    ``fixed(n, p, d)`` parameters plus ``each(n, p, d)`` for each rank, up to rank ``most(p, d)``; the decomposition takes
+    ``memory(p, d)`` bytes, and n experts have ``bases(n)`` bases.  ``is_factors``: the result is stored as factors; otherwise
+    as the resulting matrices, an ordinary model.  ``projections``: those that it supports.  ``quant``: the default type for
+    the next step, export.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Method:
 
 MOBE = Method("mobe", fitted=True, projections=ALL_PROJECTIONS, quant="q4_k")
 
-#: Alpha is an identity; a row of A and one of B for each rank of each expert.
+#: Alpha is the identity; each rank of each expert has one row of A and one of B.
 SVD = Method("svd", fixed=lambda n, p, d: n * n, each=lambda n, p, d: n * (p + d), bases=lambda n: n)
 
 #: Alpha is all ones; a row of B serves all experts.  A Gram matrix of d x d is decomposed.
@@ -49,14 +49,14 @@ MOLAE = Method(
     memory=lambda p, d: 8 * 3 * d * d,
 )
 
-#: The shared base, and a row of U and one of V for each rank of each expert.
+#: The shared base; each rank of each expert has one row of U and one of V.
 D2MOE = Method("d2moe", is_factors=False, fixed=lambda n, p, d: p * d, each=lambda n, p, d: n * (p + d))
 
 METHODS = {method.name: method for method in (MOBE, SVD, MOLAE, D2MOE)}
 
 
 def method_named(name: str) -> Method:
-    """UsageError if there is none of that name."""
+    """The method called ``name``; UsageError if there is none."""
     if name not in METHODS:
         raise UsageError(f"--method {name}: unknown; expected one of {', '.join(METHODS)}")
     return METHODS[name]

@@ -1,6 +1,6 @@
-"""What a factorization will do, by arithmetic alone: settings with their defaults filled in, parameters, bytes, memory.
+"""What a factorization will do, computed from shapes: settings with defaults filled in, parameters, bytes, memory.
 
-Pure functions over a model's shapes; nothing is read but headers.
+Pure functions over a model's shapes; only headers are read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mobe_gguf.formats.safetensors import STORED
 from mobe_gguf.models.checkpoint import PLAIN_FLOATS
 from mobe_gguf.models.original import Original
 
-#: What a unit takes is counted by its tensors; of small ones that are gone the allocator keeps some.
+#: A unit's memory is counted by its tensors.  This allows for freed small ones that the allocator keeps.
 SPARE = 1.05
 
 
@@ -36,26 +36,26 @@ def default_bases(n_expert: int, n_group: int) -> int:
 
 
 def default_rank(p: int, d: int) -> int:
-    """r = p, as in the paper; where experts are wider than the model (Mixtral) that would save nothing, and r = d/2."""
+    """r = p, as in the paper; r = d/2 where experts are wider than the model (Mixtral) and r = p would save nothing."""
     return p if p <= d else d // 2
 
 
-#: Numbers of wide bases, and what they may keep: as much as the paper's sizes do, LARGEST at most, and SLACK more or less for
-#: the sake of whole blocks.
+#: Numbers of wide bases, and the share of parameters that they may keep: as much as the paper's sizes, but at most LARGEST, and
+#: up to SLACK more or less to get whole blocks.
 WIDE, LARGEST, SLACK = (4, 3, 2, 1), 0.75, 1.05
 
 
 def wide_size(n: int, p: int, d: int) -> Size:
-    """Few bases with ranks of whole blocks that keep about what the paper's sizes keep, p/d + 1/4, but at most 3/4: they save also
-    where experts are as wide as the model (gpt-oss), where r = p and m = n/4 would come to 125 %.
+    """Few bases, with ranks of whole blocks.  They keep about the same share as the paper's sizes, p/d + 1/4, but at most 3/4.
+    So they save parameters even where experts are as wide as the model (gpt-oss) and r = p, m = n/4 would keep 125 %.
     """
-    block = 256 if d >= 1024 else 32 if d >= 64 else 1  # of k-quants; of the others
+    block = 256 if d >= 1024 else 32 if d >= 64 else 1  # blocks of k-quants; of other types
     share = min(p / d + 0.25, LARGEST)
     less = []
-    for m in WIDE:  # the most bases that come near; else what comes nearest from below
+    for m in WIDE:  # the most bases that come near the goal; else the nearest below it
         if m > n:
             continue
-        each = 1 / d + m / (n * p)  # what a row of all bases and of all A keeps
+        each = 1 / d + m / (n * p)  # share kept by one row of all bases and all A
         for rank in (block * (int(share / each / block) + more) for more in (0, 1)):
             kept = rank * each
             if 1 <= rank <= d and share / SLACK <= kept <= share * SLACK:
@@ -66,7 +66,7 @@ def wide_size(n: int, p: int, d: int) -> Size:
 
 
 def settle(options: Options, checkpoint: Original) -> JobSettings:
-    """The settings of a new job: defaults for all that was not said.  UsageError if they do not fit the model."""
+    """The settings of a new job, with defaults for everything left open.  UsageError if they do not fit the model."""
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
     groups = 1 if options.groups is None else options.groups
     defaults: dict[str, Any] = dict(
@@ -98,7 +98,7 @@ def settle(options: Options, checkpoint: Original) -> JobSettings:
             raise UsageError(
                 f"--layers: layer {layer} has no routed experts; the MoE layers of this model are {moe}"
             )
-    # before --target has chosen: what any choice has in common with the defaults is checked
+    # --target has not chosen yet: check what every choice has in common with the defaults
     least = groups * (settings.mix_terms or 1)
     size = Size(
         settings.bases or max(least, default_bases(n, max(groups, 1))), settings.rank or default_rank(p, d)
@@ -147,8 +147,8 @@ def check_method(options: Options) -> None:
 
 
 def baseline(settings: JobSettings, n: int, p: int, d: int) -> Baseline:
-    """What another method than MoBE does with as many parameters: the share ``target``, or what ``bases`` and ``rank``
-    would keep.  UsageError if that is too few for it.
+    """Another method than MoBE with the same number of parameters: the share ``target``, or what ``bases`` and ``rank`` would
+    keep.  UsageError if these are too few for it.
     """
     if settings.target is not None:
         allowance = int(settings.target * n * p * d)
@@ -158,7 +158,7 @@ def baseline(settings: JobSettings, n: int, p: int, d: int) -> Baseline:
 
 
 def source_dtype(checkpoint: Original) -> str:
-    """The type that factors are stored in if nothing is said: the experts' own, bf16 for FP8 and quantized ones.
+    """The default type of stored factors: the experts' own type, or bf16 for FP8 and quantized experts.
 
     Measured on SmolLM2 slices (error 0.196498 in f32): 0.196522 in bf16, 0.196499 in f16.
     """
@@ -183,7 +183,7 @@ def parse_projections(text: str) -> tuple[str, ...]:
 class Plan:
     """Parameters before and after, bytes on disk, memory of one unit at the peak.
 
-    ``projected``: the matrices that are factorized; ``experts``: all routed experts, down included; ``model``: all.
+    ``projected``: the matrices that are factorized.  ``experts``: all routed experts, down included.  ``model``: everything.
     """
 
     units: int
@@ -233,41 +233,41 @@ def _mixing(settings: Settings, n: int, d: int) -> int:
 def unit_memory(settings: Settings, n: int, p: int, d: int, directions: int | None = None) -> int:
     """Bytes at the peak of fitting experts ``[n, p, d]`` on the CPU (:func:`solver.fit`, W scaled in its place).
 
-    ``directions``: columns of each expert's root where there are moments (:class:`metric.Roots`), 0 where weights are of
-    the channels alone, None without weights.
+    ``directions``: columns of each expert's root if there are moments (:class:`metric.Roots`), 0 if there are weights of
+    single channels, None without weights.
     """
     m, r, g = settings.n_basis, settings.rank, settings.n_group
     inputs = p if settings.transposed else d
-    # With a diagonal for the rest, an expert has that many more columns in the metric than inputs.
+    # With a diagonal rest, an expert has this many more columns in the metric than inputs.
     more = directions if directions and directions < inputs else 0
     rows, columns = (p + more, d) if settings.transposed else (p, d + more)
     always = n * p * d
     if directions is not None:  # W in the metric
         always += n // g * rows * columns
-    if directions:  # the moments as they were read, and scaled
+    if directions:  # the moments as read, and scaled
         always += 2 * n * inputs * (directions + 1)
-    results = m * r * d + n * p * r if g > 1 else 0  # of groups that are done, in the end joined
+    results = m * r * d + n * p * r if g > 1 else 0  # of finished groups, joined in the end
     always += results
     basis = m // g * r * d
     block = block_bytes(cpu_block(n // g, rows, columns, r), rows, columns, r) // 4
-    copies = 0 if settings.mix == "scalar" else 2 if settings.transposed else 1  # of what lies crosswise
-    # B where it starts and where it is, the best, its gradient, Adam's two moments and the root of one
+    copies = 0 if settings.mix == "scalar" else 2 if settings.transposed else 1  # of transposed tensors
+    # B at the start, now and at its best, its gradient, Adam's two moments and the root of one
     steps = 7 * basis + (1 + copies) * block
     if suits(settings.activation, settings.mix, m // g, settings.mix_terms):
         at_once = linear_block(cpu_block(n // g, rows, columns, r), rows, columns, r)
         linear = (fit_bytes(m // g, r, d) + at_once * expert_bytes(rows, columns, r)) // 4
         steps = max(steps, linear) if settings.basis_type else linear
     if settings.basis_type:
-        # a rounded one, too; while it is made there are copies and an encoding, but no block
+        # a rounded B, too; while it is computed there are copies and an encoding, but no block
         steps += basis + max(0, (3 if settings.transposed else 2) * basis - block)
-    # when A is solved for, in float64, the gradient and the moments are gone
+    # when A is solved for in float64, the gradient and Adam's moments are already freed
     end = 6 * basis + n * p * r + 2 * block_bytes(1, rows, columns, r) // 4
-    if settings.dtype != torch.float32:  # A as it is stored, too
+    if settings.dtype != torch.float32:  # A in its stored type, too
         end += n * p * r // 2
     return int(SPARE * 4 * (always + max(steps, end, results)))
 
 
-# wide: the sizes that a job is asked for, none of which follows from another
+# wide: independent sizes of a job
 def make_plan(
     settings: Settings,
     *,
@@ -280,10 +280,10 @@ def make_plan(
     kept_bytes: int = 0,
     directions: int | None = None,
 ) -> Plan:
-    """The arithmetic: experts ``[n, p, d]``, ``units`` of them factorized, in a model of ``model_parameters``.
+    """Compute the plan for ``units`` factorized stacks of experts ``[n, p, d]`` in a model of ``model_parameters``.
 
-    ``kept_bytes``: what of the source comes along into the output.  ``directions``: see :func:`unit_memory`.
-    Per expert matrix p r of A and m/n of a basis r d stay, plus alpha: ``r/d + m r/(n p)`` of p d.
+    ``kept_bytes``: bytes that are copied from the source to the output.  ``directions``: see :func:`unit_memory`.
+    Each expert matrix keeps p r numbers of A and the share m/n of a basis r d, plus alpha: ``r/d + m r/(n p)`` of p d.
     """
     mixing = _mixing(settings, n, d)
     after = parameters(settings, n, p, d)
@@ -305,9 +305,9 @@ def plan_checkpoint(
     sizes: Mapping[Unit, Size] | None = None,
     moments: Moments | None = None,
 ) -> Plan:
-    """:func:`make_plan` for a model on disk.  Multi-token-prediction layers count as they are stored.
+    """:func:`make_plan` for a model on disk.  Stored multi-token-prediction layers are included.
 
-    ``sizes``: m and r of each unit, where these are not the same for all.  ``moments``: those that were checked to be the model's.
+    ``sizes``: m and r of each unit, if they differ.  ``moments``: already checked to belong to the model.
     """
     units = settings.units()
     n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd

@@ -1,4 +1,4 @@
-"""What a person sees of a plan and of a finished job: tables, and the same as JSON."""
+"""Reports of a plan and of a finished job: tables, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mobe_gguf.factorize.plan import Plan, baseline
 from mobe_gguf.factorize.spec import JobSettings
 from mobe_gguf.models.original import Original
 
-#: For lines of text: no colouring, and no wrapping, so that commands and paths can be copied.
+#: For lines of text: no colours and no wrapping, so that commands and paths can be copied.
 PLAIN: dict[str, Any] = dict(highlight=False, soft_wrap=True)
 
 
 def print_plan(job: Job, console: Console) -> None:
-    """Before the work: settings, parameters, disk and memory."""
+    """Print the plan before the work: settings, parameters, disk and memory."""
     c, s = job.checkpoint, job.settings
     console.print(
         f"{c.path}: {c.family.name}, {len(c.moe_layers)} of {c.n_layer} layers MoE, {c.n_expert} experts "
@@ -48,7 +48,7 @@ def print_plan(job: Job, console: Console) -> None:
 
 
 def cautions(job: Job) -> list[str]:
-    """What a user should know before the work: of the model, and of a rank that no block of a type divides."""
+    """Warnings before the work: about the model, and about a rank that is not a whole number of blocks of any type."""
     lines = [f"note: {note}" for note in getattr(job.checkpoint, "notes", ())]
     lines += [f"note: {note}" for note in job.checkpoint.check_values().notes]
     lines += [f"note: {note}" for note in (job.imatrix.notes if job.imatrix else ())]
@@ -67,7 +67,7 @@ def cautions(job: Job) -> list[str]:
 
 
 def print_time(job: Job, device: str, console: Console) -> None:
-    """How long the job will take."""
+    """Print how long the job will take."""
     t = expected_time(job, device)
     probing = f"probing {duration(t['probing'])}, fitting {duration(t['fitting'])}; " if t["probing"] else ""
     console.print(
@@ -78,8 +78,8 @@ def print_time(job: Job, device: str, console: Console) -> None:
 
 
 def print_result(result: JobResult, console: Console, moments: str | None = None) -> None:
-    """After the work: error per layer, first the one that was minimized; parameters before and after; the next command, with the file ``moments`` that
-    the fit went by."""
+    """Print the result after the work: error per layer, the minimized error first; parameters before and after; the next
+    command, with the file ``moments`` that the fit used."""
     settings, projections = result.settings, result.settings.projections
     by_inputs = settings.objective != "mse"
     console.print(_minimized(settings), **PLAIN)
@@ -122,7 +122,7 @@ def print_result(result: JobResult, console: Console, moments: str | None = None
 
 
 def _minimized(settings: JobSettings) -> str:
-    """What the fit minimized, for a heading."""
+    """A heading for the error that the fit minimized."""
     if settings.objective == "mse":
         return "minimized: relative error of the weights, |W - W'|² / |W|²"
     of = (
@@ -137,12 +137,12 @@ def _minimized(settings: JobSettings) -> str:
 
 
 def plan_json(job: Job) -> dict[str, Any]:
-    """``--dry-run --json``."""
+    """The output of ``--dry-run --json``."""
     return {"out": str(job.out), "settings": job.settings.to_json(), "plan": job.plan.to_json()}
 
 
 def result_json(result: JobResult) -> dict[str, Any]:
-    """``--json``."""
+    """The output of ``--json``."""
     return {
         "out": str(result.out),
         "settings": result.settings.to_json(),
@@ -180,7 +180,7 @@ def _written_dense(s: JobSettings) -> str:
 
 
 def print_types(job: Job, console: Console) -> None:
-    """The types that the factors are fitted for, if any, and where one does not fit the rows, what it becomes."""
+    """Print the types for which the factors are fitted, if any; if a type does not fit the rows, also its replacement."""
     s, c = job.settings, job.checkpoint
     if not (s.for_basis or s.for_transform):
         return

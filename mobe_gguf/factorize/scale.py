@@ -1,23 +1,25 @@
-"""Where the size of a linear form's matrices lies: in A or in the mix, which may share it out as they like.
+"""The scale of a linear form's matrices, which can be moved between A and the mix.
 
-Without an activation ``A (sum_j alpha_j B_j)`` is the same for ``c A`` and ``alpha / c``.  The fit leaves A as small as its bases
-are large: of values around 1e-3 and below, where the float16 scales of k-quants and iq4_xs become coarse (``quant/small``), and the
-more rows the bases have the smaller.  The mix is stored in float32, which has no such trouble.
+Without an activation ``A (sum_j alpha_j B_j)`` is the same for ``c A`` and ``alpha / c``.  The fit leaves A small because the
+bases are large: values around 1e-3 and below, the smaller the more rows the bases have.  There the float16 scales of k-quants
+and iq4_xs become coarse (``quant/small``).  The mix is stored in float32 and has no such problem.
 """
 
 from __future__ import annotations
 
 import torch
 
-#: Root mean square of an expert's A after :func:`balance`, to a factor of sqrt 2: that of ordinary weights, far above where
-#: scales become coarse (2**-10), and small enough that what the bases put out stays in float16 on devices that compute in it.
+#: Root mean square of an expert's A after :func:`balance`, within a factor of sqrt 2: that of ordinary weights.  It is far above
+#: the size at which scales become coarse (2**-10), and small enough that the products with the bases stay within float16 on
+#: devices that compute in it.
 USUAL = 2.0**-5
 
 
 def balance(transform: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """Scale A ``[n, p, r]`` of a form without activation in place, to :data:`USUAL` size; the alpha ``[n, ...]`` that belongs to it.
+    """Scale A ``[n, p, r]`` of a form without activation in place, to size :data:`USUAL`; returns the matching alpha
+    ``[n, ...]``.
 
-    Factors are powers of two, one an expert, so that all products are what they were, bit by bit.
+    Each expert's factor is a power of two, so all products stay the same, bit by bit.
     """
     size = torch.stack([a.float().square().mean().sqrt() for a in transform])
     factor = torch.exp2(torch.log2(USUAL / size).round())

@@ -1,6 +1,6 @@
 """Fitting the factors of one stack of experts: Adam on basis and mix of the projected problem.
 
-What was tried and measured, and what did not help: docs/experiments.md.
+docs/experiments.md has measurements of what was tried, including what did not help.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from mobe_gguf.factorize.scale import balance
 from mobe_gguf.factorize.start import initial_basis, initial_mix
 from mobe_gguf.quant.roundtrip import noise, resolve, rounded, settled
 
-#: Standard deviation that the bases start with; W has 1.
+#: Initial standard deviation of the bases; that of W is 1.
 START_SCALE = 0.25
 BETAS = (0.8, 0.95)
-#: The rate rises over this first share of the run and falls to nothing over this last one.
+#: The learning rate rises over this first share of the run and falls to zero over this last one.
 RAMP, DECAY = 0.5, 0.25
-#: Runs longer than this have a rate lower by the root of how much longer.
+#: In runs longer than this the rate is divided by the root of (length / this).
 FULL_RATE_STEPS = 300
-#: Steps are cut short when the best loss falls by less than this share in a tenth of the run, or in so many steps.
+#: The run is shortened when the best loss falls by less than this share in a tenth of the run, or in this many steps.
 PATIENCE = 20
 PLATEAU = 1e-3
-#: Share of the run after which what is asked of the result holds in every step: rounded bases, few terms.
+#: After this share of the run every step obeys the constraints on the result: rounded bases, few terms.
 STRICT_FROM = 0.4
-#: Of the linear form with few bases: the noise on the mixes that it starts from; the last steps, with rounded bases.
+#: For the linear form with few bases: noise on the initial mixes; number of last steps, with rounded bases.
 LINEAR_NOISE, LAST_STEPS, LAST_RATE = 0.3, 100, 0.1
 #: Loss per element (W has variance 1) that float32 cannot tell from zero.
 EXACT = 1e-9
-#: A diverging fit is tried again at a quarter of the rate, this often in all.
+#: A diverging fit is repeated at a quarter of the rate; this is the total number of attempts.
 ATTEMPTS = 3
 
-#: On the CPU, what a block of experts may take at most, and what it should take.
+#: Bytes of a block of experts on the CPU: at most, and preferably.
 BLOCK_BYTES = 512 << 20
 CACHE_BYTES = 8 << 20
 
@@ -52,15 +52,15 @@ MIXES = ("scalar", "row")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to fit, and how.  ``n_basis`` and ``n_group`` count over the whole layer; ``rank`` is 1 to d: more
-    than p is allowed, see docs/forms.md, "Wide and few".
+    """What to fit, and how.  ``n_basis`` and ``n_group``: for the whole layer.  ``rank``: 1 to d; it may exceed p, see
+    docs/forms.md, "Wide and few".
 
-    ``mix``: ``scalar`` is one weight for each expert and basis, ``row`` one for each row of the basis.
-    ``ridge``: relative to the mean of the Gram matrix's diagonal.  ``dtype``: type that A and B are stored in; B is
-    rounded to it before A is solved for the last time.  ``basis_type``, ``transform_type``: ggml types that they will be
-    exported in, None if that is not known; see :meth:`resolved`.  ``mix_terms``: bases that an expert may mix at most.
-    ``transposed``: the matrices to fit are the file's, transposed (``down``): its rows are the columns of B and A here, and
-    a ``row`` mix has a weight for each column of B.
+    ``mix``: ``scalar`` has one weight for each expert and basis, ``row`` one for each row of the basis.
+    ``ridge``: relative to the mean of the Gram matrix's diagonal.  ``dtype``: type in which A and B are stored; B is rounded
+    to it before A is solved for the last time.  ``basis_type``, ``transform_type``: ggml types for the export of B and A,
+    None if unknown; see :meth:`resolved`.  ``mix_terms``: the most bases that an expert may mix.
+    ``transposed``: the matrices to fit are the file's, transposed (``down``).  The file's rows are then the columns of B and
+    A here, and a ``row`` mix has a weight for each column of B.
     """
 
     n_basis: int
@@ -79,13 +79,13 @@ class Settings:
     transposed: bool = False
 
     def rows(self, p: int, d: int) -> tuple[int, int]:
-        """Length of the file's rows of B and of A, for experts ``[n, p, d]``."""
+        """Row lengths of B and of A in the file, for experts ``[n, p, d]``."""
         return (self.rank, p) if self.transposed else (d, self.rank)
 
     def resolved(self, p: int, d: int) -> Settings:
-        """The same with the types that the file's rows of B and A can have, by export's rule.
+        """These settings with the types that export will choose for the file's rows of B and A.
 
-        UsageError if there is none, or the stored type cannot hold their values.
+        UsageError if there is no such type, or the stored type cannot hold its values.
         """
         basis_row, transform_row = self.rows(p, d)
         basis = self.basis_type and resolve("--for-basis", self.basis_type, basis_row)
@@ -135,8 +135,8 @@ class Settings:
 class Factors:
     """Result of a fit: basis ``[m, r, d]``, mix ``[n, m/g]`` or ``[n, m/g, r]``, transform (A) ``[n, p, r]``, on the CPU.
 
-    ``error`` is |W - W'|^2 / |W|^2 of the factors as they are stored (the experts' mean is next to zero, so this is
-    also the error relative to their variance); ``objective`` the same in the metric that was minimised.
+    ``error``: |W - W'|^2 / |W|^2 of the stored factors.  The experts' mean is almost zero, so this is also the error relative
+    to their variance.  ``objective``: the same in the metric that was minimised.
     """
 
     basis: torch.Tensor
@@ -161,12 +161,12 @@ def fit(
 ) -> Factors:
     """Factorize experts w, float32 ``[n, p, d]``.
 
-    ``weight``: second moments of the inputs, see :meth:`Metric.of`: of the d columns, of the p rows where ``settings`` say
-    ``transposed``.  ``block``: experts taken at once (default: as
-    memory allows); it bounds memory and changes nothing else.  ``on_step(share done, error)`` after each step.
-    ``overwrite_w`` saves a copy: w then holds W / sigma afterwards.
+    ``weight``: second moments of the inputs, see :meth:`Metric.of`: of the d columns, or of the p rows if ``settings`` are
+    ``transposed``.  ``block``: experts processed at once (default: as memory allows); it limits memory and changes nothing
+    else.  ``on_step(share done, error)`` is called after each step.  ``overwrite_w`` saves a copy; w then holds W / sigma
+    afterwards.
 
-    Raises UsageError if the settings do not fit the shape, MobeError naming ``label`` if the fit diverges.
+    Raises UsageError if the settings do not fit the shape, and MobeError, which names ``label``, if the fit diverges.
     """
     n, p, d = w.shape
     settings.check(n, p, d)
@@ -186,7 +186,7 @@ def fit(
             if on_step:
                 on_step((g + share) / settings.n_group, error)
 
-        # All of a group, not the steps alone: what one thread does beside another's steps must come out the same by itself.
+        # For the whole group, not only its steps: a thread's result must not depend on another thread's steps.
         with fast_products():
             parts.append(
                 _fit_group(group, sigma, settings, group_metric, torch.device(device), block, label, report)
@@ -205,7 +205,7 @@ def fit(
 
 
 def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The groups' parts one after the other; the one of a single group is not copied."""
+    """Concatenate the groups' parts; that of a single group is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -219,7 +219,7 @@ def _fit_group(
     label: str,
     report: Callable[[float, float], None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, float, float, float], int]:
-    """One group of experts w, divided by ``sigma``: ``(B, alpha, A, sums of squares, steps)``, as they are stored."""
+    """Fit one group of experts w, divided by ``sigma``: ``(B, alpha, A, sums of squares, steps)``, as stored."""
     n, _, d = w.shape
     m = settings.n_basis // settings.n_group
     weighted = w if metric.root is None else _weighed(w, metric, settings)
@@ -260,11 +260,12 @@ def _fit_linear(
     settings: Settings,
     report: Callable[[float, float], None],
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Of the linear form with few bases, see :mod:`linear`: from mixes with noise, else every expert stays
-    with its run's basis for a long time (slices, m 2 r 320, 40 iterations: 0.043 for 0.026).  What is found is put in the gauge in which
-    rounding costs least, :mod:`gauge`.
+    """Fit the linear form with few bases, see :mod:`linear`.
 
-    Bases that will be rounded are rounded in a last stretch of Adam's steps, as :func:`_descend`'s are, unless export rounds them.
+    The mixes start with noise; otherwise every expert stays with its run's basis for a long time (slices, m 2 r 320, 40
+    iterations: 0.043 instead of 0.026).  The result is put in the gauge in which rounding costs least, :mod:`gauge`.
+
+    Bases that will be rounded are rounded during some last steps of Adam, as in :func:`_descend`, unless export rounds them.
     """
     noise = torch.randn(mix.shape, generator=torch.Generator().manual_seed(settings.seed + 1))
     ridged = replace(problem, ridge=_rounding_ridge(settings))
@@ -280,21 +281,23 @@ def _fit_linear(
 
 
 def _rounded_by_export(settings: Settings, metric: Metric) -> bool:
-    """Whether factors are best left as they are: export rounds those of a linear form by full second moments (``export/basis_rounding.py``),
-    and solves for A again, which costs less than values that its encoder would keep.  (Shipped model, m 2 r 128, B q4_k and A q5_0, gate and up alone: KL
-    divergence 0.0043, of 0.0040 unrounded; rounded to nearest, 0.0092.)
+    """Whether to leave the rounding of factors to export.
+
+    With full second moments, export rounds the factors of a linear form by these (``export/basis_rounding.py``) and solves
+    for A again.  That loses less than rounding here to values that its encoder keeps.  (Shipped model, m 2 r 128, B q4_k and
+    A q5_0, gate and up alone: KL divergence 0.0043, unrounded 0.0040, rounded to nearest 0.0092.)
     """
     full = metric.per_expert and metric.root is not None and metric.root.dim() == 3
     return full and settings.activation == "none" and settings.mix == "scalar" and not settings.transposed
 
 
 def _weigh(x: torch.Tensor, metric: Metric, settings: Settings) -> torch.Tensor:
-    """``x`` ``[n, p, d]`` in the metric of its inputs: of columns, or of rows where the problem is transposed."""
+    """``x`` ``[n, p, d]`` in the metric of its inputs: applied to columns, or to rows if the problem is transposed."""
     return metric.apply_rows(x) if settings.transposed else metric.apply(x)
 
 
 def _weighed(w: torch.Tensor, metric: Metric, settings: Settings) -> torch.Tensor:
-    """All of w in the metric, filled in an expert at a time: beside w and the result there is one expert in memory."""
+    """All of w in the metric, one expert at a time: besides w and the result, memory holds one expert."""
     out = None
     for i in range(len(w)):
         s = slice(i, i + 1)
@@ -314,10 +317,11 @@ def _finish(
     settings: Settings,
     metric: Metric,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """B, alpha and A as they are stored: B first, A solved for what became of B.
+    """B, alpha and A as stored: B is rounded first, then A is solved for the rounded B.
 
-    Where it is the outputs that are to be kept, A is scaled up to their size: least squares makes each expert's smaller by
-    the error, and what all of them have in common adds up.  (KL divergence 0.0076 without, 0.0070 with; row by row 0.0069.)
+    If the error of outputs is minimised, A is scaled up so that outputs keep their size.  Least squares makes each expert's
+    output smaller by the error, and this adds up over the experts.  (KL divergence 0.0076 without, 0.0070 with; row by row
+    0.0069.)
     """
     settles = not _rounded_by_export(settings, metric)
     if settings.basis_type and settles:
@@ -328,7 +332,7 @@ def _finish(
     transform = problem.transform(basis.float(), mix, full_size).mul_(sigma)
     if settings.activation == "none":
         mix = balance(transform, mix)
-    # a block at a time, in its place where the type allows: A may be as large as W
+    # one block at a time, in place where the type allows it: A may be as large as W
     stored = transform
     if settings.dtype != transform.dtype:
         stored = torch.empty_like(transform, dtype=settings.dtype)
@@ -343,10 +347,10 @@ def _finish(
 
 
 def _rounding_ridge(settings: Settings) -> float:
-    """The ridge with which A is solved for when it will be rounded: the type's relative error.
+    """The ridge for an A that will be rounded: the relative error of its type.
 
-    Independent noise of that size on A costs ridge |A|^2 trace(Z Z^T) / r on average, and that is just the term that
-    the ridge adds to the loss: the steps then minimise the error expected after rounding, and stay differentiable.
+    Independent noise of that size on A costs ridge |A|^2 trace(Z Z^T) / r on average.  The ridge adds exactly this term to
+    the loss.  So the steps minimise the error expected after rounding and stay differentiable.
     """
     return max(settings.ridge, noise(settings.transform_type)) if settings.transform_type else settings.ridge
 
@@ -360,9 +364,9 @@ def _descend(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Adam with a rate that rises, then falls; returns the best basis and mix seen, and the steps taken.
 
-    ``phase`` runs from 0 to 1 through the schedule; at a plateau it goes on with the decay, which is where much of the
-    gain is, and takes as many steps for it as it took to see the plateau.  From STRICT_FROM on the problem is that of
-    rounded factors and few terms, and "best" begins anew: what was better without these does not count.
+    ``phase`` runs from 0 to 1 through the schedule.  At a plateau it jumps to the decay, where much of the gain is; the decay
+    then takes as many steps as it took to detect the plateau.  From STRICT_FROM on, factors are rounded and terms are few, and
+    the search for the best restarts: better results without these constraints do not count.
     """
     basis, mix, steps = basis.clone(), mix.clone(), settings.steps
     basis.grad, mix.grad = torch.empty_like(basis), torch.empty_like(mix)
@@ -406,8 +410,9 @@ def _descend(
 
 
 def _strongest(mix: torch.Tensor, basis: torch.Tensor, terms: int) -> torch.Tensor:
-    """1 for the ``terms`` bases that add most to each expert, by the norm of ``alpha_ij B_j``, 0 for the others: as mix."""
-    squares = basis.square().sum(1 if mix.dim() == 4 else 2)  # [m, r], or [m, d] for a mix of columns
+    """A mask in the shape of mix: 1 for the ``terms`` bases that add most to each expert, by the norm of ``alpha_ij B_j``,
+    0 for the others."""
+    squares = basis.square().sum(1 if mix.dim() == 4 else 2)  # [m, r], or [m, d] for a column-wise mix
     size = (
         mix.square().flatten(2) * squares
         if mix.dim() > 2
@@ -421,14 +426,14 @@ def _strongest(mix: torch.Tensor, basis: torch.Tensor, terms: int) -> torch.Tens
 def _place(
     w: torch.Tensor, settings: Settings, metric: Metric, device: torch.device, block: int | None
 ) -> Projected:
-    """The problem with W on ``device`` if it fits there, and the block size that memory allows."""
+    """The problem, with W on ``device`` if it fits there and a block size that fits in memory."""
     n, p, d = w.shape
     r = settings.rank
     per_expert = block_bytes(1, p, d, r)
     if device.type == "cuda":
         # B, its gradient, Adam's two moments, the best so far, and one to spare
         parameters = 6 * 4 * (settings.n_basis // settings.n_group) * r * d
-        torch.cuda.empty_cache()  # what torch keeps of the unit before would count as taken
+        torch.cuda.empty_cache()  # memory that torch caches from the last unit would count as used
         free = torch.cuda.mem_get_info(device)[0] - parameters
         if 4 * w.numel() < 0.7 * free:
             w = w.to(device)
@@ -442,15 +447,15 @@ def _place(
 
 
 def block_bytes(experts: int, p: int, d: int, r: int) -> int:
-    """What a step takes for so many experts of ``p x d`` in the metric."""
+    """Bytes of a step for this many experts of ``p x d`` in the metric."""
     return 4 * experts * (6 * r * d + 3 * p * r + 4 * r * r)
 
 
 def cpu_block(n: int, p: int, d: int, r: int) -> int:
     """Experts in a block on the CPU.
 
-    What stays in the cache is quickest (4 ms of 22 saved a step of the tiny model), but each block reads all bases and
-    their gradient once more, so no less than eight experts unless they are huge.
+    Blocks that fit in the cache are fastest (4 ms of 22 saved per step on the tiny model).  But each block reads all bases and
+    their gradient again, so blocks have at least eight experts unless these are huge.
     """
     one = block_bytes(1, p, d, r)
     return max(1, min(n, BLOCK_BYTES // one, max(8, CACHE_BYTES // one)))
@@ -466,9 +471,9 @@ def _residuals(
     metric: Metric,
     settings: Settings,
 ) -> tuple[float, float, float, float]:
-    """|W - W'|^2, |W|^2, and both in the metric, an expert at a time, in float64 sums of float32 products.
+    """|W - W'|^2, |W|^2, and both in the metric, one expert at a time, as float64 sums of float32 products.
 
-    ``transform`` as it is stored, for the matrices before they were divided by ``sigma``.
+    ``transform``: as stored, for the matrices before division by ``sigma``.
     """
     total = torch.zeros(4, dtype=torch.float64)
     for i in range(w.shape[0]):

@@ -1,4 +1,4 @@
-"""The settings of a job, pure data: what was asked for, and what it was settled to."""
+"""The settings of a job, pure data: what the user asked for, and the complete settings that follow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mobe_gguf.formats.safetensors import STORED
 
 @dataclass(frozen=True)
 class JobSettings:
-    """All that decides a job's result.  It is written beside the finished units; a resumed job must have the same.
+    """Everything that determines a job's result.  It is stored beside the finished units; a resumed job must have the same.
 
-    ``bases`` and ``rank`` are None where ``target`` (a share, or bytes of a file of type ``quant``) decides them for each
-    unit.  For another ``method`` than ``mobe`` they say how many parameters it may keep: as many as MoBE would.
+    ``bases`` and ``rank`` are None if ``target`` (a share, or bytes of a file of type ``quant``) decides them for each unit.
+    Another ``method`` than ``mobe`` may keep as many parameters as MoBE with these ``bases`` and ``rank``.
     """
 
     bases: int | None
@@ -43,9 +43,9 @@ class JobSettings:
     quant: str | None = None
 
     def solver(self, size: Size | None = None, projection: str = "gate") -> Settings:
-        """Settings of the fit of one unit; ``size`` is its own m and r, where these are not the same for all.
+        """Settings of the fit of one unit; ``size``: its own m and r, if units differ.
 
-        Those of down are told what is transposed; see ``down.fit_down``.
+        For down the settings are ``transposed``, see ``down.fit_down``.
         """
         bases, rank = (self.bases, self.rank) if size is None else (size.bases, size.rank)
         assert bases is not None and rank is not None, (
@@ -72,7 +72,7 @@ class JobSettings:
         return method_named(self.method)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``records.record`` reads back."""
+        """JSON data that ``records.record`` reads back."""
         return asdict(self) | {"layers": list(self.layers), "projections": list(self.projections)}
 
     def units(self) -> list[tuple[int, str]]:
@@ -82,7 +82,7 @@ class JobSettings:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """Content of job.json: all that a resumed job must agree with."""
+    """Content of job.json: everything that must be the same in a resumed job."""
 
     version: int
     solver: str
@@ -92,9 +92,10 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; None is "not said", which is not the same as the default.
+    """What the user asked for; None means "left open", which is not the same as the default.
 
-    ``wide``: where nothing is said of the form, few bases wider than the experts without an activation, and not the paper's.
+    ``wide``: if the form is left open, use few bases that are wider than the experts, without an activation, instead of the
+    paper's form.
     """
 
     bases: int | None = None
@@ -127,13 +128,13 @@ class Options:
 
     @property
     def says_no_form(self) -> bool:
-        """True if bases, rank and what is between them are left to the program."""
+        """True if the form (bases, rank, groups, activation, mix), method and target are left to the program."""
         form = (self.bases, self.rank, self.groups, self.activation, self.mix, self.mix_terms)
         return all(x is None for x in (*form, self.method, self.target))
 
 
 def resume_settings(old: JobSettings, options: Options) -> JobSettings:
-    """The settings of a job that is taken up again; MobeError names the first one that the user changed."""
+    """The settings of a resumed job; MobeError names the first one that the user changed."""
     for name, new in options.said().items():
         before = getattr(old, name)
         if before != new:

@@ -1,10 +1,10 @@
-"""Where bases and mix start: the strongest directions of runs of experts, each expert using its own run's."""
+"""Initial bases and mix: each basis has the strongest directions of a run of experts, and each expert uses its run's basis."""
 
 from __future__ import annotations
 
 import torch
 
-#: Products with the Gram matrix: the subspace is a start, not a result.
+#: Number of products with the Gram matrix; few suffice, because the subspace is only a start.
 POWER_STEPS = 3
 
 
@@ -14,8 +14,8 @@ def initial_basis(
     """``[m, r, d]`` on ``device``: the rows of basis j are orthogonal, with standard deviation ``scale``, and span
     (nearly) the top-r right singular directions of the j-th run of n/m experts of w ``[n, p, d]``.
 
-    By subspace iteration: an exact decomposition of a d x d matrix for every basis would take longer than the fit.
-    (Rotating the runs' bases towards each other, which A would undo for free, was tried: no difference.)
+    Uses subspace iteration: an exact decomposition of a d x d matrix for every basis would take longer than the fit.
+    (Rotating the runs' bases towards each other, which A can undo, was tried and made no difference.)
     """
     n, _, d = w.shape
     generator = torch.Generator().manual_seed(seed)
@@ -30,7 +30,7 @@ def initial_basis(
 
 
 def initial_mix(n: int, n_basis: int, rank: int | None, seed: int) -> torch.Tensor:
-    """``[n, m]`` or, with a ``rank``, ``[n, m, r]``: each expert its run's basis, and noise that tells equal experts apart."""
+    """``[n, m]`` or, with a ``rank``, ``[n, m, r]``: each expert uses its run's basis, plus noise so that equal experts differ."""
     mix = 1e-3 * torch.randn(n, n_basis, generator=torch.Generator().manual_seed(seed))
     for j in range(n_basis):
         mix[j * n // n_basis : (j + 1) * n // n_basis, j] += 1.0

@@ -1,8 +1,8 @@
-"""``--target``: how many bases (and of what rank) each unit gets, so that all together cost what was asked for.
+"""``--target``: chooses the number and rank of bases for each unit, so that all units together meet a budget.
 
-A unit is one projection of one layer.  What it is to minimise is the sum over units of ``weight * error``: the error is the
-unit's own relative one in the metric that is minimised (measured by short fits, :func:`search`), the weight says how much
-of the model hangs on it (:mod:`sensitivity`).  The cost is parameters, or bytes of the file that ``export`` will write.
+A unit is one projection of one layer.  The sum of ``weight * error`` over all units is minimised.  The error is the unit's
+relative error in the metric of the fit, measured by short fits (:func:`search`).  The weight says how much the unit matters
+to the model (:mod:`sensitivity`).  The cost is in parameters, or in bytes of the file that ``export`` will write.
 
     chosen = allocate({unit: options(points, cost, ...), ...}, weights, budget)
 
@@ -25,18 +25,18 @@ from mobe_gguf.core.files import parse_size
 #: ``(layer, projection)``.
 Unit = tuple[int, str]
 
-#: A probe takes this share of the steps of a fit, but not fewer than LEAST_STEPS.  On a layer of the shipped model (m 6 of 24,
-#: 300 steps: 0.0440) 30 steps end at 0.0817 and 60 at 0.0634, but what the next three bases take off is 0.032 and 0.028
-#: against 0.024 after 300: slopes come out early, and they are what the allocation goes by.
+#: A probe takes this share of the steps of a fit, but at least LEAST_STEPS.  On a layer of the shipped model (m 6 of 24) the
+#: error is 0.0440 after 300 steps, 0.0817 after 30 and 0.0634 after 60.  But three more bases reduce it by 0.032 after 30 steps
+#: and 0.028 after 60, against 0.024 after 300: slopes settle early, and the allocation depends on slopes.
 PROBE_SHARE = 0.1
 LEAST_STEPS = 30
 
-#: A unit is probed around the number of bases that an even share would give it.  From that a first allocation follows, which
-#: may go to MOST times the bases probed; what it comes to is probed too, unless it is within NEAR of what was, and the
-#: final one goes no further than BEYOND.
+#: A unit is probed around the number of bases that an even share would give it.  A first allocation follows, with up to MOST
+#: times the probed bases.  Its sizes are probed, too, unless they are within NEAR of a probed one.  The final allocation goes
+#: no further than BEYOND.
 BELOW, ABOVE, MOST, BEYOND, NEAR = 0.5, 1.5, 1.5, 1.1, 0.15
 
-#: Ranks that are tried at most: p, and less down to half of it (less still where the budget has no room for that).
+#: Maximum number of ranks to try: from p down to half of it (lower still if the budget is too small for these).
 RANKS = 4
 
 
@@ -56,7 +56,7 @@ class Point:
     error: float
 
 
-#: Cost of a unit of this size, in parameters or bytes.
+#: The cost of a unit of a given size, in parameters or bytes.
 Cost = Callable[[Size], int]
 
 
@@ -75,13 +75,13 @@ def parse_goal(text: str) -> float | int:
 
 
 def probe_steps(steps: int) -> int:
-    """Steps of a probe where a fit has ``steps``."""
+    """Steps of a probe for a fit of ``steps``."""
     return min(steps, max(LEAST_STEPS, round(PROBE_SHARE * steps)))
 
 
 def rank_candidates(p: int, d: int, rank: int | None, highest: int) -> tuple[int, ...]:
-    """Ranks worth trying, largest first: the one that was asked for, or from ``highest`` down in steps that keep rows of A
-    in whole blocks of 256 or 32 where p is (other rows would be stored in 16 bits)."""
+    """Ranks worth trying, largest first: the requested one, or from ``highest`` down.  If p consists of whole blocks of 256 or
+    32, so do the ranks, because other rows of A would be stored in 16 bits."""
     if rank is not None:
         return (rank,)
     step = next(s for s in (256, 32, 1) if highest % s == 0)
@@ -100,14 +100,14 @@ def most_bases(cost: Cost, rank: int, allowance: float, least: int, most: int, s
 
 @dataclass(frozen=True)
 class Choices:
-    """What m may be: multiples of ``step`` (the groups) from ``least`` to ``most`` (the experts)."""
+    """Allowed values of m: multiples of ``step`` (the groups) from ``least`` to ``most`` (the experts)."""
 
     least: int
     most: int
     step: int
 
     def even(self, cost: Cost, ranks: Iterable[int], allowance: float) -> list[Size]:
-        """For each rank the largest size that ``allowance`` pays for; at most RANKS of them."""
+        """For each rank the largest size within ``allowance``; at most RANKS of them."""
         sizes = []
         for rank in ranks:
             m = most_bases(cost, rank, allowance, self.least, self.most, self.step)
@@ -116,15 +116,15 @@ class Choices:
         return sizes[:RANKS]
 
     def near(self, bases: int, factor: float) -> int:
-        """``factor`` times as many bases, within the bounds."""
+        """About ``factor`` times ``bases``, within the bounds."""
         m = self.step * round(bases * factor / self.step)
         return min(max(m, self.least), self.most - self.most % self.step)
 
 
 def search(measure: Callable[[Size], float], even: Sequence[Size], choices: Choices) -> list[Point]:
-    """Probe one unit: first the rank, at an even share of the budget, then m around that.
+    """Probe one unit: first ranks, at an even share of the budget, then values of m around the best.
 
-    Lower ranks are tried as long as they help: error against rank, at equal cost, has one minimum.
+    Lower ranks are tried as long as they help: at equal cost, the error as a function of rank has one minimum.
     """
     points: list[Point] = []
     best: Point | None = None
@@ -142,9 +142,10 @@ def search(measure: Callable[[Size], float], even: Sequence[Size], choices: Choi
 
 
 def once_more(points: Sequence[Point], chosen: Size, even: Sequence[Size]) -> list[Size]:
-    """Sizes to probe once it is known about how much a unit will get: ``chosen``, which an extrapolation may have praised,
-    and at the same cost (``even`` has those of all ranks) the next higher rank if that is more than ``points`` were about,
-    else the next lower.
+    """Sizes to probe once a unit's share of the budget is roughly known.
+
+    One is ``chosen``, because its expected error may be an extrapolation.  The other has the same cost and the next higher
+    rank if this cost exceeds that of ``points``, else the next lower rank.  ``even``: the sizes of all ranks at that cost.
     """
     ranks = [size.rank for size in even]
     sizes = [chosen]
@@ -165,7 +166,7 @@ def once_more(points: Sequence[Point], chosen: Size, even: Sequence[Size]) -> li
 
 @dataclass(frozen=True)
 class SizeOption:
-    """A size that a unit may get, what it costs and the error expected."""
+    """A size that a unit may get, its cost and its expected error."""
 
     size: Size
     cost: int
@@ -173,10 +174,10 @@ class SizeOption:
 
 
 def options(points: Sequence[Point], cost: Cost, choices: Choices, reach: float) -> list[SizeOption]:
-    """What the probes of one unit allow to choose from, by cost; each has a smaller error than all that cost less.
+    """The sizes to choose from after one unit's probes, by cost; each has a smaller error than all cheaper ones.
 
-    Within a rank the logarithm of the error is linear in m between probes and goes on so, up to ``reach`` times the most
-    that was probed and down to half of the least; of a rank that was probed once there is just that size.
+    Within a rank the logarithm of the error is interpolated linearly in m.  It is extrapolated up to ``reach`` times the
+    largest probed m and down to half of the smallest.  A rank that was probed once has only that size.
     """
     found: list[SizeOption] = []
     for rank in sorted({p.size.rank for p in points}):
@@ -198,7 +199,7 @@ def options(points: Sequence[Point], cost: Cost, choices: Choices, reach: float)
 def _interpolated(known: Sequence[tuple[int, float]], bases: int) -> float:
     xs = [m for m, _ in known]
     ys: list[float] = []
-    for _, error in known:  # more bases cannot be worse: where a short fit says so, it was too short
+    for _, error in known:  # more bases cannot be worse; if a fit finds so, it was too short
         ys.append(min([math.log(max(error, 1e-12)), *ys]))
     if len(xs) == 1:
         return math.exp(ys[0])
@@ -210,9 +211,9 @@ def _interpolated(known: Sequence[tuple[int, float]], bases: int) -> float:
 def allocate_sizes(
     choices: Mapping[Unit, Sequence[SizeOption]], weights: Mapping[Unit, float], budget: int
 ) -> dict[Unit, SizeOption]:
-    """Of each unit's :func:`options` one, with the least ``sum of weight * error`` and costs of at most ``budget`` together.
+    """Choose one of each unit's :func:`options`: the sum of ``weight * error`` is least, the total cost at most ``budget``.
 
-    All units start at their cheapest; then whichever gains most for each unit of cost is enlarged, along the lower convex
+    All units start at their cheapest option.  Then the unit with the largest gain per cost is enlarged, along the lower convex
     hull of its curve (so this is the Lagrangian solution), until nothing more fits.  Ties go to the first unit.
     """
     order = list(choices)
@@ -246,7 +247,7 @@ def allocate_sizes(
 
 @dataclass(frozen=True)
 class Goal:
-    """A budget for all units together, in parameters or bytes, and what they may spend it on."""
+    """A budget for all units together, in parameters or bytes, and the sizes that they may have."""
 
     budget: int
     costs: Mapping[Unit, Cost]
@@ -254,8 +255,8 @@ class Goal:
     ranks: tuple[int, ...]
 
     def even(self, unit: Unit, allowance: float | None = None) -> list[Size]:
-        """For each rank the size that the unit could have for ``allowance``, or if all had the same share of the budget;
-        empty if none."""
+        """For each rank the size that the unit could have for ``allowance`` (default: an equal share of the budget); empty if
+        none."""
         if allowance is not None:
             return self.choices.even(self.costs[unit], self.ranks, allowance)
         return self._even.get(unit, [])
@@ -269,15 +270,15 @@ class Goal:
 
     @property
     def least(self) -> int:
-        """The smallest budget that there are sizes for."""
+        """The smallest budget that allows any sizes."""
         return sum(min(c(Size(self.choices.least, r)) for r in self.ranks) for c in self.costs.values())
 
     def nominal(self) -> dict[Unit, Size]:
-        """The sizes of an even share, of the rank that uses most of it: what can be said before anything is probed."""
+        """The sizes at an even share, with the rank that uses most of it: an estimate before anything is probed."""
         return {unit: max(self.even(unit), key=self.costs[unit]) for unit in self.costs}
 
     def largest(self) -> Size:
-        """What takes most memory of all that may be chosen or probed."""
+        """The size with the highest memory use of all that may be chosen or probed."""
         sizes = [Size(self._most(s.bases), s.rank) for unit in self.costs for s in self.even(unit)]
         return max(sizes, key=lambda s: s.bases * s.rank)
 
