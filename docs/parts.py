@@ -115,8 +115,14 @@ def products(root: Path) -> dict[str, tuple[str, str, str, str]]:
         for kind, macro in (("x86", "__x86_64__"), ("neon", "__aarch64__"))
     }
     tiled_text = (cpu / "tiled/tiled.cpp").read_text(encoding="utf-8")
-    tiled_text = tiled_text[tiled_text.index("#else\nstatic bool ggml_tiled_supported(") :]
-    tiled = named(body(tiled_text, "static bool ggml_tiled_supported("))
+    # each is defined twice; the last is for processors that have tiles
+    tiled, packed_too = (
+        [
+            name.lower()
+            for name in re.findall(r"GGML_TYPE_(\w+)", body(tiled_text[tiled_text.rindex(head) :], head))
+        ]
+        for head in ("static bool ggml_tiled_supported(", "static bool ggml_tiled_repacked_supported(")
+    )
     packed, cuda = repacked(root), _cuda(root)
     found = {}
     for name, dot in dots.items():
@@ -127,7 +133,9 @@ def products(root: Path) -> dict[str, tuple[str, str, str, str]]:
         for kind, what in packed.get(name, {}).items():
             own[kind] = f"repacked ({what})"
         prompt = own["x86"]
-        if name in tiled:  # what is repacked does not come there
+        if name in packed_too:  # by a patch of this project
+            prompt = "tiled"
+        elif name in tiled:  # what is repacked does not come there
             prompt = "tiled" if prompt == "own" else f"{prompt}, else tiled"
         found[name] = (own["x86"], prompt, own["neon"], cuda.get(name, "none"))
     return found

@@ -158,7 +158,6 @@ def command(
     `mobe-gguf export` writes as GGUF. A GGUF file of any MoE (the first file of a split one): OUT holds the factors alone, and
     `mobe-gguf export` puts them back into that file. An id on the Hugging Face hub, ORG/NAME: it is downloaded, also for --dry-run.
     A config.json alone is enough for --dry-run.
-    With --dry-run a config.json alone is enough.
 
     Finished units stay in OUT.work until OUT is whole. A stopped job loses at most one unit: run the same command with --resume.
 
