@@ -1,8 +1,8 @@
-"""Factorizing a whole checkpoint: one unit is one projection of one layer; what is finished stays finished.
+"""Factorize a whole checkpoint in units: one unit is one projection of one layer.  Finished units are kept.
 
-Beside OUT grows ``OUT.work/``: ``job.json`` with the settings, ``units/`` with one safetensors file for each finished
-unit, complete or absent, already under the tensor names of the final checkpoint.  A killed job is taken up from there.
-When all units are there OUT is assembled and the work directory goes.
+``OUT.work/`` beside OUT has ``job.json`` with the settings, and ``units/`` with one safetensors file for each finished unit.
+A unit's file is complete or absent, and has the tensor names of the final checkpoint.  A killed job resumes from there.
+When all units are finished, OUT is assembled and the work directory is removed.
 """
 
 from __future__ import annotations

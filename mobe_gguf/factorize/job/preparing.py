@@ -26,12 +26,12 @@ def prepare(
     predict: probing.Predict | None = None,
     dry: bool = False,
 ) -> Job:
-    """Check everything that can be checked from headers, and settle the settings.  Writes nothing.
+    """Check everything that can be checked from headers, and complete the settings.  Writes nothing.
 
-    ``predict``: what tells the size of a GGUF file, for a target in bytes.  ``dry``: nothing will be, so it does not matter what is
-    at OUT or in its work directory; with ``resume`` the job there is planned.
+    ``predict``: predicts the size of a GGUF file, for a target in bytes.  ``dry``: nothing will be written, so existing files
+    at OUT or in its work directory do not matter; with ``resume`` the job there is planned.
 
-    Raises MobeError or UsageError: source broken or already factorized, OUT in the way, settings that do not fit.
+    Raises MobeError or UsageError if the source is damaged or already factorized, OUT exists, or settings do not fit.
     """
     checkpoint = open_original(model)
     if checkpoint.is_mobe:
@@ -93,7 +93,7 @@ def _settings(
     resume: bool,
     dry: bool,
 ) -> JobSettings:
-    """Those of the job in the work directory if it is resumed, else new ones."""
+    """The settings of the job in the work directory if it is resumed, else new ones."""
     if imatrix:
         options = options.replace(imatrix=imatrix.checksum)
     if moments:

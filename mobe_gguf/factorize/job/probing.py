@@ -1,7 +1,7 @@
 """The sizes of a ``--target`` job: short fits of every unit around an even share of the budget, then the allocation.
 
-What a probe measured is kept in ``OUT.work/probes/``, one file a unit, and what was chosen in ``OUT.work/sizes.json``: a job
-that is taken up again has the sizes that its finished units were fitted with.
+Results of probes are kept in ``OUT.work/probes/``, one file for each unit, and the chosen sizes in ``OUT.work/sizes.json``.
+So a resumed job keeps the sizes of its finished units.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import TRUST, layer_shares
 from mobe_gguf.quant.recipe import Recipe
 
-#: What was chosen.
+#: File with the chosen sizes.
 SIZES = "sizes.json"
 
 
 class FileSizes(Protocol):
-    """Bytes of a GGUF file: ``plain`` with ordinary experts, ``fixed`` of all that is no factor."""
+    """Bytes of a GGUF file.  ``plain``: with ordinary experts.  ``fixed``: everything except the factors."""
 
     @property
     def plain(self) -> int: ...
     @property
     def fixed(self) -> int: ...
     def unit(self, layer: int, projection: str, bases: int, rank: int) -> int:
-        """Of one unit's factors."""
+        """Bytes of one unit's factors."""
 
 
 class Predict(Protocol):
-    """How large the file with factors of ``units`` in the types of ``recipe`` will be, at any of ``ranks``: ``export.predict``,
-    which this room does not know."""
+    """Predicts the size of the file with factors of ``units`` in the types of ``recipe``, at any of ``ranks``.  It is
+    ``export.predict``, which this package must not import."""
 
     def __call__(
         self,
@@ -73,7 +73,7 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class Parameters:
-    """A unit's :data:`Cost` where ``--target`` is a share; another process may be given it."""
+    """A unit's :data:`Cost` where ``--target`` is a share; it can be passed to another process."""
 
     settings: JobSettings
     projection: str
@@ -97,11 +97,11 @@ class FileBytes:
 def goal_of(
     checkpoint: Original, settings: JobSettings, imatrix: ImatrixFile | None, predict: Predict | None
 ) -> Goal | None:
-    """What ``--target`` asks for; None without it, and for a method that has nothing to choose.
+    """The budget of ``--target``; None without it, and for a method without sizes to choose.
 
-    ``predict`` tells the size of a file, which a target in bytes is one of.
+    ``predict``: predicts a file's size, for a target in bytes.
 
-    UsageError if no sizes cost so little, or a plain file is no larger; MobeError if the file's size cannot be told.
+    UsageError if no sizes are that small, or a plain file is no larger; MobeError if the file's size cannot be predicted.
     """
     if settings.target is None or not settings.how.fitted:
         return None
@@ -145,7 +145,7 @@ def goal_of(
 
 
 def _ranks(settings: JobSettings, p: int, d: int) -> tuple[int, ...]:
-    """Candidates, less those that the types of the factors, if these are known, have no rows for."""
+    """Candidate ranks, without those that do not fit the types of the factors, if these are known."""
     ranks = []
     for rank in rank_candidates(p, d, settings.rank, default_rank(p, d)):
         with contextlib.suppress(UsageError):
@@ -157,7 +157,7 @@ def _ranks(settings: JobSettings, p: int, d: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Probes:
-    """What was measured of a unit: around an even share, and around what a first allocation made of that (None: not yet)."""
+    """A unit's measurements: around an even share, and around the size from a first allocation (None: not yet)."""
 
     first: tuple[Point, ...]
     again: tuple[Point, ...] | None = None
@@ -169,7 +169,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class ProbePoint:
-    """A :class:`Point` as JSON has it."""
+    """A :class:`Point` in JSON."""
 
     bases: int
     rank: int
@@ -178,7 +178,7 @@ class ProbePoint:
 
 @dataclass(frozen=True)
 class ProbeFile:
-    """:class:`Probes` as JSON has them."""
+    """:class:`Probes` in JSON."""
 
     first: list[ProbePoint]
     again: list[ProbePoint] | None = None
@@ -192,7 +192,7 @@ class ProbeFile:
 
 @dataclass(frozen=True)
 class SizeFile:
-    """What was chosen, by ``"layer.projection"``."""
+    """The chosen sizes, by ``"layer.projection"``."""
 
     units: dict[str, Size]
 
@@ -205,9 +205,9 @@ def probe_unit(
     fit: Callable[[Size, int, Callable[[float, float], None]], float],
     on_step: Callable[[float, float], None],
 ) -> Probes:
-    """Measure one unit and keep what came out: by :func:`search`, or after that ``sizes``.
+    """Measure one unit and store the results: first by :func:`search`, later at ``sizes``.
 
-    ``fit(size, steps, on_step)`` gives the error in the metric minimised.
+    ``fit(size, steps, on_step)`` returns the error in the metric that is minimised.
     """
     assert job.goal is not None
     even, done = job.goal.even(unit), 0
@@ -240,7 +240,7 @@ def _as_json(point: Point) -> dict[str, Any]:
 
 
 def read_probes(job: Job, unit: Unit) -> Probes | None:
-    """What an earlier run measured; None if there is nothing whole."""
+    """An earlier run's measurements; None if there is no complete file."""
     try:
         found = record(ProbeFile, job.workspace.read(job.workspace.probe_name(unit)))
         return found.probes() if found.first else None
@@ -249,7 +249,7 @@ def read_probes(job: Job, unit: Unit) -> Probes | None:
 
 
 def read_sizes(job: Job) -> dict[Unit, Size] | None:
-    """What an earlier run chose; None if there is nothing whole."""
+    """The sizes that an earlier run chose; None if there is no complete file."""
     try:
         found = record(SizeFile, job.workspace.read(SIZES)).units
         return {u: found[_key(u)] for u in job.settings.units()}
@@ -262,7 +262,7 @@ def _key(unit: Unit) -> str:
 
 
 def layer_weights(job: Job) -> tuple[dict[int, float], str]:
-    """What an error in each layer weighs, and a line that says why."""
+    """The weight of errors in each layer, and a line that explains it."""
     shares = None
     if job.imatrix is not None:
         shares = layer_shares(job.checkpoint, job.imatrix, job.settings.layers)
@@ -282,7 +282,7 @@ def layer_weights(job: Job) -> tuple[dict[int, float], str]:
 def to_probe_again(
     job: Job, probes: Mapping[Unit, Probes], weights: Mapping[int, float]
 ) -> dict[Unit, list[Size]]:
-    """What is still to be measured of each unit, now that it is known about how much each will get."""
+    """Sizes still to be measured for each unit, after a first allocation."""
     assert job.goal is not None
     chosen = _allocate(job, {unit: p.first for unit, p in probes.items()}, weights, MOST)
     return {
@@ -292,7 +292,7 @@ def to_probe_again(
 
 
 def choose(job: Job, probes: Mapping[Unit, Probes], weights: Mapping[int, float]) -> dict[Unit, Size]:
-    """Sizes for all units, kept in ``sizes.json``."""
+    """Choose sizes for all units and store them in ``sizes.json``."""
     chosen = _allocate(job, {unit: p.points for unit, p in probes.items()}, weights, BEYOND)
     kept = {
         _key(unit): asdict(option.size) | {"weight": weights[unit[0]], "expected": option.error}

@@ -1,4 +1,4 @@
-"""A job as another process opens it: the same files under the same paths, checked to be the same."""
+"""Open a job in another process: checks that it sees the same files under the same paths."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mobe_gguf.models.original import open_original
 
 @dataclass(frozen=True)
 class JobAddress:
-    """What it takes to open a running job elsewhere.  ``token``: what the run has written into the work directory's lock, so
-    that another folder of the same name is not taken for it.
+    """Everything needed to open a running job in another process.  ``token``: written by the run into the work directory's
+    lock, so that another folder with the same name is not mistaken for it.
     """
 
     model: Path
@@ -37,7 +37,7 @@ class JobAddress:
 
     @classmethod
     def of(cls, job: Job) -> JobAddress:
-        """Of a job that holds its lock."""
+        """The address of a job that holds its lock."""
         return cls(
             job.checkpoint.path.absolute(),
             job.out.absolute(),
@@ -52,7 +52,7 @@ class JobAddress:
         )
 
     def open(self) -> Job:
-        """The job, with writing of its own names; MobeError if this process does not see the same files."""
+        """The job, which writes under names of its own; MobeError if this process does not see the same files."""
         workspace, host = JobWorkspace.beside(self.out), socket.gethostname()
         work = workspace.path
         shared = "Every worker must see MODEL, OUT and the other files under the same paths, on a file system that all share."

@@ -1,4 +1,4 @@
-"""Doing a job, or what is left of it: one unit after the other, then the output."""
+"""Run a job, or the rest of one: first all units, then the output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mobe_gguf.models.writer import write_output
 
 @dataclass(frozen=True)
 class JobResult:
-    """What :func:`run` did: ``units`` in order, and the arithmetic of sizes; ``sizes`` of a ``--target`` job."""
+    """What :func:`run` did: ``units`` in order, the plan with all sizes, and ``sizes`` of a ``--target`` job."""
 
     out: Path
     settings: JobSettings
@@ -46,11 +46,11 @@ class JobResult:
 def run(
     job: Job, *, device: str = "cpu", quiet: bool = False, workers: int | None = None, ray: str | None = None
 ) -> JobResult:
-    """Do the work, or what is left of it.  MobeError if it fails; finished units are kept then.
+    """Run the job, or the rest of it.  MobeError if it fails; finished units are then kept.
 
-    ``device``: one, or several as ``cuda:0,cuda:1``, each with a process of its own.  ``workers``: units fitted at once on
-    one device, on the CPU by default as many as memory and torch's number of threads allow.  ``ray``: address of a cluster
-    that does it all.
+    ``device``: one, or several as ``cuda:0,cuda:1``, each with its own process.  ``workers``: units fitted at once on one
+    device; on the CPU by default as many as memory and torch's number of threads allow.  ``ray``: address of a cluster that
+    runs all units.
     """
     place = Place.of(device, ray, workers)
     start = time.monotonic()
@@ -81,19 +81,19 @@ def run(
 
 
 def _error(job: Job, result: UnitResult) -> str:
-    """What was minimized, in words."""
+    """The minimized error as text."""
     if job.settings.objective == "mse":
         return f"error of the weights {result.error:.5f}"
     return f"error of the outputs {result.objective:.5f}"
 
 
 def work(job: Job, do: Callable[..., Done]) -> Work[Job, Done]:
-    """``do(job, layer, projection, device, on_step)`` as executors take it."""
+    """``do(job, layer, projection, device, on_step)`` as :class:`Work` for executors."""
     return Work(do, job, lambda: JobAddress.of(job), label, job.plan.memory_bytes)
 
 
 def label(unit: Unit) -> str:
-    """What messages call a unit."""
+    """A unit's name in messages."""
     return f"layer {unit[0]} {unit[1]}"
 
 
@@ -103,7 +103,7 @@ def _describe(job: Job) -> None:
 
 
 def _choose_sizes(job: Job, place: Place, quiet: bool) -> Job:
-    """Probe all units, or those that an earlier run did not, and settle m and r of each for ``--target``."""
+    """Probe all units that an earlier run did not probe, and choose m and r of each for ``--target``."""
     units = job.settings.units()
     probes = {unit: found for unit in units if (found := probing.read_probes(job, unit))}
 
@@ -148,7 +148,7 @@ def _finished(job: Job, layer: int, projection: str) -> UnitResult | None:
 
 
 def _config(job: Job, results: list[UnitResult]) -> dict[str, Any]:
-    """config.json of the MoBE checkpoint: the original's, and what its readers need."""
+    """config.json of the MoBE checkpoint: the original's plus the keys that its readers need."""
     errors: dict[str, dict[str, float]] = {}
     for r in results:
         errors.setdefault(str(r.layer), {})[r.projection] = r.error
@@ -162,7 +162,7 @@ def _config(job: Job, results: list[UnitResult]) -> dict[str, Any]:
         shape = job.checkpoint.n_expert, job.checkpoint.n_ff_exp, job.checkpoint.n_embd
         chosen = baseline(job.settings, *shape)
         mobe |= {"method": chosen.method.name, "rank": chosen.rank, "kept": chosen.kept / math.prod(shape)}
-        if not chosen.method.is_factors:  # an ordinary model, whose experts are what the factors stand for
+        if not chosen.method.is_factors:  # an ordinary model with the matrices that the factors represent
             return job.checkpoint.config | {"mobe": mobe}
         bases = chosen.method.bases(shape[0])
     return job.checkpoint.config | {"num_B": bases, "activation": job.settings.activation, "mobe": mobe}

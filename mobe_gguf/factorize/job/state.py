@@ -1,4 +1,4 @@
-"""A job: what it works on and with which settings, and the directory that it works in."""
+"""A job: its model, settings and work directory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mobe_gguf.models.original import Original
 
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1
-#: Goes up with every change that makes the same settings give other factors.
+#: Increases with every change after which the same settings give other factors.
 SOLVER = "projected-adam-3"
 
 
-#: Patterns of what is worth going on from.
+#: Patterns of finished work that a resumed job can use.
 FINISHED = ("units/layer-*.safetensors", "probes/layer-*.json")
 
 
@@ -42,7 +42,7 @@ class JobWorkspace(Workspace):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Hold the directory against a second run; it goes again if nothing was finished in it."""
+        """Lock the directory against a second run; it is removed again if nothing was finished in it."""
         with self.locked(uuid.uuid4().hex, FINISHED):
             (self.path / "units").mkdir(exist_ok=True)
             yield
@@ -52,8 +52,8 @@ class JobWorkspace(Workspace):
 class Job:
     """A job that passed every check but has done no work yet.
 
-    ``goal``: what ``--target`` asks for, ``sizes`` what was chosen for it, None before the units are probed: ``plan`` is that
-    of an even share then.  ``shared``: others may write the same unit at the same time, as one that was given up for dead.
+    ``goal``: the budget of ``--target``.  ``sizes``: the sizes chosen for it, None before the units are probed; ``plan`` then
+    assumes an even share.  ``shared``: others may write the same unit at the same time, such as a worker presumed dead.
     """
 
     checkpoint: Original
@@ -67,17 +67,17 @@ class Job:
     shared: bool = False
 
     def example(self) -> Size | None:
-        """A size such as a unit has or may get; None where all have the settings' own."""
+        """A size that some unit has or may get; None if all units have the settings' size."""
         sizes = self.sizes or (self.goal and self.goal.nominal())
         return next(iter(sizes.values())) if sizes else None
 
     def size(self, unit: Unit) -> Size | None:
-        """m and r of a unit, None where they are the settings' own."""
+        """m and r of a unit; None if they are the settings' own."""
         return self.sizes[unit] if self.sizes else None
 
     @property
     def moments_of_another(self) -> bool:
-        """Whether the moments say that another model, or copy of it, was run; of a GGUF file the model was one of course."""
+        """Whether the moments come from another model or copy of it; False for a GGUF file, where they always do."""
         if self.moments is None or self.checkpoint.directory is None or not self.moments.about:
             return False
         return self.moments.about.get("source_checksum") != self.checkpoint.checksum
@@ -94,7 +94,7 @@ class Job:
         return self.workspace.unit_path(layer, projection)
 
     def description(self) -> dict[str, Any]:
-        """Content of job.json: all that a resumed job must agree with."""
+        """Content of job.json: everything that must be the same in a resumed job."""
         return {
             "version": FORMAT,
             "solver": SOLVER,
@@ -105,7 +105,7 @@ class Job:
 
 @contextlib.contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """What the operating system says of the disk, as a MobeError with the next step."""
+    """Convert the operating system's disk errors to a MobeError with the next step."""
     try:
         yield
     except OSError as e:

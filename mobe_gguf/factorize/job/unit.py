@@ -1,4 +1,4 @@
-"""One unit of a job, a projection of a layer: read, probed, fitted, written."""
+"""One unit of a job, a projection of a layer: read, probe, fit and write it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mobe_gguf.factorize.solver import Factors, Settings, fit
 from mobe_gguf.factorize.target import Size, Unit
 from mobe_gguf.formats.safetensors import STORED, Entry, write_safetensors
 
-#: One unit at a time reads the source: a disk is quickest in order.
+#: One unit at a time reads the source, because sequential reads are fastest.
 _READING = threading.Lock()
 
 
@@ -51,7 +51,7 @@ def fit_unit(
         chosen, dtype = baseline(job.settings, *shape), STORED[job.settings.dtype]
         factors = chosen.compress(stack, weight=weight, dtype=dtype, device=device)
     result = UnitResult(layer, projection, factors.error, factors.objective, factors.steps, factors.seconds)
-    # No times in the file: a resumed job gives the same bytes as one that was never stopped.
+    # The file has no times, so a resumed job gives the same bytes as one that was never stopped.
     about = {"error": result.error, "objective": result.objective, "steps": result.steps}
     about |= asdict(size) if size else {}
     with atomic_path(job.unit_path(layer, projection), job.shared) as part:
@@ -81,8 +81,8 @@ def probe_unit(
 
 
 def _read(job: Job, layer: int, projection: str) -> tuple[torch.Tensor, torch.Tensor | Roots | None]:
-    """A unit's experts, and the second moments of their inputs: the full ones if there are moments, those of the channels if
-    there is an imatrix, or for a baseline, which knows no other kind for each expert."""
+    """A unit's experts and the second moments of their inputs.  These are full if there are moments; they are those of single
+    channels with an imatrix, or for a baseline, which supports no other kind for each expert."""
     checkpoint = job.checkpoint
     columns = checkpoint.expert_shape(projection)[1]
     weight: torch.Tensor | Roots | None = None
@@ -118,7 +118,7 @@ def _fit(
 
 
 def _tensors(job: Job, unit: UnitResult, factors: Factors | Matrices) -> dict[str, torch.Tensor]:
-    """The unit's factors under the names of the MoBE checkpoint, or matrices under their own."""
+    """The unit's factors under the names of the MoBE checkpoint, or its matrices under their own names."""
     family, g = job.checkpoint.family, job.settings.groups
     tensors: dict[str, torch.Tensor] = {}
     if isinstance(factors, Matrices):

@@ -1,15 +1,15 @@
-"""Rounding to the codebook types in the second moments of each expert's inputs: minimise ``(w - q) S (w - q)^T`` for each row.
+"""Rounding to the codebook types by second moments S of each expert's inputs: minimise ``(w - q) S (w - q)^T`` for each row.
 
-E experts with R rows of n columns each.  Scales start as libggml chooses them with the diagonal of S as its imatrix.  Then
+There are E experts with R rows of n columns each.  Initial scales are libggml's, with the diagonal of S as its imatrix.  Then
 
-1. a pass with error feedback (GPTQ, arXiv 2210.17323, a span of columns at a time, the last first): codes of a span are chosen in the
-   metric that is left of S when all columns before it adapt to them, and those columns' targets take up its error;
+1. a pass with error feedback (GPTQ, arXiv 2210.17323), one span of columns at a time, from the last: codes of a span are chosen
+   in the metric that remains of S when all columns before it adapt, and the error is added to those columns' targets;
 2. sweeps of coordinate descent: codes, level and shift of each span given all other columns, then each block's ``d`` by least
    squares, until the error falls by less than ``GAIN``;
-3. each row's ``d`` is multiplied such that its outputs keep their size, ``q S q^T = w S w^T``.
+3. each row's ``d`` is scaled so that the outputs keep their size, ``q S q^T = w S w^T``.
 
-A span is the smallest run of columns that share a level and signs: 16 or 32.  Time is O(E R n (n + entries)) a sweep, memory
-O(E (n^2 + R n)); residuals are kept up to date within blocks of 256 columns, and for the rest of a row once a block.
+A span is the smallest run of columns that share a level and signs: 16 or 32.  Time is O(E R n (n + entries)) per sweep, memory
+O(E (n^2 + R n)).  Residuals are updated at once within blocks of 256 columns, and once per block for the rest of a row.
 """
 
 from __future__ import annotations

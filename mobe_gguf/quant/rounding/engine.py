@@ -1,12 +1,15 @@
 """Codes chosen by second moments: error feedback in columns, then coordinate descent over codes and scales.
 
-    minimise tr((W - Q) S (W - Q)^T),  W [E, p, n], S [E, n, n],  Q what the codes stand for
+    minimise tr((W - Q) S (W - Q)^T),  W [E, p, n], S [E, n, n],  Q the values of the codes
 
-:func:`feedback` is GPTQ (Frantar et al. 2022) with the scales held: with ``S = R^T R``, R upper triangular, columns are chosen
-from the last to the first, each for what the errors of those behind it leave over (which needs no inverse of S).  :func:`sweep` is cyclic
-coordinate descent: each code set to the best there is while all others stay, scales solved for in between.  Both go through the columns in
-blocks: within one, a change goes to the block's own columns; all others see it in one product of matrices when the block is
-done.  Time ``O(p n^2)`` a pass, and ``O(n^3 / 3)`` for R; ``reference`` has the same without blocks.
+:func:`feedback` is GPTQ (Frantar et al. 2022) with fixed scales.  With ``S = R^T R``, R upper triangular, codes are chosen from
+the last column to the first; each column corrects the errors of those after it.  This needs no inverse of S.
+
+:func:`sweep` is cyclic coordinate descent: each code is set to the best value while all others stay, and scales are solved for
+in between.
+
+Both process columns in blocks.  A change updates the block's own columns at once, and all others in one matrix product at
+the end of the block.  Time is ``O(p n^2)`` per pass, and ``O(n^3 / 3)`` for R.  ``reference`` has the same without blocks.
 """
 
 from __future__ import annotations

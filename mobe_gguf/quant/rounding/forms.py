@@ -6,8 +6,8 @@ A row of n values is stored as codes and scales:
     scale    = d[j / block] * multipliers[k[j / group]]        (without d: 1; without k: 1)
     offset   = dmin[j / block] * minima[m[j / group]]          (without m: dmin alone; without dmin: none)
 
-``width`` columns share a code: 1 in types with levels, 8 or 4 in those with a codebook.  ``points`` ``[N, width]`` is
-what code 0 to N-1 stands for; where a code also holds signs or a shift, a type has its own :class:`~.grid.Grid`.
+``width`` columns share a code: 1 in types with levels, 8 or 4 in those with a codebook.  ``points`` ``[N, width]`` are the
+values of codes 0 to N-1; where a code also holds signs or a shift, a type has its own :class:`~.grid.Grid`.
 
 Source: the layouts and decoders of ggml (``ggml/src/ggml-common.h``, ``ggml-quants.c`` of the pinned tree), against which
 ``tests/quant/test_rounding_forms.py`` holds every type here, byte for byte.

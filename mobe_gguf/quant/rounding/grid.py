@@ -1,10 +1,10 @@
-"""What codes stand for while the scales are held, on any device: the engines (``gptq``, ``descent``) know types by this alone.
+"""The values of codes under fixed scales, on any device.  This is all that ``engine`` knows of a type.
 
     batch E matrices of p rows and n columns; ``width`` w columns share a code, n / w codes a row
 
-The engines go through a row's codes ``j`` in some order.  For each they have a target t ``[E, p, w]`` and the metric M ``[E, w, w]``
-in which an error of those columns counts, and ask the grid for the code of least ``(t - v) M (t - v)^T``.  With w = 1 that is the
-nearest level, whatever M.
+The engine visits a row's codes ``j`` in some order.  For each it has a target t ``[E, p, w]`` and the metric M ``[E, w, w]`` for
+errors of these columns, and asks the grid for the code with the least ``(t - v) M (t - v)^T``.  With w = 1 this is the nearest
+level for every M.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``native/rounding/*.c``, compiled on first use and kept beside the runtime's build.
+"""Kernels from ``native/rounding/*.c``, compiled on first use and kept beside the runtime's build.
 
-Without a compiler the same is done in torch, an order of magnitude slower: :func:`library` is None then.
+Without a compiler :func:`library` is None, and torch does the same, an order of magnitude slower.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     rounder = Rounder(s)                                      # S [n, n] of one matrix
     data, outcome = rounder.encode(w, "q3_k")                 # W [rows, n] -> uint8 [rows, bytes]
 
-Scales start as libggml's encoder chooses them with S's diagonal as the importance of the columns; codes by error feedback, then
-sweeps of coordinate descent over codes and scales (``engine``), until they gain little.  At last each row is resized such that
-its output keeps its size: least squares leaves it too small by as much as the error, in every row alike, which does not average out in
-the layers that follow.
+Initial scales are those of libggml's encoder, with S's diagonal as the importance of the columns.  Codes come from error
+feedback, then from sweeps of coordinate descent over codes and scales (``engine``), until these gain little.  Finally each row is
+scaled so that its output keeps its size.  Least squares makes it too small by the error, in every row alike, which does not
+average out in the following layers.
 
-Rows are independent of each other: any run of rows of a matrix gets the bytes that it gets with all others.
+Rows are independent: a row gets the same bytes whether it is encoded alone or with others.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where a job's pieces are worked on: in threads, in one process for each of several devices, or on a Ray cluster.
+"""Run a job's pieces: in threads, in one process for each of several devices, or on a Ray cluster.
 
-An executor gets a function and tuples of arguments (:class:`Work`); what the function does is no business of it.
+An executor gets a function and tuples of arguments (:class:`Work`); it does not know what the function does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Piece", "Place", "Stopped", "Work", "each", "pieces_at_once"]
 
 
 def each(work: Work[Context, Done], pieces: list[Piece], place: Place, progress: Bar) -> Iterator[Done]:
-    """Yields the result of each piece when it is there.  The first failure stops the others."""
+    """Yields the result of each piece when it is ready.  The first failure stops the others."""
     if not pieces:
         return
     if place.ray is not None:

@@ -1,4 +1,4 @@
-"""What all executors have in common: the work that they are given, and how a piece of it reports and stops."""
+"""Common to all executors: the description of work, and how a piece reports progress and stops."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from mobe_gguf.core.errors import MobeError, UsageError
 
-#: Seconds between two reports of a piece that is worked on in another process, and between two looks at them here.
+#: Seconds between two progress reports of a piece in another process, and between two checks of the reports here.
 REPORT = 0.5
 
-#: What is to be worked on, a tuple: the arguments of the function behind its context.
+#: A piece of work: a tuple of the function's arguments after its context.
 Piece = tuple[Any, ...]
 Done = TypeVar("Done")
 Context = TypeVar("Context")
@@ -24,18 +24,18 @@ OnStep = Callable[[float, float], None]
 
 
 class Address(Hashable, Protocol[Opened]):
-    """How another process comes by the context: hashable, and it can be pickled."""
+    """How another process gets the context: hashable and picklable."""
 
     def open(self) -> Opened:
-        """MobeError if that process does not see what this one does."""
+        """Open the context in another process; MobeError if that process does not see the same files."""
 
 
 @dataclass(frozen=True)
 class Work(Generic[Context, Done]):
-    """``do(context, *piece, device, on_step)`` is called with each piece; what it returns comes back.
+    """``do(context, *piece, device, on_step)`` is called for each piece and returns its result.
 
-    ``context``: what the pieces share, as it is open in this process; ``address`` makes that of another.  ``label(piece)``:
-    what messages call a piece.  ``memory``: bytes that a piece takes while it is worked on.
+    ``context``: what the pieces share, opened in this process; other processes open it by ``address``.  ``label(piece)``: a
+    piece's name in messages.  ``memory``: bytes that a piece takes while it runs.
     """
 
     do: Callable[..., Done]
@@ -46,13 +46,13 @@ class Work(Generic[Context, Done]):
 
 
 class Stopped(Exception):
-    """Ends a piece from its progress callback because another one failed or the user gave up."""
+    """Raised in a piece's progress callback to end it, because another piece failed or the user interrupted the job."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """``devices`` of this machine, a piece at a time on each (``workers`` at once where it is one), or, if ``ray`` is given, one
-    kind of device, ``cpu`` or ``cuda``, on the cluster at that address.
+    """Where pieces run.  ``devices`` of this machine: one piece at a time on each, or ``workers`` at once on a single device.
+    With ``ray``, the cluster at that address: ``devices`` is then one kind, ``cpu`` or ``cuda``.
     """
 
     devices: tuple[str, ...] = ("cpu",)
@@ -61,7 +61,7 @@ class Place:
 
     @classmethod
     def of(cls, device: str, ray: str | None = None, workers: int | None = None) -> Place:
-        """``device`` as the command line has it: ``cuda:0,cuda:1``.  UsageError if that makes no sense."""
+        """From ``device`` as on the command line: ``cuda:0,cuda:1``.  UsageError if it is invalid."""
         devices = tuple(part.strip() for part in device.split(","))
         for name in devices:
             try:
@@ -84,8 +84,8 @@ class Place:
 def reporting(
     label: str, report: Callable[[str], None] | None, stop: Any = None, every: float = 0.0
 ) -> OnStep:
-    """What is called after each step on the piece ``label``: gives ``report``, if there is one, a line for the bar, with ``every``
-    seconds in between.  Raises Stopped once the event ``stop`` is set.
+    """A callback for each step of the piece ``label``.  It passes a line for the bar to ``report``, if given, at most once in
+    ``every`` seconds.  It raises Stopped once the event ``stop`` is set.
     """
     began = last = time.monotonic()
 
@@ -103,14 +103,14 @@ def reporting(
 
 @cache
 def opened(address: Address[Context]) -> Context:
-    """Opened once in a process, not once for every piece."""
+    """The context at ``address``, opened once per process and not for every piece."""
     return address.open()
 
 
 def attempt(
     do: Callable[..., Done], context: Any, piece: Piece, label: str, device: str, where: str, on_step: OnStep
 ) -> Done:
-    """``do``; what torch says of a failing device becomes a MobeError that names it as ``where``."""
+    """Call ``do``.  torch's error about a failing device becomes a MobeError that names the device as ``where``."""
     try:
         return do(context, *piece, device, on_step)
     except RuntimeError as e:

@@ -1,7 +1,7 @@
-"""Pieces on a Ray cluster: a queue, each piece a task; one whose worker dies is given out again.
+"""Pieces on a Ray cluster: a queue with one task for each piece.  If a worker dies, its piece is assigned again.
 
-Workers read and write files themselves, on a file system that all machines share: nothing but addresses and results passes
-through Ray.
+Workers read and write files directly, on a file system that all machines share.  Only addresses and results pass through
+Ray.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from mobe_gguf.factorize.job.executors.base import (
     reporting,
 )
 
-#: A piece whose worker died is given out so often in all.
+#: How often in total a piece is assigned if its workers die.
 ATTEMPTS = 4
 
 
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Connected to the cluster at ``address`` (``local``: one of this machine's processors, for this run only) while inside;
-    nothing without an address.  MobeError if Ray is not installed or does not answer.
+    """Context manager: connected to the cluster at ``address`` (``local``: one of this machine's processors, for this run
+    only).  Does nothing without an address.  MobeError if Ray is not installed or does not answer.
     """
     if address is None:
         yield
@@ -70,9 +70,9 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 def on_ray(work: Work[Context, Done], pieces: list[Piece], device: str, progress: Bar) -> Iterator[Done]:
-    """``pieces`` on the cluster that this process is connected to, ``device`` being ``cpu`` or ``cuda``.
+    """Run ``pieces`` on the connected cluster; ``device`` is ``cpu`` or ``cuda``.
 
-    A piece takes one GPU, or on CPUs a share of them, and its memory: Ray starts as many at once as the cluster has room for.
+    A piece takes its memory and one GPU, or a share of the CPUs.  Ray runs as many at once as the cluster has room for.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -102,7 +102,7 @@ def on_ray(work: Work[Context, Done], pieces: list[Piece], device: str, progress
                 piece = running.pop(ref)
                 try:
                     result = ray.get(ref)
-                except RayTaskError as e:  # `do` itself failed; anew it would again
+                except RayTaskError as e:  # `do` itself failed, and would fail again
                     raise _cause(e) from e
                 except RayError as e:
                     said = " ".join(str(e).split())[:300] or type(e).__name__
@@ -126,7 +126,7 @@ def on_ray(work: Work[Context, Done], pieces: list[Piece], device: str, progress
 
 
 def _needs(memory: int, count: int, device: str) -> dict[str, Any]:
-    """Resources of a task.  UsageError if no machine has such."""
+    """Resources of a task.  UsageError if no machine has them."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -146,7 +146,7 @@ def _needs(memory: int, count: int, device: str) -> dict[str, Any]:
 
 
 def _cause(error: Any) -> BaseException:
-    """What was raised in a worker; as a MobeError where it is not one of ours or the disk's."""
+    """The exception raised in a worker; converted to MobeError unless it is one of ours or a disk error."""
     cause = error.cause
     if isinstance(cause, MobeError | OSError):
         return cause
@@ -156,9 +156,9 @@ def _cause(error: Any) -> BaseException:
 
 
 def await_file(path: Path, seconds: float = 90) -> None:
-    """Return when ``path`` is there: a network file system may show what another machine wrote only after a while.
+    """Wait for ``path``: a network file system may show another machine's file only after a while.
 
-    MobeError if it does not come.
+    MobeError if the file does not appear.
     """
     until = time.monotonic() + seconds
     while path.name not in os.listdir(path.parent):
@@ -185,7 +185,7 @@ def _work(
     torch.set_num_threads(max(1, threads))
 
     def report(line: str) -> None:
-        with contextlib.suppress(Exception):  # a report that is lost costs nothing
+        with contextlib.suppress(Exception):  # a lost report does no harm
             steps.put_nowait(line)
 
     on_step = reporting(label, None if steps is None else report, every=2 * REPORT)

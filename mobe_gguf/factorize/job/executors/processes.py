@@ -36,11 +36,11 @@ from mobe_gguf.factorize.job.executors.base import (
 def in_processes(
     work: Work[Context, Done], pieces: list[Piece], devices: Sequence[str], progress: Bar
 ) -> Iterator[Done]:
-    """A process for each of several devices, which takes the next piece when it is done with one.
+    """One process for each of several devices; it takes the next piece when it has finished one.
 
-    Processes, not threads: what Python does between the kernels of one device would keep the others waiting.
+    These are processes, not threads: Python's work between the kernels of one device would block the other devices.
     """
-    context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     stop, steps = context.Event(), context.Queue() if progress.is_live else None
     threads = max(1, torch.get_num_threads() // len(devices))
     address = work.address()
@@ -82,7 +82,7 @@ def in_processes(
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C, which a terminal sends to all of them: this one tells them to stop."""
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all of them; this process tells them to stop."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -102,7 +102,7 @@ def _begin(stop: Any, steps: Any, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed job must not leave processes behind that go on computing."""
+    """End this process with its parent: a killed job must not leave computing processes behind."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for_any([parent.sentinel])

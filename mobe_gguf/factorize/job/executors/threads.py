@@ -18,15 +18,15 @@ def in_threads(
 ) -> Iterator[Done]:
     """Several pieces at once on one device.
 
-    Pieces side by side on one thread each, not one on many threads: the matrices of a small model are too small to share out
-    (measured: on two busy cores a second thread made a step of the tiny model six times slower).
+    Each piece runs on one thread, because a small model's matrices are too small to divide between threads.  (Measured on two
+    busy cores: a second thread made a step of the tiny model six times slower.)
     """
     threads = torch.get_num_threads()
     workers = max(1, pieces_at_once(work.memory, len(pieces), device) if workers is None else workers)
     stop = threading.Event()
 
     def one(piece: Piece) -> Done:
-        torch.set_num_threads(max(1, threads // workers))  # of this worker
+        torch.set_num_threads(max(1, threads // workers))  # threads of this worker
         on_step = reporting(work.label(piece), progress.update, stop)
         if device != "cpu":
             return attempt(work.do, work.context, piece, work.label(piece), device, device, on_step)
@@ -43,8 +43,8 @@ def in_threads(
 
 
 def pieces_at_once(memory: int, count: int, device: str) -> int:
-    """How many of ``count`` pieces are worked on side by side: on the CPU as many as threads and half of the memory allow (a piece
-    takes ``memory`` bytes), else one on each device."""
+    """How many of ``count`` pieces run at once: on the CPU as many as threads and half of the memory allow, where a piece takes
+    ``memory`` bytes; elsewhere one on each device."""
     if device != "cpu":
         return max(1, min(count, device.count(",") + 1))
     return max(1, min(torch.get_num_threads(), count, int(0.5 * free_memory() / memory)))
