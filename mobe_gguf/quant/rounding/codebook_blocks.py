@@ -1,4 +1,4 @@
-"""Blocks of the codebook types (iq1_s to iq3_s), taken apart into codes and put together again.
+"""Blocks of the codebook types (iq1_s to iq3_s): unpack them into codes and pack them again.
 
 A block of 256 columns is one float16 scale ``d``, a level for each run of ``per_level`` columns, and for each group of
 ``width`` columns the number of an entry of the type's grid.  Types of two and three bits give each column a sign besides;
@@ -7,8 +7,8 @@ iq1_s and iq1_m move all entries of ``per_sign`` columns up or down by an eighth
     w = d * factor(level) * sign * entry            iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s
     w = d * factor(level) * (entry + sign / 8)      iq1_s, iq1_m
 
-iq2_xxs, iq2_xs and iq3_xxs store seven signs of eight, and the eighth makes the number of negative ones even.  The grids
-are read out of the installed library, by decoding blocks made for it.
+iq2_xxs, iq2_xs and iq3_xxs store seven of eight signs; the eighth makes the number of negative ones even.  The grids are read
+from the installed library by decoding blocks made for this.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mobe_gguf.runtime import ggml
 
 #: Columns of a block.
 BLOCK = 256
-#: What iq1_s and iq1_m add to or take from the entries of a group.
+#: iq1_s and iq1_m add this to the entries of a group or subtract it.
 SHIFT = 0.125
 
 
@@ -142,7 +142,7 @@ def pack(type_name: str, codes: Codes) -> np.ndarray:
 
 
 def decode(type_name: str, codes: Codes) -> np.ndarray:
-    """What the codes mean, float32 ``[rows, n]``: exactly what libggml makes of their blocks.
+    """The values of the codes, float32 ``[rows, n]``, exactly as libggml decodes their blocks.
 
     (All products of a float16, a factor and an entry are exact in float32, so their order does not matter.)
     """

@@ -1,12 +1,12 @@
 """The entry of a grid, with signs, of least error in a metric: the inner step of rounding to codebook types.
 
-Eight columns of a row at a time, for many rows at once (E experts, R rows of each, all experts' metrics apart): minimise
+Eight columns of a row at a time, for many rows at once (E experts with R rows each, each expert with its own metric): minimise
 
     f(q) = q H q^T - 2 q b^T,      q = s * sign * entry  (or s * (entry +- 1/8))
 
-over entries and signs; H ``[E, 8, 8]`` is the metric, b ``[E, R, 8]`` what the columns are pulled by, s ``[E, R]`` the scale.
-:func:`choose` is exact over entries for a few patterns of signs (exact altogether where there are none); :func:`exhaustive`
-tries everything and is what tests hold it against.
+over entries and signs.  H ``[E, 8, 8]`` is the metric, b ``[E, R, 8]`` the linear term, s ``[E, R]`` the scale.
+:func:`choose` is exact over entries for a few patterns of signs, and exact for types without signs.  :func:`exhaustive` tries
+everything; tests compare the two.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ import torch.nn.functional as F
 
 from mobe_gguf.quant.rounding.codebook_blocks import CODEBOOKS, SHIFT, Codebook, grid
 
-#: Columns whose signs or entries hang together in every type.
+#: Columns whose signs or entries are stored together in every type.
 UNIT = 8
-#: Times that signs are turned after the entries are chosen.
+#: Maximum number of sign flips after the entries are chosen.
 FLIPS = 2
-#: Rows whose products with the grid are made at a time: they stay in the cache.
+#: Rows whose products with the grid are computed at a time, few enough for the cache.
 CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Table:
-    """A grid, ready to be multiplied by.
+    """A grid, prepared for matrix products.
 
-    ``entries`` ``[n, width]``, scaled as stored.  ``products`` ``[width + width (width + 1) / 2, n]``: each entry, then the products of
-    its values two by two, those of two different ones twice (``first`` and ``second`` say which).  ``columns`` ``[width, n]``.
+    ``entries`` ``[n, width]``, scaled as stored.  ``products`` ``[width + width (width + 1) / 2, n]``: each entry, then the
+    pairwise products of its values, doubled for two different ones (``first`` and ``second`` say which).  ``columns``
+    ``[width, n]``.
     """
 
     book: Codebook
@@ -120,7 +121,7 @@ def _shifted(t: Table, h: torch.Tensor, b: torch.Tensor, s: torch.Tensor, sign: 
 
 
 def _better(h: torch.Tensor, b: torch.Tensor, s: torch.Tensor, one: Pick, other: Pick) -> Pick:
-    """Row by row the one with the smaller objective; ``one`` if they are equal."""
+    """For each row the one with the smaller objective; ``one`` if they are equal."""
     scale = s[..., None]
     take = (objective(h, b, scale * other.unit) < objective(h, b, scale * one.unit))[..., None]
     return Pick(
@@ -131,7 +132,7 @@ def _better(h: torch.Tensor, b: torch.Tensor, s: torch.Tensor, one: Pick, other:
 
 
 def _wanted_signs(book: Codebook, h: torch.Tensor, target: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """Signs of the target ``[E, R, 8]``; where their number must be even, the one that costs least is turned."""
+    """Signs of the target ``[E, R, 8]``; where the number of negative ones must be even, the cheapest sign is flipped if needed."""
     signed = target * s[..., None]
     sign = torch.where(signed < 0, -1.0, 1.0)
     if book.signs == "even":

@@ -23,17 +23,17 @@ from mobe_gguf.quant.rounding.grid import Grid
 from mobe_gguf.quant.rounding.native import Kernels
 from mobe_gguf.quant.rounding.scales import Scales
 
-#: Columns between two products with all others.
+#: Columns of a block, between two products with all other columns.
 OUTER = 256
-#: Columns between two products with the block's.
+#: Columns between two products with the rest of the block.
 INNER = 32
-#: Added to S's diagonal, relative to its mean: tried one after the other until S has a Cholesky factor.
+#: Added to S's diagonal, relative to its mean; tried in order until S has a Cholesky factor.
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass
 class Problem:
-    """W ``[E, p, n]``, and S ``[E, n, n]`` with the damping in it; R is made when it is asked for."""
+    """W ``[E, p, n]``, and S ``[E, n, n]`` including the damping."""
 
     w: torch.Tensor
     s: torch.Tensor
@@ -41,7 +41,7 @@ class Problem:
 
     @classmethod
     def of(cls, s: torch.Tensor, dampings: tuple[float, ...] = DAMPINGS) -> tuple[Problem, torch.Tensor]:
-        """The problem of no rows yet, and R.  MobeError if S is no second moment at any damping."""
+        """The problem without rows, and R.  MobeError if S has no Cholesky factor at any damping."""
         diagonal = s.diagonal(dim1=-2, dim2=-1)
         mean = diagonal.mean(-1, keepdim=True)
         if not (torch.isfinite(mean).all() and (mean > 0).all()):
@@ -74,12 +74,12 @@ class Problem:
 
 
 def code_type(grid: Grid) -> torch.dtype:
-    """What codes are held in: a byte where a code is a level."""
+    """Integer type for codes: a byte where a code is a level."""
     return torch.uint8 if grid.width == 1 else torch.int64
 
 
 def feedback(problem: Problem, r: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes ``[E, p, n / width]`` under the grid's scales, from the last columns to the first; ``r`` as above."""
+    """Codes ``[E, p, n / width]`` under the grid's scales, from the last columns to the first; ``r`` is R of the module."""
     w, width = problem.w, grid.width
     _, p, n = w.shape
     codes = torch.empty(*w.shape[:2], n // width, dtype=code_type(grid), device=w.device)
@@ -154,8 +154,8 @@ def sweep(
 ) -> tuple[Grid, int]:
     """One pass of coordinate descent, in place; the grid with the new scales, and how many codes changed.
 
-    ``solve``: also the scales.  The cost never rises.  ``gradient``: ``(W - Q) S``, contiguous, which is brought up to date; without it, it is
-    made, for as many operations as the pass itself takes.
+    ``solve``: also solve for the scales.  The cost never rises.  ``gradient``: ``(W - Q) S``, contiguous, updated in place.
+    Without it, it is computed, which takes as many operations as the pass itself.
     """
     w, s, width, group = problem.w, problem.s, grid.width, grid.group
     n, one = w.shape[-1], scales.type
@@ -243,7 +243,7 @@ def _sweep_native(
         before = values[..., outer].clone()
         for e in range(len(w)):
             changed += kernels.sweep(e, outer, s, gradient[e, :, outer], values, codes, scales, solve)
-        # the kernel has brought the block's own columns up to date
+        # the kernel has updated the block's own columns
         moved = values[..., outer] - before
         for rest in (slice(0, start), slice(outer.stop, None)):
             if gradient[..., rest].numel():

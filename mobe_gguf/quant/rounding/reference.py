@@ -1,7 +1,7 @@
-"""``engine`` without blocks: as the formulas are written, one matrix, one column at a time.  What the fast versions are tested against.
+"""``engine`` without blocks: the plain formulas, for one matrix, one column at a time.  Tests compare the fast versions with it.
 
-feedback   GPTQ by the inverse of S, the last column first: ``e_j = (w_j - q_j) / [U]_jj``, what is left moves by ``-e_j U_j``
-descend    cyclic coordinate descent, every gradient computed anew
+feedback   GPTQ by the inverse of S, the last column first: ``e_j = (w_j - q_j) / [U]_jj``, the remaining columns change by ``-e_j U_j``
+descend    cyclic coordinate descent, with every gradient computed from scratch
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mobe_gguf.quant.rounding.grid import Grid
 
 
 def feedback(w: torch.Tensor, s: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes ``[p, n]`` of one matrix ``[p, n]`` by the metric ``[n, n]``; types with levels alone."""
+    """Codes ``[p, n]`` of one matrix ``[p, n]`` by the metric ``[n, n]``; only for types with levels."""
     n = w.shape[1]
     # the order is from the last to the first, so the Cholesky factor is of the inverse in that order
     turned = torch.arange(n - 1, -1, -1)
@@ -29,7 +29,7 @@ def feedback(w: torch.Tensor, s: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def descend(w: torch.Tensor, s: torch.Tensor, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
-    """Codes after one pass over all columns with the scales held, each set to the best while all others stay."""
+    """Codes after one pass over all columns with fixed scales; each is set to the best value while all others stay."""
     codes = codes.clone()
     for j in range(w.shape[1]):
         values = grid.values(codes[None])[0]

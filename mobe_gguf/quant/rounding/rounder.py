@@ -27,23 +27,23 @@ from mobe_gguf.quant.rounding.grid import Levels
 from mobe_gguf.quant.rounding.scales import Scales
 from mobe_gguf.runtime import ggml
 
-#: Most sweeps, and the least share of the cost that one must have gained for another to follow.
+#: Maximum number of sweeps, and the share of the cost that a sweep must gain for another to follow.
 SWEEPS = 6
 GAIN = 0.02
-#: Rows that say what error feedback gains on nearest codes.
+#: Number of rows on which error feedback is compared with nearest codes.
 SAMPLE = 64
-#: A row is resized by no more than this, up or down.
+#: Largest factor by which a row is resized, up or down.
 MOST_SIZE = 1.5
-#: Types whose encoder does not search for a scale: the largest value is one of the levels, or signs alone are stored.  Shares of what it says
-#: that are tried, by the square of the error in the diagonal of S.
+#: Types whose encoder does not search for a scale: the largest value is one of the levels, or only signs are stored.  These
+#: multiples of its scale are tried, by the squared error in the diagonal of S.
 SEARCHED = ("tq1_0", "tq2_0", "q2_0")
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.52, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 
 
 @dataclass
 class Outcome:
-    """Squared errors in the metric, summed over rows: ``before`` as libggml rounds with the diagonal of S, ``after``; ``size`` of W.  ``damping``
-    is the largest that was needed."""
+    """Squared errors in the metric, summed over rows.  ``before``: of libggml's rounding with the diagonal of S.  ``after``: of
+    the result.  ``size``: of W.  ``damping``: the largest that was needed."""
 
     before: float = 0.0
     after: float = 0.0
@@ -66,7 +66,7 @@ ROUNDED = frozenset((*TYPES, *CODEBOOKS))
 
 
 class Rounder:
-    """One matrix's second moments ``[n, n]``, made ready.  MobeError if they are none (``engine.Problem``).
+    """One matrix's second moments ``[n, n]``, prepared for encoding.  MobeError if they are not valid (``engine.Problem``).
 
     Holds S and its factor R, 8 n^2 bytes.
     """
@@ -97,7 +97,7 @@ class Rounder:
         return one.pack(scales.stored(codes, stored)), outcome
 
     def _by_codebook(self, w: torch.Tensor, type_name: str, name: str) -> tuple[np.ndarray, Outcome]:
-        """These have a way of their own: several columns, their signs and their scale are chosen together."""
+        """Encode codebook types, where several columns, their signs and their scale are chosen together."""
         whole = w.to(self.device)[None]
         found = codebook.round_matrices(whole, self.problem.s, type_name, factor=self.factor, name=name)
         costs = list(found.costs.values())
@@ -107,7 +107,7 @@ class Rounder:
 def round_rows(
     problem: Problem, factor: torch.Tensor, one: Type, stored: Stored, sweeps: int = SWEEPS
 ) -> tuple[torch.Tensor, Scales, Outcome]:
-    """Codes ``[1, rows, n / width]`` and scales, from the scales of ``stored`` on."""
+    """Codes ``[1, rows, n / width]`` and scales, starting from the scales of ``stored``."""
     device, w = problem.w.device, problem.w
     scales = Scales.of(one, stored, 1, device, torch.float32)
     grid = one.grid(stored, 1, device)
@@ -115,7 +115,7 @@ def round_rows(
     fed = feedback(problem, factor, grid)
     some = slice(None, None, max(1, w.shape[1] // SAMPLE))
     near, better = (float(_cost_of(problem, grid.values(x), some)) for x in (codes, fed))
-    if better < near:  # else the scales are all wrong for most columns, and nearest codes are better
+    if better < near:  # else the scales are wrong for most columns, and nearest codes are better
         codes = fed
     gradient = problem.gradient(grid.values(codes))
     cost = float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
@@ -137,13 +137,13 @@ def round_rows(
 
 
 def _cost_of(problem: Problem, q: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The cost of some rows alone."""
+    """The cost of ``rows`` only."""
     return Problem(problem.w[:, rows], problem.s, problem.damping).cost(q[:, rows]).sum()
 
 
 def _keep_size(scales: Scales, wanted: torch.Tensor, lost: torch.Tensor, costs: torch.Tensor) -> float:
-    """Resize each row by ``f = <w, w> / <q, w>``; the cost of all then.  Given are, of each row, ``<w, w>``, ``<w - q, w>`` and ``<w - q, w - q>``,
-    from which that of ``w - f q`` follows."""
+    """Resize each row by ``f = <w, w> / <q, w>``; returns the total cost afterwards.  It follows from each row's ``<w, w>``,
+    ``<w - q, w>`` and ``<w - q, w - q>``, the arguments."""
     found = wanted - lost
     share = torch.where(found > 0, wanted / found.clamp_min(1e-30), torch.ones_like(found))
     share = share.clamp(1 / MOST_SIZE, MOST_SIZE)
@@ -155,7 +155,7 @@ def _keep_size(scales: Scales, wanted: torch.Tensor, lost: torch.Tensor, costs: 
 
 
 def _search(one: Type, stored: Stored, w: torch.Tensor, weights: torch.Tensor) -> Stored:
-    """``stored`` with the shares of its scales that cost least in a diagonal metric."""
+    """``stored`` with its scales multiplied by the factors of least cost in a diagonal metric."""
     assert stored.d is not None
     n = w.shape[-1]
     shape = (len(w), n // one.block, one.block)

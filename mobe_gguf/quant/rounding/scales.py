@@ -1,9 +1,9 @@
-"""Scales and offsets as a type stores them, and their least squares in a metric while the codes are held.
+"""Scales and offsets as a type stores them, and their least-squares solution in a metric with fixed codes.
 
-For a group with units c (``Grid.units``), residual r = w - q and gradient g = r S, a change (ds, do) of scale and offset changes the cost
-by ``-2 (ds b1 + do b2) + ds^2 a11 + 2 ds do a12 + do^2 a22`` with ``b1 = g c``, ``b2 = g 1``, ``a11 = c S c``, ``a12 = c S 1``, ``a22 = 1 S 1``, all over
-the group's columns.  The best real numbers are rounded to what can be stored, the neighbours tried, and the change made where the cost falls:
-so no sweep ever ends above where it began.
+Take a group with units c (``Grid.units``), residual r = w - q and gradient g = r S.  A change (ds, do) of scale and offset
+changes the cost by ``-2 (ds b1 + do b2) + ds^2 a11 + 2 ds do a12 + do^2 a22``, with ``b1 = g c``, ``b2 = g 1``,
+``a11 = c S c``, ``a12 = c S 1``, ``a22 = 1 S 1``, all over the group's columns.  The best real numbers are rounded to storable
+ones, whose neighbours are tried, too.  A change is made only where the cost falls, so a sweep never increases the cost.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LARGEST = 65504.0
 
 @dataclass
 class Scales:
-    """Of a batch of E matrices of p rows: ``d``, ``dmin`` ``[E, p, n / block]`` float32 that float16 holds, ``k``, ``m``
-    ``[E, p, n / group]`` uint8; None where the type has none."""
+    """Scales of a batch of E matrices of p rows.  ``d``, ``dmin`` ``[E, p, n / block]``: float32 with values of float16.  ``k``,
+    ``m`` ``[E, p, n / group]``: uint8.  None where the type has none."""
 
     type: Type
     d: torch.Tensor | None
@@ -61,7 +61,7 @@ class Scales:
         )
 
     def stored(self, codes: torch.Tensor, like: Stored) -> Stored:
-        """Codes ``[E, p, n / width]`` and these scales as ``Type.pack`` takes them, in the types of ``like``."""
+        """Codes ``[E, p, n / width]`` and these scales, in the form for ``Type.pack`` and in the types of ``like``."""
 
         def flat(x: torch.Tensor | None, as_: np.ndarray | None) -> np.ndarray | None:
             return None if x is None or as_ is None else x.flatten(0, 1).cpu().numpy().astype(as_.dtype)
@@ -84,13 +84,13 @@ class Scales:
         return Scales(**cloned)
 
     def resize(self, share: torch.Tensor) -> None:
-        """Multiply every row by ``share`` ``[E, p]``, as far as float16 has room."""
+        """Multiply every row by ``share`` ``[E, p]``, within the range of float16."""
         for name in ("d", "dmin"):
             if (x := getattr(self, name)) is not None:
                 setattr(self, name, _half(x * share[..., None]))
 
     def scale(self, g: int | None = None) -> torch.Tensor:
-        """``[E, p, n / group]``, or of group ``g`` ``[E, p]``."""
+        """The scales ``[E, p, n / group]``, or those of group ``g``, ``[E, p]``."""
         return self._value(self.d, self.k, self.multipliers, g)
 
     def offset(self, g: int | None = None) -> torch.Tensor | None:
@@ -108,8 +108,9 @@ class Scales:
     def improve_group(
         self, g: int, units: torch.Tensor, gradient: torch.Tensor, metric: torch.Tensor
     ) -> torch.Tensor | None:
-        """Better ``k`` and ``m`` (or ``d`` and ``dmin`` where a group has its own) of group ``g``: the change of its values ``[E, p, group]``, None if
-        nothing changes.  ``units``, ``gradient`` ``[E, p, group]``, ``metric`` ``[E, group, group]``."""
+        """Improve ``k`` and ``m`` of group ``g`` (or ``d`` and ``dmin`` where each group has its own).  Returns the change of the
+        group's values ``[E, p, group]``, None if nothing changes.  ``units``, ``gradient`` ``[E, p, group]``, ``metric``
+        ``[E, group, group]``."""
         return self._improve(
             g,
             units,
@@ -122,7 +123,7 @@ class Scales:
     def improve_block(
         self, b: int, units: torch.Tensor, gradient: torch.Tensor, metric: torch.Tensor
     ) -> torch.Tensor | None:
-        """Better ``d`` and ``dmin`` of block ``b`` where the groups' own ``k`` and ``m`` stay: as :meth:`improve_group`, over the block."""
+        """Improve ``d`` and ``dmin`` of block ``b`` with fixed ``k`` and ``m``: like :meth:`improve_group`, over the block."""
         assert self.k is not None and self.multipliers is not None
         span = slice(b * self.groups, (b + 1) * self.groups)
         width = self.type.group
@@ -141,8 +142,8 @@ class Scales:
         metric: torch.Tensor,
         halves: bool,
     ) -> torch.Tensor | None:
-        """``first``, ``second``: what a change of the scale and of the offset adds to the values.  ``halves``: ``d`` and ``dmin`` number ``i`` are
-        set, else ``k`` and ``m``."""
+        """``first``, ``second``: what a change of the scale and of the offset adds to the values.  ``halves``: set ``d`` and
+        ``dmin`` number ``i``, else ``k`` and ``m``."""
         fm = first @ metric
         a11, b1 = (fm * first).sum(-1), (gradient * first).sum(-1)
         if second is None:
@@ -187,7 +188,7 @@ class Scales:
         x[..., i] = torch.where(where, value.to(x.dtype), x[..., i])
 
     def _near_scale(self, i: int, ds: torch.Tensor, halves: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Storable places near the scale plus ``ds``, and how much each changes what :meth:`_improve` calls the scale."""
+        """Storable values near the scale plus ``ds``, and how much each changes the scale of :meth:`_improve`."""
         if halves:
             assert self.d is not None
             now = self.d[..., i]
