@@ -92,27 +92,15 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 @click.option(
     "--transform-type", metavar="TYPE", help="Type of the transforms A, instead of what --quant gives them."
 )
-@click.option(
-    "--down-type", metavar="TYPE", help="Type of the experts' down projections, instead of the chosen ones."
-)
-@click.option(
-    "--tensor-type",
-    metavar="REGEX=TYPE",
-    multiple=True,
-    help="Type of the tensors whose GGUF name contains REGEX. Repeatable; the first match counts.",
-)
-@click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
-@click.option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
+@options.down_type
+@options.tensor_type
+@options.output_tensor_type
+@options.token_embedding_type
 @click.option(
     "--moments", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
     help="Second moments that `mobe-gguf moments` gathered from MODEL, instead of gathering them again.",
 )  # fmt: skip
-@click.option(
-    "--keep",
-    type=float,
-    metavar="SHARE",
-    help="Share of the energy of a layer's moments to keep.  [default: 0.999]",
-)
+@options.keep
 @click.option("--memory", metavar="SIZE", help="Memory to use (32G), beside torch's own.")
 @click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."

@@ -63,23 +63,10 @@ TYPE_OPTIONS = {
 @click.option(
     "--transform-type", metavar="TYPE", help="Type of the transforms A, instead of what --quant gives them."
 )
-@click.option(
-    "--down-type",
-    metavar="TYPE",
-    help="Type of the experts' down projections (of their A's where down is factorized), instead of --quant or "
-    "--transform-type.",
-)
-@click.option(
-    "--tensor-type",
-    multiple=True,
-    metavar="REGEX=TYPE",
-    help="Type of the tensors whose GGUF name contains REGEX. Overrides the options above. Repeatable; the first match "
-    "counts, also with --pure, as in llama-quantize. Unlike there, it works with --quant f16, and case matters.",
-)
-@click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight. Overrides --tensor-type.")
-@click.option(
-    "--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight. Overrides --tensor-type."
-)
+@options.down_type
+@options.tensor_type
+@options.output_tensor_type
+@options.token_embedding_type
 @click.option(
     "--quant-rest",
     metavar="TYPE",

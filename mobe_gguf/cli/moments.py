@@ -27,13 +27,7 @@ from mobe_gguf.core.errors import Interrupted
 )
 @options.ctx
 @options.chunks()
-@click.option(
-    "--keep",
-    type=float,
-    metavar="SHARE",
-    help="Keep the strongest directions of a layer's moments that hold this share of their energy, and a diagonal for the rest. If "
-    "that is more than half of the directions, keep all. With more than 1024 channels keep at most 1024.  [default: 0.999]",
-)
+@options.keep
 @click.option(
     "--rank",
     type=int,

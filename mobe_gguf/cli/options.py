@@ -109,6 +109,32 @@ def llama_placement(gpu_layers: str | None, cpu_moe: bool, n_cpu_moe: int | None
 
 
 resume = click.option("--resume", is_flag=True, help="Resume from OUT.work, if it is there.")
+down_type = click.option(
+    "--down-type",
+    metavar="TYPE",
+    help="Type of the experts' down projections (of their A's where down is factorized), instead of --quant or "
+    "--transform-type.",
+)
+tensor_type = click.option(
+    "--tensor-type",
+    multiple=True,
+    metavar="REGEX=TYPE",
+    help="Type of the tensors whose GGUF name contains REGEX. Overrides the options above. Repeatable; the first match "
+    "counts, also with --pure, as in llama-quantize. Unlike there, it works with --quant f16, and case matters.",
+)
+output_tensor_type = click.option(
+    "--output-tensor-type", metavar="TYPE", help="Type of output.weight. Overrides --tensor-type."
+)
+token_embedding_type = click.option(
+    "--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight. Overrides --tensor-type."
+)
+keep = click.option(
+    "--keep",
+    type=float,
+    metavar="SHARE",
+    help="Keep the strongest directions of a layer's moments that hold this share of their energy, and a diagonal for the rest. If "
+    "that is more than half of the directions, keep all. With more than 1024 channels keep at most 1024.  [default: 0.999]",
+)
 verify = click.option(
     "--verify/--no-verify",
     default=True,

@@ -36,7 +36,7 @@ from mobe_gguf.runtime.compile import BuildOptions
 from mobe_gguf.runtime.install import Environment
 from mobe_gguf.runtime.source import LLAMA_CPP, Pin
 
-#: The fields of ``Options`` that add a backend to the CPU's.
+#: The fields of ``BuildOptions`` that add a backend to the CPU's.
 BACKENDS = ("cuda", "vulkan")
 
 

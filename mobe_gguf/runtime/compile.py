@@ -33,7 +33,7 @@ TOOLS = (
     "ggml-rpc-server",
 )
 
-#: llama.cpp's own operator tests, on request (``Options.test_tools``).
+#: llama.cpp's own operator tests, on request (``BuildOptions.test_tools``).
 TEST_TOOLS = ("test-backend-ops",)
 
 #: The targets that the Python package loads; the libraries that they depend on are built with them.
