@@ -2,7 +2,7 @@
 
 A unit is one projection of one layer.  The sum of ``weight * error`` over all units is minimised.  The error is the unit's
 relative error in the metric of the fit, measured by short fits (:func:`search`).  The weight says how much the unit matters
-to the model (:mod:`sensitivity`).  The cost is in parameters, or in bytes of the file that ``export`` will write.
+to the model (``models.residual``).  The cost is in parameters, or in bytes of the file that ``export`` will write.
 
     chosen = allocate({unit: options(points, cost, ...), ...}, weights, budget)
 

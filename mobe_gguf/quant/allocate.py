@@ -2,7 +2,7 @@
 
     chosen = allocate({"blk.0.ffn_up_basis.weight": [Option("q3_k", 1000, 0.2), Option("q4_k", 1300, 0.1)], ...}, budget)
 
-Pure functions; ``sensitivity`` measures the errors.
+Pure functions; ``export.type_errors`` and ``factorize.job.probing`` measure the errors.
 """
 
 from __future__ import annotations
