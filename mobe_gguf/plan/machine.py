@@ -17,6 +17,9 @@ from mobe_gguf.runtime.source import cache_dir
 #: Bytes per second of a GPU's memory if nothing else is known, and the share of them that a matrix product reaches.
 VRAM_BANDWIDTH = 600e9
 GPU_SHARE = 0.7
+#: Share of a type's measured rate that the products of a whole model reach: the median of seven files in two runs of
+#: ``bench/plan_speed.py`` (0.59 to 1.09; docs/performance.md).
+CPU_SHARE = 0.76
 
 
 #: How ``runtime.speed`` measures; rates measured in another way are not taken from the cache.
@@ -39,7 +42,7 @@ class Machine:
 
     def cpu_rate(self, type_name: str) -> float:
         """Bytes per second at which the CPU processes weights of a type."""
-        return self.ram_bandwidth or self.rates[type_name]
+        return self.ram_bandwidth or CPU_SHARE * self.rates[type_name]
 
 
 def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
