@@ -21,23 +21,14 @@ from mobe_gguf.models.layout import ExpertLayout
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
 
-class Original(Protocol):
-    """The interface that factorizing needs; ``Checkpoint`` and ``GgufModel`` implement it.  Sizes as in the formula."""
+class SourceModel(Protocol):
+    """What every user of a model's weights asks of it.  Sizes as in the formula."""
 
     path: Path
     family: Family
 
     @property
     def config(self) -> dict[str, Any]: ...
-
-    @property
-    def directory(self) -> Checkpoint | None:
-        """The model itself if it is a Hugging Face directory; everything not factorized is then copied to the output."""
-
-    @property
-    def config_name(self) -> str:
-        """Name of the file that describes the output: the model's ``config`` plus the factors' entries."""
-
     @property
     def is_mobe(self) -> bool: ...
     @property
@@ -53,9 +44,24 @@ class Original(Protocol):
     @property
     def n_ff_exp(self) -> int: ...
     @property
-    def n_params(self) -> int: ...
-    @property
     def checksum(self) -> str: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def matrix(self, name: str) -> torch.Tensor: ...
+
+
+class Original(SourceModel, Protocol):
+    """The interface that factorizing needs; ``Checkpoint`` and ``GgufModel`` implement it."""
+
+    @property
+    def directory(self) -> Checkpoint | None:
+        """The model itself if it is a Hugging Face directory; everything not factorized is then copied to the output."""
+
+    @property
+    def config_name(self) -> str:
+        """Name of the file that describes the output: the model's ``config`` plus the factors' entries."""
+
+    @property
+    def n_params(self) -> int: ...
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
         """Bytes of the model that are copied to the output when ``(layer, projection)`` ``units`` are factorized."""
@@ -69,8 +75,6 @@ class Original(Protocol):
     def layout(self, layer: int) -> ExpertLayout: ...
     def expert_shape(self, projection: str) -> tuple[int, int]: ...
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def matrix(self, name: str) -> torch.Tensor: ...
     def routed_scale(self) -> Any: ...
     def stream_writers(self, layer: int) -> list[tuple[str, str]]: ...
     def embedding_rows(self, count: int) -> torch.Tensor | None: ...
