@@ -52,8 +52,8 @@ def convert_model(
     script = runtime.source_tree() / SCRIPT
     if not script.is_file():
         raise MobeError(f"{script}: the installed runtime lacks llama.cpp's converter; run mobe-gguf build")
-    architecture = _architecture(model)
-    _check_answers(model)
+    config, architecture = _config(model)
+    _check_answers(model, config)
     expected = _expected_bytes(model, outtype)
     check_space(out, expected, (), "choose another place, or --outtype q8_0")
     with atomic_path(out) as part, tempfile.TemporaryFile() as log, bar("convert", round(expected / 1e6), quiet) as progress:  # fmt: skip
@@ -85,20 +85,20 @@ def _lacking(file: GgufFile) -> str | None:
     return next((f"layer blk.{i}" for i in range(file.arch_number("block_count")) if i not in layers), None)
 
 
-def _architecture(model: Path) -> str:
+def _config(model: Path) -> tuple[dict[str, Any], str]:
+    """config.json and the architecture that it names."""
     path = model / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return str((config.get("architectures") or [config.get("model_type")])[0])
+        return config, str((config.get("architectures") or [config.get("model_type")])[0])
     except (OSError, ValueError, AttributeError, TypeError, LookupError) as e:
         raise MobeError(
             f"{model}: expected a Hugging Face model directory; {path} cannot be read: {e}"
         ) from e
 
 
-def _check_answers(model: Path) -> None:
+def _check_answers(model: Path, config: dict[str, Any]) -> None:
     """MobeError where llama.cpp's converter would drop what config.json says, or its graph computes another model."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in OTHERWISE:
         raise MobeError(f"{model}: {other_way(model_type)}")
