@@ -56,7 +56,8 @@ TYPE_OPTIONS = {
     "--target-size",
     metavar="SIZE",
     help="Size of the file (4.6M, 12G; powers of ten). The types of bases, transforms and experts are chosen layer by layer, by "
-    "error and size, unless an option names them.",
+    "error and size, unless an option names them. With --moments a projection's factors are replaced by its ordinary experts where "
+    "these are better.",
 )
 @click.option("--target-bpw", type=float, metavar="BITS", help="The same, in bits per weight.")
 @click.option("--basis-type", metavar="TYPE", help="Type of the bases B, instead of what --quant gives them.")

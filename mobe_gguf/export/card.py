@@ -58,7 +58,8 @@ class Subject:
     @property
     def factorized(self) -> bool:
         """Whether the file holds factors."""
-        return self.checkpoint.factors is not None and not self.dense
+        factors = self.checkpoint.factors
+        return factors is not None and factors.any_left and not self.dense
 
     @property
     def name(self) -> str:
@@ -295,7 +296,7 @@ def _about(subject: Subject) -> list[str]:
     origin, report = subject.origin, subject.report
     of = f"[{origin.base}]({HUB}{origin.base})" if origin.base else origin.source
     factors = subject.checkpoint.factors
-    if factors is None:
+    if factors is None or not factors.any_left:
         return [f"{of} as GGUF: {amount(report.n_params)} parameters."]
     form = _form(factors)
     if subject.dense:

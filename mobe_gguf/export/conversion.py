@@ -6,7 +6,7 @@ converter reads; ``gguf_target.GgufConversion`` is a GGUF file that factors are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,9 @@ class Conversion(Protocol):
 
     def replace(self, name: str, source: Source) -> None:
         """Give the existing tensor ``name`` other values; their shape may differ."""
+
+    def without_keys(self, names: Iterable[str]) -> None:
+        """Take back keys that were set."""
 
     def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
         """Set the remaining keys; ``file_type`` as in ``gguf.LlamaFileType``."""

@@ -14,7 +14,7 @@ import inspect
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ class HfConversion:
     def keys(self) -> dict[str, Any]:
         """GGUF keys and values set so far."""
         return {key: value.value for part in self.writer.kv_data for key, value in part.items()}
+
+    def without_keys(self, names: Iterable[str]) -> None:
+        for part in self.writer.kv_data:
+            for name in names:
+                part.pop(name, None)
 
     @property
     def alignment(self) -> int:

@@ -1,6 +1,6 @@
 """``--target-size`` and ``--target-bpw``: the types that make the best file of a given size.
 
-Types are chosen for bases, A and experts' matrices.  If the moments say how large inputs are, types are chosen for all
+Types are chosen for bases, A and experts' matrices, and whether a factorized projection keeps its factors (``alternatives``).  If the moments say how large inputs are, types are chosen for all
 matrices that they cover: also attention, shared experts, dense layers and output.
 """
 
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 
 from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import describe_size, format_size
 from mobe_gguf.core.progress import bar
 from mobe_gguf.export import stream
-from mobe_gguf.export.imatrix import importances
+from mobe_gguf.export.alternatives import Alternatives
+from mobe_gguf.export.imatrix import Importance, importances
 from mobe_gguf.export.opened import Opened
-from mobe_gguf.export.refit import units_of, weigh_transforms
+from mobe_gguf.export.refit import Unit, units_of, weigh_transforms
 from mobe_gguf.export.request import ExportRequest
 from mobe_gguf.export.rounding import bases, covers, diagonals
+from mobe_gguf.export.source import Tensor
 from mobe_gguf.export.type_errors import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.quant.allocate import TooSmall, allocate
@@ -37,56 +40,49 @@ def divide(
     Tensors that an option names keep their types.  ``head``: bytes before the tensors.  UsageError if even the smallest
     types take more than the target, or there is nothing to choose.
     """
-    conversion, imatrix, recipe = model.conversion, model.imatrix, request.recipe
-    tensors, target, moments = conversion.tensors, recipe.target, model.moments
+    conversion, recipe = model.conversion, request.recipe
+    tensors, target = conversion.tensors, recipe.target
     if target is None:
         raise ValueError("the recipe has no target")
-    counted = None if moments is None else stream.counted(tensors, moments)
-    wanted = {
-        name
-        for name, t in tensors.items()
-        if is_divided(name, counted)
-        and not t.forced
-        and allows_quantization(Spec(name, t.source.shape))
-        and (is_divided(name) or (moments is not None and covers(moments, t)))
-        and not conversion.is_copied(name, choices[name])
-        and not is_fixed(Spec(name, t.source.shape), recipe, name.replace("_exps.", "_basis.") in tensors)
-    }
+    counted = None if model.moments is None else stream.counted(tensors, model.moments)
+    wanted = _wanted(request, model, choices, counted)
     if not wanted:
         raise UsageError(
             f"{target.option()}: there are no experts' matrices whose types are not given; leave it out"
         )
-
-    def size(name: str, type_name: str) -> int:
-        return stored_bytes(tensors[name].source.shape, type_name, conversion.alignment)
-
-    provisional = {**choices, **dict.fromkeys(wanted, QUANTIZED)}
-    encoded = {n: c for n, c in provisional.items() if not conversion.is_copied(n, c)}
-    weights = importances(imatrix, tensors, encoded)
-    if moments is not None and model.factors is not None:
-        weights |= bases(moments, model.factors)
-    units = units_of(model.factors, imatrix, provisional, weights, moments) if model.factors else {}
-    if moments is not None:
-        weights |= diagonals(moments, {n: t for n, t in tensors.items() if n in wanted and n not in units})
-    weights |= weigh_transforms(units, provisional, weights)
+    units, weights = _units(model, choices, wanted)
+    alternatives = Alternatives.of(model, units, wanted)
     layers = tuple(sorted({layer_of(name) for name in wanted}))
-    shares = shares_of(model.original, imatrix, layers) if counted is None else None
+    shares = shares_of(model.original, model.imatrix, layers) if counted is None else None
 
     def counts(name: str) -> float:
         if counted is not None:
             return counted.get(name, 1.0)
         return 1.0 if shares is None else shares.get(layer_of(name), 1.0)
 
-    options = {}
-    with bar("measure types", len(wanted), request.options.quiet) as progress:
-        found = measure(
-            tensors, wanted, units, weights, size, refit=request.options.refit, counts=counts, moments=moments
-        )
-        for i, (name, curve) in enumerate(found, 1):
+    def size(name: str, type_name: str, shapes: Mapping[str, Tensor] = tensors) -> int:
+        return stored_bytes(shapes[name].source.shape, type_name, conversion.alignment)
+
+    measured = partial(measure, refit=request.options.refit, counts=counts, moments=model.moments)
+    options, plain = {}, {}
+    with bar("measure types", len(wanted) + len(alternatives.plain), request.options.quiet) as progress:
+        step = max(1, (len(wanted) + len(alternatives.plain)) // 10)
+        for i, (name, curve) in enumerate(
+            measured(tensors, wanted, units, weights, size, original=model.original), 1
+        ):
             options[name] = curve
             line = f"{name}: error {min(o.error for o in curve):.5f} to {max(o.error for o in curve):.5f}"
-            progress.advance(1, line if i % max(1, len(wanted) // 10) == 0 else None)
-    rest = sum(size(n, c.type) for n, c in choices.items() if n not in wanted)
+            progress.advance(1, line if i % step == 0 else None)
+        if model.moments is not None:
+            others = alternatives.plain
+            known, its_size = diagonals(model.moments, others), partial(size, shapes=others)
+            for name, curve in measured(others, set(others), {}, known, its_size):
+                plain[name] = curve
+                progress.advance(1)
+    mixes = {name: size(alternatives.mix(name), "f32") for name in plain}
+    options = alternatives.join(options, plain, mixes)
+    fixed = choices.keys() - wanted - {alternatives.mix(name) for name in mixes}
+    rest = sum(size(name, choices[name].type) for name in fixed)
     n_params = sum(prod(t.source.shape) for t in tensors.values())
     budget = target.budget(n_params, head) - rest
     try:
@@ -99,7 +95,14 @@ def divide(
             "for the tensors that are not the experts', or --imatrix, which smaller types need."
         ) from None
     largest = sum(max(option.n_bytes for option in curve) for curve in options.values())
-    how = _lines({name: option.type for name, option in chosen.items()})
+    types, left_out = alternatives.part(chosen)
+    gone = alternatives.take(model, left_out)
+    how = _lines(types)
+    if plain:
+        count = len(plain) - len(left_out)
+        how.append(
+            f"{count} of {len(plain)} factorized projections keep their factors; in the rest plain is better"
+        )
     error = sum(option.error for option in chosen.values()) / len(layers)
     if largest < budget:
         taken = largest + rest + head
@@ -114,7 +117,45 @@ def divide(
         )
     said = "each layer by its share of the residual stream" if shares or counted else "all layers alike"
     how.append(f"expected error {error:.4f} a layer, {said}")
-    return {**choices, **{n: Choice(o.type, o.type) for n, o in chosen.items()}}, how
+    kept = {name: choice for name, choice in choices.items() if name not in gone}
+    return {**kept, **{name: Choice(t, t) for name, t in types.items()}}, how
+
+
+def _wanted(
+    request: ExportRequest,
+    model: Opened,
+    choices: Mapping[str, Choice],
+    counted: Mapping[str, float] | None,
+) -> set[str]:
+    """The tensors whose types are chosen."""
+    tensors, moments, recipe = model.conversion.tensors, model.moments, request.recipe
+    return {
+        name
+        for name, t in tensors.items()
+        if is_divided(name, counted)
+        and not t.forced
+        and allows_quantization(Spec(name, t.source.shape))
+        and (is_divided(name) or (moments is not None and covers(moments, t)))
+        and not model.conversion.is_copied(name, choices[name])
+        and not is_fixed(Spec(name, t.source.shape), recipe, name.replace("_exps.", "_basis.") in tensors)
+    }
+
+
+def _units(
+    model: Opened, choices: Mapping[str, Choice], wanted: set[str]
+) -> tuple[dict[str, Unit], dict[str, Importance]]:
+    """The factorized projections by the name of their A, and the weights of all columns, before types are known."""
+    conversion, imatrix, moments, factors = model.conversion, model.imatrix, model.moments, model.factors
+    provisional = {**choices, **dict.fromkeys(wanted, QUANTIZED)}
+    encoded = {n: c for n, c in provisional.items() if not conversion.is_copied(n, c)}
+    weights = importances(imatrix, conversion.tensors, encoded)
+    if moments is not None and factors is not None:
+        weights |= bases(moments, factors)
+    units = units_of(factors, imatrix, provisional, weights, moments) if factors else {}
+    if moments is not None:
+        ordinary = {n: t for n, t in conversion.tensors.items() if n in wanted and n not in units}
+        weights |= diagonals(moments, ordinary)
+    return units, weights | weigh_transforms(units, provisional, weights)
 
 
 def _lines(types: Mapping[str, str]) -> list[str]:

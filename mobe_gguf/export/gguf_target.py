@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,6 +161,11 @@ class GgufConversion:
 
     def replace(self, name: str, source: Source) -> None:
         self.tensors[name].source = source
+
+    def without_keys(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.writer.values.pop(name, None)
+            self.writer.set.pop(name, None)
 
     def finish(self, file_type: str, out: Path, origin: Origin | None = None) -> None:
         """Nothing to do: the source has all keys, and :meth:`header` sets those that depend on types."""

@@ -2,8 +2,8 @@
 
 An error is the squared error of the outputs relative to their square, for inputs as the importance matrix saw them:
 
-- bases: ``|W - A Z|^2 / |W|^2`` with rounded bases and A unchanged or solved for again (``refit``); W is the product of
-  the unrounded factors;
+- bases: ``|W - A Z|^2 / |W|^2`` with rounded bases and A unchanged or solved for again (``refit``); W is the original
+  matrix, so this includes the error of the fit, or without the original the product of the unrounded factors;
 - A: the same with A rounded and the bases unchanged;
 - ordinary experts and down: the same with W rounded.
 
@@ -26,7 +26,7 @@ from mobe_gguf.core.tensors import is_down, is_transform
 from mobe_gguf.export.decoded import each_decoded, rounded
 from mobe_gguf.export.imatrix import Imatrix, Importance
 from mobe_gguf.export.refit import Unit
-from mobe_gguf.export.refit_solve import cost, second_moments, solve, squares
+from mobe_gguf.export.refit_solve import ANCHOR_BY_MOMENTS, cost, second_moments, solve, squares
 from mobe_gguf.export.rounding import covers, matrix
 from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.moments import Moments
@@ -69,12 +69,13 @@ def measure(
     refit: bool,
     counts: Callable[[str], float],
     moments: Moments | None = None,
+    original: Original | None = None,
 ) -> Iterator[tuple[str, list[Option]]]:
     """The options of each tensor of ``wanted``, in the file's order.
 
     ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``counts``: how much
     an error of a tensor counts.  ``moments``: if the file will be rounded by them, errors are those after such
-    rounding.
+    rounding.  ``original``: the model that the factors were made of.
     """
     for name in (n for n in tensors if n in wanted):
         tensor, found = tensors[name], weights.get(name)
@@ -88,7 +89,7 @@ def measure(
                 else _plain(tensor, found, types)
             )
         elif name.endswith("_basis.weight"):
-            errors = _basis(unit, types, refit)
+            errors = _basis(unit, types, refit, original)
         else:
             errors = _transform(unit, found, types)
         yield name, [Option(t, size(name, t), share * e) for t, e in zip(types, errors, strict=True)]
@@ -107,17 +108,22 @@ def _share(part: torch.Tensor, whole: torch.Tensor) -> float:
     return float(part.sum()) / total if total else 0.0
 
 
-def _basis(unit: Unit, types: list[str], refit: bool) -> list[float]:
+def _basis(unit: Unit, types: list[str], refit: bool, original: Original | None) -> list[float]:
     s, alpha, bases, a, z = _sampled(unit)
     metric = unit.inputs().slice(s, z)
-    w = torch.bmm(a, metric.apply(z))
+    if original is None:
+        w = torch.bmm(a, metric.apply(z))
+    else:
+        experts = [original.expert(unit.layer.index, unit.projection, e) for e in range(s.stop)]
+        w = metric.apply(unit.scaled(unit.turn(torch.stack(experts).float()), s))
     errors, rounder = [], unit.basis_rounder(0, bases)
     for type_name in types:
         kept = unit.read_back(0, bases, type_name, rounder)
         z = activate(combine(alpha, kept), unit.activation)
         solved, zm = a, metric.apply(z)
-        if refit and not torch.equal(kept, bases):
-            solved, _, zm = solve(w, a, zm, z, alpha, kept, metric, unit.activation)
+        if refit and (unit.full or not torch.equal(kept, bases)):
+            anchor = ANCHOR_BY_MOMENTS if unit.full else None
+            solved, _, zm = solve(w, a, zm, z, alpha, kept, metric, unit.activation, anchor)
         errors.append(_share(cost(w, solved, zm)[0], squares(w)))
         del kept
     return errors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ class MobeLayer:
     @cached_property
     def projections(self) -> tuple[str, ...]:
         """The factorized projections among ``gate``, ``up`` and ``down``; empty for an ordinary layer."""
-        return tuple(p for p in ALL_PROJECTIONS if self._names(p))
+        left_out = self.checkpoint.left_out
+        return tuple(p for p in ALL_PROJECTIONS if self._names(p) and (self.index, p) not in left_out)
 
     def _names(self, projection: str) -> list[tuple[str, str]]:
         """``(basis, mix)`` tensor names, one pair for each group."""
@@ -284,3 +285,18 @@ class FactorDirectory(ModelDirectory):
     @cached_property
     def _layers(self) -> dict[int, MobeLayer]:
         return {}
+
+    @cached_property
+    def left_out(self) -> frozenset[tuple[int, str]]:
+        """Layers and projections whose factors are not used, see :meth:`leave_out`."""
+        return frozenset()
+
+    def leave_out(self, units: Iterable[tuple[int, str]]) -> None:
+        """Treat these layers and projections as ordinary ones from now on."""
+        self.left_out = self.left_out | frozenset(units)
+        self._layers.clear()
+
+    @property
+    def any_left(self) -> bool:
+        """Whether any layer has factors that are used."""
+        return any(self.layer(index).projections for index in self.moe_layers)

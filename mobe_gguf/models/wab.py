@@ -60,7 +60,8 @@ class WabLayer(MobeLayer):
 
     @cached_property
     def projections(self) -> tuple[str, ...]:
-        return tuple(p for p in PROJECTIONS if (self.index, p) in self.checkpoint.files)
+        units = self.checkpoint.files.keys() - self.checkpoint.left_out
+        return tuple(p for p in PROJECTIONS if (self.index, p) in units)
 
     def _check(self, projection: str) -> tuple[int, int, int]:
         c, d, p = self.checkpoint, self.checkpoint.n_embd, self.checkpoint.n_ff_exp
