@@ -1,18 +1,26 @@
 """How much text rounding by moments needs: KL divergence by number of calibration tokens, on two kinds of text.
 
     python bench/tokens.py [--model DIR] [--out DIR] [--chunks 10,40,180,1000] [--quant q3_k_m] [--texts A.txt,B.txt] [--eval-chunks N]
+    python bench/tokens.py --corpus CACHE [--works treasury,henry] [--evaluated austen,shakespeare]
 
 For each number of chunks of 512 tokens, moments and an importance matrix are made from that much of the calibration
 text.  Then `export --dense --moments` makes one file and llama-quantize, with the matrix, another; both are evaluated
 on every text. ``--shrinkage`` tries other values of ``core.metric.TRUSTED``.  With ``--out`` existing files are kept
 and used.
+
+``--corpus`` takes both texts from the tiny model's own corpus (models/data.py), which is fetched into CACHE: as much
+calibration text as the most chunks need, and held-out chapters.  ``--works`` and ``--evaluated`` take only these sources
+of it: calibration on one book, KL divergence on another.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from mobe_gguf import evaluate
 from mobe_gguf.calibrate.moments import collect
@@ -22,6 +30,25 @@ from mobe_gguf.evaluate import tool
 from mobe_gguf.export import Recipe, export, parse_quant
 
 CONTEXT = 512
+#: Characters of the corpus that surely hold a chunk.
+CHARACTERS = 4 * CONTEXT
+
+
+def corpus(cache: Path, out: Path, works: str, evaluated: str, chunks: int) -> tuple[Path, Path]:
+    """Files in ``out`` with calibration and held-out text of the corpus in ``cache``; of all its sources unless they are
+    named."""
+    sys.path.insert(0, str(resources.path("models")))
+    data = importlib.import_module("data")
+    train, held = data.load(cache)
+
+    def text(name: str, documents: list[Any], sources: str, size: int) -> Path:
+        wanted = set(sources.split(",")) if sources else {source.name for source in data.SOURCES}
+        path = out / f"{name}.txt"
+        path.write_text(data.calibration([d for d in documents if d.source in wanted], size, seed=1))
+        return path
+
+    calibration = text("corpus", train, works, CHARACTERS * chunks)
+    return calibration, text(f"heldout-{evaluated.replace(',', '-') or 'all'}", held, evaluated, 1 << 30)
 
 
 def made(
@@ -53,6 +80,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=models / "tiny-moe", help="Hugging Face directory")
     parser.add_argument("--calibration", default=str(models / "calibration.txt"), help="files, with commas")
     parser.add_argument("--texts", default=str(models / "heldout.txt"), help="what is evaluated, with commas")
+    parser.add_argument(
+        "--corpus", type=Path, metavar="CACHE", help="take the texts from the tiny model's corpus"
+    )
+    parser.add_argument("--works", default="", help="sources of --corpus to calibrate on  [default: all]")
+    parser.add_argument("--evaluated", default="", help="sources of its held-out text  [default: all]")
     parser.add_argument("--chunks", default="10,40,180")
     parser.add_argument("--quant", default="q3_k_m")
     parser.add_argument("--eval-chunks", type=int, default=24)
@@ -67,11 +99,16 @@ def main() -> None:
         reference = out / "reference.gguf"
         if not reference.is_file():
             export(options.model, reference, Recipe(parse_quant("bf16")), allow_dense=True, quiet=True)
+        counts = [int(count) for count in options.chunks.split(",")]
         calibration = [Path(text) for text in options.calibration.split(",")]
+        texts = [Path(text) for text in options.texts.split(",")]
+        if options.corpus is not None:
+            found = corpus(options.corpus, out, options.works, options.evaluated, max(counts))
+            calibration, texts = [found[0]], [found[1]]
         print("| tokens | text | llama-quantize, imatrix | by moments | ratio |\n|---|---|---|---|---|")
-        for chunks in map(int, options.chunks.split(",")):
+        for chunks in counts:
             files = made(options.model, reference, out, calibration, chunks, options.quant)
-            for text in map(Path, options.texts.split(",")):
+            for text in texts:
                 rows = evaluate.compare(reference, files, text, settings, quiet=True)
                 plain, ours = (row.divergence.kl.value for row in rows)
                 print(

@@ -59,6 +59,7 @@ def ladder(tensor: Tensor, weights: Importance | None) -> list[str]:
     return [t for t in fitting if weights is not None or not requires_imatrix(tensor.name, t, "")]
 
 
+# wide: everything that an error depends on
 def measure(
     tensors: Mapping[str, Tensor],
     wanted: set[str],
