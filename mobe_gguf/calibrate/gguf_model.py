@@ -66,7 +66,7 @@ class GgufCheckpoint:
         self.n_layer, self.n_expert = self.model.n_layer, self.model.n_expert
         self.n_expert_used, self.checksum = self.model.n_expert_used, self.model.checksum
         self.n_embd, self.n_ff_exp = self.model.n_embd, self.model.n_ff_exp
-        self.expert = self.model.expert
+        self.expert, self.width = self.model.expert, self.model.width
 
     def hf_config(self) -> Any:
         """transformers' config.  transformers reads most of it from the file; the code below adds what is missing."""
@@ -144,6 +144,13 @@ class GgufCheckpoint:
 
     def check_whole(self) -> None:
         self.model.check_whole()
+        widths = sorted({self.model.width(layer) for layer in self.moe_layers})
+        if len(widths) > 1:
+            raise MobeError(
+                f"{self.path}: its layers have experts of {widths[0]} to {widths[-1]} rows, and transformers' class knows one "
+                f"width. Let llama-imatrix count the channels instead:\n"
+                f"  llama-imatrix -m {self.path} -f TEXT -o imatrix.gguf\nwhich factorize and export take with --imatrix"
+            )
         for layer in self.model.moe_layers:
             for projection in ALL_PROJECTIONS:
                 self.model.check_experts(layer, projection)

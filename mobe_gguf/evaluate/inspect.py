@@ -59,6 +59,7 @@ class Description:
     """Sizes, in the letters of docs/format.md: n_expert n, n_expert_used k, n_embd d, n_ff_exp p.
 
     ``kind``: ``gguf``, ``huggingface``, ``mobe`` (a checkpoint directory) or ``factors`` (of a GGUF file).
+    n_ff_exp is that of the layer with the widest experts; ``widths`` has all that occur, the least first.
     ``n_bytes``: of all files together.  ``activation`` and ``group_count`` are None if nothing is factorized.
     ``problems``: contradictions found.
     """
@@ -79,6 +80,7 @@ class Description:
     group_count: int | None = None
     version: int | None = None
     layers: list[Layer] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -124,7 +126,7 @@ def describe_gguf(file: GgufFile) -> Description:
     entries = [ListedTensor(t.name, t.type, t.shape, t.n_bytes) for t in file.tensors.values()]
     layers, problems = _gguf_layers(file)
     problems += [f"tensor {name} is missing" for name in missing_tensors(file)]
-    down = next((t.shape for t in file.tensors.values() if ".ffn_down_exps.weight" in t.name), None)
+    widths = sorted({t.shape[-1] for t in file.tensors.values() if ".ffn_down_exps.weight" in t.name})
     factorized = {name for layer in layers for name in layer.factorized}
     version, key = file.keys.get(names.key_version(file.arch)), names.key_version(file.arch)
     groups = file.keys.get(names.key_group_count(file.arch))
@@ -142,7 +144,8 @@ def describe_gguf(file: GgufFile) -> Description:
         n_expert=file.arch_number("expert_count"),
         n_expert_used=file.arch_most("expert_used_count"),
         n_embd=file.arch_number("embedding_length"),
-        n_ff_exp=down[-1] if down else None,
+        n_ff_exp=widths[-1] if widths else None,
+        widths=widths,
         entries=entries,
         original_params=original_params(entries),
         n_bytes=file.size,
@@ -347,6 +350,7 @@ def summary(d: Description) -> list[str]:
         "factors": "factors of a GGUF file",
     }
     p = f", p {d.n_ff_exp}" if d.n_ff_exp else ""
+    p = f", p {d.widths[0]} to {d.widths[-1]}" if len(d.widths) > 1 else p
     lines = [
         f"{d.path}: {kinds[d.kind]}" + (f", {d.name}" if d.name else ""),
         f"{d.arch}: {d.n_layer} layers, {len(d.layers)} of them MoE; n {d.n_expert}, k {d.n_expert_used}, "

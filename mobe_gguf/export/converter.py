@@ -196,7 +196,7 @@ def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slic
         for projections in (("gate", "up"), ("down",)):
             if not checkpoint.is_fused(layer, projections[0]):
                 continue
-            rows = checkpoint.expert_shape(projections[0])[0]
+            rows = checkpoint.expert_shape(layer, projections[0])[0]
             found[family.fused_weight(layer, projections[0])] = [
                 (family.expert_weight(layer, e, projection), e, slice(i * rows, (i + 1) * rows))
                 for e in range(checkpoint.n_expert)
@@ -455,7 +455,10 @@ def rehearse(checkpoint: Original) -> list[str]:
     conversion = convert(model, Path("model.gguf"))
     for layer in model.moe_layers:
         for projection in ALL_PROJECTIONS:
-            name, shape = transform_name(layer, projection), (model.n_expert, *model.expert_shape(projection))
+            name, shape = (
+                transform_name(layer, projection),
+                (model.n_expert, *model.expert_shape(layer, projection)),
+            )
             made = conversion.tensors.get(name)
             if made is None or tuple(made.source.shape) != shape:
                 got = "no such tensor" if made is None else f"shape {list(made.source.shape)}"

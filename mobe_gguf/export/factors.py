@@ -55,7 +55,7 @@ def put_experts(conversion: Conversion, checkpoint: FactorDirectory) -> None:
     for index in checkpoint.moe_layers:
         layer = checkpoint.layer(index)
         for projection in layer.projections:
-            shape = checkpoint.expert_shape(projection)
+            shape = checkpoint.expert_shape(index, projection)
             _put(conversion, layer, projection, shape, Reconstruction(layer, projection))
 
 

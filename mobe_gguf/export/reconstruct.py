@@ -187,7 +187,7 @@ def _entries(checkpoint: ModelWithFactors, target: torch.dtype, convert_all: boo
         read = Reconstruction(layer, projection)
         for e in range(checkpoint.n_expert):
             name = checkpoint.family.expert_weight(layer.index, e, projection)
-            shape = checkpoint.expert_shape(projection)
+            shape = checkpoint.expert_shape(layer.index, projection)
             yield _computed(name, shape, target, partial(read, e))
 
 

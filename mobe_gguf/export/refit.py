@@ -84,7 +84,7 @@ class Unit:
         another model."""
         basis = names.basis_name(layer.index, projection)
         unit = cls(layer, projection, choices[basis].type, weights.get(basis))
-        n, row = layer.checkpoint.n_expert, layer.checkpoint.expert_shape(projection)[1]
+        n, row = layer.checkpoint.n_expert, layer.checkpoint.expert_shape(layer.index, projection)[1]
         found = imatrix.inputs(layer.index, projection, n, row)
         if moments is not None and names.transform_name(layer.index, projection) in moments:
             moments.check(layer.index, projection, n, row)
@@ -112,7 +112,7 @@ class Unit:
         if self.moments is None:
             return self.metric
         layer, n = self.layer, self.n_expert
-        row = layer.checkpoint.expert_shape(self.projection)[1]
+        row = layer.checkpoint.expert_shape(layer.index, self.projection)[1]
         return Metric.of(self.moments.weight(layer.index, self.projection, n, row), n, row)
 
     @property
@@ -208,7 +208,7 @@ class Unit:
 
     def blocks(self, experts: slice) -> list[slice]:
         """``experts`` in runs that fit into ``BLOCK_BYTES``."""
-        p = self.layer.checkpoint.n_ff_exp
+        p = self.layer.checkpoint.width(self.layer.index)
         r, d = self.layer.rank(self.projection), self.layer.checkpoint.n_embd
         size = max(1, BLOCK_BYTES // (4 * (6 * r * d + 4 * p * d + 6 * p * r + 4 * r * r)))
         return [slice(i, min(i + size, experts.stop)) for i in range(experts.start, experts.stop, size)]

@@ -195,7 +195,7 @@ def bases(moments: Moments, factors: FactorDirectory) -> dict[str, Importance]:
     def reader(layer: MobeLayer, projection: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
             checkpoint = layer.checkpoint
-            n, row = checkpoint.n_expert, checkpoint.expert_shape(projection)[1]
+            n, row = checkpoint.n_expert, checkpoint.expert_shape(layer.index, projection)[1]
             channels = moments.weight(layer.index, projection, n, row).channels()[:, 0]
             shares = layer.mix(projection).double().square()
             shares = shares.flatten(2).mean(-1) if shares.dim() == 3 else shares

@@ -6,7 +6,7 @@ Pure functions over a model's shapes; only headers are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,7 +67,9 @@ def wide_size(n: int, p: int, d: int) -> Size:
 
 def settle(options: Options, checkpoint: Original) -> JobSettings:
     """The settings of a new job, with defaults for everything left open.  UsageError if they do not fit the model."""
-    n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
+    n, d = checkpoint.n_expert, checkpoint.n_embd
+    widths = widths_of(checkpoint, options.layers)
+    p = widths[0]
     groups = 1 if options.groups is None else options.groups
     defaults: dict[str, Any] = dict(
         bases=default_bases(n, max(groups, 1)),
@@ -92,12 +94,6 @@ def settle(options: Options, checkpoint: Original) -> JobSettings:
     if not method_named(options.method or MOBE.name).fitted:
         defaults |= dict(activation="none", steps=0)
     settings = JobSettings(**(defaults | options.said()))
-    for layer in settings.layers:
-        if layer not in checkpoint.moe_layers:
-            moe = format_layers(checkpoint.moe_layers)
-            raise UsageError(
-                f"--layers: layer {layer} has no routed experts; the MoE layers of this model are {moe}"
-            )
     # --target has not chosen yet: check what every choice has in common with the defaults
     least = groups * (settings.mix_terms or 1)
     size = Size(
@@ -105,10 +101,28 @@ def settle(options: Options, checkpoint: Original) -> JobSettings:
     )
     for projection in settings.projections:
         solver = settings.solver(size, projection)
-        (solver if settings.how.fitted else replace(solver, steps=1)).check(n, p, d)
+        for width in widths:
+            (solver if settings.how.fitted else replace(solver, steps=1)).check(n, width, d)
     if not settings.how.fitted:
+        if len(widths) > 1:
+            raise UsageError(
+                f"--method {settings.method} is for experts of one width, and the layers of {checkpoint.path} have "
+                f"{widths[0]} to {widths[-1]}; choose layers of one width with --layers"
+            )
         baseline(settings, n, p, d)
     return settings
+
+
+def widths_of(checkpoint: Original, layers: Iterable[int] | None = None) -> list[int]:
+    """The different p of ``layers`` (None: all MoE layers), the least first.  UsageError if one has no experts."""
+    found = checkpoint.moe_layers if layers is None else tuple(layers)
+    for layer in found:
+        if layer not in checkpoint.moe_layers:
+            moe = format_layers(checkpoint.moe_layers)
+            raise UsageError(
+                f"--layers: layer {layer} has no routed experts; the MoE layers of this model are {moe}"
+            )
+    return sorted({checkpoint.width(layer) for layer in found})
 
 
 def check_method(options: Options) -> None:
@@ -310,8 +324,9 @@ def plan_checkpoint(
     ``sizes``: m and r of each unit, if they differ.  ``moments``: already checked to belong to the model.
     """
     units = settings.units()
-    n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
-    model = dict(n=n, p=p, d=d, moe_layers=len(checkpoint.moe_layers), model_parameters=checkpoint.n_params)
+    n, p, d = checkpoint.n_expert, widths_of(checkpoint, settings.layers)[0], checkpoint.n_embd
+    model = dict(n=n, d=d, moe_layers=len(checkpoint.moe_layers), model_parameters=checkpoint.n_params)
+    experts = 3 * n * d * sum(checkpoint.width(layer) for layer in checkpoint.moe_layers)
     kept = checkpoint.kept_bytes(units)
     if not settings.how.fitted:
         chosen, itemsize = baseline(settings, n, p, d), STORED[settings.dtype].itemsize
@@ -319,7 +334,7 @@ def plan_checkpoint(
             units=len(units),
             projected_before=len(units) * n * p * d,
             projected_after=len(units) * chosen.kept,
-            experts_before=3 * len(checkpoint.moe_layers) * n * p * d,
+            experts_before=experts,
             model_before=checkpoint.n_params,
             output_bytes=kept + len(units) * itemsize * chosen.stored,
             memory_bytes=chosen.memory + (moments.nbytes(*units[0]) if moments else 0),
@@ -328,14 +343,23 @@ def plan_checkpoint(
     if settings.objective != "mse":
         for name in directions:
             directions[name] = moments.directions(settings.layers[0], name) if moments else 0
-    counts = Counter((None if sizes is None else sizes[unit], unit[1]) for unit in units)
+    counts = Counter(
+        (None if sizes is None else sizes[unit], unit[1], checkpoint.width(unit[0])) for unit in units
+    )
     parts = [
-        make_plan(settings.solver(*key), units=count, directions=directions[key[1]], **model)
-        for key, count in counts.items()
+        make_plan(
+            settings.solver(size, projection),
+            p=width,
+            units=count,
+            directions=directions[projection],
+            **model,
+        )
+        for (size, projection, width), count in counts.items()
     ]
     return replace(
         parts[0],
         units=len(units),
+        experts_before=experts,
         projected_before=sum(part.projected_before for part in parts),
         projected_after=sum(part.projected_after for part in parts),
         output_bytes=kept + sum(part.output_bytes for part in parts),

@@ -261,7 +261,7 @@ class Checkpoint(ModelDirectory):
 
         FP8 (e4m3 with block scales, as DeepSeek-V3 and Kimi-K2 are published) is dequantized.
         """
-        shape = self.expert_shape(projection)
+        shape = self.expert_shape(layer, projection)
         if self.is_fused(layer, projection):
             return self._fused_expert(layer, projection, index)
         name = self.family.expert_weight(layer, index, projection)
@@ -274,7 +274,7 @@ class Checkpoint(ModelDirectory):
 
         Experts are read one at a time, so peak memory is the result and one more expert.
         """
-        stack = torch.empty(self.n_expert, *self.expert_shape(projection))
+        stack = torch.empty(self.n_expert, *self.expert_shape(layer, projection))
         for e in range(self.n_expert):
             stack[e] = self.expert(layer, projection, e)
         return stack

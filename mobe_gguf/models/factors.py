@@ -101,9 +101,13 @@ class ModelDirectory(Tensors, ABC):
             )
         return None
 
-    def expert_shape(self, projection: str) -> tuple[int, int]:
+    def width(self, layer: int) -> int:
+        """p of a layer's experts."""
+        return self.n_ff_exp
+
+    def expert_shape(self, layer: int, projection: str) -> tuple[int, int]:
         """``[p, d]`` of gate and up, ``[d, p]`` of down, from config.json."""
-        return side(projection).matrix(self.n_ff_exp, self.n_embd)
+        return side(projection).matrix(self.width(layer), self.n_embd)
 
     def is_fused(self, layer: int, projection: str) -> bool:
         """True if the layer's experts are stored in one tensor, :meth:`Family.fused_weight`."""
@@ -150,7 +154,7 @@ class MobeLayer:
         """``(g, m, r)`` of a projection.  MobeError names the tensor if the shapes do not agree."""
         c = self.checkpoint
         pairs = self._names(projection)
-        n, d, p, g = c.n_expert, c.n_embd, c.n_ff_exp, len(pairs)
+        n, d, p, g = c.n_expert, c.n_embd, c.width(self.index), len(pairs)
         if n % g:
             raise MobeError(f"{c.path}: {pairs[0][0]}: {g} groups do not divide {n} experts")
         first, on = c.shape(pairs[0][0]), side(projection)
@@ -194,7 +198,7 @@ class MobeLayer:
 
     def transform_shape(self, projection: str) -> tuple[int, int]:
         """Shape of one expert's A: ``(p, r)``, of down ``(r, p)``."""
-        return side(projection).transform(self.checkpoint.n_ff_exp, self.rank(projection))
+        return side(projection).transform(self.checkpoint.width(self.index), self.rank(projection))
 
     def is_row_mixed(self, projection: str) -> bool:
         """True if every row of the basis has its own mixing weights."""

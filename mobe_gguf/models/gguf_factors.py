@@ -69,6 +69,18 @@ class GgufFactors(FactorDirectory):
     def n_ff_exp(self) -> int:
         return self._size("n_ff_exp")
 
+    def width(self, layer: int) -> int:
+        """p of a layer's experts: ``n_ff_exp``, unless layers differ."""
+        widths = self.config.get("n_ff_exp_of")
+        if widths is None:
+            return self.n_ff_exp
+        value = widths.get(str(layer)) if isinstance(widths, dict) else None
+        if type(value) is not int or value < 1:
+            raise MobeError(
+                f"{self.path / FACTORS_NAME}: 'n_ff_exp_of' must have a positive number for layer {layer}"
+            )
+        return value
+
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that have factors; others may have experts in the GGUF file."""

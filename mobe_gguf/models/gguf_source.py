@@ -175,18 +175,21 @@ class GgufModel:
 
     @cached_property
     def _first(self) -> StoredTensor:
-        """Up of the first MoE layer.  The sizes of all other layers are compared with it."""
+        """Up of the first MoE layer.  n and d of all other layers are compared with it."""
         if not self.moe_layers:
             raise MobeError(
                 f"{self.path}: no tensor blk.*.ffn_up_exps.weight: the model ({self.arch}) has no routed experts, there is "
                 "nothing to factorize"
             )
-        first = self.stored(self.moe_layers[0], "up")
-        if len(first.shape) != 3:
+        return self._up(self.moe_layers[0])
+
+    def _up(self, layer: int) -> StoredTensor:
+        found = self.stored(layer, "up")
+        if len(found.shape) != 3:
             raise MobeError(
-                f"{self.path}: tensor {first.name} has shape {list(first.shape)}, expected [n, p, d]"
+                f"{self.path}: tensor {found.name} has shape {list(found.shape)}, expected [n, p, d]"
             )
-        return first
+        return found
 
     @property
     def n_expert(self) -> int:
@@ -194,7 +197,11 @@ class GgufModel:
 
     @property
     def n_ff_exp(self) -> int:
-        return self._first.shape[1]
+        return max(self.width(layer) for layer in self.moe_layers)
+
+    def width(self, layer: int) -> int:
+        """p of a layer's experts.  In some models layers differ."""
+        return self._up(layer).shape[1]
 
     @property
     def n_embd(self) -> int:
@@ -225,7 +232,8 @@ class GgufModel:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's entries in ``factors.json``."""
+        """The model's entries in ``factors.json``; ``n_ff_exp_of`` only if layers differ."""
+        widths = {str(layer): self.width(layer) for layer in self.moe_layers}
         return {
             "architecture": self.arch,
             "n_layer": self.n_layer,
@@ -233,7 +241,7 @@ class GgufModel:
             "n_expert_used": self.n_expert_used,
             "n_embd": self.n_embd,
             "n_ff_exp": self.n_ff_exp,
-        }
+        } | ({"n_ff_exp_of": widths} if len(set(widths.values())) > 1 else {})
 
     @property
     def n_params(self) -> int:
@@ -351,7 +359,7 @@ class GgufModel:
             for p in names.ALL_PROJECTIONS
             if names.transform_name(layer, p) in self.file.tensors or (merged and p in MERGED)
         )
-        return ExpertLayout(self.n_expert, self.n_ff_exp, self.n_embd, there, fused)
+        return ExpertLayout(self.n_expert, self.width(layer), self.n_embd, there, fused)
 
     def is_merged(self, layer: int) -> bool:
         """True if the layer's gate and up are one tensor."""
@@ -359,9 +367,9 @@ class GgufModel:
             merged_name(layer) in self.file.tensors
         )
 
-    def expert_shape(self, projection: str) -> tuple[int, int]:
+    def expert_shape(self, layer: int, projection: str) -> tuple[int, int]:
         """``[p, d]`` of gate and up, ``[d, p]`` of down."""
-        return side(projection).matrix(self.n_ff_exp, self.n_embd)
+        return side(projection).matrix(self.width(layer), self.n_embd)
 
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
         """Name of the tensor that :meth:`expert_stack` reads; where gate and up are merged, each has its own name."""
@@ -389,11 +397,11 @@ class GgufModel:
         """MobeError unless the layer's experts exist, with the right shape and a type that libggml decodes.  Reads the head
         only."""
         found = self.stored(layer, projection)
-        expected = (self.n_expert, *self.expert_shape(projection))
+        expected = (self.n_expert, *self.expert_shape(layer, projection))
         if found.shape != expected:
             raise MobeError(
                 f"{self.path}: tensor {found.name} has shape {list(found.shape)}, expected {list(expected)} as of "
-                f"{self._first.name}"
+                f"{self.stored(layer, 'up').name if projection != 'up' else self._first.name}"
             )
         if not ggml.type_info(found.type).decodes:
             raise MobeError(
@@ -414,7 +422,7 @@ class GgufModel:
 
     def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
         """All routed experts' matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down), read one by one."""
-        stack = torch.empty(self.n_expert, *self.expert_shape(projection))
+        stack = torch.empty(self.n_expert, *self.expert_shape(layer, projection))
         for e in range(self.n_expert):
             stack[e] = self.expert(layer, projection, e)
         return stack

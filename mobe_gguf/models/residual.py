@@ -47,7 +47,7 @@ def layer_shares(model: Original, imatrix: ImatrixFile, layers: tuple[int, ...])
 def _routed(model: Original, imatrix: ImatrixFile, layer: int) -> float | None:
     """Mean square of what the routed experts add for a token, if the router's weights sum to one (times its scale)."""
     found = imatrix.inputs(f"blk.{layer}.ffn_down_exps.weight")
-    if found is None or found[0].numel() != model.n_expert * model.n_ff_exp:
+    if found is None or found[0].numel() != model.n_expert * model.width(layer):
         return None
     sums, counts = found[0].view(model.n_expert, -1), float(found[1].sum())
     total = sum(

@@ -107,7 +107,7 @@ def probe(
     source.check_whole()
     layer = source.moe_layers[len(source.moe_layers) // 2]
     projection = "gate" if names.transform_name(layer, "gate") in layout.tensors else "up"
-    n, (p, d) = source.n_expert, source.expert_shape(projection)
+    n, (p, d) = source.n_expert, source.expert_shape(layer, projection)
     wanted = {form.name: form for form in forms if form.factorized}
     known = Moments(moments) if moments is not None else None
     if known is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from parity.gguf_files import EXPERTS, FF_EXP, HEAD_DIM, LAYERS, D, GgufFile, qwen3moe, uniform
 
 from mobe_gguf import runtime
+from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
@@ -27,6 +29,9 @@ from mobe_gguf.quant.recipe import Spec, plan
 
 #: Width of experts that are fed less than the hidden size.
 NARROW = 32
+
+#: Widths of the experts by layer.
+WIDTHS = [48, 96]
 
 
 def factorize(model: Path, out: Path, **options: Any) -> Path:
@@ -50,6 +55,68 @@ def with_arrays() -> GgufFile:
     for layer in range(LAYERS):
         for name in ("k", "v"):
             file.tensors[f"blk.{layer}.attn_{name}.weight"] = uniform(77 + layer, HEAD_DIM, D, std=0.1)
+    return file
+
+
+def by_layer() -> GgufFile:
+    """Nemotron-3-Puzzle's form: a recurrent layer, attention, then experts whose width and use differ by layer, without gates."""
+    arch, n_inner, n_state, n_heads = "nemotron_h_moe", 64, 16, 4
+    file = GgufFile(arch)
+    old = qwen3moe()
+    file.keys = {k: v for k, v in old.keys.items() if k.startswith(("general.", "tokenizer."))}
+    file.keys |= {
+        f"{arch}.context_length": 256,
+        f"{arch}.embedding_length": D,
+        f"{arch}.block_count": 4,
+        f"{arch}.attention.head_count": 4,
+        f"{arch}.attention.head_count_kv": [0, 2, 0, 0],
+        f"{arch}.attention.key_length": HEAD_DIM,
+        f"{arch}.attention.value_length": HEAD_DIM,
+        f"{arch}.attention.layer_norm_epsilon": 1e-6,
+        f"{arch}.attention.layer_norm_rms_epsilon": 1e-6,
+        f"{arch}.feed_forward_length": [0, 0, *WIDTHS],
+        f"{arch}.expert_feed_forward_length": [0, 0, *WIDTHS],
+        f"{arch}.expert_count": EXPERTS,
+        f"{arch}.expert_used_count": [0, 0, 2, 3],
+        f"{arch}.expert_shared_count": 1,
+        f"{arch}.expert_shared_feed_forward_length": 32,
+        f"{arch}.expert_weights_scale": 1.0,
+        f"{arch}.ssm.conv_kernel": 4,
+        f"{arch}.ssm.inner_size": n_inner,
+        f"{arch}.ssm.state_size": n_state,
+        f"{arch}.ssm.time_step_rank": n_heads,
+        f"{arch}.ssm.group_count": 1,
+    }
+    conv = n_inner + 2 * n_state
+    shapes: dict[str, tuple[int, ...]] = {
+        "blk.0.ssm_in.weight": (n_inner + conv + n_heads, D),
+        "blk.0.ssm_conv1d.weight": (conv, 4),
+        "blk.0.ssm_conv1d.bias": (conv,),
+        "blk.0.ssm_dt.bias": (n_heads,),
+        "blk.0.ssm_a": (n_heads, 1),
+        "blk.0.ssm_d": (n_heads, 1),
+        "blk.0.ssm_norm.weight": (1, n_inner),
+        "blk.0.ssm_out.weight": (D, n_inner),
+    }
+    for i, p in enumerate(WIDTHS, 2):
+        shapes |= {
+            f"blk.{i}.ffn_gate_inp.weight": (EXPERTS, D),
+            f"blk.{i}.exp_probs_b.bias": (EXPERTS,),
+            f"blk.{i}.ffn_up_exps.weight": (EXPERTS, p, D),
+            f"blk.{i}.ffn_down_exps.weight": (EXPERTS, D, p),
+            f"blk.{i}.ffn_up_shexp.weight": (32, D),
+            f"blk.{i}.ffn_down_shexp.weight": (D, 32),
+        }
+    for i in range(4):
+        file.tensors[f"blk.{i}.attn_norm.weight"] = 1 + uniform(900 + i, D, std=0.1)
+    for seed, (name, shape) in enumerate(shapes.items(), 600):
+        file.tensors[name] = uniform(seed, *shape, std=max(shape[-1], 16) ** -0.5)
+    file.tensors["blk.0.ssm_a"] = -np.abs(file.tensors["blk.0.ssm_a"]) - 0.1
+    file.tensors |= {
+        name: old.tensors[name] for name in ("token_embd.weight", "output.weight", "output_norm.weight")
+    }
+    for name in ("q", "k", "v", "output"):
+        file.tensors[f"blk.1.attn_{name}.weight"] = old.tensors[f"blk.1.attn_{name}.weight"]
     return file
 
 
@@ -89,6 +156,49 @@ def test_types_of_such_a_file_are_those_of_llama_quantize(quant: str, tmp_path: 
     specs = [Spec(info.name, info.shape) for info in file.tensors.values()]
     choices = plan(specs, Recipe(quant), ModelFacts.of(file.arch, file.keys))
     assert {n: c.type for n, c in choices.items()} == {n: (b or a).lower() for n, a, b in lines}
+
+
+@pytest.mark.parametrize("projections", ["up", "up,down"])
+def test_layers_of_different_widths(projections: str, tmp_path: Path) -> None:
+    """Looked at, factorized with the same options as any file, exported with A solved for again, and run."""
+    source, factors, out = (tmp_path / name for name in ("m.gguf", "factors", "o.gguf"))
+    by_layer().write(source)
+    for command in (
+        ["inspect", source],
+        ["verify", source],
+        ["factorize", source, factors, "--target", "0.8", "--steps", "2", "--projections", projections, "-q"],
+        ["export", factors, out, "--quant", "q8_0", "-q"],
+        ["verify", out],
+        ["inspect", out],
+    ):
+        done = CliRunner().invoke(main, [str(word) for word in command])
+        assert done.exit_code == 0, (command, done.output)
+    assert "p 48 to 96" in done.stdout
+    assert np.isfinite(logits(source)).all() and np.isfinite(logits(out)).all()
+    plan = CliRunner().invoke(
+        main, ["factorize", str(source), str(tmp_path / "x"), "--projections", "up", "--dry-run", "--json"]
+    )
+    assert json.loads(plan.stdout)["plan"]["projected_before"] == EXPERTS * D * sum(WIDTHS)
+
+
+def test_bases_that_span_all_give_the_same_answers(tmp_path: Path) -> None:
+    """Of each layer by its own width."""
+    source = by_layer().write(tmp_path / "m.gguf")
+    factors = factorize(source, tmp_path / "f", rank=D, activation="none", projections=("up",))
+    export(factors, tmp_path / "o.gguf", Recipe("f32"), quiet=True)
+    plain, made = logits(source), logits(tmp_path / "o.gguf")
+    assert np.square(plain - made).sum() < 1e-6 * np.square(plain).sum()
+
+
+def test_methods_that_know_one_width(tmp_path: Path) -> None:
+    source = by_layer().write(tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match=r"48 to 96; choose layers of one width with --layers"):
+        prepare(source, tmp_path / "f", Options(method="svd", projections=("up",)))
+    file = qwen3moe()
+    for name, shape in (("gate", (96, D)), ("up", (96, D)), ("down", (D, 96))):
+        file.tensors[f"blk.1.ffn_{name}_exps.weight"] = uniform(5, EXPERTS, *shape)
+    with pytest.raises(MobeError, match=r"experts of 48 to 96 rows"):
+        GgufCheckpoint(file.write(tmp_path / "q.gguf")).check_whole()
 
 
 @pytest.mark.parametrize("kind", [tuple, list, lambda values: Array(len(values), tuple(values))])

@@ -17,6 +17,9 @@ what, projection, groups = sys.argv[1], sys.argv[2], int(sys.argv[3])
 class Checkpoint:
     n_expert, n_embd, n_ff_exp, activation, config = n, d, p, "tanh", {}
 
+    def width(self, layer):
+        return p
+
 class Layer:
     checkpoint, index = Checkpoint(), 0
 

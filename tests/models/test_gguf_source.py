@@ -169,14 +169,13 @@ def test_values_that_are_not_finite(plain: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_of_different_sizes(tmp_path: Path) -> None:
-    tensors = _up(experts()) | {
-        names.transform_name(1, p): encoded(experts(p=8), "f32") for p in names.PROJECTIONS
-    }
+def test_matrices_of_a_layer_that_do_not_fit_each_other(tmp_path: Path) -> None:
+    tensors = _up(experts()) | {names.transform_name(1, p): encoded(experts(p=8), "f32") for p in ("up",)}
+    tensors |= {names.transform_name(1, "gate"): encoded(experts(p=4), "f32")}
     tensors |= {names.transform_name(i, "down"): encoded(experts(), "f32") for i in range(2)}
     path = write(tmp_path / "m.gguf", tensors)
     with pytest.raises(
-        MobeError, match=r"blk\.1\.ffn_gate_exps\.weight has shape \[3, 8, 256\], expected \[3, 4, 256\]"
+        MobeError, match=r"blk\.1\.ffn_gate_exps\.weight has shape \[3, 4, 256\], expected \[3, 8, 256\]"
     ):
         prepare(path, tmp_path / "out", FAST)
     assert prepare(path, tmp_path / "out", Options(layers=(0,), bases=2, steps=2)).settings.layers == (0,)
@@ -212,8 +211,9 @@ def test_a_whole_job(plain: Path, tmp_path: Path) -> None:
 
 
 def test_resume(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after some units; the same bytes as in one go.  Another file, or setting, is refused."""
-    run(prepare(plain, tmp_path / "whole", FAST), quiet=True)
+    """Stopped after some units; the same bytes as in one go.  Another file, or setting, is refused.  (The last digits depend on
+    the number of threads of a unit, and so on that of the workers.)"""
+    run(prepare(plain, tmp_path / "whole", FAST), quiet=True, workers=1)
     fit_unit, done = running.fit_unit, []
 
     def failing(*args, **kwargs):
@@ -234,7 +234,7 @@ def test_resume(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises((MobeError, UsageError), match="--steps is 3 now"):
         prepare(plain, tmp_path / "out", Options(steps=3), resume=True)
     assert json.loads((work_directory(tmp_path / "out") / "job.json").read_text())["source_checksum"]
-    run(prepare(plain, tmp_path / "out", FAST, resume=True), quiet=True)
+    run(prepare(plain, tmp_path / "out", FAST, resume=True), quiet=True, workers=1)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 

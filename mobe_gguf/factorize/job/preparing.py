@@ -60,9 +60,13 @@ def prepare(
     for layer, projection in settings.units():
         checkpoint.check_experts(layer, projection)
         if imatrix:
-            imatrix.weight(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
+            imatrix.weight(
+                layer, projection, checkpoint.n_expert, checkpoint.expert_shape(layer, projection)[1]
+            )
         if moments:
-            moments.check(layer, projection, checkpoint.n_expert, checkpoint.expert_shape(projection)[1])
+            moments.check(
+                layer, projection, checkpoint.n_expert, checkpoint.expert_shape(layer, projection)[1]
+            )
     checkpoint.check_whole()
     checkpoint.check_values()
     goal = probing.goal_of(checkpoint, settings, imatrix, predict)

@@ -7,6 +7,7 @@ So a resumed job keeps the sizes of its finished units.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import format_size
 from mobe_gguf.core.records import record
 from mobe_gguf.factorize.job.state import Job
-from mobe_gguf.factorize.plan import default_rank, parameters
+from mobe_gguf.factorize.plan import default_rank, parameters, widths_of
 from mobe_gguf.factorize.spec import JobSettings
 from mobe_gguf.factorize.target import (
     BEYOND,
@@ -105,15 +106,18 @@ def goal_of(
     """
     if settings.target is None or not settings.how.fitted:
         return None
-    n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
+    n, d = checkpoint.n_expert, checkpoint.n_embd
+    p = widths_of(checkpoint, settings.layers)[0]  # ranks that every layer allows
     step = settings.groups
     choices = Choices(step * (settings.mix_terms or 1), n, step)
     ranks = _ranks(settings, p, d)
     units = settings.units()
     if isinstance(settings.target, float):
-        budget = int(settings.target * len(units) * n * p * d)
-        goal = Goal(budget, {u: Parameters(settings, u[1], (n, p, d)) for u in units}, choices, ranks)
-        least = f"{goal.least / (len(units) * n * p * d):.3f}"
+        shapes = {unit: (n, checkpoint.width(unit[0]), d) for unit in units}
+        whole = sum(map(math.prod, shapes.values()))
+        costs = {unit: Parameters(settings, unit[1], shape) for unit, shape in shapes.items()}
+        goal = Goal(int(settings.target * whole), costs, choices, ranks)
+        least = f"{goal.least / whole:.3f}"
     else:
         if checkpoint.directory is None:
             raise UsageError(

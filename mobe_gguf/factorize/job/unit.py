@@ -47,7 +47,7 @@ def fit_unit(
         settings = job.settings.solver(size, projection)
         factors: Factors | Matrices = _fit(layer, projection, stack, weight, settings, device, on_step)
     else:
-        shape = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
+        shape = checkpoint.n_expert, checkpoint.width(layer), checkpoint.n_embd
         chosen, dtype = baseline(job.settings, *shape), STORED[job.settings.dtype]
         factors = chosen.compress(stack, weight=weight, dtype=dtype, device=device)
     result = UnitResult(layer, projection, factors.error, factors.objective, factors.steps, factors.seconds)
@@ -84,7 +84,7 @@ def _read(job: Job, layer: int, projection: str) -> tuple[torch.Tensor, torch.Te
     """A unit's experts and the second moments of their inputs.  These are full if there are moments; they are those of single
     channels with an imatrix, or for a baseline, which supports no other kind for each expert."""
     checkpoint = job.checkpoint
-    columns = checkpoint.expert_shape(projection)[1]
+    columns = checkpoint.expert_shape(layer, projection)[1]
     weight: torch.Tensor | Roots | None = None
     if job.moments:
         weight = job.moments.weight(layer, projection, checkpoint.n_expert, columns)
