@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.sides import side
 from mobe_gguf.core.tensors import is_basis, is_transform, merged_name
 from mobe_gguf.export.source import Tensor
+from mobe_gguf.formats.gguf import number_of
 from mobe_gguf.formats.imatrix import ImatrixFile, Statistics, smoothed
 from mobe_gguf.quant.mixture import layer_of
 from mobe_gguf.quant.recipe import FLOATS, Choice, requires_imatrix
@@ -214,6 +216,21 @@ def _unseen(file: ImatrixFile, name: str) -> int:
 def without(found: Mapping[str, Importance], choices: Mapping[str, Choice], quant: str) -> list[str]:
     """Tensors whose types need weights but which have none in ``found``."""
     return [n for n, choice in choices.items() if n not in found and requires_imatrix(n, choice.type, quant)]
+
+
+def of_prediction(
+    missing: Iterable[str], tensors: Mapping[str, Tensor], keys: Mapping[str, Any], arch: str
+) -> dict[str, Importance]:
+    """Weights that are all alike, for those ``missing`` that belong to layers of multi-token prediction: no text runs through
+    these, so no file has anything of them."""
+    first = number_of(keys, f"{arch}.block_count", 0) - number_of(keys, f"{arch}.nextn_predict_layers", 0)
+
+    def ones(name: str) -> np.ndarray:
+        shape = tensors[name].source.shape
+        return np.ones((shape[-3] if len(shape) > 2 else 1, shape[-1]), np.float32)
+
+    origin = "none (multi-token prediction: all columns weigh alike)"
+    return {name: Importance(origin, partial(ones, name)) for name in missing if layer_of(name) >= first > 0}
 
 
 def missing_message(

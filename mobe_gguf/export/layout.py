@@ -9,7 +9,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.export.conversion import Conversion
 from mobe_gguf.export.divide import divide
 from mobe_gguf.export.encoder import Nearest, Rounding
-from mobe_gguf.export.imatrix import Importance, importances, missing_message, without
+from mobe_gguf.export.imatrix import Importance, importances, missing_message, of_prediction, without
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.refit import Refitting, Unit, units_of, weigh_transforms
 from mobe_gguf.export.request import ExportRequest
@@ -68,6 +68,9 @@ def choose_types(request: ExportRequest, model: Opened) -> Types:
         collected = collected | diagonals(model.moments, plain)
     weights = collected | weigh_transforms(units, choices, collected)
     missing = without(weights, encoded_here, recipe.quant)
+    if imatrix.files or model.moments is not None:
+        weights = weights | of_prediction(missing, conversion.tensors, conversion.keys, conversion.arch)
+        missing = [name for name in missing if name not in weights]
     if missing and not request.options.dry_run:
         raise MobeError(missing_message(imatrix, missing, choices, conversion.tensors))
     return Types(choices, weights, collected, units, missing, divided)

@@ -13,7 +13,7 @@ from typing import Any
 from mobe_gguf.core.errors import MobeError
 
 _BF16 = "Take the model in bf16 that it was made of"
-_GGUF = "Convert it to GGUF (mobe-gguf convert MODEL model.gguf), and factorize the GGUF file"
+_GGUF = "llama.cpp's converter reads it; convert it, and give the GGUF file instead:\n  mobe-gguf convert {path} model.gguf"
 
 #: ``quant_method`` of config.json -> what it is, and what to do.  FP8 in blocks is supported, see ``checkpoint``.
 METHODS: Mapping[str, tuple[str, str]] = {
@@ -55,8 +55,8 @@ def check_format(path: Path, config: Mapping[str, Any]) -> None:
     if isinstance(method, str) and method.lower() in METHODS:
         what, mend = METHODS[method.lower()]
         raise MobeError(
-            f"{path}/config.json: the weights are quantized by {what}, which is not read here. {mend}; where the tensors are plain "
-            "bf16, f16 or f32 all the same, remove 'quantization_config'"
+            f"{path}/config.json: the weights are quantized by {what}, which is not read here. (Where the tensors are plain bf16, "
+            f"f16 or f32 all the same, remove 'quantization_config'.) {mend.format(path=path)}"
         )
     if isinstance(config.get("quantization"), Mapping) and quantization is None:
         raise MobeError(
@@ -71,5 +71,6 @@ def check_names(path: Path, names: Iterable[str]) -> None:
         for pattern, what, mend in NAMES:
             if re.search(pattern, name):
                 raise MobeError(
-                    f"{path}: tensor {name}: the model's form is {what}, which is not read here. {mend}"
+                    f"{path}: tensor {name}: the model's form is {what}, which is not read here. "
+                    f"{mend.format(path=path)}"
                 )

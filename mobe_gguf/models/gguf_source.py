@@ -169,9 +169,13 @@ class GgufModel:
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
-        """Layers with routed experts: those that have ``ffn_up_exps`` or ``ffn_gate_up_exps``."""
+        """Layers with routed experts: those that have ``ffn_up_exps`` or ``ffn_gate_up_exps``.  Layers for multi-token
+        prediction, which come last, stay as they are: no text runs through them, so there are no moments."""
         found = (re.fullmatch(r"blk\.(\d+)\.ffn_(gate_)?up_exps\.weight", name) for name in self.file.tensors)
-        return tuple(sorted({int(match[1]) for match in found if match}))
+        layers = sorted({int(match[1]) for match in found if match})
+        predicting = self.file.arch_number("nextn_predict_layers")
+        end = self.n_layer if predicting else math.inf
+        return tuple(layer for layer in layers if layer < end)
 
     @cached_property
     def _first(self) -> StoredTensor:
@@ -210,7 +214,13 @@ class GgufModel:
 
     @property
     def n_layer(self) -> int:
-        return self._number("block_count")
+        """Layers that a text runs through, as in ``Checkpoint``: without those for multi-token prediction."""
+        predicting, count = self.file.arch_number("nextn_predict_layers"), self._number("block_count")
+        if predicting >= count:
+            raise MobeError(
+                f"{self.path}: key {self.arch}.nextn_predict_layers is {predicting}, expected less than the {count} layers"
+            )
+        return count - predicting
 
     @property
     def n_expert_used(self) -> int:

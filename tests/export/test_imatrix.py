@@ -22,7 +22,7 @@ from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.export.imatrix import Imatrix
+from mobe_gguf.export.imatrix import Imatrix, of_prediction
 from mobe_gguf.export.report import importance_lines
 from mobe_gguf.export.source import Tensor, Whole
 from mobe_gguf.formats.gguf import read_gguf
@@ -311,6 +311,18 @@ def test_the_original_models_file_is_enough_for_a(factorized: Any, original: Pat
             replace(recipe, transform="q4_k", embedding="iq2_xxs"),
             quiet=True,
         )
+
+
+def test_layers_for_prediction_weigh_all_columns_alike() -> None:
+    """llama-imatrix runs no text through them; types that need weights are written all the same."""
+    names = ["blk.1.ffn_up_exps.weight", "blk.2.ffn_up_exps.weight", "blk.2.attn_q.weight", "output.weight"]
+    shapes = ((3, 2, 8), (3, 2, 8), (4, 8), (4, 8))
+    tensors = {n: Tensor(n, Whole(torch.zeros(s))) for n, s in zip(names, shapes, strict=True)}
+    keys = {"x.block_count": 3, "x.nextn_predict_layers": 1}
+    found = of_prediction(names, tensors, keys, "x")
+    assert {name: i.read().shape for name, i in found.items()} == {names[1]: (3, 8), names[2]: (1, 8)}
+    assert all((i.read() == 1).all() and "prediction" in i.origin for i in found.values())
+    assert of_prediction(names, tensors, {"x.block_count": 3}, "x") == {}
 
 
 def test_what_saw_nothing_weighs_all_alike() -> None:

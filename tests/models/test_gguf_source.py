@@ -278,6 +278,17 @@ def test_more_experts_used_than_there_are(tmp_path: Path) -> None:
         prepare(path, tmp_path / "out", Options())
 
 
+def test_layers_for_prediction_are_left_as_they_are(tmp_path: Path) -> None:
+    """No text runs through them, so no moments or imatrix have anything of them."""
+    file = gguf_files.qwen3moe()
+    file.keys["qwen3moe.nextn_predict_layers"] = 1
+    model = GgufModel(file.write(tmp_path / "model.gguf"))
+    assert model.moe_layers == (0,) and model.n_layer == 1
+    file.keys["qwen3moe.nextn_predict_layers"] = 2
+    with pytest.raises(MobeError, match="nextn_predict_layers is 2, expected less than the 2 layers"):
+        GgufModel(file.write(tmp_path / "model.gguf"))
+
+
 def test_experts_used_by_layer(tmp_path, model):
     """An array that begins with 0, for a dense layer: the most of them are used, and the file is sound."""
     import gguf

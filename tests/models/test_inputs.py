@@ -18,6 +18,7 @@ from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.formats.safetensors import INDEX_NAME
 from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.gguf_source import GgufModel
 from models.editing import edit_config, edit_tensors
 
 Maker = Callable[..., Path]
@@ -143,7 +144,7 @@ def test_fp8_blocks_over_both_halves(together: bool, own_model: Maker, model: Ma
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
         ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "remove 'quantization_config'"),
-        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "mobe-gguf convert MODEL model.gguf"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "/own model.gguf"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
     ],
@@ -174,6 +175,67 @@ def test_forms_by_names(change: Callable[[str], str], said: str, own_model: Make
 
     edit_tensors(path, rename)
     refused(path, said)
+
+
+def _scheme(form: str, **weights: Any) -> dict[str, Any]:
+    """``quantization_config`` as compressed-tensors writes it."""
+    group = {"targets": ["Linear"], "weights": weights | {"symmetric": True, "dynamic": False}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+
+
+def _by_channel(name: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """FP8 with a scale for each row."""
+    scale = (w.abs().amax(1, keepdim=True) / 448).bfloat16()
+    stored = (w / scale.float()).to(torch.float8_e4m3fn)
+    return {name: stored, name + "_scale": scale}, stored.float() * scale.float()
+
+
+def _packed(name: str, w: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Four bits, eight values a number, a scale for each 16 values of a row."""
+    groups = w.unflatten(1, (-1, 16))
+    scale = (groups.abs().amax(2) / 7).bfloat16()
+    codes = (groups / scale.float()[..., None]).round().clamp(-8, 7)
+    numbers = (codes.long() + 8).flatten(1).unflatten(1, (-1, 8)) << (4 * torch.arange(8))
+    numbers = numbers.sum(-1)
+    stored = torch.where(numbers >= 1 << 31, numbers - (1 << 32), numbers).int()
+    shape = torch.tensor(w.shape, dtype=torch.int64)
+    tensors = {name + "_packed": stored, name + "_scale": scale, name + "_shape": shape}
+    return tensors, (codes * scale.float()[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("store", "scheme"),
+    [
+        (_by_channel, _scheme("float-quantized", num_bits=8, type="float", strategy="channel")),
+        (_packed, _scheme("pack-quantized", num_bits=4, type="int", strategy="group", group_size=16)),
+    ],
+)
+def test_compressed_tensors_by_way_of_gguf(
+    store: Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]],
+    scheme: dict[str, Any],
+    own_model: Maker,
+    tmp_path: Path,
+) -> None:
+    """Refused as a directory with the command that reads it; that command reads the values that are meant."""
+    path = own_model("qwen3_moe", num_hidden_layers=1)
+    edit_config(path, quantization_config=scheme)
+    meant: dict[str, torch.Tensor] = {}
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".experts." in n]:
+            stored, meant[name] = store(name, tensors.pop(name))
+            tensors |= stored
+
+    edit_tensors(path, quantize)
+    refused(path, "compressed-tensors", f"mobe-gguf convert {path} model.gguf")
+    out = tmp_path / "model.gguf"
+    done = CliRunner().invoke(main, ["convert", str(path), str(out), "--outtype", "f32", "-q"])
+    assert done.exit_code == 0, done.stderr
+    model = GgufModel(out)
+    for projection in ("gate", "up", "down"):
+        for e in (0, 7):
+            expected = meant[f"model.layers.0.mlp.experts.{e}.{projection}_proj.weight"]
+            torch.testing.assert_close(model.expert(0, projection, e), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_rank_without_blocks(model: Maker, tmp_path: Path) -> None:
