@@ -37,7 +37,7 @@ class Alternatives:
         for name, unit in units.items():
             index, projection = unit.layer.index, unit.projection
             if name in model.moments and {name, names.basis_name(index, projection)} <= wanted:
-                shape = (unit.n_expert, *unit.layer.checkpoint.expert_shape(projection))
+                shape = (unit.n_expert, *unit.layer.checkpoint.expert_shape(unit.layer.index, projection))
                 source = Stacked(shape, partial(model.original.expert, index, projection))
                 found[name], plain[name] = unit, Tensor(name, source)
         return cls(found, plain)

@@ -411,7 +411,7 @@ class GgufModel:
         if found.shape != expected:
             raise MobeError(
                 f"{self.path}: tensor {found.name} has shape {list(found.shape)}, expected {list(expected)} as of "
-                f"{self.stored(layer, 'up').name if projection != 'up' else self._first.name}"
+                f"{' and '.join(dict.fromkeys((self._first.name, self._up(layer).name)))}"
             )
         if not ggml.type_info(found.type).decodes:
             raise MobeError(
