@@ -42,12 +42,22 @@ def forms(name: str, quant: str, layers: int, directory: Path, wanted: list[str]
     """``label: (file, shape, factorized)``; the form "rest" is always there and has no shape."""
     base = synthetic.SHAPES[name]
     found: dict[str, tuple] = {"rest": (synthetic.rest(directory, name, quant, layers), None, False)}
+    plain = synthetic.pair(directory, name, quant, layers)[0]
     for form in wanted:
         if form == "plain":
-            found[form] = (synthetic.pair(directory, name, quant, layers)[0], base, False)
+            found[form] = (plain, base, False)
+            continue
+        if form == "smaller":
+            wide = synthetic.pair(directory, name, quant, layers, **synthetic.WIDE[name])[1]
+            type_name = synthetic.fewer_bits(wide, plain, quant)
+            found[f"plain, {type_name}"] = (
+                synthetic.pair(directory, name, type_name, layers)[0],
+                base,
+                False,
+            )
             continue
         mix = form.removesuffix("-down")
-        changes = {"dense": {}, "none": {"activation": "none"}}.get(mix)
+        changes = {"dense": {}, "none": {"activation": "none"}, "wide": synthetic.WIDE[name]}.get(mix)
         if changes is None:
             changes = {"terms": int(mix.removeprefix("terms"))}
         if form != mix:
@@ -129,8 +139,9 @@ def arguments(description: str, **defaults: str) -> argparse.ArgumentParser:
     parser.add_argument("--quants", default="q4_k,q8_0,iq4_xs")
     parser.add_argument(
         "--forms",
-        default="plain,dense,terms4,none",
-        help="plain; dense, termsS, none, each with -down behind",
+        default="plain,wide,smaller",
+        help="plain; smaller: plain in a type that gives wide's size; wide: few bases, no activation; dense: the paper's; "
+        "termsS, none: the paper's with S terms, without an activation; all but plain and smaller also with -down behind",
     )
     parser.add_argument("--layers", type=int, help="[default: 4; 1 of deepseek-v3]")
     parser.add_argument("--threads", default="1,all")

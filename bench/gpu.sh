@@ -17,7 +17,8 @@
 #   sanitize     compute-sanitizer (memcheck, racecheck, synccheck) on a few small cases of each kernel
 #   factorize    bench/factorize.py on the GPU, Qwen3-30B and DeepSeek-V3 layers; needs configure and python, no build
 #   build-tools  llama-bench, llama-completion
-#   hybrid       bench/hybrid.py, Qwen3-30B and DeepSeek-V3 shapes (12 layers and 1; 25 GB of disk); needs python, build-tools
+#   hybrid       bench/hybrid.py, Qwen3-30B and DeepSeek-V3 shapes (12 layers and 1; 25 GB of disk), few wide bases without an
+#                activation: ggml's own operators, no switch; needs python, build-tools
 #   save         what was built, in pieces of 15 MB beside the logs; on the next machine, at the same path:
 #                mkdir -p build && cat bin.tar.xz.* | tar xJ -C build
 # In half an hour of a rented machine, as the GPU is free while the CPU compiles:

@@ -6,7 +6,8 @@
 (b) equal GPU memory: the uncompressed model keeps as many layers' experts there as the bases take (--n-cpu-moe);
 (c) equal file size: the uncompressed model in fewer bits, with --cpu-moe.
 
-Models are synthetic (see synthetic.py).  Decoding and a prompt of 512 tokens; medians of --rounds runs taken in turns.
+Models are synthetic (see synthetic.py); the factorized one has few wide bases without an activation, which ggml's own
+operators compute on any backend.  Decoding and a prompt of 512 tokens; medians of --rounds runs taken in turns.
 ``--rpc HOST:PORT`` uses a ggml-rpc-server as the device.  This shows the placement on a machine without a GPU; its
 speeds mean nothing.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import llama_bench
@@ -26,33 +28,24 @@ from rich.table import Table
 
 from mobe_gguf.core.errors import run_program
 from mobe_gguf.core.progress import console
-from mobe_gguf.runtime import ggml
-
-#: Types for (c), largest first.
-SMALLER = ("q4_k", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs", "iq2_xxs")
 
 #: Labels of the factorized model and its rivals.
 MOBE, SAME_PLACE, SAME_MEMORY, SAME_SIZE = "mobe, --cpu-moe", "(a) plain", "(b) plain", "(c) plain"
 
 
-def fewer_bits(file: Path, plain: Path, quant: str) -> str:
-    """The type in which the plain model's size is nearest to that of ``file``."""
-    bits = ggml.type_info(quant).bits * file.stat().st_size / plain.stat().st_size
-    return min(SMALLER, key=lambda name: abs(ggml.type_info(name).bits - bits))
-
-
 def layers_as_bases(shape: synthetic.Shape, layers: int) -> int:
     """How many layers' plain experts fit in the memory that the bases of all layers take (same type)."""
-    bases = 2 * shape.m * shape.p * shape.d * layers
+    bases = 2 * shape.m * shape.r * shape.d * layers
     return bases // (3 * shape.n * shape.p * shape.d)
 
 
-def contenders(name: str, quant: str, layers: int, directory: Path) -> list[Contender]:
+def contenders(name: str, quant: str, layers: int, directory: Path, published: bool) -> list[Contender]:
     """The factorized model and its rivals, in this order."""
-    plain, mobe = synthetic.pair(directory, name, quant, layers)
-    shape = synthetic.SHAPES[name]
+    changes = {} if published else synthetic.WIDE[name]
+    plain, mobe = synthetic.pair(directory, name, quant, layers, **changes)
+    shape = replace(synthetic.SHAPES[name], **changes)
     on_gpu = layers_as_bases(shape, layers)
-    smaller = fewer_bits(mobe, plain, quant)
+    smaller = synthetic.fewer_bits(mobe, plain, quant)
     small = synthetic.pair(directory, name, smaller, layers)[0]
 
     def on_cpu(count: int) -> tuple[str, ...]:
@@ -72,6 +65,9 @@ def main() -> None:
     )
     parser.add_argument("--shapes", default="qwen3-30b,deepseek-v3")
     parser.add_argument("--quant", default="q4_k")
+    parser.add_argument(
+        "--published", action="store_true", help="the paper's form, which needs the CUDA operator"
+    )
     parser.add_argument("--layers", type=int, default=12, help="of qwen3-30b; a quarter of it of deepseek-v3")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -90,7 +86,7 @@ def main() -> None:
         extra += ["-rpc", options.rpc]
     for name in options.shapes.split(","):
         layers = max(1, options.layers // 4) if name == "deepseek-v3" else options.layers
-        models = contenders(name, options.quant, layers, options.dir)
+        models = contenders(name, options.quant, layers, options.dir, options.published)
         table = Table(title=f"{name}, {layers} layers, {options.quant}, {options.threads} threads")
         for column in ("", "file MB", "decoding tokens/s", "mobe / this", "prompt tokens/s", "mobe / this "):
             table.add_column(column, justify="right" if column else "left")

@@ -83,6 +83,11 @@ class Shape:
         """Weights of one expert of a factorized model: A's, and an ordinary down."""
         return self.projections * self.p * self.r + (not self.down) * self.p * self.d
 
+    def own_bytes(self, quant: str) -> float:
+        """Bytes of those; rows of gate's and up's A have length r, those of the others p."""
+        gate_and_up = 2 * self.p * self.r
+        return gate_and_up * size(quant, self.r) + (self.own - gate_and_up) * size(quant, self.p)
+
     def basis_bytes(self, quant: str) -> float:
         """Bytes of one basis of each projection; rows of down's bases have length r."""
         return self.r * self.d * (2 * size(quant, self.d) + self.down * size(quant, self.r))
@@ -102,7 +107,7 @@ class Shape:
         long, short = size(quant, d), size(quant, p)
         if not factorized:
             return Work((2 * used * each * long + used * each * short) / tokens, multiply=3 * k * each)
-        own, basis, count = used * self.own * short / tokens, self.basis_bytes(quant), self.projections
+        own, basis, count = used * self.own_bytes(quant) / tokens, self.basis_bytes(quant), self.projections
         each = self.r * d
         if self.activation == "none":  # each basis once for all experts
             project = count * (m * each + k * m * self.r)
@@ -123,7 +128,7 @@ class Shape:
         k, each, count = self.k, self.r * self.d, self.projections
         moved = self.bases_used(missed) * self.basis_bytes(quant)
         moved += count * k * each * size("q8_0", self.d)  # read, or written by a miss
-        moved += k * self.own * size(quant, self.p)
+        moved += k * self.own_bytes(quant)
         return Work(
             moved=moved,
             mix=count * missed * (self.terms or self.m) * each,
@@ -150,6 +155,24 @@ SHAPES = {
     # for trying a benchmark out
     "small": Shape(n=16, k=4, d=512, p=256, m=4, heads=4, kv_heads=2),
 }
+
+
+#: Few wide bases without an activation: the fields of a Shape at which gate and up keep about 62.5 % of their parameters.
+WIDE = {
+    "qwen3-30b": {"activation": "none", "m": 2, "rank": 1280},
+    "deepseek-v2-lite": {"activation": "none", "m": 2, "rank": 1280},
+    "deepseek-v3": {"activation": "none", "m": 2, "rank": 4352},
+    "small": {"activation": "none", "m": 2, "rank": 256},
+}
+
+#: Types of fewer bits, for an ordinary file of a factorized one's size; largest first.
+SMALLER = ("q4_k", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s", "iq2_xs", "iq2_xxs")
+
+
+def fewer_bits(file: Path, plain: Path, quant: str) -> str:
+    """The type in which the plain model's size is nearest to that of ``file``."""
+    bits = ggml.type_info(quant).bits * file.stat().st_size / plain.stat().st_size
+    return min(SMALLER, key=lambda name: abs(ggml.type_info(name).bits - bits))
 
 
 def write(path: Path, shape: Shape, quant: str, layers: int, factorized: bool) -> Path:

@@ -3,6 +3,7 @@
 #include "llama-arch.h"
 #include "llama-impl.h"
 #include "llama-mobe-cache.h"
+#include "llama-mobe-linear.h"
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
@@ -167,14 +168,18 @@ ggml_tensor * llama_mobe::create_tensor(
     ggml_tensor * a = is_down ?
         model.create_tensor_in_file(ml, tn, {n_in, r, n},  flags) :
         model.create_tensor_in_file(ml, tn, {r, n_out, n}, flags);
+    const bool own  = linear && !is_down && is_identity(ml, mix);
+    const bool flat = linear && !is_down && !own; // mobe_is_flat
     const factors f = {
-        /*.basis =*/ model.create_tensor_in_file(ml, name(kind, "weight", tn.bid), {columns, rows, m}, flags),
+        /*.basis =*/ flat ?
+            model.create_tensor_in_file(ml, name(kind, "weight", tn.bid), {columns, rows*m}, flags | llama_model_loader::TENSOR_ALLOW_RESHAPE) :
+            model.create_tensor_in_file(ml, name(kind, "weight", tn.bid), {columns, rows, m}, flags),
         /*.mix   =*/ row_mix ?
             model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {rows, m/g, n}, flags) :
             model.create_tensor_in_file(ml, name(kind, "mix", tn.bid), {m/g, n},       flags),
         /*.after =*/ is_down,
         /*.linear =*/ linear,
-        /*.own    =*/ linear && !is_down && is_identity(ml, mix),
+        /*.own    =*/ own,
     };
     if (a != nullptr) { // a skipped layer has no tensors
         by_transform.emplace(a, f);
@@ -197,27 +202,8 @@ ggml_tensor * llama_mobe::example_op(ggml_context * ctx, ggml_tensor * w, int64_
     return ggml_mobe_proj(ctx, basis, mix, x, ids, GGML_MOBE_ACTIVATION_TANH);
 }
 
-// the coefficients of a token's experts: [m, k, T]
-static ggml_tensor * mix_of(ggml_context * ctx, ggml_tensor * mix, ggml_tensor * ids) {
-    const int64_t k = ids->ne[0];
-    const int64_t T = ids->ne[1];
-    ggml_tensor * rows = ggml_get_rows(ctx, mix, ggml_reshape_1d(ctx, ggml_cont(ctx, ids), k*T));
-    return ggml_reshape_3d(ctx, rows, mix->ne[0], k, T);
-}
-
-static ggml_tensor * transposed(ggml_context * ctx, ggml_tensor * t) { return ggml_cont(ctx, ggml_permute(ctx, t, 1, 0, 2, 3)); }
-
-// z[:,s,t] = sum_j mix[j,e] B_j x[:,t], e = ids[s,t]: the products of all bases once a token, then m numbers for each expert
-static ggml_tensor * project_linear(ggml_context * ctx, ggml_tensor * basis, ggml_tensor * mix, ggml_tensor * x, ggml_tensor * ids) {
-    const int64_t d = basis->ne[0];
-    const int64_t r = basis->ne[1];
-    const int64_t m = basis->ne[2];
-    const int64_t T = ids->ne[1];
-
-    ggml_tensor * all = ggml_reshape_2d(ctx, basis, d, r*m);
-    ggml_tensor * u   = ggml_mul_mat(ctx, all, ggml_reshape_2d(ctx, x, d, T));                           // [r*m, T]
-    u = transposed(ctx, ggml_reshape_3d(ctx, u, r, m, T));                                              // [m, r, T]
-    return ggml_mul_mat(ctx, u, mix_of(ctx, mix, ids));                                                 // [r, k, T]
+static ggml_tensor * flattened(ggml_context * ctx, ggml_tensor * basis) {
+    return ggml_reshape_2d(ctx, basis, basis->ne[0], basis->ne[1]*basis->ne[2]);
 }
 
 // z[:,s,t] = B_e x[:,t], e = ids[s,t]: of experts with a basis each. The loader has asked for a place where bases can be
@@ -231,62 +217,20 @@ static ggml_tensor * project_own(ggml_context * ctx, ggml_tensor * basis, ggml_t
     return dev != nullptr && ggml_backend_dev_supports_op(dev, z) ? z : nullptr;
 }
 
-// some of what lies behind each other along the last axis
-static ggml_tensor * part(ggml_context * ctx, ggml_tensor * t, int64_t first, int64_t n) {
-    return n == t->ne[2] ? t : ggml_view_3d(ctx, t, t->ne[0], t->ne[1], n, t->nb[1], t->nb[2], first*t->nb[2]);
-}
-
-// [d, T, 1]: t, added up along its last axis, half onto half
-static ggml_tensor * summed(ggml_context * ctx, ggml_tensor * t) {
-    ggml_tensor * odd = nullptr;
-    while (t->ne[2] > 1) {
-        const int64_t half = t->ne[2]/2;
-        if (t->ne[2] % 2 != 0) {
-            ggml_tensor * last = part(ctx, t, 2*half, 1);
-            odd = odd == nullptr ? last : ggml_add(ctx, odd, last);
-        }
-        t = ggml_add(ctx, part(ctx, t, 0, half), part(ctx, t, half, half));
-    }
-    return odd == nullptr ? t : ggml_add(ctx, t, odd);
-}
-
-static const int64_t SUMS = 8; // at most, so that the graph stays small
-
-// out[:,t] = sum_j B_j (sum_s weights[s,t] mix[j,e] y[:,s,t]), e = ids[s,t]: experts are summed first, so that a token
-// multiplies each basis once
-static ggml_tensor * sum_linear(
-        ggml_context * ctx, ggml_tensor * basis, ggml_tensor * mix, ggml_tensor * y, ggml_tensor * ids, ggml_tensor * weights) {
-    const int64_t m = basis->ne[2];
-    const int64_t k = ids->ne[0];
-    const int64_t T = ids->ne[1];
-
-    ggml_tensor * c = mix_of(ctx, mix, ids);
-    if (weights != nullptr) {
-        c = ggml_mul(ctx, c, weights);
-    }
-    ggml_tensor * v = ggml_mul_mat(ctx, transposed(ctx, y), transposed(ctx, c)); // [r, m, T]
-    v = ggml_permute(ctx, v, 0, 2, 1, 3);                                        // [r, T, m]
-
-    // The products of several bases at once, [d, T, n_at_once], are added up: of a few tokens all bases, of a prompt as many as
-    // there are experts, whose own outputs would take as much memory; but no more than SUMS times.
-    const int64_t n_at_once = std::min(m, std::max({ k, 256/T, (m + SUMS - 1)/SUMS }));
-    const auto product = [&](int64_t j, int64_t n) { return ggml_mul_mat(ctx, part(ctx, basis, j, n), part(ctx, v, j, n)); };
-
-    ggml_tensor * sum = product(0, n_at_once);
-    int64_t j = n_at_once;
-    for (; j + n_at_once <= m; j += n_at_once) {
-        sum = ggml_add(ctx, sum, product(j, n_at_once));
-    }
-    sum = summed(ctx, sum);
-    if (j < m) {
-        sum = ggml_add(ctx, sum, summed(ctx, product(j, m - j)));
-    }
-    return ggml_reshape_2d(ctx, sum, sum->ne[0], T);
-}
-
 const llama_mobe::factors * llama_mobe::find(const ggml_tensor * w, bool after) const {
     const auto it = by_transform.find(w);
     return it == by_transform.end() || it->second.after != after ? nullptr : &it->second;
+}
+
+// the operator's operand: [d, r, m], of down [r, d, m]
+static ggml_tensor * bases_of(ggml_context * ctx, const llama_mobe::factors & f) {
+    if (!mobe_is_flat(f)) {
+        return f.basis;
+    }
+    const int64_t m = f.mix->ne[0];
+    ggml_tensor * all = ggml_reshape_3d(ctx, f.basis, f.basis->ne[0], f.basis->ne[1]/m, m);
+    ggml_set_name(all, f.basis->name); // what llama-imatrix files it under
+    return all;
 }
 
 ggml_tensor * llama_mobe::project(
@@ -294,11 +238,11 @@ ggml_tensor * llama_mobe::project(
         const llama_mobe_cache * cache) const {
     // a prompt does without, and so may be given to another backend
     ggml_tensor * kept = cache && ids->ne[1] <= GGML_MOBE_CACHE_TOKENS ? cache->find(w) : nullptr;
-    return kept ? ggml_mobe_proj_cached(ctx, f.basis, f.mix, x, ids, activation, kept) :
-                  ggml_mobe_proj(ctx, f.basis, f.mix, x, ids, activation);
+    return kept ? ggml_mobe_proj_cached(ctx, bases_of(ctx, f), f.mix, x, ids, activation, kept) :
+                  ggml_mobe_proj(ctx, bases_of(ctx, f), f.mix, x, ids, activation);
 }
 
-// whether llama.cpp has put the blocks of a single basis in another order for its own mul_mat, as it does with matrices on a CPU
+// whether llama.cpp has put the blocks in another order for its own mul_mat, as it does with matrices on a CPU
 static bool is_repacked(const ggml_tensor * basis) {
     if (basis->buffer == nullptr || ggml_backend_buffer_is_host(basis->buffer)) {
         return false;
@@ -318,11 +262,11 @@ ggml_tensor * llama_mobe::project_input(
     }
     if (f->linear && x->ne[1] == 1) {
         if (ids->ne[1] == 0) {
-            return ggml_view_3d(ctx, x, f->basis->ne[1], ids->ne[0], 0, x->nb[1], x->nb[2], 0);
+            return ggml_view_3d(ctx, x, w->ne[0], ids->ne[0], 0, x->nb[1], x->nb[2], 0);
         }
         if (!watched || is_repacked(f->basis)) {
             ggml_tensor * own = f->own ? project_own(ctx, f->basis, x, ids) : nullptr;
-            return own ? own : project_linear(ctx, f->basis, f->mix, x, ids);
+            return own ? own : mobe_project_linear(ctx, mobe_is_flat(*f) ? f->basis : flattened(ctx, f->basis), f->mix, x, ids);
         }
     }
     return project(ctx, *f, w, x, ids, cache);
@@ -340,7 +284,7 @@ ggml_tensor * llama_mobe::sum_output(
     if (watched && !is_repacked(f->basis)) {
         return nullptr;
     }
-    return sum_linear(ctx, f->basis, f->mix, y, ids, weights);
+    return mobe_sum_linear(ctx, f->basis, f->mix, y, ids, weights);
 }
 
 ggml_tensor * llama_mobe::project_output(
@@ -353,7 +297,7 @@ uint32_t llama_mobe::max_nodes() const {
     uint32_t n = 0;
     for (const auto & it : by_transform) {
         if (it.second.linear && it.second.after) {
-            n += 12 + 4*SUMS + 10*8; // coefficients; each sum; each halving (of 256 bases at once), with what is left over
+            n += mobe_sum_linear_nodes();
         }
     }
     return n;

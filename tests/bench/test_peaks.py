@@ -114,6 +114,17 @@ def test_ratio_of_each_round() -> None:
     assert stock_speed.ratios(Speeds([2.0, 3.0]), Speeds([4.0, 3.0])) == [0.5, 1.0]
 
 
+def test_a_build_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
+    import builds
+    import synthetic
+
+    file = synthetic.pair(tmp_path, "small", "q4_k", 1)[0]
+    found = builds.run("llama_cpp", {}, file, threads=1)
+    assert set(found) == set(builds.TASKS) and min(found.values()) > 0
+    with pytest.raises(subprocess.CalledProcessError):
+        builds.run("llama_cpp", {"LLAMA_CPP_LIB_PATH": str(tmp_path)}, file, threads=1)
+
+
 def test_batches_that_share_a_run() -> None:
     from llama_bench import grouped
 

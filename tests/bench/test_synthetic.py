@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,6 +71,16 @@ def test_work_with_a_cache() -> None:
     assert missed.moved - found.moved == pytest.approx(2 * shape.bases_used(8) * each * 4.5 / 8)
 
 
+def test_work_of_wide_bases() -> None:
+    """Rows of A are as long as the rank, not as an expert is wide."""
+    import synthetic
+
+    shape = replace(synthetic.SHAPES["deepseek-v2-lite"], **synthetic.WIDE["deepseek-v2-lite"])
+    bases, a, down = 2 * 2 * 1280 * 2048, 2 * 6 * 1408 * 1280, 6 * 1408 * 2048
+    assert shape.work(True, "q4_k").moved == (4.5 * (bases + a) + 5.5 * down) / 8
+    assert shape.work(True, "q4_k").multiply == bases + a + down + 2 * 6 * 2 * 1280
+
+
 def test_bases_in_use_against_drawing() -> None:
     import numpy as np
     import synthetic
@@ -111,6 +122,7 @@ def test_routing_is_by_dice_in_every_layer(tmp_path: Path) -> None:
 
 def test_decoding_bench_prints_every_form(tmp_path: Path) -> None:
     options = ["--shapes", "small", "--quants", "q4_k", "--rounds", "1", "--batches", "1,4", "--threads", "1"]
+    options += ["--forms", "plain,wide,smaller,dense,terms4"]
     done = subprocess.run(
         [sys.executable, str(BENCH / "decode.py"), *options, "--layers", "1", "--dir", str(tmp_path)],
         capture_output=True,
@@ -118,6 +130,6 @@ def test_decoding_bench_prints_every_form(tmp_path: Path) -> None:
         env=os.environ | {"COLUMNS": "120"},
     )
     assert done.returncode == 0, done.stderr
-    for form in ("plain", "dense", "terms4", "none"):
-        assert done.stdout.count(f"│ {form:>6} │") == 2, done.stdout
-    assert done.stdout.count("│   rest │") == 2 and done.stdout.startswith("Peaks of 1 threads"), done.stdout
+    for form in ("rest", "plain", "wide", r"plain, \w+", "dense", "terms4"):
+        assert len(re.findall(rf"│ +{form} │", done.stdout)) == 2, done.stdout
+    assert done.stdout.startswith("Peaks of 1 threads"), done.stdout

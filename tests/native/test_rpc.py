@@ -81,6 +81,7 @@ def perplexity(files: tuple[Path, Path], *options: str) -> subprocess.CompletedP
     model, text = files
     env = {name: os.environ[name] for name in ("HOME", "TMPDIR") if name in os.environ}
     env["GGML_NO_BACKTRACE"] = "1"  # the refusal is an abort
+    env["GGML_SCHED_DEBUG"] = "2"  # with -v: where each node is computed
     return subprocess.run(
         [
             runtime.tool("llama-perplexity"),
@@ -121,6 +122,22 @@ def test_two_servers_compute_what_one_process_does(server_program, files, tmp_pa
             f"{endpoint} holds no part of the model"
         )
     assert len(got) >= 5 and got == pytest.approx(alone, rel=1e-3)
+
+
+def test_cpu_moe_leaves_bases_on_the_device(server_program, files, tmp_path):
+    """All tokens use them, so that is where they belong; the experts' A and down are in main memory."""
+    with server(server_program, tmp_path / "1.log") as endpoint:
+        done = perplexity(files, "--rpc", endpoint, "-ngl", "99", "--cpu-moe", "-v")
+    places: dict[str, set[str]] = {"basis": set(), "exps": set()}
+    for line in (done.stdout + done.stderr).splitlines():
+        node = re.search(r"node #\s*\d+ \(\s*\w+\):.*?\[\s*(\w+)", line)
+        used = re.search(
+            r"ffn_(?:gate|up|down)_(basis|exps)", line[line.find("use=") :]
+        )  # cut after 20 characters
+        if node and used:
+            places[used[1]].add(node[1])
+    assert places == {"basis": {"RPC0"}, "exps": {"CPU"}}
+    assert values(done) == pytest.approx(values(perplexity(files)), rel=1e-3)
 
 
 def received(connection: socket.socket, count: int) -> bytes:

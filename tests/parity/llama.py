@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from mobe_gguf import runtime
 from parity.loader import Loader
+
+
+@contextmanager
+def plain_order() -> Iterator[None]:
+    """Models that are opened in it keep all weights in the file's order."""
+    from llama_cpp import llama_cpp
+
+    default = llama_cpp.llama_model_default_params
+
+    def changed():
+        params = default()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = changed
+    try:
+        yield
+    finally:
+        llama_cpp.llama_model_default_params = default
 
 
 def open_model(path: Path):
@@ -36,8 +55,11 @@ def open_model(path: Path):
             raise AssertionError(loader.load(path)) from error
 
 
-def logits(path: Path, tokens: Sequence[int], steps: Iterable[int]) -> dict[int, np.ndarray]:
+def logits(
+    path: Path, tokens: Sequence[int], steps: Iterable[int], repack: bool = True
+) -> dict[int, np.ndarray]:
     """Logits [len(tokens), vocabulary] of every position, for each way to cut the prompt: ``step`` tokens a call.
+    ``repack``: whether the CPU backend may keep weights in another order.
 
     The prompt in one call is shared by two threads.  In many small calls they would, on a busy machine, mostly wait for
     each other.
@@ -45,7 +67,7 @@ def logits(path: Path, tokens: Sequence[int], steps: Iterable[int]) -> dict[int,
     from llama_cpp import llama_set_n_threads
 
     result = {}
-    with closing(open_model(path)) as model:
+    with nullcontext() if repack else plain_order(), closing(open_model(path)) as model:
         for step in steps:
             n_threads = 2 if step >= len(tokens) else 1
             llama_set_n_threads(model.ctx, n_threads, n_threads)

@@ -178,6 +178,19 @@ def test_quantized(tmp_path):
         check({step: nmse(got[1], got[step]) for step in STEPS if step < 4}, 1e-4)  # rounding of activations
 
 
+@pytest.mark.parametrize("quant", ["q4_0", "q4_k_m"])
+def test_wide_and_few_quantized(quant, tmp_path):
+    """Bases of gate and up are one matrix, repacked like ordinary ones: what the plain order of the same file gives."""
+    sizes = dict(hidden_size=256, moe_intermediate_size=128)
+    original = make_model("qwen3_moe", tmp_path / "original", seed=4, **sizes)
+    mobe = make_mobe(original, tmp_path / "mobe", m=2, r=256, activation="none")
+    tokens = tokens_of(json.loads((mobe / "config.json").read_text()))
+    path = to_gguf(mobe, tmp_path / "quantized.gguf", quant)
+    got, plain = logits(path, tokens, STEPS), logits(path, tokens, STEPS, repack=False)
+    check({step: nmse(plain[step], got[step]) for step in STEPS}, 1e-4)
+    check({step: nmse(got[1], got[step]) for step in STEPS if step < 4}, 1e-4)  # rounding of activations
+
+
 def svd_like(original: Path, mobe: Path, **factors: Any) -> Path:
     """Random factors in the form that an SVD of each expert has: a basis each, mixed by the identity; returns ``mobe``."""
     make_mobe(original, mobe, m=8, activation="none", **factors)

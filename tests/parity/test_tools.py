@@ -14,6 +14,7 @@ from export.handmade import make_mobe
 from mobe_gguf import runtime
 from mobe_gguf.core import resources
 from mobe_gguf.export import Recipe, export, parse_quant
+from mobe_gguf.formats.imatrix import ImatrixFile
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,21 @@ def test_perplexity_without_activation(tmp_path, m, quant):
     perplexity(tmp_path / "mobe.gguf", text)
 
 
-def test_imatrix_of_one_repacked_basis(tmp_path):
-    """Which the operator, that llama-imatrix watches otherwise, cannot read."""
-    mobe = make_mobe(resources.path("models") / "tiny-moe", tmp_path / "mobe", m=1, activation="none")
+@pytest.mark.parametrize("m", [1, 3])
+def test_imatrix_of_bases_that_are_repacked_otherwise(tmp_path, m):
+    """The operator, which llama-imatrix watches, cannot read them then."""
+    mobe = make_mobe(resources.path("models") / "tiny-moe", tmp_path / "mobe", m=m, activation="none")
     export(mobe, tmp_path / "mobe.gguf", Recipe(parse_quant("q4_0")), quiet=True)
     text = resources.path("models") / "calibration.txt"
     options = ("-c", "64", "--chunks", "2", "-t", "2", "-o", tmp_path / "imatrix.gguf")
     run(runtime.tool("llama-imatrix"), "-m", tmp_path / "mobe.gguf", "-f", text, *options)
-    assert (tmp_path / "imatrix.gguf").stat().st_size > 0
+    found = ImatrixFile(tmp_path / "imatrix.gguf")
+    entry = found.entry("blk.0.ffn_gate_basis.weight")
+    assert (
+        entry is not None
+        and entry.sums.shape == (m, 256)
+        and found.entry("blk.3.ffn_up_basis.mix") is not None
+    )
 
 
 def perplexity(gguf: Path, text: Path) -> None:
