@@ -3,8 +3,8 @@
     python bench/plan_speed.py [--shapes qwen3-30b,deepseek-v2-lite,deepseek-v3] [--quants q4_k,q3_k] [--layers 2] [--dir synthetic]
 
 Files have real shapes and random weights (see synthetic.py): plain ones, and for the first shape one with four bases
-and no activation.  The machine's rates are measured again.  Speed: llama-bench, generation, the fastest of some
-rounds.  Memory: the peak resident memory of llama-bench for a prompt of --ctx tokens, without mapped files, the program
+and no activation.  The machine's rates are measured in every round, too: on a shared machine they change within
+seconds.  Speed: llama-bench, generation.  The medians of all rounds count.  Memory: the peak resident memory of llama-bench for a prompt of --ctx tokens, without mapped files, the program
 itself included.  Exit code 1 if one is off by more than 25 % (speed) or 5 % (memory).
 """
 
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import llama_bench
 import synthetic
@@ -43,7 +44,8 @@ def form_of(path: Path) -> Form:
     file = read_model(path)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     types = {name: info.type for name, info in file.tensors.items()}
-    return Form(path.stem, "", shapes, types, file.size)
+    bases = next((shape[0] for name, shape in shapes.items() if "_basis.weight" in name), 0)
+    return Form(path.stem, "", shapes, types, file.size, bases=bases)
 
 
 def files(options: argparse.Namespace) -> list[Path]:
@@ -128,10 +130,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.cpu_time:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one thread, in what is measured as well
-        here = replace(machine.this_machine(kinds, Path(folder) / "machine.json"), vram=0)
-    rates = ", ".join(f"{kind} {rate / 1e9:.2f}" for kind, rate in sorted(here.rates.items()))
-    console.print(f"GB/s: {rates}; node {here.node * 1e6:.2f} us", highlight=False)
+        here = replace(machine.this_machine((), Path(folder) / "machine.json"), vram=0)
     threads = 1 if options.cpu_time else options.threads
+    measured = [machine.measured(sorted(kinds), threads, 1)]
     contenders = [llama_bench.Contender(path.stem, path) for path in paths]
     best: dict[str, float] = {}
     if options.no_speed:
@@ -139,8 +140,16 @@ def main() -> int:
     elif options.cpu_time:
         best = {path.stem: alone(path, options.tokens, options.rounds) for path in paths}
     else:
-        speeds = llama_bench.compare(contenders, 1, options.tokens, options.rounds, ("-t", str(threads)))
-        best = {label: max(found.values) for label, found in speeds.items()}
+        runs: dict[str, list[float]] = {path.stem: [] for path in paths}
+        for _ in range(options.rounds):
+            for one in contenders:
+                speeds = llama_bench.run(one, (1,), options.tokens, ("-t", str(threads)))
+                runs[one.label].append(speeds[1])
+            measured.append(machine.measured(sorted(kinds), threads, 1))
+        best = {label: median(found) for label, found in runs.items()}
+    here = replace(here, rates={kind: median(one[kind] for one in measured) for kind in kinds})
+    rates = ", ".join(f"{kind} {rate / 1e9:.2f}" for kind, rate in sorted(here.rates.items()))
+    console.print(f"GB/s: {rates}; node {here.node * 1e6:.2f} us", highlight=False)
     table = Table(
         title=f"plan and runtime, {options.layers} layers, {threads} threads, context {options.ctx}"
     )

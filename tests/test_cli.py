@@ -27,7 +27,13 @@ DIFFERENT = {
 }
 
 #: Options that do more in one command.
-MORE = {("export", "--imatrix"), ("factorize", "--device"), ("verify", "--layers")}
+MORE = {
+    ("export", "--imatrix"),
+    ("compress", "--device"),
+    ("factorize", "--device"),
+    ("factorize", "--target"),
+    ("verify", "--layers"),
+}
 
 
 def test_names_that_are_not_utf8():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ TYPES = {
     "--token-embedding-type": "embedding_type",
 }
 #: Options that a plan replaces.
-PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
+PLANNED = ("form", "quant", "bases", "rank", "target", "basis_type", "transform_type")
 
 
 @click.command()
@@ -88,6 +89,18 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
     type=click.Choice(["none", "tanh", "silu"]),
     help="Function on the mixed bases.  [default: none]",
 )
+@click.option(
+    "--target", metavar="SHARE",
+    help="Instead of --bases: the share of the factorized matrices' parameters to keep (0.75). Short fits choose the bases and the rank of "
+    "each layer and projection: more where they reduce the error more.",
+)  # fmt: skip
+@options.groups
+@options.mix
+@options.mix_terms
+@options.layers("all")
+@options.projections
+@options.seed(unset=True)
+@options.ray
 @click.option("--basis-type", metavar="TYPE", help="Type of the bases B, instead of what --quant gives them.")
 @click.option(
     "--transform-type", metavar="TYPE", help="Type of the transforms A, instead of what --quant gives them."
@@ -96,6 +109,14 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 @options.tensor_type
 @options.output_tensor_type
 @options.token_embedding_type
+@options.pure
+@options.refit
+@options.rest_from
+@options.split_max_size
+@options.experts_used
+@options.base_model
+@options.no_card
+@options.tokenizer_pre
 @click.option(
     "--moments", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
     help="Second moments that `mobe-gguf moments` gathered from MODEL, instead of gathering them again.",
@@ -117,7 +138,14 @@ PLANNED = ("form", "quant", "bases", "rank", "basis_type", "transform_type")
 )
 @options.verify
 @options.ctx
-@options.device
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="cpu, cuda, cuda:N, or several for the fit (cuda:0,cuda:1); the first one gathers moments.",
+)
+@options.placement
 @options.report
 @options.resume
 @options.quiet
@@ -129,16 +157,11 @@ def command(
     bpw: float | None,
     plan_file: Path | None,
     plan_form: str | None,
-    texts: tuple[Path, ...],
-    memory: str | None,
-    tensor_type: tuple[str, ...],
-    no_rivals: bool,
-    no_measure: bool,
     report_to: Path | None,
     resume: bool,
     quiet: bool,
     as_json: bool,
-    **wishes: Any,
+    **given: Any,
 ) -> None:
     """Make the best GGUF file of MODEL that a size allows: calibrate, fit, round, write, verify, measure.
 
@@ -157,47 +180,35 @@ def command(
     from mobe_gguf.compress.pipeline import Compression
     from mobe_gguf.compress.wishes import Wishes, by_plan
     from mobe_gguf.core.progress import console
+    from mobe_gguf.factorize.job.executors import Place
     from mobe_gguf.models.hub import resolve
     from mobe_gguf.plan.layout import read_layout
-    from mobe_gguf.quant.recipe import parse_override, parse_quant, parse_type
 
     options.check_stdout()
     options.check_report(report_to, None)
-    check_device(wishes["device"])
+    for device in Place.of(given["device"], given["ray"]).devices:
+        check_device(device)
     if size is not None and bpw is not None:
         raise UsageError("--size and --bpw both say how large the file may be; leave one out")
     if bpw is not None and not 0.5 <= bpw <= 32:
         raise UsageError(f"--bpw {bpw:g}: expected bits per weight, for instance 2.6")
-    if wishes["quant"] is not None:
-        wishes["quant"] = parse_quant(wishes["quant"])
-    for option in TYPES:
-        name = option.replace("-", "_")[2:]
-        text = wishes.pop(name)
-        wishes[TYPES[option]] = None if text is None else parse_type(option, text)
-    if wishes["moments"] is not None and wishes["keep"] is not None:
-        raise UsageError("--keep is for gathering moments; the file of --moments has its own")
+    wishes = _wishes(given)
     model = resolve(model, quiet)
     limit = parse_size(size, "--size") if size else None
+    layout = None
     if plan_file is not None:
         said = [f"--{name}" for name, value in (("size", size), ("bpw", bpw)) if value is not None]
         said += [f"--{n.replace('_', '-')}" for n in PLANNED if _is_given(n)]
         if said:
             raise UsageError(f"--plan says what to make, and so does {said[0]}; leave one out")
-        wishes |= by_plan(plan_file, read_layout(model).parameters, plan_form)
+        layout = read_layout(model)
+        wishes |= by_plan(plan_file, layout.parameters, plan_form)
     elif plan_form is not None:
         raise UsageError("--plan-form names a form of a plan; give its file with --plan")
     if bpw is not None:
-        limit = int(read_layout(model).parameters * bpw / 8)
-    asked = Wishes(
-        size=limit,
-        text=texts,
-        memory=parse_size(memory, "--memory") if memory else None,
-        rivals=not no_rivals,
-        measure=not no_measure,
-        overrides=tuple(parse_override(text) for text in tensor_type),
-        **wishes,
-    )
-    job = Compression(model, out, asked, quiet)
+        layout = read_layout(model)
+        limit = int(layout.parameters * bpw / 8)
+    job = Compression(model, out, Wishes(size=limit, **wishes), quiet, layout)
     if not quiet:
         console.print(f"work is kept in {job.work} until {out} is there", highlight=False, soft_wrap=True)
     try:
@@ -214,6 +225,44 @@ def command(
         Console(width=None if sys.stdout.isatty() else 110, highlight=False, **VERBATIM).print(
             report.page(result)
         )
+
+
+def _wishes(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ``Wishes`` from the options of these names."""
+    from mobe_gguf.core.layers import parse_layers
+    from mobe_gguf.factorize.plan import parse_projections
+    from mobe_gguf.factorize.target import parse_goal
+    from mobe_gguf.quant.recipe import parse_override, parse_quant, parse_type
+
+    if given["moments"] is not None and given["keep"] is not None:
+        raise UsageError("--keep is for gathering moments; the file of --moments has its own")
+    read: dict[str, Callable[[str], Any]] = {
+        "quant": parse_quant,
+        "target": parse_goal,
+        "layers": parse_layers,
+        "projections": parse_projections,
+        "memory": lambda text: parse_size(text, "--memory"),
+        "split_max_size": lambda text: parse_size(text, "--split-max-size"),
+        **{_name(option): partial(parse_type, option) for option in TYPES},
+    }
+    found = {name: read[name](value) if value and name in read else value for name, value in given.items()}
+    if isinstance(found["target"], int):
+        raise UsageError(
+            f"--target {given['target']}: expected a share, as 0.75; --size is for the file's size"
+        )
+    found["text"] = found.pop("texts")
+    found["overrides"] = tuple(parse_override(text) for text in found.pop("tensor_type"))
+    for option, field in TYPES.items():
+        found[field] = found.pop(_name(option))
+    for option, field in (("no_rivals", "rivals"), ("no_measure", "measure"), ("no_card", "card")):
+        found[field] = not found.pop(option)
+    where = [found.pop(name) for name in ("gpu_layers", "cpu_moe", "n_cpu_moe")]
+    return found | {"placement": options.llama_placement(*where)}
+
+
+def _name(option: str) -> str:
+    """The parameter of an option."""
+    return option.replace("-", "_")[2:]
 
 
 def _write_page(job: Compression, path: Path, quiet: bool, result: Result) -> None:

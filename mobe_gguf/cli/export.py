@@ -74,13 +74,8 @@ TYPE_OPTIONS = {
     help="Where MODEL holds factors of a GGUF file: types of all that is no factor, as llama-quantize calls them.  [default: as in that "
     "file]",
 )
-@click.option(
-    "--rest-from",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Where MODEL holds factors of a GGUF file: another GGUF file of the same model, in fewer bits, that gives all that is no factor.",
-)
-@click.option("--pure", is_flag=True, help="Give all matrices one type, not a mixture.")
+@options.rest_from
+@options.pure
 @click.option(
     "--imatrix",
     multiple=True,
@@ -95,26 +90,15 @@ TYPE_OPTIONS = {
     help="Second moments of the original model's inputs, from `mobe-gguf moments`. Rounding then minimizes output error instead of weight "
     "error. Also serves as an importance matrix.",
 )
-@click.option(
-    "--refit/--no-refit",
-    default=True,
-    help="Solve for the transforms and the mix again, for the rounded bases.  [default: refit]",
-)
+@options.refit
 @click.option(
     "--original",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="The original model, for --refit, if it has moved.",
 )
-@click.option(
-    "--split-max-size",
-    metavar="SIZE",
-    help="Write several files, OUT-00001-of-0000N.gguf, each with at most SIZE of tensors (500M, 50G; powers of ten). An "
-    "interrupted export resumes at the unfinished file.",
-)
-@click.option(
-    "--experts-used", type=int, metavar="K", help="Experts that a token uses, instead of MODEL's own number."
-)
+@options.split_max_size
+@options.experts_used
 @click.option(
     "--dense",
     is_flag=True,
@@ -128,15 +112,9 @@ TYPE_OPTIONS = {
     metavar="FILE",
     help="The GGUF file that MODEL holds factors of, if it has moved.",
 )
-@click.option(
-    "--base-model",
-    metavar="ID",
-    help="The original's id on the hub (Qwen/Qwen3-30B-A3B), for the metadata and the card.  [default: as recorded]",
-)
-@click.option("--no-card", is_flag=True, help="Write no README.md beside the file.")
-@click.option(
-    "--tokenizer-pre", metavar="NAME", help="Name of llama.cpp's pre-tokenizer, if it is not recognized."
-)
+@options.base_model
+@options.no_card
+@options.tokenizer_pre
 @options.verify
 @options.dry_run
 @options.as_json

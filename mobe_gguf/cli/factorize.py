@@ -53,30 +53,15 @@ if TYPE_CHECKING:
     help="mobe, or a method to compare it with at as many parameters: an SVD of each expert (svd), one basis for all (molae), "
     "or a shared matrix with low-rank differences (d2moe).  [default: mobe]",
 )
-@click.option(
-    "--groups",
-    type=click.IntRange(min=1),
-    metavar="G",
-    help="Groups of experts; each has M/G bases of its own.  [default: 1]",
-)
+@options.groups
 @click.option(
     "--activation",
     type=click.Choice(sorted(ACTIVATIONS)),
     help="Function on the mixed bases. 'none' is the fastest to run, with --mix scalar and --groups 1: a token's experts then "
     "share the products with the bases.  [default: see --published]",
 )
-@click.option(
-    "--mix",
-    type=click.Choice(["scalar", "row"]),
-    help="One coefficient for each expert and basis, or one for each row of the basis.  [default: scalar]",
-)
-@click.option(
-    "--mix-terms",
-    type=click.IntRange(min=1),
-    metavar="S",
-    help="Most bases that one expert mixes. Fewer run faster, above all on a CPU. With --moments and --for, 2 terms of 6 "
-    "raise the shipped model's layer error by 3 %.  [default: all]",
-)
+@options.mix
+@options.mix_terms
 @options.steps(500, unset=True)
 @click.option(
     "--objective",
@@ -117,12 +102,7 @@ if TYPE_CHECKING:
     help="cpu, cuda, cuda:N, or several (cuda:0,cuda:1). Each device gets a process, which fits one unit (one projection of "
     "one layer) after the other.",
 )
-@click.option(
-    "--ray",
-    metavar="ADDRESS",
-    help="Fit the units on a Ray cluster: HOST:PORT, auto (the cluster that runs here) or local (this machine alone). "
-    "--device is then cpu or cuda. All machines need mobe-gguf[ray] and the same paths for MODEL and OUT.",
-)
+@options.ray
 @options.seed(unset=True)
 @options.resume
 @options.dry_run

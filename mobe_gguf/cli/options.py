@@ -58,6 +58,65 @@ imatrix = click.option(
     help="Importance matrix of the original model, from llama-imatrix. Minimize output error instead of weight error.",
 )
 
+# the form of the factors
+
+groups = click.option(
+    "--groups",
+    type=click.IntRange(min=1),
+    metavar="G",
+    help="Groups of experts; each has M/G bases of its own.  [default: 1]",
+)
+mix = click.option(
+    "--mix",
+    type=click.Choice(["scalar", "row"]),
+    help="One coefficient for each expert and basis, or one for each row of the basis.  [default: scalar]",
+)
+mix_terms = click.option(
+    "--mix-terms",
+    type=click.IntRange(min=1),
+    metavar="S",
+    help="Most bases that one expert mixes. Fewer run faster, above all on a CPU. With --moments and --for, 2 terms of 6 "
+    "raise the shipped model's layer error by 3 %.  [default: all]",
+)
+ray = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Fit the units on a Ray cluster: HOST:PORT, auto (the cluster that runs here) or local (this machine alone). "
+    "--device is then cpu or cuda. All machines need mobe-gguf[ray] and the same paths for MODEL and OUT.",
+)
+
+# the file
+
+pure = click.option("--pure", is_flag=True, help="Give all matrices one type, not a mixture.")
+refit = click.option(
+    "--refit/--no-refit",
+    default=True,
+    help="Solve for the transforms and the mix again, for the rounded bases.  [default: refit]",
+)
+split_max_size = click.option(
+    "--split-max-size",
+    metavar="SIZE",
+    help="Write several files, OUT-00001-of-0000N.gguf, each with at most SIZE of tensors (500M, 50G; powers of ten).",
+)
+experts_used = click.option(
+    "--experts-used", type=int, metavar="K", help="Experts that a token uses, instead of MODEL's own number."
+)
+base_model = click.option(
+    "--base-model",
+    metavar="ID",
+    help="The original's id on the hub (Qwen/Qwen3-30B-A3B), for the metadata and the card.  [default: as recorded]",
+)
+no_card = click.option("--no-card", is_flag=True, help="Write no README.md beside the file.")
+tokenizer_pre = click.option(
+    "--tokenizer-pre", metavar="NAME", help="Name of llama.cpp's pre-tokenizer, if it is not recognized."
+)
+rest_from = click.option(
+    "--rest-from",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where MODEL holds factors of a GGUF file: another GGUF file of the same model, in fewer bits, that gives all that is no factor.",
+)
+
 # text
 
 ctx = click.option(

@@ -63,6 +63,6 @@ class Measures:
         with bar("speed", rivals.RUNS * len(files), self.quiet) as progress:
             for _ in range(rivals.RUNS):
                 for name, path in files.items():
-                    runs[name].append(rivals.speed(path, self.settings.threads))
+                    runs[name].append(rivals.speed(path, self.settings.threads, self.settings.options))
                     progress.advance()
         return {name: sorted(found)[len(found) // 2] for name, found in runs.items()}

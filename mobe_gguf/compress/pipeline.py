@@ -21,7 +21,8 @@ from mobe_gguf.calibrate.text import default_texts
 from mobe_gguf.compress import expected, rivals
 from mobe_gguf.compress.measure import Measures
 from mobe_gguf.compress.rivals import Rival
-from mobe_gguf.compress.wishes import Wishes
+from mobe_gguf.compress.split import check_limit, split
+from mobe_gguf.compress.wishes import MOBE, PLAIN, Wishes
 from mobe_gguf.core.atomic import check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size
@@ -36,6 +37,7 @@ from mobe_gguf.export.agreement import check_written
 from mobe_gguf.export.card import card_of, deliver, note
 from mobe_gguf.export.converter import rehearse
 from mobe_gguf.factorize import job as jobs
+from mobe_gguf.factorize.plan import settle
 from mobe_gguf.factorize.spec import Options
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.original import open_original
@@ -46,8 +48,8 @@ from mobe_gguf.quant.allocate import Target
 
 #: Patterns of finished work that a run can resume from.
 FINISHED = ("moments.safetensors*", "plain", "factors*", "mobe", "*.gguf")
-#: Names of the plain and the factorized candidate.
-PLAIN, MOBE = "plain", "mobe"
+#: Seconds of each stage, of all runs together.
+TIMES = "seconds.json"
 
 
 @dataclass
@@ -79,8 +81,12 @@ class Result:
 class Compression:
     """One compression; ``work`` is its folder."""
 
-    def __init__(self, model: Path, out: Path, wishes: Wishes, quiet: bool = False):
+    def __init__(
+        self, model: Path, out: Path, wishes: Wishes, quiet: bool = False, layout: Layout | None = None
+    ):
+        """``layout``: of ``model``, if it has been read."""
         wishes.check()
+        check_limit(wishes.split_max_size)
         if model.is_file() and model.suffix == ".json":
             raise UsageError(
                 f"{model} alone is enough for mobe-gguf plan; here the weights are needed: give the directory with them"
@@ -89,7 +95,7 @@ class Compression:
         self.model, self.out, self.wishes, self.quiet = model, out, wishes, quiet
         self.workspace = Workspace.beside(out)
         self.work = self.workspace.path
-        self.layout: Layout = read_layout(model)
+        self.layout: Layout = layout or read_layout(model)
         self.layout.expert_shape()
         self.texts = wishes.text or tuple(default_texts())
         self.eval_text = wishes.eval_text or heldout()
@@ -103,13 +109,26 @@ class Compression:
         with self.workspace.locked(finished=FINISHED):
             self.workspace.settled("job.json", described, resume, FINISHED)
             form, why = self.factorized_form()
-            with stages(expected.seconds(self.layout, self.wishes, form is not None)) as self.display:
+            if form is not None:
+                settle(
+                    self._fit_options(form), open_original(self.model)
+                )  # refuses what does not fit the model
+            foreseen = expected.seconds(self.layout, self.wishes, form is not None)
+            keep = partial(self.workspace.write, TIMES)
+            with stages(foreseen, self._earlier(), keep) as self.display:
                 result = self._delivered() or self._stages(form, why)
             result.seconds = self.display.seconds
             if on_done is not None:
                 on_done(result)
         self.workspace.remove()
         return result
+
+    def _earlier(self) -> dict[str, float]:
+        """Seconds of the stages in earlier runs."""
+        try:
+            return record(dict[str, float], self.workspace.read(TIMES))
+        except (OSError, ValueError):
+            return {}
 
     def _stages(self, form: Form | None, why: str) -> Result:
         if self.wishes.moments is None:
@@ -166,7 +185,7 @@ class Compression:
             chunks=w.chunks,
             keep=w.keep,
             memory=w.memory,
-            device=w.device,
+            device=w.device.partition(",")[0],
             resume=True,
             quiet=self.quiet,
         )
@@ -175,14 +194,27 @@ class Compression:
         w = self.wishes
         target = None if w.size is None else Target(n_bytes=w.size)
         fixed = {"down": w.down_type, "output": w.output_type, "embedding": w.embedding_type}
-        given = {"target": target, "overrides": w.overrides, **fixed, **more}
+        given = {"target": target, "overrides": w.overrides, "pure": w.pure, **fixed, **more}
         return Recipe(quant, moments=str(self.moments), **given)
 
     def _plain(self, path: Path) -> None:
         """Write the plain candidate: rounded by moments, with types chosen for the size."""
         quant = self.wishes.quant or self._quant_for_size()
-        options = ExportOptions(dense=True, allow_dense=True, card=True, quiet=self.quiet)
+        options = self._options(dense=True, allow_dense=True)
         write_model(ExportRequest(self.model, path, self._recipe(quant), options))
+
+    def _options(self, **more: Any) -> ExportOptions:
+        """Options of both candidates."""
+        w = self.wishes
+        return ExportOptions(
+            card=w.card,
+            tokenizer_pre=w.tokenizer_pre,
+            experts_used=w.experts_used,
+            base_model=w.base_model,
+            refit=w.refit,
+            quiet=self.quiet,
+            **more,
+        )
 
     def _quant_for_size(self) -> str:
         """The smallest ``--quant`` whose plain file is not below the size; it gives the types of all tensors except
@@ -201,7 +233,7 @@ class Compression:
             return None, "a plain file was asked for"
         if reason and w.form == "auto":
             return None, reason
-        found = list(factorized_forms(self.layout, w.bases, w.rank, w.basis_type, w.transform_type, w.quant))
+        found = list(factorized_forms(self.layout, w.given()))
         small = [form for form in found if w.size is None or form.n_bytes <= w.size]
         if not small:
             if w.form == MOBE:
@@ -213,26 +245,37 @@ class Compression:
             return None, "no factorized form is as small"
         return min(small, key=lambda form: expected_kl(self.layout, form)), ""
 
-    def _fit(self, path: Path, form: Form) -> None:
-        options = Options(
-            bases=form.bases,
-            rank=form.rank,
-            activation=self.wishes.activation or "none",
-            steps=self.wishes.steps,
-            moments=str(self.moments),
+    def _fit_options(self, form: Form, moments: str | None = None) -> Options:
+        w = self.wishes
+        return Options(
+            bases=form.bases if w.target is None else None,
+            rank=form.rank if w.target is None else w.rank,
+            target=w.target,
+            groups=w.groups,
+            activation=w.activation or "none",
+            mix=w.mix,
+            mix_terms=w.mix_terms,
+            layers=w.layers,
+            projections=w.projections,
+            steps=w.steps,
+            seed=w.seed,
+            moments=moments,
             for_basis=form.basis_type,
             for_transform=form.transform_type,
         )
-        jobs.run(
-            jobs.prepare(self.model, path, options, resume=True), device=self.wishes.device, quiet=self.quiet
-        )
+
+    def _fit(self, path: Path, form: Form) -> None:
+        options = self._fit_options(form, str(self.moments))
+        job = jobs.prepare(self.model, path, options, resume=True)
+        jobs.run(job, device=self.wishes.device, quiet=self.quiet, ray=self.wishes.ray)
 
     def _factorized(self, path: Path, form: Form) -> None:
+        rest = self.wishes.rest_from
         recipe = self._recipe(form.quant, basis=form.basis_type, transform=form.transform_type, target=None)
-        if self.model.is_file():
+        if self.model.is_file() and rest is None:
             recipe = dataclasses.replace(recipe, rest=form.quant)
         source, original = (self.model, None) if self.model.is_file() else (None, self.model)
-        options = ExportOptions(source=source, original=original, card=True, quiet=self.quiet)
+        options = self._options(source=source, original=original, rest_from=rest)
         write_model(ExportRequest(self.work / "factors", path, recipe, options))
 
     def _original_file(self) -> Path:
@@ -258,7 +301,8 @@ class Compression:
     def _original(self, path: Path) -> None:
         """Write the original in its own precision, but at most 16 bits."""
         dtype = path.stem.rpartition("-")[2]
-        options = ExportOptions(dense=True, allow_dense=True, quiet=self.quiet)
+        pre = self.wishes.tokenizer_pre
+        options = ExportOptions(dense=True, allow_dense=True, tokenizer_pre=pre, quiet=self.quiet)
         write_model(ExportRequest(self.model, path, Recipe(dtype), options))
 
     def _rivals(self, original: Path, size: int) -> list[Rival]:
@@ -274,6 +318,7 @@ class Compression:
                 self.wishes.ctx,
                 rivals.enough_chunks(self.layout, self.wishes.ctx),
                 self.wishes.threads,
+                self.wishes.placement,
             ),
         )
         made = []
@@ -283,7 +328,8 @@ class Compression:
         return made
 
     def _measures(self, original: Path) -> Measures:
-        settings = EvalSettings(self.wishes.ctx, self.wishes.eval_chunks, self.wishes.threads)
+        w = self.wishes
+        settings = EvalSettings(w.ctx, w.eval_chunks, w.threads, w.placement)
         return Measures(self.workspace, original, self.eval_text, settings, self.quiet)
 
     def _best(self, files: dict[str, Path], rows: dict[str, Row], why: str) -> tuple[str, str]:
@@ -317,11 +363,13 @@ class Compression:
         return self._deliver(result, path)
 
     def _deliver(self, result: Result, path: Path) -> Result:
-        card = card_of(path)
+        card, limit, out = card_of(path), self.wishes.split_max_size, destination(self.out)
+        if path.exists() and limit is None:
+            self.workspace.deliver(_within(path, self.work), out)
+        elif path.exists() and limit is not None:
+            result.out = split(path, self.work / "split", limit, out)[0]
         if card is not None:
-            result.card = deliver(card, path, self.out)
-        if path.exists():
-            self.workspace.deliver(_within(path, self.work), destination(self.out))
+            result.card = deliver(card, path, self.out, result.out)
         return result
 
     def _delivered(self) -> Result | None:

@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mobe_gguf.compress.pipeline import MOBE, PLAIN, Result
+from mobe_gguf.compress.pipeline import Result
+from mobe_gguf.compress.wishes import MOBE, PLAIN
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.progress import duration
 from mobe_gguf.evaluate.report import with_error

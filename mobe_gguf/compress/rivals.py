@@ -35,6 +35,8 @@ SMALLER = 1
 LEAST_CHUNKS, LEAST_TOKENS = 64, 2000
 #: Bytes of text per token, to take a part of each file.
 TOKEN_BYTES = 4
+#: More layers than any model has.
+ALL = "999"
 #: Tokens for measuring speed, and number of runs.
 TOKENS, RUNS = 64, 3
 
@@ -63,7 +65,13 @@ def enough_chunks(layout: Layout, ctx: int) -> int:
 
 
 def imatrix(
-    original: Path, texts: Sequence[Path], out: Path, ctx: int, chunks: int, threads: int | None
+    original: Path,
+    texts: Sequence[Path],
+    out: Path,
+    ctx: int,
+    chunks: int,
+    threads: int | None,
+    placement: Sequence[str] = (),
 ) -> None:
     """Run llama-imatrix over ``chunks`` chunks of the plain texts; MobeError if there is none, or it fails."""
     plain = [path for path in texts if path.suffix != ".jsonl"]
@@ -85,38 +93,48 @@ def imatrix(
         str(chunks),
         "--no-ppl",
         *(() if threads is None else ("-t", str(threads))),
+        *placement,
     )
     with bar("imatrix", 1, quiet=True) as progress, atomic_path(out) as part:
-        done = tool.run("llama-imatrix", "-m", str(original), "-f", str(joined), "-o", str(part), *more)
+        _run(part, "llama-imatrix", "-m", str(original), "-f", str(joined), "-o", str(part), *more)
         progress.advance()
-        if not part.is_file() or part.stat().st_size == 0:
-            raise done.failure(f"llama-imatrix -m {original} wrote nothing:")
 
 
 def write(original: Path, out: Path, quant: str, imatrix_file: Path) -> None:
     """Run llama-quantize on the original with the importance matrix; MobeError if it fails."""
     with atomic_path(out) as part:
-        name = quant.upper()
-        done = tool.run(
-            "llama-quantize",
-            "--allow-requantize",
-            "--imatrix",
-            str(imatrix_file),
-            str(original),
-            str(part),
-            name,
-        )
-        if not part.is_file() or part.stat().st_size == 0:
-            raise done.failure(f"llama-quantize {original} {name} wrote nothing:")
+        options = ("--allow-requantize", "--imatrix", str(imatrix_file))
+        _run(part, "llama-quantize", *options, str(original), str(part), quant.upper())
 
 
-def speed(path: Path, threads: int | None) -> float:
+def _run(part: Path, name: str, *arguments: str) -> None:
+    """Run a program that writes ``part``; MobeError if it fails, or writes nothing."""
+    done = tool.run(name, *arguments)
+    if not part.is_file() or part.stat().st_size == 0:
+        raise done.failure(f"{name} {' '.join(arguments)} wrote nothing:")
+
+
+def speed(path: Path, threads: int | None, placement: Sequence[str] = ()) -> float:
     """Tokens per second of generation, from one run of llama-bench; MobeError if it gives none."""
     arguments: tuple[str, ...] = ("-m", str(path), "-p", "0", "-n", str(TOKENS), "-r", "1", "-o", "json")
     arguments += () if threads is None else ("-t", str(threads))
-    done = tool.run("llama-bench", *arguments)
+    done = tool.run("llama-bench", *arguments, *_for_bench(placement))
     try:
         found: list[dict[str, Any]] = json.loads(done.stdout)
         return float(found[0]["avg_ts"])
     except (ValueError, LookupError, TypeError) as e:
         raise done.failure(f"llama-bench -m {path} gave no speed:") from e
+
+
+def _for_bench(placement: Sequence[str]) -> list[str]:
+    """llama.cpp's options that say where weights go in llama-bench's spelling: it takes numbers alone."""
+    given = iter(placement)
+    found = []
+    for option in given:
+        if option == "--cpu-moe":
+            found += ["-ncmoe", ALL]
+            continue
+        value = next(given)
+        if value != "auto":  # its default
+            found += [{"--n-cpu-moe": "-ncmoe"}.get(option, option), ALL if value == "all" else value]
+    return found

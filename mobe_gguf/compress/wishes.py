@@ -10,9 +10,15 @@ from typing import Any
 
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import sha256
+from mobe_gguf.core.names import PROJECTIONS
 from mobe_gguf.core.records import record
+from mobe_gguf.plan.forms import Given
 
-FORMS = ("auto", "plain", "mobe")
+#: Names of the plain and the factorized candidate, and the values of ``--form``.
+PLAIN, MOBE = "plain", "mobe"
+FORMS = ("auto", PLAIN, MOBE)
+#: Wishes that may change when a job is resumed: where work is done, and what is made of the finished file.
+FREE = ("memory", "device", "ray", "threads", "verify", "split_max_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +26,19 @@ class Wishes:
     """What the result should be, and how it is made.
 
     - ``size``: of the file in bytes; if None, ``quant`` decides.
-    - ``bases``, ``rank``, ``activation``, ``basis_type``, ``transform_type``: of the factorized form, chosen
-      automatically if None.
+    - ``bases``, ``rank``, ``target`` (share of the parameters), ``activation``, ``basis_type``, ``transform_type``: of the
+      factorized form, chosen automatically if None.  ``groups``, ``mix``, ``mix_terms``, ``layers``, ``projections``,
+      ``steps``, ``seed``: as in :class:`~mobe_gguf.factorize.spec.Options`.
     - ``text``: for calibration; ``eval_text``: for measurements; the shipped texts if None.
     - ``moments``: a file of an earlier ``mobe-gguf moments``, instead of gathering them; ``keep``: the share of their
       energy that is kept.
     - ``down_type``, ``output_type``, ``embedding_type``, ``overrides``: types in all files made here, as in
-      :class:`~mobe_gguf.quant.recipe.Recipe`.
+      :class:`~mobe_gguf.quant.recipe.Recipe`; so is ``pure``.
+    - ``refit``, ``rest_from``, ``tokenizer_pre``, ``experts_used``, ``base_model``, ``card``: as in
+      :class:`~mobe_gguf.export.request.ExportOptions`.
+    - ``split_max_size``: bytes of tensors in one file of the result.
+    - ``placement``: llama.cpp's options that say where weights go, for measurements.  ``ray``: address of a cluster for
+      the fit.
     """
 
     size: int | None = None
@@ -41,6 +53,13 @@ class Wishes:
     rank: int | None = None
     activation: str | None = None
     steps: int | None = None
+    target: float | None = None
+    groups: int | None = None
+    mix: str | None = None
+    mix_terms: int | None = None
+    layers: tuple[int, ...] | None = None
+    projections: tuple[str, ...] | None = None
+    seed: int | None = None
     basis_type: str | None = None
     transform_type: str | None = None
     moments: Path | None = None
@@ -49,9 +68,19 @@ class Wishes:
     output_type: str | None = None
     embedding_type: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
+    pure: bool = False
+    refit: bool = True
+    rest_from: Path | None = None
+    tokenizer_pre: str | None = None
+    experts_used: int | None = None
+    base_model: str | None = None
+    card: bool = True
+    split_max_size: int | None = None
     memory: int | None = None
     device: str = "cpu"
+    ray: str | None = None
     threads: int | None = None
+    placement: tuple[str, ...] = ()
     rivals: bool = True
     measure: bool = True
     verify: bool = True
@@ -65,14 +94,35 @@ class Wishes:
                 "say how large the file may be: --size 80G or --bpw 2.5 (or --quant q3_k, or --plan FILE); mobe-gguf plan MODEL lists what "
                 "fits"
             )
+        if self.target is not None and self.bases is not None:
+            raise UsageError(
+                "--target chooses the number of bases of each layer; leave out --bases or --target"
+            )
+        if self.rest_from is not None and self.form != MOBE:
+            raise UsageError("--rest-from gives what is no factor, so it is for --form mobe")
+
+    def given(self) -> Given:
+        """What of the factorized form is given."""
+        return Given(
+            bases=self.bases,
+            rank=self.rank,
+            kept=self.target,
+            basis_type=self.basis_type,
+            transform_type=self.transform_type,
+            quant=self.quant,
+            groups=self.groups or 1,
+            by_row=self.mix == "row",
+            projections=self.projections or PROJECTIONS,
+            layers=self.layers,
+        )
 
     def description(self) -> dict[str, Any]:
         """What must be the same when a job is resumed, as JSON values; texts by their content."""
         made = dataclasses.asdict(self) | {"text": [sha256(path) for path in self.text]}
         made["eval_text"] = self.eval_text and sha256(self.eval_text)
         made["moments"] = self.moments and sha256(self.moments)
-        made["overrides"] = [list(pair) for pair in self.overrides]
-        return {k: v for k, v in made.items() if k not in ("memory", "device", "threads", "verify")}
+        made["rest_from"] = self.rest_from and sha256(self.rest_from)
+        return {k: v for k, v in made.items() if k not in FREE}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -35,16 +35,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.0f} days"
 
 
+#: A stage that is killed loses at most this many seconds of its time, and one step of its bar.
+KEEP = 5.0
+
+
 class Stages:
     """One display for work in several stages: the current stage, its progress, the time left for all.
 
     ``expected``: estimated seconds of each stage, in order.  Once a stage is done only their ratios count: the time of
-    finished stages shows how fast this machine is.
+    finished stages shows how fast this machine is.  ``seconds``: what each stage took, those of ``before`` (earlier runs)
+    included.  ``keep`` gets it whenever a stage ends, and every KEEP seconds while it advances.
     """
 
-    def __init__(self, expected: Mapping[str, float]):
+    def __init__(
+        self,
+        expected: Mapping[str, float],
+        before: Mapping[str, float] | None = None,
+        keep: Callable[[dict[str, float]], None] = lambda seconds: None,
+    ):
         self.expected = dict(expected)
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict(before or {})
+        self.keep = keep
+        self._kept = time.monotonic()
+        self._done: set[str] = set()
         self._now: str | None = None
         self._began = self._share = 0.0
         self._bars, self._bar = 1, -1
@@ -56,9 +69,18 @@ class Stages:
         self._bars, self._bar = bars, -1
         try:
             yield
+            self._done.add(name)
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self._began
+            self._count()
             self._now = None
+
+    def _count(self) -> None:
+        """Add the time since the last call to the stage's."""
+        now = time.monotonic()
+        if self._now is not None:
+            self.seconds[self._now] = self.seconds.get(self._now, 0.0) + now - self._began
+        self._began = self._kept = now
+        self.keep(self.seconds)
 
     def skip(self, name: str) -> None:
         """An earlier run did stage ``name``: it takes no time and does not count for this machine's speed."""
@@ -71,18 +93,19 @@ class Stages:
     def at(self, share: float) -> None:
         """Set the share of the bar that is done."""
         self._share = (self._bar + share) / self._bars
+        if time.monotonic() - self._kept > KEEP:
+            self._count()
 
     def left(self) -> float:
         """Seconds left for all stages."""
-        done = {name: seconds for name, seconds in self.seconds.items() if name in self.expected}
-        spent, foreseen = sum(done.values()), sum(self.expected[name] for name in done)
-        inside = time.monotonic() - self._began if self._now else 0.0
+        counted = {name for name in self._done if name in self.expected}
+        spent, foreseen = sum(self.seconds[n] for n in counted), sum(self.expected[n] for n in counted)
         now = self.expected.get(self._now or "", 0.0)
-        spent, foreseen = spent + inside, foreseen + now * self._share
+        if self._now:
+            spent += self.seconds.get(self._now, 0.0) + time.monotonic() - self._began
+        foreseen += now * self._share
         speed = spent / foreseen if foreseen and spent else 1.0
-        to_come = sum(
-            s for name, s in self.expected.items() if name not in self.seconds and name != self._now
-        )
+        to_come = sum(s for name, s in self.expected.items() if name not in counted and name != self._now)
         return speed * (to_come + now * (1 - self._share))
 
     def label(self) -> str:
@@ -97,9 +120,13 @@ _stages: ContextVar[Stages | None] = ContextVar("stages", default=None)
 
 
 @contextlib.contextmanager
-def stages(expected: Mapping[str, float]) -> Iterator[Stages]:
+def stages(
+    expected: Mapping[str, float],
+    before: Mapping[str, float] | None = None,
+    keep: Callable[[dict[str, float]], None] = lambda seconds: None,
+) -> Iterator[Stages]:
     """Show all bars inside as parts of one display, see :class:`Stages`."""
-    made = Stages(expected)
+    made = Stages(expected, before, keep)
     token = _stages.set(made)
     try:
         yield made

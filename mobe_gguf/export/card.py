@@ -163,10 +163,14 @@ def note(card: Path, file: Path, measured: str) -> None:
         raise MobeError(f"{card} cannot be written: {e.strerror or e}") from e
 
 
-def deliver(card: Path, file: Path, out: Path) -> str:
+def deliver(card: Path, file: Path, out: Path, first: Path | None = None) -> str:
     """Move ``card``, which is about ``file`` alone, to where the file goes; returns its path or why there is none, as
-    :func:`write_card` does."""
+    :func:`write_card` does.  ``first``: the first of several files that ``out`` was split into."""
     text = card.read_text(encoding="utf-8")
+    if first is not None and first.name != file.name:
+        lines = (x if COMMAND.match(x) else x.replace(file.name, first.name) for x in text.split("\n"))
+        text = "\n".join(lines)
+        text = MARK.sub(_mark(text), text)
     for path in _places(out):
         if not (old := _ours(path)) and old is not None or (old and _only_of(old, out)):
             try:

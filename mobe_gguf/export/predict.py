@@ -40,7 +40,7 @@ class Prediction:
 
     def unit(self, layer: int, projection: str, bases: int, rank: int) -> int:
         """Bytes of A, B and alpha of one unit."""
-        a, b, mix = _shapes(*self.shapes, projection, bases, rank, self.groups, self.by_row)
+        a, b, mix = factor_shapes(*self.shapes, projection, bases, rank, self.groups, self.by_row)
         type_a, type_b = self.types[layer, projection, rank]
         return stored_bytes(a, type_a) + stored_bytes(b, type_b) + stored_bytes(mix, "f32")
 
@@ -79,7 +79,7 @@ def predict(
     chosen: dict[str, str] = {}
     for rank in ranks:
         for layer, projection in units:
-            made = _shapes(*sizes, projection, groups, rank, groups, by_row)
+            made = factor_shapes(*sizes, projection, groups, rank, groups, by_row)
             factors |= zip(_names(layer, projection), made, strict=True)
         chosen = types_of(plain | factors, recipe, facts) | forced
         for layer, projection in units:
@@ -98,7 +98,7 @@ def _names(layer: int, projection: str) -> tuple[str, str, str]:
     return tuple(function(layer, projection) for function in make)  # type: ignore[return-value]
 
 
-def _shapes(
+def factor_shapes(
     n: int, p: int, d: int, projection: str, bases: int, rank: int, groups: int, by_row: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of A, B and alpha in torch's order; for down the bases are on the output side."""

@@ -108,7 +108,7 @@ def cost(layout: Layout, form: Form, machine: Machine, beside: Beside, measured:
         if name not in in_gpu:
             by_type[form.types[name]] += read_per_token(layout, form, name)
     seconds = read_vram / (machine.vram_bandwidth * GPU_SHARE)
-    seconds += sum(n_bytes / machine.cpu_rate(kind) for kind, n_bytes in by_type.items() if n_bytes)
+    seconds += sum(n / machine.cpu_rate(kind, form.factorized) for kind, n in by_type.items() if n)
     seconds += NODES * machine.node * (layout.n_layer if not vram_names else cpu_layers)
     fits = ram + RESERVE <= machine.ram and on_gpu <= max(machine.vram, 0)
     return Cost(

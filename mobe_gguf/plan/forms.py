@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mobe_gguf.core import names
+from mobe_gguf.core.sides import side
 from mobe_gguf.export.factors import add_mobe_keys
-from mobe_gguf.export.predict import table_bytes, types_of
+from mobe_gguf.export.predict import factor_shapes, table_bytes, types_of
 from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.plan.layout import Layout
 from mobe_gguf.quant.recipe import Recipe
@@ -79,6 +81,23 @@ class Form:
         return stored_bytes(self.shapes[name], self.types[name])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What factorized forms must have; what is None is chosen.  ``kept``: share of each factorized matrix's parameters.
+    ``layers``: None for all."""
+
+    bases: int | None = None
+    rank: int | None = None
+    kept: float | None = None
+    basis_type: str | None = None
+    transform_type: str | None = None
+    quant: str | None = None
+    groups: int = 1
+    by_row: bool = False
+    projections: tuple[str, ...] = names.PROJECTIONS
+    layers: tuple[int, ...] | None = None
+
+
 def why_not_factorized(layout: Layout) -> str | None:
     """A sentence that says why factors do not suit this model; None if they may help."""
     n, p, d = layout.expert_shape()
@@ -112,27 +131,20 @@ def plain_form(layout: Layout, quant: str) -> Form:
     return Form(quant, options, shapes, types, _size(layout, shapes, types), quant=quant)
 
 
-def factorized_forms(
-    layout: Layout,
-    bases: int | None = None,
-    rank: int | None = None,
-    basis_type: str | None = None,
-    transform_type: str | None = None,
-    quant: str | None = None,
-) -> Iterator[Form]:
-    """The factorized forms of FACTORIZED, with few, wide bases and no activation; given values replace those of
-    FACTORIZED."""
+def factorized_forms(layout: Layout, given: Given = Given()) -> Iterator[Form]:
+    """The factorized forms of FACTORIZED, with few, wide bases and no activation; what is ``given`` replaces theirs."""
     n, p, d = layout.expert_shape()
     block = BLOCK if d >= NARROW else NARROW_BLOCK
     seen = set()
     for m, kept, basis, transform, rest in FACTORIZED:
-        m, rest, basis = bases or m, quant or rest, basis_type or basis
-        transform = transform_type or (transform if block == BLOCK else SHORT[transform])
-        r = rank or block * max(1, round(kept / (1 / d + m / (n * p)) / block))
-        if (m, r, basis, transform, rest) in seen or (rank is None and r >= d):
+        m = given.bases or given.groups * max(1, round(m / given.groups))
+        rest, basis, kept = given.quant or rest, given.basis_type or basis, given.kept or kept
+        transform = given.transform_type or (transform if block == BLOCK else SHORT[transform])
+        r = given.rank or block * max(1, round(kept / (1 / d + m / (n * p)) / block))
+        if (m, r, basis, transform, rest) in seen or (given.rank is None and r >= d):
             continue
         seen.add((m, r, basis, transform, rest))
-        shapes = _with_factors(layout, m, r)
+        shapes = _with_factors(layout, m, r, given)
         recipe = Recipe(rest, basis=basis, transform=transform, imatrix=("moments",))
         types = _types(layout, shapes, recipe)
         options = f"--form mobe --bases {m} --rank {r} --quant {rest} --basis-type {basis} --transform-type {transform}"
@@ -141,17 +153,21 @@ def factorized_forms(
         yield Form(name, options, shapes, types, size, share, m, r, rest, basis, transform)
 
 
-def _with_factors(layout: Layout, bases: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes with gate and up of every layer as A, B and alpha, if gate and up are two tensors."""
+def _with_factors(layout: Layout, bases: int, rank: int, given: Given) -> dict[str, tuple[int, ...]]:
+    """Shapes with A, B and alpha instead of the matrices that are to be factorized, if gate and up are two tensors."""
     shapes = dict(layout.tensors)
-    for layer in layout.expert_layers:
-        for projection in names.PROJECTIONS:
-            experts = names.transform_name(layer, projection)
-            if experts in shapes:
-                n, p, d = shapes[experts]
-                shapes[experts] = (n, p, rank)
-                shapes[names.basis_name(layer, projection)] = (bases, rank, d)
-                shapes[names.mix_name(layer, projection)] = (n, bases)
+    for layer in layout.expert_layers if given.layers is None else given.layers:
+        for projection in given.projections:
+            experts = layout.tensors.get(names.transform_name(layer, projection))
+            if experts is None:
+                continue
+            d = experts[side(projection).d_axis]
+            sizes = experts[0], math.prod(experts[1:]) // d, d
+            made = factor_shapes(*sizes, projection, bases, rank, given.groups, given.by_row)
+            for name, shape in zip(
+                (names.transform_name, names.basis_name, names.mix_name), made, strict=True
+            ):
+                shapes[name(layer, projection)] = shape
     return shapes
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mobe_gguf.core.atomic import write_json
@@ -17,13 +18,14 @@ from mobe_gguf.runtime.source import cache_dir
 #: Bytes per second of a GPU's memory if nothing else is known, and the share of them that a matrix product reaches.
 VRAM_BANDWIDTH = 600e9
 GPU_SHARE = 0.7
-#: Share of a type's measured rate that the products of a whole model reach: the median of seven files in two runs of
-#: ``bench/plan_speed.py`` (0.59 to 1.09; docs/performance.md).
-CPU_SHARE = 0.76
-
+#: Share of a type's measured rate that the products of a whole model reach, and those of one with factors, which has more
+#: and smaller products.  Plain files of three shapes reached 0.62 to 0.92, one with factors 0.58 (docs/performance.md).
+CPU_SHARE, FACTORS_SHARE = 0.78, 0.6
+#: Each type is measured this many times, all types in turn; the median counts.
+PASSES = 3
 
 #: How ``runtime.speed`` measures; rates measured in another way are not taken from the cache.
-WAY = "repacked, processor time"
+WAY = "repacked, wall time"
 
 
 @dataclass
@@ -40,9 +42,10 @@ class Machine:
     node: float = 0.0
     gpu: str = ""
 
-    def cpu_rate(self, type_name: str) -> float:
-        """Bytes per second at which the CPU processes weights of a type."""
-        return self.ram_bandwidth or CPU_SHARE * self.rates[type_name]
+    def cpu_rate(self, type_name: str, factorized: bool = False) -> float:
+        """Bytes per second at which the CPU processes weights of a type, in a model that may be ``factorized``."""
+        share = FACTORS_SHARE if factorized else CPU_SHARE
+        return self.ram_bandwidth or share * self.rates[type_name]
 
 
 def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
@@ -59,8 +62,7 @@ def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
     found = known.get(key)
     entry: dict[str, Any] = found if isinstance(found, dict) else {}
     missing = [name for name in dict.fromkeys(types) if not isinstance(entry.get(name), float)]
-    for name in missing:
-        entry[name] = speed.matrix_rate(name, threads)
+    entry |= measured(missing, threads)
     if not isinstance(entry.get("node"), float):
         entry["node"] = speed.node_seconds(threads)
         missing.append("node")
@@ -75,6 +77,12 @@ def this_machine(types: Iterable[str], cache: Path | None = None) -> Machine:
         node=entry["node"],
         gpu=", ".join(name for name, _ in devices),
     )
+
+
+def measured(types: Sequence[str], threads: int, passes: int = PASSES) -> dict[str, float]:
+    """The rate of each type in bytes per second: the median of ``passes`` measurements."""
+    found = [{name: speed.matrix_rate(name, threads) for name in types} for _ in range(passes)]
+    return {name: median(one[name] for one in found) for name in types}
 
 
 def _processor() -> str:
