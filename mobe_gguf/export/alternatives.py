@@ -81,15 +81,17 @@ class Alternatives:
     def take(self, model: Opened, left_out: Iterable[str]) -> set[str]:
         """Make these units ordinary in ``model``; returns the names of the tensors that no longer exist."""
         units = {name: self.units[name] for name in left_out}
-        gone = {tensor for name in units for tensor in (self.basis(name), self.mix(name))}
+        factors = model.factors
+        gone: set[str] = set()
+        if factors is None or not units:
+            return gone
         for name in units:
             model.conversion.replace(name, self.plain[name].source)
+            gone |= {self.basis(name), self.mix(name)}
         for name in gone:
             del model.conversion.tensors[name]
-        factors = model.factors
-        assert factors is not None
         factors.leave_out((unit.layer.index, unit.projection) for unit in units.values())
-        if units and not factors.any_left:
+        if not factors.any_left:
             arch = model.conversion.arch
             model.conversion.without_keys(
                 [names.key_version(arch), names.key_activation(arch), names.key_group_count(arch)]
