@@ -112,7 +112,7 @@ def families_page() -> str:
         moments = "no" if family.model_types[0] in remote else "yes" + "".join(f", not {t}" for t in remote)
         why = f"transformers has no class for {', '.join(remote)}" if remote else ""
         lines.append(
-            f"| {', '.join(f'`{t}`' for t in family.model_types)} | yes | yes | {moments} | gate, up, down | {why} |"
+            f"| {', '.join(f'`{t}`' for t in family.model_types)} | yes | yes | {moments} | {', '.join(family.kinds)} | {why} |"
         )
     for model_type, (_, why) in families.OTHERS.items():
         known = model_type not in families.UNCONVERTED | families.OTHERWISE
@@ -140,8 +140,9 @@ def families_page() -> str:
 FAMILIES_TEXT = """
 Families with "yes" under Hugging Face are read as directories. All but Bailing and Kimi were compared with
 transformers on small random models (`tests/parity`), factorized and not, with one tensor for each expert and
-with fused ones. Logits agree to 1e-10 of their energy, those of Qwen3-Next to 1e-8, because its linear
-attention is summed in another order. The code of Bailing and Kimi is not in transformers and is not run here;
+with fused ones, where the family has both. Logits agree to 1e-10 of their energy, those of Qwen3-Next and
+Qwen3.5 to 1e-8, because their linear attention is summed in another order. gpt-oss is read in bf16 and in MXFP4;
+its published models have YaRN with `truncate: false`, of which llama.cpp computes something close (below). The code of Bailing and Kimi is not in transformers and is not run here;
 their files are compared with files of the same model that have ordinary experts.
 
 Any other MoE goes through a GGUF file: llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any

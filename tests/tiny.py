@@ -83,6 +83,15 @@ _SIGMOID = dict(
     moe_intermediate_size=48,
 )
 
+_GRANITE = dict(
+    num_local_experts=8,
+    intermediate_size=48,
+    embedding_multiplier=3.0,
+    logits_scaling=2.0,
+    residual_multiplier=0.5,
+    attention_multiplier=0.125,
+)
+
 #: Families that have tests of their own, ``tests/parity/test_more_families.py``.
 _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": (
@@ -132,6 +141,64 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
             mup_enabled=True,
         ),
     ),
+    "gpt_oss": (
+        "GptOss",
+        dict(
+            num_local_experts=8, intermediate_size=48, head_dim=16, sliding_window=16, num_experts_per_tok=2,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=150000.0, factor=8.0, beta_fast=32.0, beta_slow=1.0, truncate=True,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
+    "granitemoe": ("GraniteMoe", _GRANITE),
+    "granitemoeshared": ("GraniteMoeShared", _GRANITE | dict(shared_intermediate_size=80)),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        _GRANITE
+        | dict(
+            shared_intermediate_size=80, layer_types=["mamba", "attention", "mamba"], mamba_n_heads=8, mamba_d_head=16,
+            mamba_d_state=16, mamba_n_groups=1, position_embedding_type="nope",
+        ),
+    ),
+    "llama4_text": (
+        "Llama4",
+        dict(
+            num_local_experts=8, num_experts_per_tok=1, intermediate_size=48, intermediate_size_mlp=96, head_dim=16,
+            num_hidden_layers=4, interleave_moe_layer_step=2, attention_chunk_size=8192,
+        ),
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        dict(
+            layers_block_type=["linear_attention", "moe", "full_attention", "moe"], head_dim=16, mamba_num_heads=8,
+            mamba_head_dim=16, ssm_state_size=16, n_groups=2, n_routed_experts=8, moe_intermediate_size=48,
+            moe_shared_expert_intermediate_size=80, n_group=1, topk_group=1, num_hidden_layers=4, time_step_min=1e-30,
+        ),
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5Moe",
+        dict(
+            num_experts=8, moe_intermediate_size=48, shared_expert_intermediate_size=80, head_dim=32, num_hidden_layers=4,
+            linear_conv_kernel_dim=4, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2,
+            linear_num_value_heads=4,
+        ),
+    ),
+}  # fmt: skip
+
+#: Families that also see: the family of their text model, and the sizes of the rest.
+_SEEING: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, num_position_embeddings=64),
+    ),
+    "llama4": (
+        "llama4_text",
+        dict(
+            hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vision_output_dim=48,
+            projector_input_dim=48, projector_output_dim=48, image_size=28, patch_size=14,
+        ),
+    ),
 }  # fmt: skip
 
 #: Tokens that the converter looks for in the vocabularies of some families.
@@ -172,14 +239,27 @@ def make_model(
     return path
 
 
+def config_class(family: str) -> Any:
+    """transformers' config of the text model."""
+    import transformers
+
+    kind = "TextConfig" if family.endswith("_text") else "Config"
+    return getattr(transformers, f"{(_CLASSES | _MORE)[family][0]}{kind}")
+
+
 def build(family: str, *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
     """The transformers model of :func:`make_model`, float32 and in memory only."""
     import transformers
 
-    prefix, extra = (_CLASSES | _MORE)[family]
-    config = getattr(transformers, f"{prefix}Config")(**(_SIZES | extra | overrides))
+    text, seeing = _SEEING.get(family, (family, None))
+    prefix, extra = (_CLASSES | _MORE)[text]
+    config, kind = config_class(text)(**(_SIZES | extra | overrides)), "ForCausalLM"
+    if seeing is not None:
+        parts = dict(text_config=config.to_dict(), vision_config=seeing)
+        config, kind = getattr(transformers, f"{prefix}Config")(**parts), "ForConditionalGeneration"
     with torch.random.fork_rng():
-        model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{prefix}{kind}")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict(keep_vars=True).items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,19 +18,29 @@ from mobe_gguf.formats.safetensors import Entry
 Names = Callable[[str], str | None]
 
 
-def gguf_names(model_type: str, n_layer: int) -> Names:
-    """gguf-py's mapping: by the architecture with the model type's name, else by any architecture that knows the name."""
+#: Modules that the converter takes apart -> the first of their GGUF tensors.
+JOINED = {"shared_mlp.input_linear": "ffn_gate_shexp"}
+
+
+def gguf_names(family: str, n_layer: int) -> Names:
+    """gguf-py's mapping: by the architecture with the family's name, else by any architecture that knows the name."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
-    plain = model_type.replace("_", "").replace("-", "")
-    archs = sorted(MODEL_ARCH, key=lambda a: MODEL_ARCH_NAMES[a].replace("-", "") != plain)
+    plain = family.removesuffix("_text").replace("_", "")
+    archs = sorted(MODEL_ARCH, key=lambda a: re.sub("[-_]", "", MODEL_ARCH_NAMES[a]) != plain)
     maps: dict[Any, Any] = {}
 
     def find(module: str) -> str | None:
+        for end, name in JOINED.items():
+            if found := re.search(rf"\.(\d+)\.{re.escape(end)}$", module):
+                return f"blk.{found[1]}.{name}"
+        backbone = re.sub(
+            "^model", "backbone", module
+        )  # Nemotron-H, as its directories and the converter have it
         for arch in archs:
             if arch not in maps:
                 maps[arch] = _name_map(arch, n_layer)
-            if (name := maps[arch].get_name(module)) is not None:
+            if (name := maps[arch].get_name(module) or maps[arch].get_name(backbone)) is not None:
                 return str(name)
         return None
 
@@ -109,7 +120,7 @@ class Watch:
     of the key half of ``kv_b``, which GGUF files may store separately.
     """
 
-    def __init__(self, module: nn.Module, prefix: str, names: Names, limit: float):
+    def __init__(self, module: nn.Module, prefix: str, names: Names, limit: float, tiled: bool = False):
         self.sums: dict[str, Sum] = {}
         self.waiting: set[str] = set()
         self.started = False
@@ -118,11 +129,18 @@ class Watch:
         self._stems: dict[str, str] = {}
         self._seen: list[tuple[torch.Tensor, str]] = []
         self._parts: list[tuple[nn.Module, str, int]] = []
+        #: Heads of values and their size, for each head of keys, of matrices whose columns the converter reorders.
+        self._tiled: dict[str, tuple[int, int, int]] = {}
         for path, part in module.named_modules():
             if isinstance(part, nn.Linear) and ".experts." not in f".{path}.":
                 name = names(f"{prefix}{path}")
                 if name is not None and "_inp" not in name:  # routers are not quantized
                     self._parts.append((part, name, 0))
+            if tiled and isinstance(getattr(part, "num_v_heads", None), int):  # ``Family.tiled_heads``
+                name = names(f"{prefix}{path}.out_proj")
+                keys = part.num_k_heads
+                if name is not None:
+                    self._tiled[name] = (keys, part.num_v_heads // keys, part.head_v_dim)
             nope = getattr(part, "qk_nope_head_dim", None)
             if isinstance(nope, int) and isinstance(getattr(part, "kv_b_proj", None), nn.Linear):
                 queries = getattr(part, "q_b_proj", None) or getattr(part, "q_proj", None)
@@ -168,6 +186,8 @@ class Watch:
             if stem != name:
                 return
             self._seen.append((x, name))
+            if name in self._tiled:
+                x = x.unflatten(-1, self._tiled[name]).transpose(-3, -2).flatten(-3)
             self._add(name, x, 1)
 
         return hook
@@ -199,4 +219,6 @@ class Watch:
         for name, stem in list(found.items()):
             if ".attn_kv_b." in name:  # its value half has the same input
                 found[name.replace("_kv_b", "_v_b")] = stem
+            if ".ffn_gate_shexp." in name:  # up's inputs, too
+                found.setdefault(name.replace("_gate_", "_up_"), stem)
         return found

@@ -60,13 +60,13 @@ def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> A
     """Add a hook that passes the arguments of ``module`` to ``take``.
 
     The module is called as ``experts(x [T, d], index [T, k], weights [T, k])``, with positional or named arguments.  It
-    computes ``down(act(gate x) * up x)``; gate and up are ``gate_up_proj`` ``[n, 2p, d]``, gate first.
+    has what :class:`ExpertForm` says.
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given, matrices = [*args, *kwargs.values()], getattr(module, "gate_up_proj", None)
-        known = len(given) >= 3 and given[1].shape == given[2].shape and hasattr(module, "act_fn")
-        if not known or matrices is None or matrices.shape[1] != 2 * p:
+        given = [*args, *kwargs.values()]
+        known = len(given) >= 3 and given[1].shape == given[2].shape
+        if not known or ExpertForm(module).p != p:
             raise MobeError(f"layer {layer}: transformers calls the experts in a way that is not known here")
         x = given[0].reshape(-1, given[0].shape[-1])
         take(x, given[1].reshape(len(x), -1), given[2].reshape(len(x), -1))
@@ -74,16 +74,67 @@ def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> A
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+class ExpertForm:
+    """How transformers' class of experts (``integrations/moe.py``) stores and combines its matrices.
+
+    ``kinds``: projections of the first of its two tensors, gate and up or up alone; ``down_proj`` is the other.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module: Any = module
+        self.gated = getattr(module, "has_gate", True)
+        self.kinds = ("gate", "up") if self.gated else ("up",)
+        self.name = "gate_up_proj" if self.gated else "up_proj"
+        self.transposed = getattr(module, "is_transposed", False)
+        self.biased = getattr(module, "has_bias", False)
+        self.scales_inputs = getattr(module, "scales_inputs", False)
+
+    @property
+    def p(self) -> int | None:
+        """Inner size of an expert; None if the class has no such tensor."""
+        tensor = getattr(self.module, self.name, None)
+        if tensor is None or not hasattr(self.module, "act_fn" if not self.gated else "_apply_gate"):
+            return None
+        return int(tensor.shape[-1 if self.transposed else -2]) // len(self.kinds)
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(getattr(self.module, name).shape)
+
+    def joined(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One expert's share of the first tensor, ``[2p, d]`` or ``[p, d]``."""
+        if len(matrices) == 1 or getattr(self.module, "is_concatenated", True):
+            return torch.cat(list(matrices))
+        return torch.stack(list(matrices), 1).flatten(0, 1)
+
+    def stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix as the class has it."""
+        return matrix.T if self.transposed else matrix
+
+    def hidden(self, x: torch.Tensor, matrix: torch.Tensor, e: int) -> torch.Tensor:
+        """Inputs of down, of the expert's inputs x and its ``joined`` matrix."""
+        product = x @ matrix.T
+        if self.biased:
+            product += self._bias(self.name, e, product)
+        return self.module._apply_gate(product) if self.gated else self.module.act_fn(product)
+
+    def output(self, hidden: torch.Tensor, down: torch.Tensor, e: int) -> torch.Tensor:
+        product = hidden @ down.T
+        return product + self._bias("down_proj", e, product) if self.biased else product
+
+    def _bias(self, name: str, e: int, like: torch.Tensor) -> torch.Tensor:
+        return getattr(self.module, f"{name}_bias")[e].to(like)
+
+
 def fill(module: nn.Module, checkpoint: Runnable, layer: int, dtype: torch.dtype, device: str) -> None:
     """Load all experts' weights of a layer, one by one."""
-    n, p, d = checkpoint.n_expert, checkpoint.n_ff_exp, checkpoint.n_embd
-    both = torch.empty(n, 2 * p, d, dtype=dtype, device=device)
-    down = torch.empty(n, d, p, dtype=dtype, device=device)
-    for e in range(n):
-        both[e, :p] = checkpoint.expert(layer, "gate", e)
-        both[e, p:] = checkpoint.expert(layer, "up", e)
-        down[e] = checkpoint.expert(layer, "down", e)
-    module._parameters["gate_up_proj"] = nn.Parameter(both, requires_grad=False)
+    form = ExpertForm(module)
+    first, down = (
+        torch.empty(form.shape(name), dtype=dtype, device=device) for name in (form.name, "down_proj")
+    )
+    for e in range(checkpoint.n_expert):
+        first[e] = form.stored(form.joined([checkpoint.expert(layer, x, e) for x in form.kinds]))
+        down[e] = form.stored(checkpoint.expert(layer, "down", e))
+    module._parameters[form.name] = nn.Parameter(first, requires_grad=False)
     module._parameters["down_proj"] = nn.Parameter(down, requires_grad=False)
 
 
@@ -92,7 +143,7 @@ class Experts:
 
     def __init__(self, checkpoint: Runnable, layer: int, module: nn.Module, fed: Fed, work: LayersWorkspace, dtype: torch.dtype, device: str):  # fmt: skip
         self.checkpoint, self.layer, self.fed, self.work = checkpoint, layer, fed, work
-        self.module: Any = module  # transformers' class
+        self.form = ExpertForm(module)
         self.dtype, self.device = dtype, device
         self.n, self.d, self.p = checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
         self.places = fed.by_expert(self.n)
@@ -103,7 +154,7 @@ class Experts:
 
         Every expert's moments include PRIOR of the average expert's tokens, with the layer's average moments.
         """
-        gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in ("gate", "down"))
+        gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in (self.form.kinds[0], "down"))
         mean = self._mean_of_inputs()
         size = size_of(mean, gate_stem) * (1 + PRIOR)
         k = directions(mean, keep) if rank is None else min(rank, self.d)
@@ -130,7 +181,7 @@ class Experts:
             entries += roots.entries(stem)
             entries.append(Entry.of(f"{stem}.scale", torch.tensor([of / (1 + PRIOR) / self.fed.done])))
             entries.append(Entry.of(f"{stem}.tokens", counts))
-        weighs = {names.transform_name(self.layer, x): gate_stem for x in ("gate", "up")}
+        weighs = {names.transform_name(self.layer, x): gate_stem for x in self.form.kinds}
         return entries, weighs | {names.transform_name(self.layer, "down"): down_stem}
 
     def _mean_of_inputs(self) -> torch.Tensor:
@@ -154,23 +205,29 @@ class Experts:
             tokens = places // k
             x = self.fed.x.tensor[tokens].to(self.device).float()
             weight = self.fed.weights.view(-1)[places, None].to(x)
-            gate, up = (x @ gate_up.T).split(self.p, dim=1)
-            hidden = self.module.act_fn(gate) * up * weight
             add_products(sums, x * weight)
-            add_products(hidden_sums, hidden)
+            if self.form.scales_inputs:
+                x, weight = x * weight, torch.ones_like(weight)
+            hidden = self.form.hidden(x, gate_up, e)
+            add_products(hidden_sums, hidden * weight)
             if out is not None:
-                out.tensor[tokens] += (hidden @ down.T).cpu()  # a token has an expert once: no row twice
+                out.tensor[tokens] += (
+                    self.form.output(hidden, down, e) * weight
+                ).cpu()  # a token has an expert once: no row twice
         return sums, hidden_sums
 
     def _weights(self, e: int, with_down: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """One expert's weights: values in the model's type, as float32."""
-        both = self.module._parameters["gate_up_proj"]
-        if both.device.type != "meta":
-            return both[e].float(), self.module._parameters["down_proj"][e].float()
-        kinds = ("gate", "up", "down") if with_down else ("gate", "up")
-        read = (self.checkpoint.expert(self.layer, x, e).to(self.device, self.dtype).float() for x in kinds)
-        gate_up = torch.cat([next(read), next(read)])
-        return gate_up, next(read, gate_up)
+        form = self.form
+        first, down = (form.module._parameters[name] for name in (form.name, "down_proj"))
+        if first.device.type != "meta":
+            return form.stored(first[e]).float(), form.stored(down[e]).float()
+
+        def read(kind: str) -> torch.Tensor:
+            return self.checkpoint.expert(self.layer, kind, e).to(self.device, self.dtype).float()
+
+        matrix = form.joined([read(kind) for kind in form.kinds])
+        return matrix, read("down") if with_down else matrix
 
 
 class _Roots:

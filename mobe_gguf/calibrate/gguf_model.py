@@ -66,7 +66,12 @@ class GgufCheckpoint:
         self.n_layer, self.n_expert = self.model.n_layer, self.model.n_expert
         self.n_expert_used, self.checksum = self.model.n_expert_used, self.model.checksum
         self.n_embd, self.n_ff_exp = self.model.n_embd, self.model.n_ff_exp
+        self.hidden_size = self.model.n_embd
         self.expert, self.width = self.model.expert, self.model.width
+
+    def expert_names(self) -> set[str]:
+        """None of ``names`` is an expert's."""
+        return set()
 
     def hf_config(self) -> Any:
         """transformers' config.  transformers reads most of it from the file; the code below adds what is missing."""

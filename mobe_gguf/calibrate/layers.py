@@ -63,9 +63,9 @@ class Run:
         self.checkpoint: Runnable = skeleton.checkpoint
         self.tokens = tokens = torch.cat(list(texts))
         self.sizes, self.budget = [text.numel() for text in texts], budget
-        self.names: Names = gguf_names(str(self.checkpoint.config.get("model_type")), self.checkpoint.n_layer)
+        self.names: Names = gguf_names(self.checkpoint.family.name, self.checkpoint.n_layer)
         self.batches = list(tokens.split(max(1, self._batch() // tokens.shape[1])))
-        self.shape = (*tokens.shape, self.checkpoint.n_embd)
+        self.shape = (*tokens.shape, self.checkpoint.hidden_size)
         self.place = work, skeleton.dtype, skeleton.device
 
     def _batch(self) -> int:
@@ -175,7 +175,8 @@ class LayerRun:
         self.skeleton, self.checkpoint = run.skeleton, run.checkpoint
         self.module = run.skeleton.layers[number]
         prefix = f"{run.skeleton.layers_name}{number}."
-        self.dense = Watch(self.module, prefix, run.names, run.budget / 4)
+        family = run.checkpoint.family
+        self.dense = Watch(self.module, prefix, run.names, run.budget / 4, family.tiled_heads)
         self.weighs: dict[str, str] = {}
         #: How many tokens of each text each expert saw.
         self.seen: list[list[int]] | None = None
@@ -245,7 +246,7 @@ class LayerRun:
         c, inner, (work, dtype, device) = self.checkpoint, found[0], self.run.place
         tokens = self.run.tokens.numel()
         fed = Fed.new(work, tokens, c.n_embd, c.n_expert_used, dtype)
-        weights = 3 * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize
+        weights = len(c.family.kinds) * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize
         one_by_one = BESIDE * weights > self.run.budget
         if one_by_one:
             self._watched(inner, fed, stop=True)

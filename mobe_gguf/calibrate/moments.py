@@ -138,7 +138,7 @@ def _check_space(
 ) -> None:
     """Check disk space for two sets of states and for a layer's expert inputs and sums.  The size of ``out`` is known only
     later."""
-    a_set = tokens.numel() * checkpoint.n_embd * dtype.itemsize
+    a_set = tokens.numel() * checkpoint.hidden_size * dtype.itemsize
     needed = 3 * a_set + 4 * checkpoint.n_expert * checkpoint.n_ff_exp**2
     left = [*work.path.glob("states-*"), *work.path.glob("scratch-*")] if work.path.is_dir() else []
     check_space(destination(out), needed, left, "Make room, write OUT elsewhere, or give fewer --chunks.")

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mobe_gguf.calibrate.runnable import Runnable
+from mobe_gguf.calibrate.scaled import route_sparsely
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.models.tensors import all_finite
 
@@ -128,6 +129,7 @@ class Skeleton:
                 ).eval()
         except Exception as e:  # transformers raises all sorts of errors here
             raise unloadable(path, "the model", e) from e
+        route_sparsely(self.model)
         self.config = self.model.config
         self.layers_name, self.layers = self._find_layers()
         for name, buffer in list(self.model.named_buffers()):
@@ -155,12 +157,15 @@ class Skeleton:
     def _find_sources(self, rename: Callable[[str, Any], tuple[str, str | None]]) -> dict[str, list[str]]:
         """Module that is loaded as a whole (a layer; elsewhere each tensor's own) -> tensors of the checkpoint."""
         there = self.model.state_dict()
-        experts = re.compile(r"\.experts\.(\d+\.|gate_up_proj|down_proj)")
+        experts = re.compile(r"\.experts\.(\d+\.|(gate_up|up|down)_proj$)")
+        routed = self.checkpoint.expert_names()
         sources: dict[str, list[str]] = {}
         for name in self.checkpoint.names:
-            if experts.search(name) or name.endswith("_scale_inv"):
+            if name in routed or experts.search(name) or name.endswith("_scale_inv"):
                 continue
             renamed, _ = rename(name, there)
+            if renamed not in there and not renamed.startswith(self.layers_name):
+                continue  # of a part that a text model does not have
             found = re.match(re.escape(self.layers_name) + r"(\d+)\.", renamed)
             sources.setdefault(found[0] if found else renamed, []).append(name)
         return sources
@@ -173,7 +178,7 @@ class Skeleton:
         for name, buffer in self.layers[layer].named_buffers():
             _set(self.layers[layer], name, buffer.to(self.device))
         for name, tensor in self.layers[layer].named_parameters():
-            if tensor.device.type == "meta" and not re.search(r"(^|\.)experts\.", name):
+            if tensor.device.type == "meta" and not re.search(r"(^|\.)experts\.\w+_proj$", name):
                 raise MobeError(
                     f"{self.checkpoint.path}: tensor {self.layers_name}{layer}.{name} is missing. Download the model again."
                 )

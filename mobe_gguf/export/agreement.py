@@ -27,6 +27,7 @@ from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.formats.gguf import Array, GgufFile, padded, read_gguf, read_model
 from mobe_gguf.formats.safetensors import SINGLE_NAME, Entry, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.entries import fused_entries
 from mobe_gguf.models.families import layer_in
 from mobe_gguf.models.gguf_source import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, Reconstruction
@@ -263,14 +264,23 @@ def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> No
     copy_files(checkpoint.small_files(), out)
     config = {
         k: v
-        for k, v in checkpoint.config.items()
+        for k, v in checkpoint.config_file.items()
         if k not in ("num_B", "activation", "mobe", "quantization_config")
     }
-    lists = {k: v[:n] for k, v in config.items() if isinstance(v, list) and len(v) == checkpoint.n_layer}
-    config |= lists | {"num_hidden_layers": n, "architectures": [checkpoint.family.architecture]}
-    config |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in config}
+    config["architectures"] = [checkpoint.family.architecture]
+    inner = config.get(checkpoint.family.text_key or "")
+    text = dict(inner) if isinstance(inner, dict) else config
+    text |= {
+        k: v[:n] for k, v in text.items() if isinstance(v, list | str) and len(v) == checkpoint.n_layer
+    } | {"num_hidden_layers": n}
+    text |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in text}
     if isinstance(used, int):  # of ``--experts-used``
-        config |= {key: used for key in checkpoint.family.n_expert_used_keys if key in config}
+        text |= {key: used for key in checkpoint.family.n_expert_used_keys if key in text}
+    if alike := checkpoint.check_values().alike:
+        text |= alike
+        text.pop("rope_scaling", None)
+    if text is not config:
+        config[str(checkpoint.family.text_key)] = text
     (out / "config.json").write_text(json.dumps(config))
     write_safetensors(out / SINGLE_NAME, _entries(checkpoint, n), {"format": "pt"})
 
@@ -286,9 +296,19 @@ def _entries(checkpoint: Checkpoint, n: int) -> Iterator[Entry]:
             read = Reconstruction(layer, projection)
             for e in range(checkpoint.n_expert):
                 replaced[checkpoint.family.expert_weight(layer.index, e, projection)] = (read, e)
-    for name, (read, e) in replaced.items():
-        matrix = read(e)
-        yield Entry.of(name, matrix)
+    stacked = [i for i in checkpoint.moe_layers if i < n and checkpoint.family.stacked_here]
+    for index in stacked:
+
+        def matrix(projection: str, e: int, index: int = index) -> torch.Tensor:
+            name = checkpoint.family.expert_weight(index, e, projection)
+            if name in replaced:
+                return replaced[name][0](e)
+            return checkpoint.expert(index, projection, e)
+
+        factors |= {x for p in checkpoint.family.kinds for x in checkpoint.expert_sources(index, p)}
+        yield from fused_entries(checkpoint, index, matrix, torch.float32)
+    for name, (read, e) in replaced.items() if not stacked else ():
+        yield Entry.of(name, read(e))
     for name in checkpoint.names:
         if layer_in(name) >= n or name in replaced or name in factors or name.endswith("_scale_inv"):
             continue

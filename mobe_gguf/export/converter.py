@@ -24,8 +24,8 @@ import torch
 
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.names import ALL_PROJECTIONS, transform_name
-from mobe_gguf.export import tiktoken, tokenizer
+from mobe_gguf.core.names import transform_name
+from mobe_gguf.export import stacks, tiktoken, tokenizer
 from mobe_gguf.export.conversion import add_keys
 from mobe_gguf.export.origin import Origin
 from mobe_gguf.export.source import Lazy, Source, Tensor, Whole, cast, evaluate
@@ -43,7 +43,7 @@ FACTOR = re.compile(r"\.[BW]_(gate|up|down)(_\d+)?$")
 
 #: Architectures whose graph needs an output matrix in the file: if a model's is tied to the embeddings, these are
 #: written twice.
-UNTIED = ("qwen2moe", "olmoe", "bailingmoe", "dots1", "exaone-moe", "minimax-m2")
+UNTIED = ("gpt-oss", "qwen2moe", "olmoe", "bailingmoe", "dots1", "exaone-moe", "minimax-m2")
 
 
 @dataclass
@@ -155,9 +155,8 @@ def convert(
         pre = tokenizer.check_name(tokenizer_pre, tokenizer.known_names(listing))
     with _explained(checkpoint.path, "the tensors"), torch.inference_mode():
         judgement = checkpoint.check_values()
-        hparams = for_converter(
-            checkpoint.family.name, conversion.ModelBase.load_hparams(checkpoint.path, False), judgement
-        )
+        said = checkpoint.family.text(conversion.ModelBase.load_hparams(checkpoint.path, False))
+        hparams = for_converter(checkpoint.family.name, said, judgement)
         if "lm_head.weight" in checkpoint:  # as transformers: an output matrix in the checkpoint is not tied
             hparams["tie_word_embeddings"] = False
         model_class = _model_class(conversion, checkpoint, hparams)
@@ -171,6 +170,7 @@ def convert(
             folder = Path(result.view.name) / checkpoint.path.absolute().name
         result.model = subclass(folder, gguf.LlamaFileType.ALL_F32, out, hparams=hparams)
         list_tensors(result, gguf, caught, hparams)
+        result.tensors = stacks.add(result.tensors, result.writer, checkpoint)
     return result
 
 
@@ -193,11 +193,11 @@ def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slic
     """
     family, found = checkpoint.family, {}
     for layer in checkpoint.moe_layers:
-        for projections in (("gate", "up"), ("down",)):
+        for projections in family.fused:
             if not checkpoint.is_fused(layer, projections[0]):
                 continue
             rows = checkpoint.expert_shape(layer, projections[0])[0]
-            found[family.fused_weight(layer, projections[0])] = [
+            found[checkpoint.fused_name(layer, projections[0])] = [
                 (family.expert_weight(layer, e, projection), e, slice(i * rows, (i + 1) * rows))
                 for e in range(checkpoint.n_expert)
                 for i, projection in enumerate(projections)
@@ -208,8 +208,9 @@ def _fused_of(checkpoint: ModelDirectory) -> dict[str, list[tuple[str, int, slic
 def _own_name(checkpoint: ModelDirectory, name: str) -> str:
     """The converter's name for a tensor beside fused experts."""
     layer = layer_in(name)
-    fused = layer in checkpoint.moe_layers and checkpoint.is_fused(layer, "gate")
-    return checkpoint.family.own_name(name, layer) if fused else name
+    fused = layer in checkpoint.moe_layers and checkpoint.is_fused(layer, "up")
+    name = checkpoint.family.own_name(name, layer) if fused else name
+    return checkpoint.family.converter_name(name)
 
 
 def _predicts(checkpoint: ModelDirectory) -> bool:
@@ -274,7 +275,8 @@ def _catching(
 
     ``checkpoint``: what it reads, None if it gets only names and shapes.
     """
-    fused = {} if checkpoint is None else _fused_of(checkpoint)
+    stacked = set() if checkpoint is None else stacks.sources(checkpoint)
+    fused = {} if checkpoint is None or stacked else _fused_of(checkpoint)
 
     class Marked(lazy):
         """A LazyTorchTensor that marks conversions between types, see ``source.is_cast``."""
@@ -303,7 +305,7 @@ def _catching(
 
         @classmethod
         def filter_tensors(cls, item: Any) -> Any:
-            return None if FACTOR.search(item[0]) else super().filter_tensors(item)
+            return None if FACTOR.search(item[0]) or item[0] in stacked else super().filter_tensors(item)
 
         def get_tensors(self) -> Iterator[tuple[str, Any]]:
             for name, tensor in super().get_tensors():
@@ -454,7 +456,7 @@ def rehearse(checkpoint: Original) -> list[str]:
         ]
     conversion = convert(model, Path("model.gguf"))
     for layer in model.moe_layers:
-        for projection in ALL_PROJECTIONS:
+        for projection in model.family.kinds:
             name, shape = (
                 transform_name(layer, projection),
                 (model.n_expert, *model.expert_shape(layer, projection)),

@@ -28,6 +28,7 @@ from mobe_gguf.core.progress import bar
 from mobe_gguf.export.factors import check_factors
 from mobe_gguf.export.shards import Parts, fingerprint
 from mobe_gguf.formats.safetensors import DTYPES, INDEX_NAME, STORED, Entry, write_safetensors
+from mobe_gguf.models.entries import fused_entries
 from mobe_gguf.models.gguf_source import FACTORS_NAME
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint, ModelWithFactors, Reconstruction
 from mobe_gguf.models.tensors import all_finite
@@ -169,6 +170,10 @@ def _entries(checkpoint: ModelWithFactors, target: torch.dtype, convert_all: boo
     layers = [checkpoint.layer(index) for index in checkpoint.moe_layers]
     units = [(layer, projection) for layer in layers for projection in layer.projections]
     dropped = {name for layer in layers for name in layer.factor_names}
+    stacked = checkpoint.moe_layers if checkpoint.family.stacked_here else ()
+    for index in stacked:  # transformers has no form with an expert in a tensor of its own
+        dropped |= {n for p in checkpoint.family.kinds for n in checkpoint.expert_sources(index, p)}
+        yield from fused_entries(checkpoint, index, _reader(checkpoint, index), target)
     others = {
         entry.name: entry
         for entry in checkpoint.copies([(layer.index, projection) for layer, projection in units])
@@ -183,12 +188,25 @@ def _entries(checkpoint: ModelWithFactors, target: torch.dtype, convert_all: boo
             yield _converted(entry, target)
         else:
             yield entry
-    for layer, projection in units:
+    for layer, projection in units if not stacked else ():
         read = Reconstruction(layer, projection)
         for e in range(checkpoint.n_expert):
             name = checkpoint.family.expert_weight(layer.index, e, projection)
             shape = checkpoint.expert_shape(layer.index, projection)
             yield _computed(name, shape, target, partial(read, e))
+
+
+def _reader(checkpoint: ModelWithFactors, index: int) -> Callable[[str, int], torch.Tensor]:
+    """What reads or multiplies out an expert's matrix of a layer."""
+    layer = checkpoint.layer(index)
+    factors = {p: Reconstruction(layer, p) for p in layer.projections}
+
+    def read(projection: str, e: int) -> torch.Tensor:
+        if projection in factors:
+            return factors[projection](e)
+        return checkpoint.expert(index, projection, e)
+
+    return read
 
 
 def _computed(
@@ -244,7 +262,7 @@ def original_config(checkpoint: ModelWithFactors, target: torch.dtype) -> tuple[
     In the MoBE authors' checkpoints, ``architectures`` and ``auto_map`` may name the authors' own classes, and code
     that is not beside them.
     """
-    config = {key: value for key, value in checkpoint.config.items() if key not in MOBE_KEYS}
+    config = {key: value for key, value in checkpoint.config_file.items() if key not in MOBE_KEYS}
     config.pop("quantization_config", None)
     names = [name for name in config.get("architectures") or [] if not _is_mobe_class(name)]
     config["architectures"] = names or [checkpoint.family.architecture]

@@ -212,6 +212,19 @@ class Entry:
         return cls(name, dtype, tuple(tensor.shape), raw.nbytes, lambda: [raw])
 
     @classmethod
+    def made(
+        cls, name: str, dtype: torch.dtype, shape: tuple[int, ...], *parts: Callable[[], torch.Tensor]
+    ) -> Entry:
+        """A tensor that is computed while it is written: of ``parts`` one after the other."""
+
+        def data() -> Iterator[Any]:
+            for read in parts:
+                yield read().to(dtype).contiguous().flatten().view(torch.uint8).numpy()
+
+        spelled = next(k for k, v in DTYPES.items() if v == dtype)
+        return cls(name, spelled, shape, math.prod(shape) * dtype.itemsize, data)
+
+    @classmethod
     def copy(cls, name: str, dtype: str, shape: tuple[int, ...], file: Path, begin: int, end: int) -> Entry:
         """A run of bytes of another file."""
         return cls(name, dtype, shape, end - begin, lambda: _chunks(file, begin, end))

@@ -21,13 +21,13 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.formats.safetensors import (
     Entry,
-    TensorInfo,
     check_is_model_directory,
     read_json,
 )
+from mobe_gguf.models import entries, mxfp4
 from mobe_gguf.models.config_values import Judgement, check_values
 from mobe_gguf.models.factors import ModelDirectory
-from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of, layer_in
+from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of
 from mobe_gguf.models.foreign import check_format, check_names
 from mobe_gguf.models.layout import ExpertLayout
 from mobe_gguf.models.tensors import all_finite
@@ -54,10 +54,12 @@ class Checkpoint(ModelDirectory):
     def __init__(self, path: str | os.PathLike[str]):
         path = Path(path)
         check_is_model_directory(path)
-        self.config = read_json(path / self.config_name)
-        check_format(path, self.config)
+        #: config.json as it is; :attr:`config` has the text model's values at the top.
+        self.config_file = read_json(path / self.config_name)
+        check_format(path, self.config_file)
         with _naming(path):
-            family = family_of(self.config)
+            family = family_of(self.config_file)
+            self.config = family.text(self.config_file)
         super().__init__(path, family)
 
     @property
@@ -108,6 +110,11 @@ class Checkpoint(ModelDirectory):
         return self._of_config(self.family.n_embd)
 
     @cached_property
+    def hidden_size(self) -> int:
+        """Length of a token's state."""
+        return self._of_config(self.family.hidden_size)
+
+    @cached_property
     def n_ff_exp(self) -> int:
         return self._of_config(self.family.n_ff_exp)
 
@@ -130,10 +137,10 @@ class Checkpoint(ModelDirectory):
             raise MobeError(
                 f"{self.path}: config.json describes no MoE layer at all; there is nothing to factorize"
             )
-        check_names(self.path, self._tensors)
+        check_names(self.path, self._tensors, self.family.text_key is not None)
         for layer in range(self.n_layer):
-            first = self.family.expert_weight(layer, 0, "gate")
-            fused = self.family.fused_weight(layer, "gate")
+            first = self.family.expert_weight(layer, 0, "up")
+            fused = self.fused_name(layer, "up")
             found = first in self or fused in self
             if found and layer not in declared:
                 raise MobeError(
@@ -144,10 +151,10 @@ class Checkpoint(ModelDirectory):
                     f"{self.path}: config.json says that layer {layer} has experts, but neither {first} nor {fused} "
                     f"exists. Quantized sources (GPTQ, AWQ, int4) must be converted to bf16 first."
                 )
-            last = self.family.expert_weight(layer, self.n_expert - 1, "gate")
+            last = self.family.expert_weight(layer, self.n_expert - 1, "up")
             if first in self and layer in declared and last not in self:  # before making so many names
                 raise MobeError(f"{self._said(self.family.n_expert_keys)}, but tensor {last} is missing")
-            extra = self.family.expert_weight(layer, self.n_expert, "gate")
+            extra = self.family.expert_weight(layer, self.n_expert, "up")
             if extra in self:
                 raise MobeError(
                     f"{self._said(self.family.n_expert_keys)}, but there is a tensor {extra}, of one more"
@@ -165,7 +172,9 @@ class Checkpoint(ModelDirectory):
 
     def router(self, layer: int) -> str:
         """The matrix that chooses a token's experts."""
-        return self.family.router(layer, self.is_fused(layer, "gate"))
+        name = self.family.router(layer, self.is_fused(layer, "up"))
+        other = self.family.router(layer)
+        return other if name not in self and other in self else name
 
     def check_whole(self) -> None:
         """MobeError unless config.json is consistent and all required tensors exist, with the right shapes and in readable
@@ -180,10 +189,10 @@ class Checkpoint(ModelDirectory):
             self.info(name)
         for name in {self.family.embedding, self.family.output} & set(self._tensors):
             if type(self.config.get("vocab_size")) is int:
-                self.expect_shape(name, (self.config["vocab_size"], self.n_embd), "from config.json")
+                self.expect_shape(name, (self.config["vocab_size"], self.hidden_size), "from config.json")
         for layer in self.moe_layers:
             self.expect_shape(
-                self.router(layer), (self.n_expert, self.n_embd), "a row for each expert of config.json"
+                self.router(layer), (self.n_expert, self.hidden_size), "a row for each expert of config.json"
             )
             for projection in self.ordinary(layer):
                 self.check_experts(layer, projection)
@@ -205,23 +214,37 @@ class Checkpoint(ModelDirectory):
 
     def ordinary(self, layer: int) -> tuple[str, ...]:
         """Projections of a MoE layer whose experts are stored as matrices: here all."""
-        return ALL_PROJECTIONS
+        return self.family.kinds
 
     # experts
 
     def expert_sources(self, layer: int, projection: str) -> tuple[str, ...]:
         """Names of the tensors that :meth:`expert_stack` reads, scales included."""
         if self.is_fused(layer, projection):
-            names = [self.family.fused_weight(layer, projection)]
+            names = [self.fused_name(layer, projection)]
         else:
             names = [self.family.expert_weight(layer, e, projection) for e in range(self.n_expert)]
-        scales = [s for s in map(_scale_name, names) if s in self]
+        scales = [s for name in names for s in (_scale_name(name), mxfp4.scales_of(name)) if s in self]
         return tuple(names + scales)
+
+    def expert_names(self) -> set[str]:
+        """All tensors that :meth:`expert` reads."""
+        units = ((layer, projection) for layer in self.moe_layers for projection in self.family.kinds)
+        return {name for unit in units for name in self.expert_sources(*unit)}
 
     def layout(self, layer: int) -> ExpertLayout:
         """How the layer's experts are stored."""
-        fused = tuple(f for f in self.family.fused if self.is_fused(layer, f[0]))
-        return ExpertLayout(self.n_expert, self.n_ff_exp, self.n_embd, fused=fused, block=self._fp8_block())
+        family = self.family
+        return ExpertLayout(
+            self.n_expert,
+            self.n_ff_exp,
+            self.n_embd,
+            family.kinds,
+            tuple(f for f in family.fused if self.is_fused(layer, f[0])),
+            self._fp8_block(),
+            family.transposed and not self.fused_name(layer, "up").endswith(mxfp4.BLOCKS),
+            family.interleaved,
+        )
 
     def check_experts(self, layer: int, projection: str) -> None:
         """MobeError unless all tensors that :meth:`expert_stack` will read exist, with the right shape and a readable type,
@@ -229,7 +252,11 @@ class Checkpoint(ModelDirectory):
         layout = self.layout(layer)
         shape, scales = layout.stored_shape(projection), layout.scale_shapes(projection)
         if layout.together(projection) is not None:
-            name = self.family.fused_weight(layer, projection)
+            name = self.fused_name(layer, projection)
+            if name.endswith(mxfp4.BLOCKS):
+                self.expect_shape(name, mxfp4.stored_shape(shape), "from config.json")
+                self.expect_shape(mxfp4.scales_of(name), mxfp4.stored_shape(shape)[:-1], f"blocks of {name}")
+                return
             said = self._tensors.get(_scale_name(name))
             found = said is not None and said.shape in scales
             self._check_matrix(name, shape, said.shape if said is not None and found else scales[0])
@@ -286,18 +313,22 @@ class Checkpoint(ModelDirectory):
 
     def _fused_expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
         """One expert's part of a fused tensor.  FP8 blocks may span several parts, so scales are applied before the split."""
-        name, layout = self.family.fused_weight(layer, projection), self.layout(layer)
+        name, layout = self.fused_name(layer, projection), self.layout(layer)
         part, parts = layout.place(projection)
+        if name.endswith(mxfp4.BLOCKS):
+            self.check_experts(layer, projection)
+            w = mxfp4.dequantize(self.get_row(name, index), self.get_row(mxfp4.scales_of(name), index))
+            return self.to_float(name, layout.part(w, projection), None).contiguous()
         self.expect_shape(name, layout.stored_shape(projection), "from config.json")
         w = self.get_row(name, index)
         if _scale_name(name) not in self:
-            return self.to_float(name, w.chunk(parts)[part], None)
+            return self.to_float(name, layout.part(w, projection), None).contiguous()
         scale = self.get_row(_scale_name(name), index)
         if (self.n_expert, *scale.shape) == layout.scale_shapes(projection)[
             -1
         ]:  # each part has its own blocks
             return self.to_float(name, w.chunk(parts)[part], scale.chunk(parts)[part])
-        return self.to_float(name, w, scale).chunk(parts)[part].contiguous()
+        return layout.part(self.to_float(name, w, scale), projection).contiguous()
 
     def routed_scale(self) -> Any:
         """The factor of the routed experts' sum in config.json; None if there is none."""
@@ -305,7 +336,9 @@ class Checkpoint(ModelDirectory):
 
     def stream_writers(self, layer: int) -> list[tuple[str, str]]:
         """``(name, GGUF stem)`` of the matrices of :data:`WRITERS` that the layer has."""
-        names = ((f"model.layers.{layer}.{end}", f"blk.{layer}.{stem}") for end, stem in WRITERS.items())
+        names = (
+            (f"{self.family.layer_name(layer)}.{end}", f"blk.{layer}.{stem}") for end, stem in WRITERS.items()
+        )
         return [(name, stem) for name, stem in names if name in self]
 
     def embedding_rows(self, count: int) -> torch.Tensor | None:
@@ -345,7 +378,11 @@ class Checkpoint(ModelDirectory):
     @cached_property
     def n_params(self) -> int:
         """Parameters of the whole model, including stored multi-token-prediction layers."""
-        return sum(info.numel for name, info in self._tensors.items() if not name.endswith("_scale_inv"))
+        return sum(
+            info.numel * (2 if name.endswith(mxfp4.BLOCKS) else 1)
+            for name, info in self._tensors.items()
+            if not name.endswith(("_scale_inv", mxfp4.SCALES))
+        )
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:
         """Bytes of the model that are copied to the output when ``(layer, projection)`` ``units`` are factorized."""
@@ -370,46 +407,8 @@ class Checkpoint(ModelDirectory):
         ]
 
     def copies(self, factorized: Iterable[tuple[int, str]]) -> list[Entry]:
-        """All tensors except the matrices of the ``factorized`` (layer, projection) units.
-
-        Where transformers 5 has fused a layer's experts into one tensor, they are split again, and the MoE block gets its
-        classic name: a MoBE checkpoint always has one tensor per expert.
-        """
-        factorized = set(factorized)
-        dropped = {source for unit in factorized for source in self.expert_sources(*unit)}
-        fused: dict[str, list[tuple[int, str]]] = {}
-        out: list[Entry] = []
-        for layer in self.moe_layers:
-            for projection in ALL_PROJECTIONS:
-                if self.is_fused(layer, projection):
-                    for source in self.expert_sources(layer, projection):
-                        fused.setdefault(source, []).append((layer, projection))
-        layers = {layer for units in fused.values() for layer, _ in units}
-        for name in self.names:
-            info = self.info(name)
-            if name in fused:
-                for layer, projection in fused[name]:
-                    if (layer, projection) not in factorized:
-                        out += self._split(name, info, layer, projection)
-            elif name not in dropped:
-                if (layer := layer_in(name)) in layers:
-                    name = self.family.own_name(name, layer)
-                file = self.path / info.shard
-                out.append(Entry.copy(name, info.dtype, info.shape, file, info.begin, info.end))
-        return out
-
-    def _split(self, name: str, info: TensorInfo, layer: int, projection: str) -> Iterator[Entry]:
-        """Split a fused tensor ``[n, 2p, d]`` (gate first) or ``[n, d, p]``, or its scales, into the single experts'."""
-        n, rows, columns = info.shape
-        part, halves = self.layout(layer).place(projection)
-        size = (info.end - info.begin) // n // halves
-        offset = part * size
-        suffix = "_scale_inv" if name.endswith("_scale_inv") else ""
-        for e in range(n):
-            begin = info.begin + e * halves * size + offset
-            to = self.family.expert_weight(layer, e, projection) + suffix
-            shape, file = (rows // halves, columns), self.path / info.shard
-            yield Entry.copy(to, info.dtype, shape, file, begin, begin + size)
+        """All tensors except the matrices of the ``factorized`` (layer, projection) units, see ``entries.copies``."""
+        return entries.copies(self, factorized, self.layout)
 
     @cached_property
     def checksum(self) -> str:

@@ -1,66 +1,13 @@
-"""The rules used in ``config_tables``: keys with only one accepted value, and judges, functions that look at several keys.
-
-A judge reads config.json and adds to a :class:`Judgement`.
-"""
+"""The rules used in ``config_tables``, except those on rotary embeddings: judges, see ``judgement``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from collections.abc import Mapping
+from typing import Any
 
-from mobe_gguf.core.errors import MobeError
-
-Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Only:
-    """A key for which the runtime supports only one value; ``computes`` describes what it computes.  ``default``: the config
-    class's default for a missing key."""
-
-    allowed: tuple[Any, ...]
-    computes: str
-    default: Any = None
-
-
-@dataclass
-class Judgement:
-    """The result of the rules.  ``refused``: one line for each thing that the file would compute differently.  ``notes``: what
-    a user should know.  ``hparams``: values that replace those of config.json for the converter.  ``keys``: GGUF keys to set,
-    without the architecture's prefix."""
-
-    refused: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    hparams: dict[str, Any] = field(default_factory=dict)
-    keys: dict[str, int | float] = field(default_factory=dict)
-
-    def refuse(self, key: str, value: Any, computes: str) -> None:
-        self.refused.append(f"'{key}' is {value!r}, and the runtime {computes}")
-
-
-Judge = Callable[[Config, Judgement], None]
-
-#: Keys that do not change logits: training, dropout, caches, output options, names, and those of the tokenizer, which has
-#: its own file.
-INERT = frozenset(
-    "_name_or_path add_cross_attention architectures attention_dropout auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward "
-    "dtype embedding_dropout eos_token_id ep_size finetuning_task id2label initializer_range is_decoder is_encoder_decoder label2id "
-    "model_type output_attentions output_dropout output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type "
-    "return_dict router_aux_loss_coef router_jitter_noise seq_aux task_specific_params torch_dtype transformers_version use_cache "
-    "quantization_config tokenizer_class num_nextn_predict_layers num_mtp_layers".split()
-)
-
-#: Keys that factorizing writes into config.json; only this package reads them.
-OURS = frozenset(("num_B", "activation", "mobe"))
-
-COMMON = frozenset(
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok rms_norm_eps "
-    "max_position_embeddings rope_parameters rope_scaling rope_theta tie_word_embeddings is_causal".split()
-)
-SILU = Only(("silu", "swish"), "computes silu", "silu")
-NO_BIAS = Only((False, None), "has no such biases", False)
+from mobe_gguf.models.config_rope import rope_of
+from mobe_gguf.models.judgement import Config, Judge, Judgement, is_int
 
 
 def windows(config: Config, judgement: Judgement, used: bool) -> None:
@@ -242,89 +189,6 @@ def v3_groups(config: Config, judgement: Judgement) -> None:
         judgement.refuse("topk_group", used, f"needs 1 to {groups}, as many groups as there are")
 
 
-def rope_of(config: Config) -> dict[str, Any]:
-    """The rotary parameters from either spelling: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
-    ``rope_scaling``."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(said, Mapping):
-        raise MobeError(f"config.json: 'rope_scaling' must be an object, got {said!r}")
-    rope = dict(said)
-    rope.setdefault("rope_type", rope.get("type") or "default")
-    return rope
-
-
-def _magnitude(factor: float, scale: float = 1.0) -> float:
-    """``1 + 0.1 scale ln(factor)``, YaRN's correction of attention."""
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-
-def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
-    """The factor by which transformers multiplies cosines and sines (``modeling_rope_utils.py``)."""
-    if (given := rope.get("attention_factor")) is not None:
-        return float(given)
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return _magnitude(factor, rope["mscale"]) / _magnitude(factor, rope["mscale_all_dim"])
-    return _magnitude(factor)
-
-
-def rotary(*kinds: str, latent: bool = False, partial_too: bool = False) -> Judge:
-    """Rotary scaling: no scaling and the ``kinds`` can be carried.  ``latent``: DeepSeek's graph, which also scales all of
-    attention.  ``partial_too``: the file says how many dimensions are rotated."""
-
-    def judge(config: Config, judgement: Judgement) -> None:
-        rope = rope_of(config)
-        kind, partial = (
-            rope["rope_type"],
-            rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
-        )
-        if partial not in (None, 1, 1.0) and not partial_too:
-            judgement.refuse("partial_rotary_factor", partial, "rotates all dimensions")
-        if kind == "dynamic":
-            judgement.notes.append(
-                "config.json: rope scaling 'dynamic' begins beyond max_position_embeddings, the file's context length; llama.cpp "
-                "has none there"
-            )
-            return
-        if kind not in ("default", *kinds):
-            judgement.refuse("rope_type", kind, f"knows {', '.join(kinds) or 'no scaling'} in this family")
-            return
-        if rope.get("truncate") is False and kind == "yarn":
-            judgement.refuse("truncate", False, "rounds the range of YaRN's ramp to whole dimensions")
-        factor = rope.get("factor")
-        if kind in ("linear", "yarn"):
-            if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
-                judgement.refuse("factor", factor, f"needs a number from 1 on for rope_type '{kind}'")
-            elif factor > 1:
-                _scale_attention(rope, float(factor), kind, latent, judgement)
-
-    return judge
-
-
-def _scale_attention(
-    rope: Mapping[str, Any], factor: float, kind: str, latent: bool, judgement: Judgement
-) -> None:
-    """Set keys so that the runtime scales rotated dimensions and attention as transformers does.
-
-    ``llama-context.cpp`` multiplies rotated dimensions by ``attn_factor (1 + 0.1 ln factor)``.  With a yarn_log_multiplier L
-    (``src/models/deepseek2.cpp``) it multiplies them by ``attn_factor``, and all of attention by
-    ``(attn_factor (1 + L ln factor))^2``.
-    """
-    rotated = _yarn_magnitude(rope, factor) if kind == "yarn" else 1.0
-    whole = _magnitude(factor)
-    if not latent:
-        if kind == "yarn" and not math.isclose(rotated, whole, rel_tol=1e-7):
-            judgement.keys["rope.scaling.attn_factor"] = rotated / whole
-        return
-    attention = _magnitude(factor, rope["mscale_all_dim"]) if rope.get("mscale_all_dim") else 1.0
-    multiplier = (attention / (rotated if kind == "yarn" else whole) - 1) / math.log(factor)
-    attn_factor = rotated
-    if kind == "yarn" and abs(multiplier) < 1e-9:  # L of 0: the runtime's other branch
-        multiplier, attn_factor = 0.0, rotated / whole
-    judgement.keys["rope.scaling.yarn_log_multiplier"] = multiplier
-    if not math.isclose(attn_factor, 1.0, rel_tol=1e-7):
-        judgement.keys["rope.scaling.attn_factor"] = attn_factor
-
-
 def sparse_behind(config: Config, judgement: Judgement) -> None:
     """``mlp_layer_types``: all dense layers must come first."""
     kinds = config.get("mlp_layer_types")
@@ -403,6 +267,151 @@ def every_fourth_attends_to_all(config: Config, judgement: Judgement) -> None:
         judgement.refuse("layer_types", kinds, "has a window in all layers but every fourth")
 
 
+def every_second_has_a_window(config: Config, judgement: Judgement) -> None:
+    """gpt-oss: the first of two layers has a window, the second full attention."""
+    kinds, n_layer = config.get("layer_types"), config.get("num_hidden_layers") or 0
+    if kinds is not None and kinds != [
+        ("sliding_attention", "full_attention")[i % 2] for i in range(n_layer)
+    ]:
+        judgement.refuse("layer_types", kinds, "has a window in every second layer, from the first on")
+    window = config.get("sliding_window", 128)
+    if not is_int(window) or window < 1:
+        judgement.refuse("sliding_window", window, "has a window in every second layer")
+    judgement.hparams["sliding_window"] = window
+
+
+def granite_scales(config: Config, judgement: Judgement) -> None:
+    """Granite: the runtime takes a factor of 0 as "none", and needs the logits' divisor."""
+    for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"):
+        value = config.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+            judgement.refuse(key, value, "takes 0 for no factor")
+        judgement.hparams[key] = value
+
+
+def granite_layers(config: Config, judgement: Judgement) -> None:
+    """Granite's hybrid: transformers has two spellings of ``layer_types``, the converter knows one.  The file says whether
+    attention has rotary embeddings; the converter guesses it."""
+    spelled = {"linear_attention": "mamba", "full_attention": "attention"}
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    kinds = [spelled.get(kind, kind) for kind in kinds] if isinstance(kinds, list) else kinds
+    if not isinstance(kinds, list) or set(kinds) - {"mamba", "attention"}:
+        judgement.refuse("layer_types", kinds, "knows 'mamba' and 'attention'")
+    elif "attention" not in kinds:
+        judgement.refuse("layer_types", kinds, "needs a layer with attention")
+    judgement.hparams["layer_types"] = kinds
+    judgement.keys["rope.scaling.finetuned"] = config.get("position_embedding_type") == "rope"
+
+
+def twice_as_wide(config: Config, judgement: Judgement) -> None:
+    """Granite's Mamba-2 in the runtime: the state's inputs are twice as wide as the model."""
+    width, heads, size = (config.get(key) for key in ("hidden_size", "mamba_n_heads", "mamba_d_head"))
+    if is_int(width) and is_int(heads) and is_int(size) and heads * size != 2 * width:
+        judgement.refuse("mamba_n_heads", heads, f"needs {2 * width} / mamba_d_head, twice hidden_size")
+    if config.get("mamba_expand", 2) != 2:
+        judgement.refuse("mamba_expand", config["mamba_expand"], "has 2")
+
+
+def no_time_limits(config: Config, judgement: Judgement) -> None:
+    """Mamba-2: the runtime does not limit time steps, and the converter pads the vocabulary."""
+    limit = config.get("time_step_limit")
+    if limit is not None and not (
+        isinstance(limit, list | tuple) and len(limit) == 2 and limit[0] == 0 and _infinite(limit[1])
+    ):
+        judgement.refuse("time_step_limit", limit, "does not limit time steps")
+    vocabulary = config.get("vocab_size")
+    if is_int(vocabulary) and vocabulary % 8:
+        judgement.refuse("vocab_size", vocabulary, "needs a multiple of 8")
+
+
+def _infinite(value: Any) -> bool:
+    """Infinity, as ``json`` reads it or as transformers 5 writes it."""
+    return value == math.inf or (isinstance(value, Mapping) and value.get("__float__") == "Infinity")
+
+
+def nemotron_layers(config: Config, judgement: Judgement) -> None:
+    """Nemotron-H: layers are Mamba-2, attention or experts; beside experts there is no dense MLP."""
+    key = "layers_block_type" if config.get("layers_block_type") is not None else "hybrid_override_pattern"
+    kinds = config.get(key) or []
+    spelled = {
+        "linear_attention": "M",
+        "mamba": "M",
+        "full_attention": "*",
+        "attention": "*",
+        "moe": "E",
+        "mlp": "-",
+    }
+    letters = [spelled.get(kind, kind) for kind in kinds]
+    if other := [kind for kind, letter in zip(kinds, letters, strict=True) if letter not in ("M", "*", "E")]:
+        judgement.refuse(key, other[0], "knows Mamba-2, attention and experts beside each other")
+    elif "*" not in letters:
+        judgement.refuse(key, kinds, "needs a layer with attention")
+    judgement.hparams |= {"layers_block_type": None, "hybrid_override_pattern": "".join(letters)}
+    judgement.hparams["num_hidden_layers"] = len(letters)
+
+
+def least_time_step(config: Config, judgement: Judgement) -> None:
+    """Nemotron-H: transformers lets no time step be shorter than ``time_step_min``; the runtime, as the model's own CUDA code,
+    does."""
+    least = config.get("time_step_min", 0.001)
+    if not isinstance(least, int | float) or least > 0.001:
+        judgement.refuse("time_step_min", least, "lets time steps be shorter")
+    elif least > TINY:
+        judgement.notes.append(
+            f"config.json: 'time_step_min' is {least}; transformers lets no time step be shorter, llama.cpp does"
+        )
+        judgement.alike["time_step_min"] = TINY
+
+
+#: No time step is shorter; zero would have no logarithm, which transformers takes.
+TINY = 1e-30
+
+
+def sigmoid_groups(config: Config, judgement: Judgement) -> None:
+    """Nemotron-H: as ``v3_groups``, but the converter always writes the number of groups."""
+    v3_groups(config, judgement)
+    if judgement.hparams.get("n_group", 1) is None:
+        judgement.hparams |= {"n_group": 1, "topk_group": 1}
+
+
+def llama4_layers(config: Config, judgement: Judgement) -> None:
+    """Llama-4: every ``interleave_moe_layer_step``-th layer has experts; every fourth layer has full attention and no rotary
+    embedding, all others attend to chunks."""
+    n_layer, step = config.get("num_hidden_layers") or 0, config.get("interleave_moe_layer_step", 1)
+    if not is_int(step) or step < 1:
+        judgement.refuse("interleave_moe_layer_step", step, "needs a positive number")
+        return
+    judgement.hparams["interleave_moe_layer_step"] = step
+    expected = {
+        "moe_layers": list(range(step - 1, n_layer, step)),
+        "layer_types": ["chunked_attention" if (i + 1) % 4 else "full_attention" for i in range(n_layer)],
+        "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(n_layer)],
+    }
+    for key, value in expected.items():
+        if (said := config.get(key)) not in (None, [], value):
+            judgement.refuse(key, said, f"computes {value}")
+    interval = config.get("no_rope_layer_interval", 4)
+    if interval != 4 and not config.get("no_rope_layers"):
+        judgement.refuse("no_rope_layer_interval", interval, "has 4")
+
+
+def llama4_attention(config: Config, judgement: Judgement) -> None:
+    """Llama-4: chunks of 8192 and a temperature from there on; queries and keys are normed except in models of 128 experts."""
+    context, chunk = config.get("max_position_embeddings", 131072), config.get("attention_chunk_size", 8192)
+    beyond = not is_int(context) or context > 8192
+    if chunk != 8192 and (beyond or not is_int(chunk) or chunk < context):
+        judgement.refuse("attention_chunk_size", chunk, "attends to chunks of 8192")
+    if beyond and not config.get("attn_temperature_tuning", True):
+        judgement.refuse("attn_temperature_tuning", False, "tunes the temperature")
+    norms = config.get("num_local_experts", 16) != 128
+    if config.get("use_qk_norm", True) is not norms:
+        judgement.refuse(
+            "use_qk_norm",
+            not norms,
+            f"norms queries and keys {'always' if norms else 'never'} with so many experts",
+        )
+
+
 def linear_heads(config: Config, judgement: Judgement) -> None:
     """Linear attention: in the runtime, heads of keys and values have the same size."""
     key, value = (config.get(k) for k in ("linear_key_head_dim", "linear_value_head_dim"))
@@ -415,27 +424,3 @@ def linear_or_full(config: Config, judgement: Judgement) -> None:
     types = config.get("layer_types") or []
     if other := [t for t in types if t not in ("linear_attention", "full_attention")]:
         judgement.refuse("layer_types", other[0], "knows linear and full attention")
-
-
-def is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Values:
-    """One family: keys that are carried, keys with one accepted value, and judges.  ``implied``: values that its class uses
-    when config.json lacks them, and that the converter does not know."""
-
-    carried: frozenset[str]
-    only: Mapping[str, Only]
-    judges: tuple[Judge, ...]
-    implied: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def known(self) -> frozenset[str]:
-        """Keys that the family's class reads, and the inert ones.  The converter gets only these."""
-        return self.carried | frozenset(self.only) | INERT | COMMON
-
-
-def names(names: str) -> frozenset[str]:
-    return frozenset(names.split())

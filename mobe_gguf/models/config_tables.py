@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mobe_gguf.models.config_rope import rotary
 from mobe_gguf.models.config_rules import (
-    NO_BIAS,
-    SILU,
-    Only,
-    Values,
     all_layers_attend,
     all_layers_moe,
     by_layer,
@@ -16,29 +13,38 @@ from mobe_gguf.models.config_rules import (
     ernie_layers,
     ernie_shared,
     every_fourth_attends_to_all,
+    every_second_has_a_window,
+    granite_layers,
+    granite_scales,
     heads_fill_width,
     hunyuan_rope,
     hunyuan_width,
     leading_dense,
+    least_time_step,
     linear_heads,
     linear_or_full,
+    llama4_attention,
+    llama4_layers,
     mla_epsilon,
-    names,
+    nemotron_layers,
+    no_time_limits,
     normalized_if_said,
     olmoe_epsilon,
     query_rank,
-    rotary,
     rotary_head,
     rotary_width,
     scaling_factor,
+    sigmoid_groups,
     sliding,
     sliding_if_used,
     some_shared,
     sparse_behind,
+    twice_as_wide,
     v2_groups,
     v2_norm,
     v3_groups,
 )
+from mobe_gguf.models.judgement import NO_BIAS, SILU, Only, Values, names
 
 _QWEN = "moe_intermediate_size num_experts num_local_experts head_dim sliding_window use_sliding_window max_window_layers " \
     "layer_types decoder_sparse_step mlp_only_layers intermediate_size"  # fmt: skip
@@ -62,6 +68,36 @@ _DEEPSEEK_V3 = Values(
         some_shared("n_shared_experts"), rotary("linear", "yarn", latent=True),
     ),
     implied={"scoring_func": "sigmoid"},
+)  # fmt: skip
+
+_GRANITE = "intermediate_size num_local_experts num_experts head_dim attention_bias embedding_multiplier logits_scaling " \
+    "residual_multiplier attention_multiplier"  # fmt: skip
+_GRANITE_JUDGES = (heads_fill_width, granite_scales, rotary("linear", "yarn"))
+
+_LLAMA4 = Values(
+    carried=names(
+        "intermediate_size intermediate_size_mlp num_local_experts moe_layers interleave_moe_layer_step head_dim layer_types "
+        "no_rope_layers no_rope_layer_interval attention_chunk_size use_qk_norm attn_temperature_tuning"
+    ),
+    only={
+        "hidden_act": SILU,
+        "attention_bias": NO_BIAS,
+        "attn_scale": Only((0.1,), "has a constant for it, 0.1", 0.1),
+        "floor_scale": Only((8192, 8192.0), "has a constant for it, 8192", 8192),
+    },
+    judges=(llama4_layers, llama4_attention, rotary("linear", "yarn", "llama3")),
+)
+
+_QWEN3_5 = Values(
+    carried=names(
+        "moe_intermediate_size shared_expert_intermediate_size num_experts num_local_experts head_dim linear_conv_kernel_dim "
+        "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads layer_types full_attention_interval "
+        "partial_rotary_factor mtp_num_hidden_layers num_hidden_layers_mtp"
+    ),
+    only={"hidden_act": SILU, "attention_bias": NO_BIAS},
+    judges=(
+        linear_heads, linear_or_full, some_shared("shared_expert_intermediate_size"), rotary("linear", "yarn", partial_too=True),
+    ),
 )  # fmt: skip
 
 VALUES: Mapping[str, Values] = {
@@ -205,7 +241,7 @@ VALUES: Mapping[str, Values] = {
         only={k: v for k, v in _DEEPSEEK_V3.only.items() if k != "rope_interleave"} | {"mlp_bias": NO_BIAS},
         judges=(
             sparse_behind, mla_epsilon, rotary_head, equal_heads, scaling_factor, v3_groups, some_shared("n_shared_experts"),
-            rotary("linear", latent=True),
+            rotary("linear", "yarn", latent=True, divided=True),
         ),
         implied={"scoring_func": "sigmoid"},
     ),
@@ -250,4 +286,53 @@ VALUES: Mapping[str, Values] = {
         judges=(every_fourth_attends_to_all, some_shared("num_shared_experts"), rotary("linear", "yarn")),
         implied={"route_norm": True},
     ),
+    "gpt_oss": Values(
+        carried=names("intermediate_size num_local_experts num_experts head_dim hidden_act layer_types sliding_window"),
+        only={
+            "attention_bias": Only((True,), "adds such biases", True),
+            "swiglu_alpha": Only((1.702, None), "has a constant for it, 1.702", 1.702),
+            "swiglu_limit": Only((7.0, 7, None), "has a constant for it, 7", 7.0),
+        },
+        judges=(every_second_has_a_window, rotary("linear", "yarn", ramp=True)),
+    ),
+    "granitemoe": Values(carried=names(_GRANITE), only={"hidden_act": SILU}, judges=_GRANITE_JUDGES),
+    "granitemoeshared": Values(
+        carried=names(_GRANITE + " shared_intermediate_size"), only={"hidden_act": SILU}, judges=_GRANITE_JUDGES
+    ),
+    "granitemoehybrid": Values(
+        carried=names(
+            _GRANITE + " shared_intermediate_size layer_types layers_block_type mamba_n_heads mamba_n_groups mamba_d_state mamba_d_head "
+            "mamba_d_conv mamba_chunk_size mamba_expand position_embedding_type time_step_limit"
+        ),
+        only={
+            "hidden_act": SILU,
+            "mamba_proj_bias": NO_BIAS,
+            "mamba_conv_bias": Only((True,), "adds a bias to the convolution", True),
+        },
+        judges=(*_GRANITE_JUDGES, granite_layers, twice_as_wide, no_time_limits),
+    ),
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "nemotron_h": Values(
+        carried=names(
+            "layers_block_type hybrid_override_pattern head_dim attention_bias mamba_num_heads mamba_head_dim ssm_state_size n_groups "
+            "conv_kernel expand chunk_size layer_norm_epsilon n_routed_experts num_local_experts moe_intermediate_size n_shared_experts "
+            "moe_shared_expert_intermediate_size moe_latent_size n_group topk_group norm_topk_prob routed_scaling_factor "
+            "intermediate_size time_step_limit time_step_min time_step_max time_step_floor residual_in_fp32 rescale_prenorm_residual "
+            "num_logits_to_keep use_mamba_kernels mamba_ssm_cache_dtype moe_shared_expert_overlap mtp_layers_block_type "
+            "mtp_hybrid_override_pattern hidden_dropout"
+        ),
+        only={
+            "mlp_hidden_act": Only(("relu2",), "computes relu^2", "relu2"),
+            "mamba_hidden_act": SILU,
+            "mlp_bias": NO_BIAS,
+            "use_bias": NO_BIAS,
+            "mamba_proj_bias": NO_BIAS,
+            "use_conv_bias": Only((True,), "adds a bias to the convolution", True),
+            "sliding_window": Only((None,), "attends to all tokens before"),
+        },
+        judges=(nemotron_layers, no_time_limits, least_time_step, scaling_factor, sigmoid_groups),
+    ),
+    "qwen3_5_moe": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_5,
 }  # fmt: skip

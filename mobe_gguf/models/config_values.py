@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.models.config_rules import INERT, OURS, Config, Judgement
 from mobe_gguf.models.config_tables import VALUES
+from mobe_gguf.models.judgement import INERT, OURS, Config, Judgement
 
 __all__ = ["INERT", "VALUES", "Judgement", "check_values", "for_converter", "judge", "unlisted"]
 

@@ -89,6 +89,14 @@ class ModelDirectory(Tensors, ABC):
         """Names of the tensors that hold the experts' matrices or their A's, scales included."""
 
     @abstractmethod
+    def expert_names(self) -> set[str]:
+        """All tensors that hold experts or A's."""
+
+    @abstractmethod
+    def expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
+        """One routed expert's original matrix, float32 ``[p, d]`` (``[d, p]`` for down)."""
+
+    @abstractmethod
     def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
         """All routed experts' original matrices of one layer, float32 ``[n, p, d]`` (``[n, d, p]`` for down)."""
 
@@ -110,10 +118,15 @@ class ModelDirectory(Tensors, ABC):
         return side(projection).matrix(self.width(layer), self.n_embd)
 
     def is_fused(self, layer: int, projection: str) -> bool:
-        """True if the layer's experts are stored in one tensor, :meth:`Family.fused_weight`."""
-        return self.family.expert_weight(layer, 0, projection) not in self and (
-            self.family.fused_weight(layer, projection) in self
+        """True if the layer's experts are stored in one tensor, :meth:`fused_name`."""
+        return self.family.expert_weight(layer, 0, projection) not in self and any(
+            name in self for name in self.family.fused_weights(layer, projection)
         )
+
+    def fused_name(self, layer: int, projection: str) -> str:
+        """The tensor with all experts of a layer; one of :meth:`Family.fused_weights`."""
+        found = self.family.fused_weights(layer, projection)
+        return next((name for name in found if name in self), found[0])
 
 
 class MobeLayer:

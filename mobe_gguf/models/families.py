@@ -9,208 +9,36 @@ the DeepSeek, Kimi-K2 and Ling (Bailing) repositories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.models.layout import GATE_UP
+from mobe_gguf.models.family import (
+    Config,
+    Family,
+    after_dense_layers,
+    after_leading_dense,
+    between,
+    by_kind,
+    by_layer_list,
+    by_sparse_step,
+    by_step_or_list,
+)
 
-Config = Mapping[str, Any]
+__all__ = [
+    "BY_NAME",
+    "EMBEDDINGS",
+    "FAMILIES",
+    "OTHERS",
+    "Config",
+    "Family",
+    "family_of",
+    "known_model_types",
+    "layer_in",
+]
 
-
-def every_layer(config: Config, layer: int) -> bool:
-    """Mixtral, OLMoE: all layers are MoE."""
-    return True
-
-
-def after_leading_dense(config: Config, layer: int) -> bool:
-    """DeepSeek, Kimi-K2, Bailing: the first ``first_k_dense_replace`` layers are dense.  Of the others, one in
-    ``moe_layer_freq`` is MoE (a number, or a list with 1 for each MoE layer)."""
-    if layer < _count(config, "first_k_dense_replace", 0):
-        return False
-    freq = config.get("moe_layer_freq")
-    if not isinstance(freq, list):
-        return layer % _count(config, "moe_layer_freq", 1) == 0
-    if layer >= len(freq) or not all(isinstance(entry, int) for entry in freq):
-        raise MobeError(
-            f"config.json: 'moe_layer_freq' must be a number or a list with 0 or 1 for each layer, got {freq!r}"
-        )
-    return bool(freq[layer])
-
-
-def by_sparse_step(config: Config, layer: int) -> bool:
-    """Qwen2-MoE, Qwen3-MoE: one layer in ``decoder_sparse_step`` is MoE, ``mlp_only_layers`` are not."""
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(type(index) is int for index in dense):
-        raise MobeError(f"config.json: 'mlp_only_layers' must be a list of layers, got {dense!r}")
-    return layer not in dense and (layer + 1) % _count(config, "decoder_sparse_step", 1) == 0
-
-
-def by_layer_list(config: Config, layer: int) -> bool:
-    """GLM-4.7-Flash, EXAONE, DeepSeek-V3.2: ``mlp_layer_types`` calls each layer "dense" or "sparse"; without it the first
-    layers are dense."""
-    kinds = config.get("mlp_layer_types")
-    if kinds is None:
-        return after_leading_dense(config, layer)
-    if not isinstance(kinds, list) or layer >= len(kinds) or not all(k in ("dense", "sparse") for k in kinds):
-        raise MobeError(
-            f"config.json: 'mlp_layer_types' must say 'dense' or 'sparse' of each layer, got {kinds!r}"
-        )
-    return bool(kinds[layer] == "sparse")
-
-
-def between(config: Config, layer: int) -> bool:
-    """ERNIE-4.5: one layer in ``moe_layer_interval``, from ``moe_layer_start_index`` to ``moe_layer_end_index`` (-1: the
-    last)."""
-    start, step = _count(config, "moe_layer_start_index", 0), _count(config, "moe_layer_interval", 1)
-    end = config.get("moe_layer_end_index", -1)
-    if type(end) is not int:
-        raise MobeError(f"config.json: 'moe_layer_end_index' must be an integer, got {end!r}")
-    return layer >= start and (end < 0 or layer <= end) and (layer + 1) % step == 0
-
-
-def after_dense_layers(config: Config, layer: int) -> bool:
-    """LFM2, AfMoE: the first ``num_dense_layers`` are dense."""
-    return layer >= _count(config, "num_dense_layers", 0)
-
-
-def _count(config: Config, key: str, default: int) -> int:
-    """A non-negative integer; ``default`` if it is missing, null or 0."""
-    value = config.get(key)
-    if value is not None and (type(value) is not int or value < 0):
-        raise MobeError(f"config.json: '{key}' must be an integer that is not negative, got {value!r}")
-    return value or default
-
-
-_GATED_MLP = MappingProxyType({"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of MoE models is stored on disk.
-
-    ``*_keys``: spellings of one config key, which differ between transformers 5 and earlier versions; the first one present
-    counts.  ``is_moe(config, layer)``: whether a layer has routed experts.  ``architecture``: the class in transformers,
-    which llama.cpp's converter uses as well.  ``remote``: the ``model_types`` without a class in transformers.
-
-    ``projections``: ``gate``, ``up``, ``down`` -> the tensor's own name.  ``fused``: where one tensor holds all experts,
-    which projections share it, in order.  ``block``: the MoE block where each expert has its own tensor; ``fused_block``:
-    the block where one tensor holds all.  ``renamed``: other tensors of the block whose names differ between the two,
-    ``{name beside fused experts: name beside single ones}``.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    architecture: str
-    remote: tuple[str, ...] = ()
-    n_expert_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
-    n_expert_used_keys: tuple[str, ...] = ("num_experts_per_tok",)
-    n_ff_exp_keys: tuple[str, ...] = ("moe_intermediate_size",)
-    n_embd_keys: tuple[str, ...] = ("hidden_size",)
-    n_layer_keys: tuple[str, ...] = ("num_hidden_layers",)
-    is_moe: Callable[[Config, int], bool] = every_layer
-    block: str = "model.layers.{layer}.mlp"
-    projections: Mapping[str, str] = field(default_factory=lambda: _GATED_MLP)
-    fused: tuple[tuple[str, ...], ...] = GATE_UP
-    router_name: str = "gate.weight"
-    fused_block: str = "model.layers.{layer}.mlp"
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    embedding: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm.weight"
-    output: str = "lm_head.weight"
-    tied_keys: tuple[str, ...] = ("tie_word_embeddings",)
-    tied_default: bool = False
-
-    def is_tied(self, config: Config) -> bool:
-        """Whether the output matrix is tied to the embeddings."""
-        return bool(next((config[key] for key in self.tied_keys if key in config), self.tied_default))
-
-    # numbers from config.json
-
-    def n_expert(self, config: Config) -> int:
-        """n: routed experts in a MoE layer."""
-        return _number(config, self.n_expert_keys, self.name)
-
-    def n_expert_used(self, config: Config) -> int:
-        """k: experts that a token uses."""
-        return _number(config, self.n_expert_used_keys, self.name)
-
-    def n_ff_exp(self, config: Config) -> int:
-        """p: intermediate size of one routed expert."""
-        return _number(config, self.n_ff_exp_keys, self.name)
-
-    def n_embd(self, config: Config) -> int:
-        """d: hidden size."""
-        return _number(config, self.n_embd_keys, self.name)
-
-    def n_layer(self, config: Config) -> int:
-        """Number of layers, including dense ones, without multi-token-prediction layers."""
-        return _number(config, self.n_layer_keys, self.name)
-
-    def moe_layers(self, config: Config) -> tuple[int, ...]:
-        """The layers that have routed experts according to config.json."""
-        return tuple(i for i in range(self.n_layer(config)) if self.is_moe(config, i))
-
-    # names of tensors
-
-    def block_name(self, layer: int) -> str:
-        """Prefix of the MoE block, without a final dot."""
-        return self.block.format(layer=layer)
-
-    def router(self, layer: int, fused: bool = False) -> str:
-        """The matrix ``[n, d]`` that chooses a token's experts; ``fused``: beside :meth:`fused_weight`."""
-        if not fused:
-            return f"{self.block_name(layer)}.{self.router_name}"
-        name = next((f for f, own in self.renamed.items() if own == self.router_name), self.router_name)
-        return f"{self.fused_block.format(layer=layer)}.{name}"
-
-    def own_name(self, name: str, layer: int) -> str:
-        """Translate the name of a tensor in a layer's block from the fused layout to the one with single experts."""
-        prefix = self.fused_block.format(layer=layer) + "."
-        rest = name.removeprefix(prefix)
-        if rest == name:
-            return name
-        rest = next((own + rest[len(f) :] for f, own in self.renamed.items() if rest.startswith(f)), rest)
-        return f"{self.block_name(layer)}.{rest}"
-
-    def expert_weight(self, layer: int, expert: int, projection: str) -> str:
-        """One expert's matrix: W ``[p, d]`` in an original model, A ``[p, r]`` in a MoBE checkpoint (of down ``[d, p]`` and
-        ``[r, p]``)."""
-        return f"{self.block_name(layer)}.experts.{expert}.{self.projections[projection]}.weight"
-
-    def fused_weight(self, layer: int, projection: str) -> str:
-        """Name of the tensor that holds all experts, as ``save_pretrained(..., save_original_format=False)`` of transformers 5
-        writes it: gate and up together ``[n, 2p, d]`` (gate first), down ``[n, d, p]``.  It is in ``fused_block``, whatever
-        the block's name in the classic layout."""
-        together = next(found for found in self.fused if projection in found)
-        return f"{self.fused_block.format(layer=layer)}.experts.{'_'.join(together)}_proj"
-
-    def basis(self, layer: int, projection: str, group: int | None = None) -> str:
-        """B in a MoBE checkpoint: ``[m, r, d]``, or ``[m/g, r, d]`` of one group (of down ``[m, d, r]``)."""
-        return f"{self.block_name(layer)}.B_{projection}" + ("" if group is None else f"_{group}")
-
-    def mix(self, layer: int, projection: str, group: int | None = None) -> str:
-        """alpha in a MoBE checkpoint: ``[n, m]`` (row by row ``[n, m, r]``, of down ``[n, m, d]``), or one group's share."""
-        return f"{self.block_name(layer)}.W_{projection}" + ("" if group is None else f"_{group}")
-
-
-def _number(config: Config, keys: tuple[str, ...], family: str) -> int:
-    """The value of the first of ``keys`` in ``config``: a positive integer, or a list with the same one for each layer."""
-    for key in keys:
-        value = config.get(key)
-        if value is None:
-            continue
-        if isinstance(value, list) and value and value.count(value[0]) == len(value):
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise MobeError(f"config.json: '{key}' must be a positive integer, got {value!r}")
-        return value
-    names = " or ".join(f"'{key}'" for key in keys)
-    raise MobeError(f"config.json: no {names}, which the family {family} needs. Is the file complete?")
-
-
+_GRANITE = MappingProxyType({"gate_up": "input_linear.weight", "down": "output_linear.weight"})
 _W123 = MappingProxyType({"gate": "w1", "up": "w3", "down": "w2"})
 
 FAMILIES = (
@@ -325,6 +153,89 @@ FAMILIES = (
         is_moe=after_dense_layers,
         router_name="router.gate.weight",
     ),
+    Family(
+        "gpt_oss",
+        ("gpt_oss",),
+        "GptOssForCausalLM",
+        n_expert_keys=("num_local_experts", "num_experts"),
+        n_ff_exp_keys=("intermediate_size",),
+        router_name="router.weight",
+        transposed=True,
+        interleaved=True,
+        stacked_here=True,
+    ),
+    *(
+        Family(
+            name,
+            (name,),
+            architecture,
+            n_expert_keys=("num_local_experts",),
+            n_ff_exp_keys=("intermediate_size",),
+            is_moe=by_step_or_list,
+            block=prefix + "layers.{layer}.feed_forward",
+            fused_block=prefix + "layers.{layer}.feed_forward",
+            transposed=True,
+            stacked_here=True,
+            router_name="router.weight",
+            embedding=prefix + "embed_tokens.weight",
+            final_norm=prefix + "norm.weight",
+            output=prefix.removesuffix("model.") + "lm_head.weight",
+            text_key=text,
+        )
+        for name, architecture, prefix, text in (
+            ("llama4", "Llama4ForConditionalGeneration", "language_model.model.", "text_config"),
+            ("llama4_text", "Llama4ForCausalLM", "model.", None),
+        )
+    ),
+    Family(
+        "nemotron_h",
+        ("nemotron_h",),
+        "NemotronHForCausalLM",
+        n_expert_keys=("n_routed_experts",),
+        n_embd_keys=("moe_latent_size", "hidden_size"),
+        n_layer_keys=("layers_block_type", "hybrid_override_pattern", "num_hidden_layers"),
+        is_moe=by_kind("layers_block_type", "hybrid_override_pattern", moe="moe"),
+        block="backbone.layers.{layer}.mixer",
+        fused_block="model.layers.{layer}.mixer",
+        projections=MappingProxyType({"up": "up_proj", "down": "down_proj"}),
+        fused=(("up",), ("down",)),
+        embedding="backbone.embeddings.weight",
+        final_norm="backbone.norm_f.weight",
+        other_prefix=("model.", "backbone."),
+        stacked_here=True,
+    ),
+    *(
+        Family(
+            name,
+            (name,),
+            architecture,
+            n_expert_keys=("num_local_experts", "num_experts"),
+            n_ff_exp_keys=("intermediate_size",),
+            block="model.layers.{layer}.block_sparse_moe",
+            fused_block="model.layers.{layer}.block_sparse_moe",
+            fused_names=_GRANITE,
+            renamed=MappingProxyType({"router.weight": "router.layer.weight"}),
+            router_name="router.layer.weight",
+            stacked_here=True,
+        )
+        for name, architecture in (
+            ("granitemoe", "GraniteMoeForCausalLM"),
+            ("granitemoeshared", "GraniteMoeSharedForCausalLM"),
+            ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+        )
+    ),
+    Family(
+        "qwen3_5_moe",
+        ("qwen3_5_moe",),
+        "Qwen3_5MoeForConditionalGeneration",
+        block="model.language_model.layers.{layer}.mlp",
+        fused_block="model.language_model.layers.{layer}.mlp",
+        embedding="model.language_model.embed_tokens.weight",
+        final_norm="model.language_model.norm.weight",
+        text_key="text_config",
+        tiled_heads=True,
+    ),
+    Family("qwen3_5_moe_text", ("qwen3_5_moe_text",), "Qwen3_5MoeForCausalLM", tiled_heads=True),
 )
 
 #: Families by name.
@@ -332,7 +243,9 @@ BY_NAME: Mapping[str, Family] = MappingProxyType({family.name: family for family
 
 
 def layer_in(name: str) -> int:
-    """The layer to which a tensor belongs; -1 if none."""
+    """The layer of the text model to which a tensor belongs; -1 if none."""
+    if "vision" in name or "visual" in name:
+        return -1
     parts = name.split(".")
     found = (int(b) for a, b in zip(parts, parts[1:], strict=False) if a == "layers" and b.isdecimal())
     return next(found, -1)
@@ -360,18 +273,11 @@ OTHERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "bailing_moe_v2": ("BailingMoeV2ForCausalLM", "remote code"),
         "flex_olmo": ("FlexOlmoForCausalLM", ""),
-        "gpt_oss": ("GptOssForCausalLM", "biases of experts, interleaved gate and up, MXFP4"),
-        "granitemoe": ("GraniteMoeForCausalLM", "experts in linear layers of three dimensions"),
-        "granitemoehybrid": ("GraniteMoeHybridForCausalLM", "experts in linear layers of three dimensions"),
-        "granitemoeshared": ("GraniteMoeSharedForCausalLM", "experts in linear layers of three dimensions"),
         "jetmoe": ("JetMoeForCausalLM", ""),
-        "llama4": ("Llama4ForConditionalGeneration", "transposed fused experts, multimodal"),
-        "nemotron_h": ("NemotronHForCausalLM", "experts without gate"),
         "phimoe": (
             "PhiMoEForCausalLM",
             "llama.cpp weighs the two experts by their softmax, the model by SparseMixer",
         ),
-        "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "linear attention, multimodal"),
     }
 )
 

@@ -15,14 +15,13 @@ from mobe_gguf.core.errors import MobeError
 _BF16 = "Take the model in bf16 that it was made of"
 _GGUF = "llama.cpp's converter reads it; convert it, and give the GGUF file instead:\n  mobe-gguf convert {path} model.gguf"
 
-#: ``quant_method`` of config.json -> what it is, and what to do.  FP8 in blocks is supported, see ``checkpoint``.
+#: ``quant_method`` of config.json -> what it is, and what to do.  FP8 in blocks and MXFP4 are supported, see ``checkpoint``.
 METHODS: Mapping[str, tuple[str, str]] = {
     "gptq": ("GPTQ", _GGUF),
     "awq": ("AWQ", _BF16),
     "bitsandbytes": ("bitsandbytes", _BF16),
     "compressed-tensors": ("compressed-tensors", _GGUF),
     "modelopt": ("modelopt (NVFP4 or FP8)", _GGUF),
-    "mxfp4": ("MXFP4", _GGUF),
     "auto-round": ("AutoRound", _BF16),
     "quark": ("Quark", _BF16),
     "hqq": ("HQQ", _BF16),
@@ -43,7 +42,6 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     (r"\.weight_packed$", "compressed-tensors", _GGUF),
     (r"\.weight_scale_2$", "modelopt's NVFP4", _GGUF),
     (r"\.absmax$|\.quant_state\.", "bitsandbytes", _BF16),
-    (r"_blocks$", "MXFP4", _GGUF),
     (r"^(model\.)?language_model\.", "that of a multimodal model (tensors under language_model.)", _GGUF),
 )
 
@@ -65,11 +63,11 @@ def check_format(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_names(path: Path, names: Iterable[str]) -> None:
-    """MobeError if the tensors have another tool's names."""
+def check_names(path: Path, names: Iterable[str], multimodal: bool) -> None:
+    """MobeError if the tensors have another tool's names.  ``multimodal``: the family has such models."""
     for name in names:
         for pattern, what, mend in NAMES:
-            if re.search(pattern, name):
+            if re.search(pattern, name) and not (multimodal and "multimodal" in what):
                 raise MobeError(
                     f"{path}: tensor {name}: the model's form is {what}, which is not read here. "
                     f"{mend.format(path=path)}"

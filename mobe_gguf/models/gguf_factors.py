@@ -107,6 +107,14 @@ class GgufFactors(FactorDirectory):
         names = (self.family.expert_weight(layer, e, projection) for e in range(self.n_expert))
         return tuple(name for name in names if name in self)
 
+    def expert_names(self) -> set[str]:
+        units = ((layer, p) for layer in self.moe_layers for p in self.layer(layer).projections)
+        return {name for unit in units for name in self.expert_sources(*unit)}
+
+    def expert(self, layer: int, projection: str, index: int) -> torch.Tensor:
+        """An expert's matrix, from the GGUF file."""
+        return self.open_source().expert(layer, projection, index)
+
     def expert_stack(self, layer: int, projection: str) -> torch.Tensor:
         """The experts' matrices, from the GGUF file."""
         return self.open_source().expert_stack(layer, projection)

@@ -254,6 +254,10 @@ class GgufModel:
         } | ({"n_ff_exp_of": widths} if len(set(widths.values())) > 1 else {})
 
     @property
+    def config_file(self) -> dict[str, Any]:
+        return self.config
+
+    @property
     def n_params(self) -> int:
         """Parameters of the whole model."""
         return sum(math.prod(info.shape) for info in self.file.tensors.values())

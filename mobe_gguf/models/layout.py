@@ -5,7 +5,10 @@ Readers and writers ask it where an expert's matrix is, and do not compare names
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.core.sides import side
@@ -23,8 +26,9 @@ class ExpertLayout:
     """``n`` experts of inner size ``p`` in a model of width ``d``.
 
     ``projections``: the matrices of an expert.  ``fused``: the tensors that hold all experts, each given as its projections
-    in the order of their rows.  A projection in none of them has one tensor for each expert.  ``block``: rows and columns
-    that share a scale, where matrices are FP8.
+    in the order of their rows.  A projection in none of them has one tensor for each expert.  ``transposed``: a fused
+    tensor's matrices are stored ``[columns, rows]``.  ``interleaved``: rows of its projections alternate.  ``block``: rows
+    and columns that share a scale, where matrices are FP8.
     """
 
     n: int
@@ -33,6 +37,8 @@ class ExpertLayout:
     projections: tuple[str, ...] = ALL_PROJECTIONS
     fused: tuple[tuple[str, ...], ...] = ()
     block: tuple[int, int] | None = None
+    transposed: bool = False
+    interleaved: bool = False
 
     @property
     def gated(self) -> bool:
@@ -55,11 +61,25 @@ class ExpertLayout:
     def stored_shape(self, projection: str) -> tuple[int, ...]:
         """Shape of the tensor with the projection: ``[n, parts * rows, columns]`` if fused, else that of a matrix."""
         rows, columns = self.shape(projection)
-        return (
-            (rows, columns)
-            if self.together(projection) is None
-            else (self.n, self.place(projection)[1] * rows, columns)
+        if self.together(projection) is None:
+            return (rows, columns)
+        rows *= self.place(projection)[1]
+        return (self.n, columns, rows) if self.transposed else (self.n, rows, columns)
+
+    def part(self, matrix: torch.Tensor, projection: str) -> torch.Tensor:
+        """One expert's matrix of ``projection``, a view ``[rows, columns]`` of its share ``matrix`` of a fused tensor."""
+        index, count = self.place(projection)
+        matrix = matrix.T if self.transposed else matrix
+        if self.interleaved:
+            return matrix[index::count]
+        return matrix.chunk(count)[index]
+
+    def join(self, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The opposite of :meth:`part`: one expert's share of a fused tensor, of all its projections' matrices in order."""
+        joined = (
+            torch.stack(list(matrices), 1).flatten(0, 1) if self.interleaved else torch.cat(list(matrices))
         )
+        return (joined.T if self.transposed else joined).contiguous()
 
     def scale_shapes(self, projection: str) -> tuple[tuple[int, ...], ...]:
         """Allowed shapes of the tensor's scales: one scale for each block, with blocks over all rows or over each part's."""

@@ -66,6 +66,10 @@ class Original(SourceModel, Protocol):
         """Name of the file that describes the output: the model's ``config`` plus the factors' entries."""
 
     @property
+    def config_file(self) -> dict[str, Any]:
+        """The content of that file for the model itself."""
+
+    @property
     def n_params(self) -> int: ...
 
     def kept_bytes(self, units: list[tuple[int, str]]) -> int:

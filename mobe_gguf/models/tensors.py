@@ -36,6 +36,7 @@ class Tensors:
         #: Notes for the user about the directory.
         self.notes: list[str] = []
         self._tensors = self._read_headers()
+        self.family = family.renamed_by(self._tensors)
 
     @property
     def has_stale_index(self) -> bool:

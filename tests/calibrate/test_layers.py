@@ -27,16 +27,34 @@ CTX, CHUNKS = 32, 6
 LITTLE = 1
 
 
+def inner(source: Checkpoint, layer: int):
+    """What an expert's down is fed, of the products with the matrices before it."""
+    if source.family.name == "gpt_oss":
+        bias = source.get(f"model.layers.{layer}.mlp.experts.gate_up_proj_bias").double()
+
+        def clamped(e, g, u):
+            g, u = (g + bias[e, ::2]).clamp(max=7), (u + bias[e, 1::2]).clamp(-7, 7)
+            return (u + 1) * g * torch.sigmoid(1.702 * g)
+
+        return clamped
+    if source.family.kinds[0] == "up":
+        return lambda e, u: torch.relu(u) ** 2
+    return lambda e, g, u: torch.nn.functional.silu(g) * u
+
+
 def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
     """``[n, d, d]`` of every GGUF tensor, by hooks on the whole model; of experts with PRIOR; E over the text's tokens."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     source = Checkpoint(path)
-    names = gguf_names(source.config["model_type"], source.n_layer)
+    names = gguf_names(source.family.name, source.n_layer)
     found: dict[str, torch.Tensor] = {}
 
     def linear(name):
         def hook(module, args):
             x = args[0].reshape(-1, args[0].shape[-1]).double()
+            if name.endswith("ssm_out") and source.family.name == "qwen3_5_moe_text":
+                # as the converter reorders its columns: 2 heads of keys, 4 of values, of 16
+                x = x[:, torch.arange(64).view(2, 2, 16).transpose(0, 1).flatten()]
             found[f"{name}.weight"] = (x.T @ x / len(x))[None]
 
         return hook
@@ -50,24 +68,41 @@ def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
 
     def experts(layer):
         def hook(module, args):
+            if len(args) == 1:  # Llama-4: all tokens for each expert, times the scores
+                return scaled(layer, args[0].double())
             x, index, weights = args[0].double(), args[1], args[2].double()
             n, d, p = source.n_expert, source.n_embd, source.n_ff_exp
             inputs, hidden = torch.zeros(n, d, d).double(), torch.zeros(n, p, p).double()
+            act = inner(source, layer)
             for e in range(n):
-                g, u = (source.expert(layer, z, e).double() for z in ("gate", "up"))
+                matrices = [source.expert(layer, z, e).double() for z in source.family.kinds[:-1]]
                 for t, k in (index == e).nonzero().tolist():
-                    h = torch.nn.functional.silu(g @ x[t]) * (u @ x[t]) * weights[t, k]
+                    h = act(e, *(matrix @ x[t] for matrix in matrices)) * weights[t, k]
                     inputs[e] += weights[t, k] ** 2 * torch.outer(x[t], x[t])
                     hidden[e] += torch.outer(h, h)
-            for projection, sums in (("gate", inputs), ("up", inputs), ("down", hidden)):
+            for projection in source.family.kinds:
+                sums = hidden if projection == "down" else inputs
                 mixed = (sums + PRIOR * sums.mean(0)) / (1 + PRIOR) / len(x)
                 found[f"blk.{layer}.ffn_{projection}_exps.weight"] = mixed
 
         return hook
 
+    def scaled(layer, inputs):
+        n, p = source.n_expert, source.n_ff_exp
+        each, sums, down = inputs.view(n, -1, inputs.shape[-1]), [], torch.zeros(n, p, p).double()
+        for e, x in enumerate(each):
+            g, u = (source.expert(layer, z, e).double() for z in ("gate", "up"))
+            h = torch.nn.functional.silu(x @ g.T) * (x @ u.T)
+            sums.append(x.T @ x)
+            down[e] = h.T @ h
+        for projection in ("gate", "up", "down"):
+            found_ = down if projection == "down" else torch.stack(sums)
+            mixed = (found_ + PRIOR * found_.mean(0)) / (1 + PRIOR) / each.shape[1]
+            found[f"blk.{layer}.ffn_{projection}_exps.weight"] = mixed
+
     for path_, part in model.named_modules():
-        if layer := re.search(r"layers\.(\d+)\..*experts$", path_):
-            if hasattr(part, "gate_up_proj"):
+        if layer := re.search(r"layers\.(\d+)\..*\.experts$", path_):
+            if hasattr(part, "down_proj"):
                 part.register_forward_pre_hook(experts(int(layer[1])))
         name = names(path_)
         if isinstance(part, torch.nn.Linear) and name and "_inp" not in name:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from mobe_gguf.formats.safetensors import write_safetensors
+from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.families import family_of
 
 
@@ -48,11 +50,14 @@ def make_mobe(
     """
     config = json.loads((source / "config.json").read_text())
     family = family_of(config)
-    n, p, d = family.n_expert(config), family.n_ff_exp(config), family.n_embd(config)
+    n, p, d = (f(family.text(config)) for f in (family.n_expert, family.n_ff_exp, family.n_embd))
     r = r or p
     tensors = load_file(source / "model.safetensors")
+    if family.stacked_here:  # factors are made of single experts
+        write_safetensors(target.parent / "single", Checkpoint(source).copies([]), {})
+        tensors = load_file(target.parent / "single")
     random = torch.Generator().manual_seed(7)
-    for layer in layers or family.moe_layers(config):
+    for layer in layers or family.moe_layers(family.text(config)):
         for projection in projections:
             for expert in range(n):
                 name = family.expert_weight(layer, expert, projection)

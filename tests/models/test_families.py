@@ -16,18 +16,24 @@ LEADING_DENSE = {
 }  # fmt: skip
 
 
+#: Families whose tiny model has four layers, and those of which every second one has experts.
+FOUR = ("qwen3_next", "afmoe", "qwen3_5_moe_text", "llama4_text", "nemotron_h")
+SECOND = ("llama4_text", "nemotron_h")
+
+
 def test_every_family_has_a_tiny_model():
-    assert {f.name for f in FAMILIES} == set(tiny.ALL_FAMILIES)
+    assert {f.name for f in FAMILIES} == {*tiny.ALL_FAMILIES, *tiny._SEEING}
 
 
 @pytest.mark.parametrize("name", tiny.ALL_FAMILIES)
 def test_numbers_of_a_real_config(name, model):
     checkpoint = Checkpoint(model(name))
     assert checkpoint.family.name == name
-    assert (checkpoint.n_expert, checkpoint.n_expert_used) == (8, 2)
-    n_layer = 4 if name in ("qwen3_next", "afmoe") else 3
+    assert (checkpoint.n_expert, checkpoint.n_expert_used) == (8, 1 if name == "llama4_text" else 2)
+    n_layer = 4 if name in FOUR else 3
     assert (checkpoint.n_embd, checkpoint.n_ff_exp, checkpoint.n_layer) == (64, 48, n_layer)
-    assert checkpoint.moe_layers == tuple(range(name in LEADING_DENSE, n_layer))
+    expected = (1, 3) if name in SECOND else tuple(range(name in LEADING_DENSE, n_layer))
+    assert checkpoint.moe_layers == expected
     assert not checkpoint.is_mobe
 
 
@@ -48,6 +54,10 @@ def test_numbers_of_a_real_config(name, model):
         ("ernie4_5_moe", dict(moe_layer_start_index=1, moe_layer_end_index=3, moe_layer_interval=2), (1, 3)),
         ("lfm2_moe", dict(num_dense_layers=4), (4, 5)),
         ("mixtral", {}, (0, 1, 2, 3, 4, 5)),
+        ("llama4_text", dict(interleave_moe_layer_step=3), (2, 5)),
+        ("llama4_text", dict(interleave_moe_layer_step=1, moe_layers=[1, 2]), (1, 2)),
+        ("nemotron_h", dict(hybrid_override_pattern="ME*EM-"), (1, 3)),
+        ("nemotron_h", dict(layers_block_type=["mamba", "moe", "attention", "moe", "mlp", "moe"]), (1, 3, 5)),
     ],
 )
 def test_moe_layers(model_type, config, expected):
@@ -104,7 +114,7 @@ def test_other_families_are_those_that_the_converter_knows():
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
-        ("gpt_oss", "mobe-gguf convert MODEL model.gguf"),
+        ("bailing_moe_v2", "mobe-gguf convert MODEL model.gguf"),
         ("jetmoe", "does not know this family"),
         ("phimoe", "SparseMixer"),
     ],

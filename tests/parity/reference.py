@@ -33,12 +33,13 @@ def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
     tensors = {}
     for shard in sorted(mobe.glob("*.safetensors")):
         tensors |= load_file(shard)
-    for layer in family.moe_layers(config):
-        for projection in ("gate", "up", "down"):
+    text = family.text(config)
+    for layer in family.moe_layers(text):
+        for projection in family.kinds:
             bases, mixes = (
                 _take(tensors, f"{family.block_name(layer)}.{kind}_{projection}") for kind in ("B", "W")
             )
-            experts = [family.expert_weight(layer, e, projection) for e in range(family.n_expert(config))]
+            experts = [family.expert_weight(layer, e, projection) for e in range(family.n_expert(text))]
             per_group = len(experts) // max(1, len(bases))
             for e, name in enumerate(experts if bases else ()):
                 basis, alpha = bases[e // per_group].double(), mixes[e // per_group][e % per_group].double()
@@ -46,6 +47,8 @@ def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
                     alpha = alpha[:, None].expand(*basis.shape[:2])
                 formed, transform = f((alpha[:, :, None] * basis).sum(0)), tensors[name].double()
                 tensors[name] = formed @ transform if projection == "down" else transform @ formed
+        if family.stacked_here:
+            _fuse(tensors, family.name, family.block_name(layer), family.n_expert(text))
     target.mkdir(parents=True)
     for path in original.iterdir():
         if path.is_file() and ".safetensors" not in path.name:
@@ -59,6 +62,30 @@ def multiply_out(mobe: Path, target: Path, original: Path) -> Path:
         {"format": "pt"},
     )
     return target
+
+
+def _fuse(tensors: dict[str, torch.Tensor], family: str, block: str, n: int) -> None:
+    """Replace single experts by the fused tensors that transformers knows of families that have no single ones."""
+
+    def stack(projection: str) -> torch.Tensor | None:
+        names = [f"{block}.experts.{e}.{projection}_proj.weight" for e in range(n)]
+        return torch.stack([tensors.pop(name) for name in names]) if names[0] in tensors else None
+
+    gate, up, down = stack("gate"), stack("up"), stack("down")
+    assert up is not None and down is not None
+    if family == "gpt_oss":
+        both = torch.stack([gate, up], 2).flatten(1, 2).mT  # gate, up, gate, up, ...
+        tensors |= {f"{block}.experts.gate_up_proj": both, f"{block}.experts.down_proj": down.mT}
+    elif family.startswith("granitemoe"):
+        both = torch.cat([gate, up], 1)
+        tensors |= {f"{block}.input_linear.weight": both, f"{block}.output_linear.weight": down}
+    elif family.startswith("llama4"):
+        both = torch.cat([gate, up], 1).mT
+        tensors |= {f"{block}.experts.gate_up_proj": both, f"{block}.experts.down_proj": down.mT}
+    else:  # single experts, without gate
+        for e in range(n):
+            tensors[f"{block}.experts.{e}.up_proj.weight"] = up[e]
+            tensors[f"{block}.experts.{e}.down_proj.weight"] = down[e]
 
 
 def _take(tensors: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ from parity.test_parity import LIMIT, to_gguf
 Maker = Callable[..., Path]
 
 #: The gated delta rule is computed in blocks by one and step by step by the other: 1e-9 of the logits' energy.
-LIMITS = {"qwen3_next": 1e-8}
+LIMITS = {"qwen3_next": 1e-8, "qwen3_5_moe_text": 1e-8}
 
 #: Factorized files: one that has everything, and one for each way in which families differ.
 FACTORS = {
@@ -32,6 +32,9 @@ FACTORS = {
     "lfm2_moe": dict(activation="none", m=2, r=56, projections=ALL_PROJECTIONS),
     "ernie4_5_moe": dict(activation="silu", r=40),
     "minimax_m2": dict(g=2),
+    "gpt_oss": dict(projections=ALL_PROJECTIONS),
+    "granitemoe": dict(activation="silu", projections=("up",)),
+    "qwen3_5_moe_text": dict(activation="none", projections=ALL_PROJECTIONS),
 }
 
 

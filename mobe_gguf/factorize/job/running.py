@@ -163,9 +163,9 @@ def _config(job: Job, results: list[UnitResult]) -> dict[str, Any]:
         chosen = baseline(job.settings, *shape)
         mobe |= {"method": chosen.method.name, "rank": chosen.rank, "kept": chosen.kept / math.prod(shape)}
         if not chosen.method.is_factors:  # an ordinary model with the matrices that the factors represent
-            return job.checkpoint.config | {"mobe": mobe}
+            return job.checkpoint.config_file | {"mobe": mobe}
         bases = chosen.method.bases(shape[0])
-    return job.checkpoint.config | {"num_B": bases, "activation": job.settings.activation, "mobe": mobe}
+    return job.checkpoint.config_file | {"num_B": bases, "activation": job.settings.activation, "mobe": mobe}
 
 
 def _check_space(job: Job, done: dict[tuple[int, str], UnitResult | None]) -> None:
