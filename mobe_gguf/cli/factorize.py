@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,16 @@ if TYPE_CHECKING:
     "powers of ten). Short fits choose the bases and the rank of each layer and projection: more where they reduce the error "
     "more.",
 )
+@click.option(
+    "--placement",
+    type=click.Choice(["cpu", "gpu", "hybrid"]),
+    help="Choose bases, rank and types for a machine, by arithmetic: the fastest that fits. hybrid: bases on the GPU, experts in system memory "
+    "(llama.cpp's --cpu-moe). With --target SHARE, among the sizes that keep this share.",
+)
+@options.ram
+@options.vram
+@options.bandwidth
+@options.vram_bandwidth
 @click.option("--quant", metavar="TYPE", help="With --target SIZE: the --quant that export will get.")
 @click.option(
     "--method",
@@ -122,6 +133,11 @@ def command(
     device: str,
     ray: str | None,
     published: bool,
+    placement: str | None,
+    ram: str | None,
+    vram: str | None,
+    bandwidth: str | None,
+    vram_bandwidth: str | None,
     resume: bool,
     dry_run: bool,
     verbose: bool,
@@ -152,6 +168,7 @@ def command(
       mobe-gguf factorize Qwen3-30B-A3B/ mobe/ --moments moments.safetensors --for q4_k
       mobe-gguf factorize model/ mobe/ --target 0.6 --imatrix imatrix.gguf
       mobe-gguf factorize model/ mobe/ --target 12.5GB --quant q4_k --imatrix imatrix.gguf
+      mobe-gguf factorize DeepSeek-V3/ mobe/ --placement hybrid --vram 24G --ram 512G
       mobe-gguf factorize model/ svd/ --method svd --target 0.6
       mobe-gguf factorize model/ mobe/ --bases 48 --layers 4-47 --steps 1000
       mobe-gguf factorize model-q8_0.gguf factors/
@@ -181,21 +198,22 @@ def command(
         wide=not published,
         **settings,
     )
-    if dry_run and _planned_bare(model, out, asked, as_json, quiet):
+    if placement:
+        memory = (ram, vram, bandwidth, vram_bandwidth)
+        asked = _placed(model, asked, placement, memory, quiet)
+    elif ram or vram or bandwidth or vram_bandwidth:
+        raise UsageError(
+            "--ram, --vram, --bandwidth and --vram-bandwidth are for --placement; give that, too"
+        )
+    if dry_run and _planned_bare(model, out, asked, None if ray else device, as_json, quiet):
         return
     place = Place.of(device, ray)
     if ray is None:
         for name in place.devices:
             check_device(name)
     job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume, predict=_predict, dry=dry_run)
+    plan.check_saving(job.settings, job.checkpoint)
     notes = rehearse(job.checkpoint) if job.settings.how.is_factors else []
-    if job.plan.shed <= 0 and not quiet:
-        kept = job.plan.projected_after / job.plan.projected_before
-        console.print(
-            f"warning: the factors have {kept:.1%} of the parameters that they replace; choose a smaller --rank or "
-            "fewer --bases",
-            **report.PLAIN,
-        )
     if job.moments_of_another and not quiet:
         console.print(
             f"warning: {settings['moments']} was made from another model than {model}, or another copy of it: what its "
@@ -228,22 +246,49 @@ def command(
         report.print_result(result, console, settings.get("moments"))
 
 
-def _planned_bare(model: Path, out: Path, asked: Options, as_json: bool, quiet: bool) -> bool:
-    """``--dry-run`` for a config.json alone: print sizes, without a measured time.  False if the model has weights."""
+def _planned_bare(
+    model: Path, out: Path, asked: Options, device: str | None, as_json: bool, quiet: bool
+) -> bool:
+    """``--dry-run`` for a config.json alone.  ``device``: None for a cluster, whose time is not known.  False if the model has
+    weights."""
     from mobe_gguf.core.progress import console
     from mobe_gguf.factorize import job as jobs
-    from mobe_gguf.factorize import report
+    from mobe_gguf.factorize import plan, report
+    from mobe_gguf.factorize.expected import expected_time
     from mobe_gguf.plan.hollow import hollow, is_bare
 
     if not is_bare(model):
         return False
     with hollow(model) as made:
         job = jobs.prepare(made, out, asked, dry=True)
+        plan.check_saving(job.settings, job.checkpoint)
         if as_json:
-            click.echo(json.dumps(report.plan_json(job), indent=2))
+            time = {"time": expected_time(job, device)} if device else {}
+            click.echo(json.dumps(report.plan_json(job) | time, indent=2))
         elif not quiet:
             report.print_plan(job, console)
+            if device:
+                report.print_time(job, device, console)
     return True
+
+
+def _placed(
+    model: Path, asked: Options, placement: str, memory: tuple[str | None, ...], quiet: bool
+) -> Options:
+    """``asked`` with the sizes and types that suit the machine."""
+    from mobe_gguf.core.progress import console
+    from mobe_gguf.factorize import report
+    from mobe_gguf.factorize.placement import choose, hardware
+    from mobe_gguf.models.hub import resolve
+    from mobe_gguf.models.original import open_original
+    from mobe_gguf.plan.hollow import hollow, is_bare
+
+    machine = hardware(placement, *memory)
+    with hollow(model) if is_bare(model) else nullcontext(resolve(model, quiet, headers_only=True)) as path:
+        options, placed = choose(open_original(path), machine, asked)
+    if not quiet:
+        console.print(f"--placement {placement}: {placed.line()}", **report.PLAIN)
+    return options
 
 
 def _type(option: str, text: str | None) -> str | None:

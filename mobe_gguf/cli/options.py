@@ -51,6 +51,20 @@ def seed(*, unset: bool = False) -> Decorator:
     return _number("--seed", "Seed of the start values: same seed, same factors.", 0, unset)
 
 
+ram = click.option(
+    "--ram", metavar="SIZE", help="System memory to plan for. [default: what this process may use]"
+)
+vram = click.option(
+    "--vram", metavar="SIZE", help="GPU memory to plan for, 0 for none. [default: this machine's]"
+)
+bandwidth = click.option(
+    "--bandwidth", metavar="SIZE", help="Bytes a second of the RAM of another machine, as 80G."
+)
+vram_bandwidth = click.option(
+    "--vram-bandwidth", metavar="SIZE", help="Bytes a second of the GPU's memory. [default: 600G]"
+)
+
+
 imatrix = click.option(
     "--imatrix",
     type=click.Path(dir_okay=False),

@@ -15,15 +15,15 @@ from mobe_gguf.core.files import parse_size
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--ram", metavar="SIZE", help="System memory to plan for. [default: what this process may use]")
-@click.option("--vram", metavar="SIZE", help="GPU memory to plan for, 0 for none. [default: this machine's]")
+@options.ram
+@options.vram
 @click.option("--size", metavar="SIZE", help="Largest file, for instance 80G (powers of ten).")
 @click.option(
     "--ctx", type=click.IntRange(min=1), default=32768, show_default=True, help="Tokens of context."
 )
 @click.option("--tokens-per-second", type=float, metavar="N", help="Slowest speed that will do.")
-@click.option("--bandwidth", metavar="SIZE", help="Bytes a second of the RAM of another machine, as 80G.")
-@click.option("--vram-bandwidth", metavar="SIZE", help="Bytes a second of the GPU's memory. [default: 600G]")
+@options.bandwidth
+@options.vram_bandwidth
 @click.option(
     "--probe", "with_probe", is_flag=True,
     help="Fit and round the experts of one layer, so that the quality column is measured error. Needs weights, and about a minute.",

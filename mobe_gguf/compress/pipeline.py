@@ -106,9 +106,9 @@ class Compression:
         for line in rehearse(open_original(self.model)):
             raise MobeError(line)  # compress must export: what is a note elsewhere is an error here
         described = {"model": str(self.model.resolve()), **self.wishes.description()}
+        form, why = self.factorized_form()
         with self.workspace.locked(finished=FINISHED):
             self.workspace.settled("job.json", described, resume, FINISHED)
-            form, why = self.factorized_form()
             if form is not None:
                 settle(
                     self._fit_options(form), open_original(self.model)
@@ -234,6 +234,11 @@ class Compression:
         if reason and w.form == "auto":
             return None, reason
         found = list(factorized_forms(self.layout, w.given()))
+        if found and min(form.kept for form in found) > 1:
+            raise UsageError(
+                f"{self.model}: {found[0].name} keep {found[0].kept:.0%} of the parameters that they replace; give a smaller --rank, fewer "
+                "--bases, or leave them out"
+            )
         small = [form for form in found if w.size is None or form.n_bytes <= w.size]
         if not small:
             if w.form == MOBE:

@@ -43,14 +43,16 @@ MOST_BASES = 8
 MEMORY = 5
 #: Maximum number of iterations.
 LONGEST = 100
-#: The preconditioner is recomputed after this many iterations.
-REFRESH = 5
+#: The preconditioner is recomputed after these iterations, and then after every tenth.
+REFRESH = (1, 2, 4, 6, 9, 12, 16, 20)
 #: Added to the diagonal of ``columns``, relative to its mean, for directions that the bases of all experts already span.
 COLUMNS = 0.2
 #: Added to M's diagonal, relative to its mean.
 DAMPING = 1e-5
 #: An iteration must reduce the loss by this share, averaged over some iterations; otherwise the stage ends.
 PLATEAU, WINDOW = 5e-4, 5
+#: A Gram matrix is computed in strips of at least this many columns, each from the diagonal on.
+MIN_STRIP = 128
 #: Bytes for a block of experts.  The memory of a larger block is needed for L-BFGS's pairs.
 BLOCK_BYTES = 128 << 20
 
@@ -83,6 +85,52 @@ class Curvature:
     mixes: torch.Tensor
 
 
+class _Sums:
+    """What an evaluation adds up over the experts.
+
+    ``bases`` ``[m, m, r, r]``: sum of ``alpha_ij alpha_ik (A^T A + ridge)``, k <= j, if anyone asks for it.  ``target``
+    ``[m, r, d]``: the bases' gradient; with ``pairs`` ``[m, r, m, r]``, the bases' products with each other, the part that
+    ``bases`` does not give.
+    """
+
+    def __init__(self, basis: torch.Tensor, mix: torch.Tensor, shared: bool, curved: bool):
+        m, r, d = basis.shape
+        n = len(mix)
+        self.basis, self.mix, self.loss = basis, mix, 0.0
+        flat = basis.view(m * r, d)
+        self.pairs = (flat @ flat.T).view(m, r, m, r) if shared else None
+        self.bases = basis.new_zeros(m, m, r, r) if shared or curved else None
+        self.target, self.to_mix = torch.zeros_like(basis), torch.empty_like(mix)
+        self.columns = basis.new_zeros(d, d) if curved else None
+        self.mixes = mix.new_empty(n, m, m)
+
+    def add_bases(self, mix: torch.Tensor, own: torch.Tensor) -> None:
+        """Add a block's ``A^T A`` ``[n, r, r]`` to ``bases``."""
+        assert self.bases is not None
+        for j in range(len(self.bases)):
+            for k in range(j + 1):
+                weights = (mix[:, j] * mix[:, k])[None]
+                self.bases[j, k].view(1, -1).addmm_(weights, own.flatten(1))
+
+    def point(self, square: float) -> LinearPoint:
+        """The sums as a point, with the loss relative to ``square``."""
+        m, r, d = self.basis.shape
+        bases = self.bases
+        if bases is not None:
+            for j in range(m):
+                for k in range(j + 1, m):
+                    bases[j, k] = bases[k, j]
+            bases = bases.transpose(1, 2).contiguous()
+        if self.pairs is not None:
+            assert bases is not None
+            self.target.view(m * r, d).addmm_(bases.view(m * r, m * r), self.basis.view(m * r, d))
+        curvature = None
+        if self.columns is not None and bases is not None:
+            seen = -(-len(self.mix) // column_stride(len(self.mix)))
+            curvature = Curvature(bases, self.columns.div_(seen), self.mixes)
+        return LinearPoint(self.basis, self.mix, self.loss / square, (self.target, self.to_mix), curvature)
+
+
 @dataclass
 class LinearProblem:
     """The projected problem of the linear form.  ``w`` ``[n, p, c]``: in the metric.  ``block``: experts processed at once."""
@@ -100,71 +148,77 @@ class LinearProblem:
         """Evaluate at one point, with the curvature if ``curved``.  SingularError if a Gram matrix cannot be factorized."""
         m, r, d = basis.shape
         n = len(mix)
-        shared = self.metric.root is None and m * (m + 1) <= max(n, 6)
-        flat = basis.view(m * r, d)
-        pairs = (flat @ flat.T).view(m, r, m, r) if shared else None
-        inner = basis.new_zeros(m, m, r, r)  # sum_i alpha_ij alpha_ik (A^T A + ridge)
-        target = torch.zeros_like(basis)  # what ``inner`` is to be multiplied by, less the gradient
-        to_mix, mixes = torch.empty_like(mix), mix.new_empty(n, m, m)
-        columns = basis.new_zeros(d, d) if curved else None
-        loss = 0.0
+        sums = _Sums(basis, mix, self.metric.root is None and m * (m + 1) <= max(n, 6), curved)
         for first in range(0, n, self.block):
             s = slice(first, min(first + self.block, n))
-            a = mix[s]
-            w = self.w[s].to(basis.device)
-            z = combine(a, basis)
-            metric = self.metric.slice(s, basis)
-            zm = metric.apply(z)
-            if pairs is None:
-                gram = torch.bmm(zm, zm.mT)
-            else:
-                both = a[:, :, None] * a[:, None, :]
-                gram = torch.einsum("njk,jakb->nab", both, pairs)
-            product = torch.bmm(w, zm.mT)
-            transform, gram, factor = _solve(product, gram, self.ridge)
-            own = torch.bmm(transform.mT, transform)
-            loss += self.square_of(s) - float(
-                2 * transform.flatten().double().dot(product.flatten().double())
-                - own.flatten().double().dot(gram.flatten().double())
-            )
-            diagonal = own.diagonal(dim1=1, dim2=2)
-            diagonal += self.ridge * diagonal.mean(1, keepdim=True)
-            if curved or pairs is not None:
-                for j in range(m):
-                    for k in range(j + 1):
-                        weights = (a[:, j] * a[:, k])[None]
-                        inner[j, k].view(1, -1).addmm_(weights, own.flatten(1))
-            if columns is not None:
-                _add_columns(columns, metric, zm, factor)
-            if pairs is None:
-                g = torch.bmm(own, zm).baddbmm_(transform.mT, w, alpha=-1.0)
-                to_mix[s] = combine_gradient(metric.adjoint(g), a, basis, target)
-                if curved:
-                    mixes[s] = _curvature(own, metric, basis)
-            else:
-                pull = torch.bmm(transform.mT, w)
-                target.view(m, -1).addmm_(a.T, pull.flatten(1), alpha=-1.0)
-                mixes[s] = torch.einsum("nab,jakb->njk", own, pairs)
-                to_mix[s] = torch.einsum("njk,nk->nj", mixes[s], a) - pull.flatten(1) @ flat.view(m, -1).T
-        for j in range(m):
-            for k in range(j + 1, m):
-                inner[j, k] = inner[k, j]
-        inner = inner.transpose(1, 2).contiguous()
-        if pairs is not None:
-            target.view(m * r, d).addmm_(inner.view(m * r, m * r), flat)
-        if not math.isfinite(loss):
+            metric, w = self.metric.slice(s, basis), self.w[s].to(basis.device)
+            (self._add_by_pairs if sums.pairs is not None else self._add)(sums, s, w, metric)
+        if not math.isfinite(sums.loss):
             raise SingularError("the loss is not finite")
-        curvature = Curvature(inner, columns.div_(n), mixes) if columns is not None else None
-        return LinearPoint(basis, mix, loss / self.square, (target, to_mix), curvature)
+        return sums.point(self.square)
+
+    def _add(self, sums: _Sums, s: slice, w: torch.Tensor, metric: Metric) -> None:
+        """A block of experts, from what is left of each: ``E = A Z - W``, ``dloss/dZ = A^T E + lambda Z``."""
+        basis, a = sums.basis, sums.mix[s]
+        zm = metric.apply(combine(a, basis))
+        product = torch.bmm(w, zm.mT)
+        transform, trace, factor = _solve(product, _gram(zm), self.ridge)
+        rest = torch.baddbmm(w, transform, zm, beta=-1.0)
+        squares = transform.square().sum((1, 2))
+        sums.loss += _square(rest) + self.ridge * float(trace.double().dot(squares.double()))
+        if sums.columns is not None:
+            sums.add_bases(a, self._add_ridge(torch.bmm(transform.mT, transform)))
+            _add_columns(sums.columns, metric, zm, factor, s.start, column_stride(len(self.w)))
+            sums.mixes[s] = _curvature(transform, metric, basis)
+        g = torch.bmm(transform.mT, rest)
+        g.addcmul_(zm, (squares * (self.ridge / basis.shape[1]))[:, None, None])
+        sums.to_mix[s] = combine_gradient(metric.adjoint(g), a, basis, sums.target)
+
+    def _add_by_pairs(self, sums: _Sums, s: slice, w: torch.Tensor, metric: Metric) -> None:
+        """A block of experts in one metric, by the bases' products with each other."""
+        basis, a, pairs = sums.basis, sums.mix[s], sums.pairs
+        assert pairs is not None
+        zm = combine(a, basis)
+        gram = torch.einsum("njk,jakb->nab", a[:, :, None] * a[:, None, :], pairs)
+        product = torch.bmm(w, zm.mT)
+        transform, _, factor = _solve(product, gram, self.ridge)
+        own = torch.bmm(transform.mT, transform)
+        sums.loss += self.square_of(s) - float(
+            2 * transform.flatten().double().dot(product.flatten().double())
+            - own.flatten().double().dot(gram.flatten().double())
+        )
+        self._add_ridge(own)
+        sums.add_bases(a, own)
+        if sums.columns is not None:
+            _add_columns(sums.columns, metric, zm, factor, s.start, column_stride(len(self.w)))
+        pull = torch.bmm(transform.mT, w)
+        sums.target.view(len(basis), -1).addmm_(a.T, pull.flatten(1), alpha=-1.0)
+        sums.mixes[s] = torch.einsum("nab,jakb->njk", own, pairs)
+        sums.to_mix[s] = torch.einsum("njk,nk->nj", sums.mixes[s], a) - pull.flatten(1) @ basis.flatten(1).T
+
+    def _add_ridge(self, own: torch.Tensor) -> torch.Tensor:
+        """``A^T A`` ``[n, r, r]`` with the ridge's share, in place."""
+        diagonal = own.diagonal(dim1=1, dim2=2)
+        diagonal += self.ridge * diagonal.mean(1, keepdim=True)
+        return own
 
     def square_of(self, experts: slice) -> float:
         return float(self.w[experts].square().sum(dtype=torch.float64))
 
 
-def _add_columns(columns: torch.Tensor, metric: Metric, zm: torch.Tensor, factor: torch.Tensor) -> None:
-    """Adds each expert's ``R (1 - P) R^T`` ``[d, d]``, P the projector on the rows of its Z in the metric."""
+def column_stride(n: int) -> int:
+    """Every how many experts of n count in :attr:`Curvature.columns`: a mean of 32 is as good as one of all."""
+    return max(1, n // 32)
+
+
+def _add_columns(
+    columns: torch.Tensor, metric: Metric, zm: torch.Tensor, factor: torch.Tensor, first: int, stride: int
+) -> None:
+    """Adds ``R (1 - P) R^T`` ``[d, d]`` of every ``stride``-th expert, P the projector on the rows of its Z in the metric;
+    ``first``: the number of the block's first expert."""
     d = len(columns)
-    for i, own in enumerate(zm):
+    for i in range(-first % stride, len(zm), stride):
+        own = zm[i]
         at = metric.slice(slice(i, i + 1), zm) if metric.per_expert else metric
         if at.root is None:
             columns.diagonal().add_(1)
@@ -184,24 +238,40 @@ def _add_moment(total: torch.Tensor, root: torch.Tensor, rest: torch.Tensor | No
         total.diagonal().add_(rest[0].square())
 
 
+def _gram(z: torch.Tensor) -> torch.Tensor:
+    """``Z Z^T`` ``[n, r, r]``, on and below the diagonal; what is above it is not defined."""
+    n, r, _ = z.shape
+    step = max(MIN_STRIP, -(-r // 4))
+    if step >= r:
+        return torch.bmm(z, z.mT)
+    out = z.new_empty(n, r, r)
+    for i in range(0, r, step):
+        out[:, i:, i : i + step] = torch.bmm(z[:, i:], z[:, i : i + step].mT)
+    return out
+
+
+def _square(x: torch.Tensor) -> float:
+    return float(sum(part.square().sum(dtype=torch.float64) for part in x))
+
+
 def _solve(product: torch.Tensor, gram: torch.Tensor, ridge: float) -> tuple[torch.Tensor, ...]:
-    """``(A, gram + ridge, its Cholesky factor)``; changes ``gram``."""
+    """``(A, mean of the diagonal, Cholesky factor of gram + ridge)``; adds the ridge to ``gram`` in place."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += ridge * diagonal.mean(1, keepdim=True)
+    mean = diagonal.mean(1)
+    diagonal += ridge * mean[:, None]
     factor, info = torch.linalg.cholesky_ex(gram)
     if info.any():
         raise SingularError("a Gram matrix is singular")
-    return torch.cholesky_solve(product.mT, factor).mT.contiguous(), gram, factor
+    return torch.cholesky_solve(product.mT, factor).mT.contiguous(), mean, factor
 
 
-def _curvature(own: torch.Tensor, metric: Metric, basis: torch.Tensor) -> torch.Tensor:
-    """<B_j, (A^T A) B_k> in the experts' metrics, ``[n, m, m]``; two bases of a block are in memory, not all."""
-    m, n = len(basis), len(own)
-    out = own.new_empty(n, m, m)
-    for k in range(m):
-        pulled = torch.bmm(own, metric.apply(basis[k].expand(n, -1, -1)))
-        for j in range(k + 1):
-            out[:, j, k] = out[:, k, j] = (metric.apply(basis[j].expand(n, -1, -1)) * pulled).sum((1, 2))
+def _curvature(transform: torch.Tensor, metric: Metric, basis: torch.Tensor) -> torch.Tensor:
+    """<A B_j, A B_k> in the experts' metrics, ``[n, m, m]``, one expert at a time."""
+    out = transform.new_empty(len(transform), len(basis), len(basis))
+    for i, a in enumerate(transform):
+        at = metric.slice(slice(i, i + 1), basis) if metric.per_expert else metric
+        pulled = torch.stack([at.apply((a @ b)[None])[0].flatten() for b in basis])
+        out[i] = pulled @ pulled.T
     return out
 
 
@@ -245,9 +315,9 @@ def linear_block(block: int, p: int, c: int, r: int) -> int:
 
 
 def expert_bytes(p: int, c: int, r: int) -> int:
-    """Bytes of an evaluation for one expert of ``p x c`` in the metric: Z, Z in the metric, the gradient; A and W Z^T; Gram
-    matrix, its factor, A^T A and one to spare."""
-    return 4 * (4 * r * c + 3 * p * r + 4 * r * r)
+    """Bytes of an evaluation for one expert of ``p x c`` in the metric: Z, Z in the metric, the gradient; what is left of W; A and
+    W Z^T; Gram matrix, its factor, A^T A and one to spare."""
+    return 4 * (4 * r * c + p * c + 3 * p * r + 4 * r * r)
 
 
 def fit_bytes(m: int, r: int, d: int) -> int:
@@ -308,7 +378,7 @@ def _minimise(
             precondition, point.curvature = _Preconditioner(point.curvature), None
         direction = _direction(point, memory, precondition)
         slope = _dot(point.gradient, direction)
-        new = _search(problem, point, direction, slope, step % REFRESH == 0)
+        new = _search(problem, point, direction, slope, step in REFRESH or step % 10 == 0)
         if new is None:
             if not memory:
                 break

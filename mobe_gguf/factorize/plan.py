@@ -45,11 +45,16 @@ def default_rank(p: int, d: int) -> int:
 WIDE, LARGEST, SLACK = (4, 3, 2, 1), 0.75, 1.05
 
 
+def block_of(d: int) -> int:
+    """Values in a block of the types that A will have, of which the rank is a multiple."""
+    return 256 if d >= 1024 else 32 if d >= 64 else 1  # k-quants; other types
+
+
 def wide_size(n: int, p: int, d: int) -> Size:
     """Few bases, with ranks of whole blocks.  They keep about the same share as the paper's sizes, p/d + 1/4, but at most 3/4.
     So they save parameters even where experts are as wide as the model (gpt-oss) and r = p, m = n/4 would keep 125 %.
     """
-    block = 256 if d >= 1024 else 32 if d >= 64 else 1  # blocks of k-quants; of other types
+    block = block_of(d)
     share = min(p / d + 0.25, LARGEST)
     less = []
     for m in WIDE:  # the most bases that come near the goal; else the nearest below it
@@ -123,6 +128,27 @@ def widths_of(checkpoint: Original, layers: Iterable[int] | None = None) -> list
                 f"--layers: layer {layer} has no routed experts; the MoE layers of this model are {moe}"
             )
     return sorted({checkpoint.width(layer) for layer in found})
+
+
+def check_saving(job: JobSettings, checkpoint: Original) -> None:
+    """UsageError if A and the bases have more parameters than the experts, as the paper's sizes do where experts are nearly as
+    wide as the model.
+    """
+    if not job.how.fitted or job.target is not None:
+        return
+    settings, n, d = job.solver(), checkpoint.n_expert, checkpoint.n_embd
+    widths = [checkpoint.width(layer) for layer in job.layers]
+    after = sum(parameters(settings, n, p, d) - _mixing(settings, n, d) for p in widths)
+    before = n * d * sum(widths)
+    if after <= before:
+        return
+    p = min(widths)
+    size = wide_size(n, p, d)
+    kept = parameters(replace(settings, n_basis=size.bases, rank=size.rank, n_group=1), n, p, d) / (n * p * d)
+    raise UsageError(
+        f"{settings.n_basis} bases of rank {settings.rank} have {after / before:.0%} of the parameters of the {n} experts of {p} x {d} that "
+        f"they replace. Choose fewer or smaller ones, for instance --bases {size.bases} --rank {size.rank}, which keep {kept:.0%}"
+    )
 
 
 def check_method(options: Options) -> None:

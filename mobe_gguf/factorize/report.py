@@ -12,7 +12,7 @@ from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.layers import format_layers
 from mobe_gguf.core.progress import duration
 from mobe_gguf.core.sides import by_side, side
-from mobe_gguf.factorize.expected import expected_time
+from mobe_gguf.factorize.expected import expected_time, gpu_seconds
 from mobe_gguf.factorize.job import Job, JobResult
 from mobe_gguf.factorize.plan import Plan, baseline
 from mobe_gguf.factorize.spec import JobSettings
@@ -75,6 +75,9 @@ def print_time(job: Job, device: str, console: Console) -> None:
         f"{t['trial']:.1f} s on random experts, without reading, and a fit may stop sooner)",
         **PLAIN,
     )
+    if gpus := gpu_seconds(job):
+        listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in gpus.items())
+        console.print(f"fitting on one GPU, computed and not measured: {listed}", **PLAIN)
 
 
 def print_result(result: JobResult, console: Console, moments: str | None = None) -> None:

@@ -13,9 +13,10 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+from mobe_gguf.core.reading import reading_seconds
 from mobe_gguf.plan.forms import Form
 from mobe_gguf.plan.layout import Layout
-from mobe_gguf.plan.machine import GPU_SHARE, Machine
+from mobe_gguf.plan.machine import Machine
 from mobe_gguf.plan.memory import Beside
 from mobe_gguf.plan.probe import Probe
 from mobe_gguf.quant.roundtrip import noise
@@ -107,8 +108,9 @@ def cost(layout: Layout, form: Form, machine: Machine, beside: Beside, measured:
     for name in form.shapes:
         if name not in in_gpu:
             by_type[form.types[name]] += read_per_token(layout, form, name)
-    seconds = read_vram / (machine.vram_bandwidth * GPU_SHARE)
-    seconds += sum(n / machine.cpu_rate(kind, form.factorized) for kind, n in by_type.items() if n)
+    seconds = reading_seconds(
+        read_vram, machine.vram_bandwidth, by_type, lambda kind: machine.cpu_rate(kind, form.factorized)
+    )
     seconds += NODES * machine.node * (layout.n_layer if not vram_names else cpu_layers)
     fits = ram + RESERVE <= machine.ram and on_gpu <= max(machine.vram, 0)
     return Cost(

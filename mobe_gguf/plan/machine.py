@@ -12,12 +12,10 @@ from typing import Any
 
 from mobe_gguf.core.atomic import write_json
 from mobe_gguf.core.memory import free_memory, usable_cpus
+from mobe_gguf.core.reading import VRAM_BANDWIDTH
 from mobe_gguf.runtime import speed
 from mobe_gguf.runtime.source import cache_dir
 
-#: Bytes per second of a GPU's memory if nothing else is known, and the share of them that a matrix product reaches.
-VRAM_BANDWIDTH = 600e9
-GPU_SHARE = 0.7
 #: Share of a type's measured rate that the products of a whole model reach, and those of one with factors, which has more
 #: and smaller products.  Plain files of three shapes reached 0.62 to 0.92, one with factors 0.58 (docs/performance.md).
 CPU_SHARE, FACTORS_SHARE = 0.78, 0.6

@@ -275,6 +275,10 @@ def test_rivals_are_of_about_the_size(source: Path) -> None:
         (["--bpw", "99"], "expected bits per weight"),
         (["--quant", "q9"], "unknown type"),
         (["--size", "1K", "--form", "mobe"], "no factorized form of at most"),
+        (
+            ["--bpw", "4", "--form", "mobe", "--bases", "8", "--rank", "48"],
+            "of the parameters that they replace",
+        ),
     ],
 )
 def test_wrong_usage(options: list[str], said: str, source: Path, text: Path, tmp_path: Path) -> None:

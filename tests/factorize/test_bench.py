@@ -22,6 +22,7 @@ def bench():
     path = Path(__file__).resolve().parents[2] / "bench" / "factorize.py"
     spec = importlib.util.spec_from_file_location("bench_factorize", path)
     module = sys.modules["bench_factorize"] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # for the files beside it
     spec.loader.exec_module(module)
     return module
 
@@ -142,3 +143,28 @@ def test_large_layers(bench, monkeypatch):
         assert 0 < float(row[3]) < 1
         hours = float(row[4]) * int(row[7]) * 2 * 900_000 / 3600  # so many layers that three digits show
         assert float(row[8].replace(",", "")) == pytest.approx(hours, rel=0.01)
+
+
+def test_the_linear_form_against_adam(bench, monkeypatch):
+    """Both are run, ours in its own method; a timed case is scaled to all experts."""
+    import linear_form
+
+    from mobe_gguf.factorize import solver
+
+    small = dict(n=6, p=12, d=24, m=2, r=16, k=8)
+    cases = {
+        "whole": linear_form.LinearCase("whole", **small),
+        "timed": linear_form.LinearCase("timed", timed=12, layers=3, **small),
+    }
+    monkeypatch.setattr(linear_form, "CASES", cases)
+    monkeypatch.setattr(linear_form, "ADAM", 30)
+    suits, said = solver.suits, []
+
+    def apart(function, *arguments):
+        monkeypatch.setattr(solver, "suits", suits)
+        return function(*arguments)
+
+    rows = [row for name in cases for row in linear_form.linear_rows(name, apart, said.append)]
+    assert [row[1] for row in rows] == ["Adam", "ours"] * 2 and len(said) == 2
+    assert 0 < float(rows[1][3].split()[0]) < 1 and rows[0][2] == "30" and int(rows[1][2]) <= 30
+    assert rows[2][3] == rows[3][3] == "not run" and "on 16 cores" in rows[3][7]

@@ -18,11 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import UsageError
+from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.factorize.job import prepare
 from mobe_gguf.factorize.job.unit import fit
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
+
+
+#: A form that saves, for experts of 48 x 64.
+SMALLER = ("--bases", 4, "--rank", 32)
 
 
 def call(*arguments: object) -> Result:
@@ -39,12 +44,12 @@ def refused(code: int, *arguments: object) -> str:
 
 
 def test_the_whole_command(model, tmp_path):
-    result = call(model("qwen3_moe"), tmp_path / "out", "--steps", 4, "--bases", 4, "--layers", "0,2", "-v")
+    result = call(model("qwen3_moe"), tmp_path / "out", "--steps", 4, *SMALLER, "--layers", "0,2", "-v")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     for expected in (
         "qwen3_moe, 3 of 3 layers MoE, 8 experts (2 used) of 48 x 64",
-        "layers 0,2, gate and up: 4 bases of rank 48",
+        "layers 0,2, gate and up: 4 bases of rank 32",
         "[1/4] layer 0 gate: error of the weights 0.",
         "[4/4] layer 2 up: error of the weights 0.",
         "0 s left",
@@ -81,7 +86,7 @@ def test_json_and_quiet(model, tmp_path):
 
 def test_few_terms(model, tmp_path):
     out = tmp_path / "out"
-    result = call(model("qwen3_moe"), out, "--steps", 5, "--bases", 4, "--layers", 1, "--mix-terms", 2, "-v")
+    result = call(model("qwen3_moe"), out, "--steps", 5, *SMALLER, "--layers", 1, "--mix-terms", 2, "-v")
     assert result.exit_code == 0 and "scalar mix of at most 2 terms" in result.stderr
     mix = MobeCheckpoint(out).layer(1).mix("up")
     assert ((mix != 0).sum(1) == 2).all()
@@ -91,16 +96,16 @@ def test_few_terms(model, tmp_path):
 def test_forms(model, tmp_path):
     out = tmp_path / "out"
     form = ("--activation", "none", "--mix", "row")
-    result = call(model("qwen3_moe"), out, "--steps", 3, "--bases", 4, "--layers", 1, *form, "-v")
+    result = call(model("qwen3_moe"), out, "--steps", 3, *SMALLER, "--layers", 1, *form, "-v")
     assert result.exit_code == 0 and "none, row mix" in result.stderr
     checkpoint = MobeCheckpoint(out)
-    assert checkpoint.activation == "none" and checkpoint.layer(1).mix("gate").shape == (8, 4, 48)
+    assert checkpoint.activation == "none" and checkpoint.layer(1).mix("gate").shape == (8, 4, 32)
     settings = json.loads((out / "config.json").read_text())["mobe"]["settings"]
     assert (settings["activation"], settings["mix"]) == ("none", "row")
     gguf = tmp_path / "model.gguf"
     exported = CliRunner().invoke(main, ["export", str(out), str(gguf), "--quant", "q8_0", "-q"])
     assert exported.exit_code == 0, exported.stderr
-    assert read_gguf(gguf).tensors["blk.1.ffn_gate_basis.mix"].shape == (8, 4, 48)
+    assert read_gguf(gguf).tensors["blk.1.ffn_gate_basis.mix"].shape == (8, 4, 32)
 
 
 def test_a_resumed_job_keeps_its_mix(model, tmp_path):
@@ -112,9 +117,31 @@ def test_a_resumed_job_keeps_its_mix(model, tmp_path):
     assert "--mix is scalar now, but the job to resume was started with row" in message
 
 
-def test_factors_larger_than_the_experts_are_remarked_upon(model, tmp_path):
-    result = call(model("olmoe"), tmp_path / "out", "--bases", 8, "--dry-run")
-    assert result.exit_code == 0 and "warning: the factors have 175" in result.stderr
+@pytest.mark.parametrize("kind", ["directory", "config", "gguf"])
+def test_factors_larger_than_the_experts_are_refused(kind, model, tmp_path):
+    """Whatever the model is read from; without options there are sizes that save."""
+    path, out = model("qwen3_moe", moe_intermediate_size=64), tmp_path / "out"
+    if kind == "config":
+        path = path / "config.json"
+    elif kind == "gguf":
+        path, directory = tmp_path / "m.gguf", path
+        write_model(
+            ExportRequest(
+                directory, path, Recipe("f16"), ExportOptions(dense=True, allow_dense=True, quiet=True)
+            )
+        )
+    for options in (
+        ("--published",),
+        ("--bases", 4, "--rank", 48),
+        ("--bases", 4, "--projections", "down", "--published"),
+    ):
+        message = refused(2, path, out, "--dry-run", *options)
+        assert "of the parameters of the 8 experts of 64 x 64" in message and "--rank" in message
+    result = call(path, out, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)["plan"]
+    assert plan["projected_after"] < 0.8 * plan["projected_before"]
+    assert not out.exists()
 
 
 def test_dry_run_writes_nothing(model, tmp_path):
@@ -151,7 +178,7 @@ def test_dry_run_of_a_config_alone(family, model, tmp_path):
 
 
 def test_the_error_that_is_shown_is_the_one_that_was_minimized(model, tmp_path, monkeypatch):
-    result = call(model("qwen3_moe"), tmp_path / "out", "--steps", 2, "--bases", 4, "--layers", "0")
+    result = call(model("qwen3_moe"), tmp_path / "out", "--steps", 2, *SMALLER, "--layers", "0")
     assert "minimized: relative error of the weights" in result.stderr
     text = tmp_path / "text.txt"
     text.write_text("The keeper counted 12 ships; she'd never counted so many. " * 60)
@@ -160,7 +187,7 @@ def test_the_error_that_is_shown_is_the_one_that_was_minimized(model, tmp_path, 
         main, ["moments", str(model("qwen3_moe")), str(moments), "--text", str(text), "--ctx", "32", "-q"]
     )
     assert done.exit_code == 0, done.output
-    common = ("--steps", 2, "--bases", 4, "--layers", "0", "--moments", moments)
+    common = ("--steps", 2, *SMALLER, "--layers", "0", "--moments", moments)
     result = call(model("qwen3_moe"), tmp_path / "by", *common, "--json")
     unit = json.loads(result.stdout)["units"][0]
     assert f"layer 0 gate: error of the outputs {unit['objective']:.5f}" in result.stderr

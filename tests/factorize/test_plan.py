@@ -12,6 +12,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.layers import format_layers, parse_layers
 from mobe_gguf.core.records import record
 from mobe_gguf.factorize.plan import (
+    check_saving,
     default_bases,
     make_plan,
     parameters,
@@ -178,6 +179,21 @@ def test_wide_sizes_save_where_the_papers_do_not(shape):
     assert 1 <= found.rank <= d and found.bases <= n
     if d > 5:
         assert parameters(Settings(found.bases, found.rank), n, p, d) < 0.8 * n * p * d
+
+
+def test_factors_larger_than_the_experts_are_refused(model):
+    """Experts as wide as the model; the sizes that the message names are taken."""
+    checkpoint = Checkpoint(model("qwen3_moe", moe_intermediate_size=64))
+    with pytest.raises(
+        UsageError, match=r"125% of the parameters of the 8 experts of 64 x 64.*--bases"
+    ) as refused:
+        check_saving(settle(Options(), checkpoint), checkpoint)  # the paper's sizes
+    said = str(refused.value).split()
+    bases, rank = (int(said[said.index(name) + 1].rstrip(",")) for name in ("--bases", "--rank"))
+    for options in (Options(bases=bases, rank=rank), Options(wide=True), Options(target=0.6)):
+        found = settle(options, checkpoint)
+        check_saving(found, checkpoint)
+        assert options.target or plan_checkpoint(checkpoint, found).shed > 0
 
 
 def test_wide_is_for_who_says_nothing_of_the_form(model):
