@@ -23,7 +23,7 @@ from mobe_gguf.models.original import Original
 #: Version of the ``mobe`` key in config.json and of the work directory.
 FORMAT = 1
 #: Increases with every change after which the same settings give other factors.
-SOLVER = "projected-adam-3"
+SOLVER = "projected-adam-4"
 
 
 #: Patterns of finished work that a resumed job can use.
