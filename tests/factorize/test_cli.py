@@ -25,7 +25,6 @@ from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
-
 #: A form that saves, for experts of 48 x 64.
 SMALLER = ("--bases", 4, "--rank", 32)
 
