@@ -15,7 +15,7 @@ import copy
 from pathlib import Path
 
 import torch
-from factorize import WHEEL, slices_file
+from linear_form import WHEEL, slices_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobe_gguf.calibrate.text import default_texts

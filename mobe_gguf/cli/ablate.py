@@ -26,6 +26,11 @@ from mobe_gguf.core.errors import Interrupted, UsageError
     metavar="LIST",
     help="Activations to try, of none,silu,tanh, each with n/4 bases.  [default: all]",
 )
+@click.option(
+    "--wide",
+    is_flag=True,
+    help="Also compare numbers of bases with the ranks that keep the same share of the parameters, with tanh and with none.",
+)
 @options.steps(100)
 @options.imatrix
 @click.option(
@@ -55,6 +60,7 @@ def command(
     projections: str | None,
     bases: str | None,
     activations: str | None,
+    wide: bool,
     steps: int,
     imatrix: str | None,
     no_kl: bool,
@@ -74,7 +80,7 @@ def command(
 
     A few layers of MODEL, a Hugging Face directory, are factorized with several numbers of bases and with each activation. OUT
     gets ablation.json and four figures: error against the number of bases, error of each activation, the distribution of values
-    before and after it, and KL divergence against error. The defaults are a quick look. For the paper's effort, raise --layers
+    before and after it, and KL divergence against error; with --wide a fifth, error over bases and rank at equal parameters. The defaults are a quick look. For the paper's effort, raise --layers
     and --steps.
 
     The KL divergence needs disk space beside OUT for the whole model as GGUF, original and factorized, one at a time.
@@ -84,6 +90,7 @@ def command(
       mobe-gguf ablate model/ study/
       mobe-gguf ablate model/ study/ --layers 0-47 --bases 16,32,48,64 --steps 500 --text wiki.test.raw
       mobe-gguf ablate model/ study/ --no-kl --activations tanh,none
+      mobe-gguf ablate model/ study/ --no-kl --wide --imatrix imatrix.gguf
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
@@ -125,6 +132,7 @@ def command(
         ctx=ctx,
         chunks=chunks,
         divergence=not no_kl,
+        wide=wide,
     )
     study = ablate.settle(checkpoint, asked)
     try:

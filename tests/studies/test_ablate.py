@@ -53,6 +53,30 @@ def test_defaults(model):
     assert trials == [(1, "tanh"), (2, "tanh"), (4, "tanh"), (2, "none"), (2, "silu")], "each once"
 
 
+def test_wide_compares_sizes_of_equal_parameters(model, tmp_path):
+    asked = (*FAST, "--bases", "2", "--activations", "tanh", "--wide", "--json")
+    result = call(model, tmp_path / "out", *asked)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out" / "sizes.png").stat().st_size > 10_000
+    rows = [row for row in json.loads(result.stdout)["rows"] if row["trial"]["rank"] is not None]
+    assert {(row["trial"]["bases"], row["trial"]["activation"]) for row in rows} == {
+        (m, f) for m in (1, 2, 3, 4) for f in ("tanh", "none")
+    }
+    for row in rows:
+        assert row["rank"] == row["trial"]["rank"] and row["kept"] == pytest.approx(0.75, rel=0.05)
+    assert len({row["rank"] for row in rows}) == 4
+
+
+@pytest.mark.parametrize("shape", [(128, 768, 2048), (24, 96, 256), (8, 96, 96), (8, 14336, 4096)])
+def test_equal_sizes(shape):
+    n, p, d = shape
+    found = studies.equal_sizes(n, p, d)
+    share = min(p / d + 0.25, 0.75)
+    assert len(found) >= 3 and all(m <= n // 2 and 1 <= r <= d for m, r in found)
+    for m, r in found:
+        assert r / d + m * r / (n * p) == pytest.approx(share, rel=0.05)
+
+
 def test_what_is_measured_is_what_the_solver_makes(model, tmp_path):
     result = call(model, tmp_path / "out", *FAST, "--bases", "2,4", "--activations", "silu", "--json")
     assert result.exit_code == 0, result.stderr

@@ -48,7 +48,8 @@ def of_study(model: Path, out: Path, study: Study, rows: Sequence[TrialResult]) 
 
 
 def _label(trial: Trial) -> str:
-    return f"{trial.bases} bases, {trial.activation}"
+    rank = "" if trial.rank is None else f" of rank {trial.rank}"
+    return f"{trial.bases} bases{rank}, {trial.activation}"
 
 
 def _cost(row: TrialResult) -> float:
@@ -130,6 +131,7 @@ def _commands(model: Path, out: Path, study: Study) -> Section:
     again += ["--projections", ",".join(study.projections), "--bases", ",".join(map(str, study.bases))]
     again += ["--activations", ",".join(study.activations), "--steps", str(study.steps), "--seed", str(study.seed)]  # fmt: skip
     again += ["--imatrix", study.imatrix] if study.imatrix else []
+    again += ["--wide"] if study.sizes else []
     if study.text is None:
         again.append("--no-kl")
     else:

@@ -12,19 +12,24 @@ from mobe_gguf.studies.ablate.study import BINS, EDGE, Study, TrialResult
 
 
 def plot(study: Study, rows: Sequence[TrialResult], directory: Path) -> list[Path]:
-    """``bases.png``, ``activations.png``, ``values.png`` and, where it was measured, ``divergence.png`` in ``directory``.
+    """``bases.png``, ``activations.png``, ``values.png`` and, where they were measured, ``sizes.png`` and ``divergence.png`` in
+    ``directory``.
 
     MobeError without matplotlib.
     """
-    of_bases = [row for row in rows if row.trial.activation == "tanh" and row.trial.bases in study.bases]
+    usual = [row for row in rows if row.trial.rank is None]
+    of_bases = [row for row in usual if row.trial.activation == "tanh" and row.trial.bases in study.bases]
     of_activations = [
-        row for row in rows if row.trial.bases == study.middle and row.trial.activation in study.activations
+        row for row in usual if row.trial.bases == study.middle and row.trial.activation in study.activations
     ]
+    of_sizes = [row for row in rows if row.trial.rank is not None]
     figures: dict[str, Callable[[Any], None]] = {
         "bases": lambda figure: _bases(figure, of_bases),
         "activations": lambda figure: _activations(figure, of_activations),
         "values": lambda figure: _values(figure, of_activations),
     }
+    if of_sizes:
+        figures["sizes"] = lambda figure: _sizes(figure, of_sizes)
     if all(row.divergence for row in rows):
         figures["divergence"] = lambda figure: _divergence(figure, rows)
     return [_draw(directory / f"{name}.png", draw) for name, draw in figures.items()]
@@ -56,6 +61,27 @@ def _bases(figure: Any, rows: Sequence[TrialResult]) -> None:
     axes.set_ylabel("relative error")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
+
+
+def _sizes(figure: Any, rows: Sequence[TrialResult]) -> None:
+    """Mean error against the number of bases, each with the rank that keeps the same share, a line for each activation."""
+    axes = figure.add_subplot()
+    sizes = {row.trial.bases: row for row in rows}
+    at = {m: x for x, m in enumerate(sizes)}
+    for activation in dict.fromkeys(row.trial.activation for row in rows):
+        found = [row for row in rows if row.trial.activation == activation]
+        points = [at[row.trial.bases] for row in found], [row.objective for row in found]
+        axes.plot(*points, "-o", label="no activation" if activation == "none" else activation)
+    axes.set_yscale("log")
+    axes.set_xticks(
+        range(len(at)), [f"{m}\n{row.rank}\n{row.kept:.1%}" for m, row in sizes.items()], fontsize=9
+    )
+    axes.set_xlabel("bases, their rank, and the share of the parameters that is kept")
+    axes.set_ylabel("relative error that was minimized, mean of the units")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
 
 
 def _activations(figure: Any, rows: Sequence[TrialResult]) -> None:

@@ -22,7 +22,7 @@ from mobe_gguf.core.records import record
 from mobe_gguf.core.workspace import Workspace, work_directory
 from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.factorize import job as jobs
-from mobe_gguf.factorize.plan import default_bases
+from mobe_gguf.factorize.plan import LARGEST, SLACK, block_of, default_bases
 from mobe_gguf.factorize.spec import Options
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
@@ -35,6 +35,8 @@ STUDY = "study.json"
 #: Values are counted in bins of equal width from -EDGE to EDGE; what lies outside counts in the last bin.
 BINS, EDGE = 120, 3.0
 
+#: Activations with which sizes of equal parameters are compared, and their numbers of bases.
+WIDE_FORMS, WIDE_BASES = ("tanh", "none"), (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 #: Of the GGUF files: rounding is not what is studied.
 QUANT = "f16"
 
@@ -45,10 +47,12 @@ class Trial:
 
     bases: int
     activation: str
+    rank: int | None = None
 
     @property
     def name(self) -> str:
-        return f"bases-{self.bases:03d}-{self.activation}"
+        rank = "" if self.rank is None else f"-rank-{self.rank:05d}"
+        return f"bases-{self.bases:03d}{rank}-{self.activation}"
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,13 @@ class Asked:
     ctx: int = 512
     chunks: int | None = 16
     divergence: bool = True
+    wide: bool = False
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured.  Each number of ``bases`` with tanh, each of ``activations`` with ``middle`` bases.
+    """What is measured.  Each number of ``bases`` with tanh, each of ``activations`` with ``middle`` bases, and each of ``sizes``,
+    (bases, rank), which keep as many parameters as these, with tanh and with none.
 
     ``text``: what KL divergence is measured on, None to leave that out; ``chunks`` of ``ctx`` tokens of it.
     """
@@ -86,15 +92,17 @@ class Study:
     text: str | None
     ctx: int
     chunks: int | None
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def trials(self) -> list[Trial]:
         """In the order of work, each once."""
         trials = [Trial(m, "tanh") for m in self.bases] + [Trial(self.middle, f) for f in self.activations]
-        return list(dict.fromkeys(trials))
+        return list(dict.fromkeys(trials)) + [Trial(m, f, r) for m, r in self.sizes for f in WIDE_FORMS]
 
     def options(self, trial: Trial) -> Options:
         return Options(
             bases=trial.bases,
+            rank=trial.rank,
             activation=trial.activation,
             steps=self.steps,
             seed=self.seed,
@@ -170,7 +178,22 @@ def settle(checkpoint: Checkpoint, asked: Asked) -> Study:
         text=text,
         ctx=asked.ctx,
         chunks=asked.chunks if asked.divergence else None,
+        sizes=equal_sizes(n, checkpoint.n_ff_exp, checkpoint.n_embd) if asked.wide else (),
     )
+
+
+def equal_sizes(n: int, p: int, d: int) -> tuple[tuple[int, int], ...]:
+    """(bases, rank) with about as many parameters as n/4 bases of rank p, ranks of whole blocks where that comes within a
+    twentieth, up to half as many bases as experts."""
+    share = min(p / d + default_bases(n, 1) / n, LARGEST)
+    found = []
+    for m in WIDE_BASES:
+        exact = share / (1 / d + m / (n * p))
+        rank = max(1, round(exact / block_of(d))) * block_of(d)
+        rank = rank if abs(rank / exact - 1) <= SLACK - 1 else round(exact)
+        if m <= n // 2 and 1 <= rank <= d:
+            found.append((m, rank))
+    return tuple(found)
 
 
 def run(
