@@ -15,14 +15,14 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mobe_gguf.core.metric import Roots
-from mobe_gguf.factorize import solver
+from mobe_gguf.factorize import linear, solver
 from mobe_gguf.factorize.expected import ITERATIONS
 from mobe_gguf.factorize.solver import Settings, fit
 
@@ -118,6 +118,7 @@ def slices(n: int, p: int, d: int) -> torch.Tensor:
 CASES = {
     case.name: case
     for case in (
+        LinearCase("synthetic/16", 96, 48, 128, 2, 80, 64),
         LinearCase("synthetic/8", 128, 96, 256, 2, 160, 128),
         LinearCase("synthetic/4", 128, 192, 512, 2, 320, 256),
         LinearCase("slices", 48, 216, 576, 2, 360, 288, real=True),
@@ -169,7 +170,7 @@ def linear_rows(name: str, apart: Callable[..., Any], say: Callable[[str], None]
     """A row for each method.  A case with ``timed`` is cut after a few steps, and scaled up to ``timed`` experts."""
     case = CASES[name]
     if case.timed:
-        yield from _scaled_rows(case, apart)
+        yield from _scaled_rows(case, apart, say)
         return
     adam = apart(linear_trial, case, "adam", ADAM)
     say(f"{name}: Adam {adam.error:.5f} after {adam.steps} steps, {adam.seconds:.0f} s")
@@ -182,21 +183,30 @@ def linear_rows(name: str, apart: Callable[..., Any], say: Callable[[str], None]
                f"{made.peak / 1e9:.2f}", ""]  # fmt: skip
 
 
-def _scaled_rows(case: LinearCase, apart: Callable[..., Any]) -> Iterator[list[str]]:
-    """Seconds of a unit with ``timed`` experts: those of ``case.n`` times the ratio, for the steps of a whole fit."""
-    share = (case.timed or case.n) / case.n
-    adam, ours = apart(linear_trial, case, "adam", 4), apart(linear_trial, case, "ours", 8)
-    step = sorted(adam.each)[len(adam.each) // 2]
-    refreshing = [t for t, at in zip(ours.each, range(2, 9), strict=False) if at in (2, 4, 6)]
-    plain = sorted(t for t in ours.each if t not in refreshing)
+def _whole(made: LinearTrial) -> float:
+    """Seconds of a whole fit by ours: ITERATIONS instead of the trial's."""
+    steps = range(2, len(made.each) + 2)
+    plain = sorted(t for t, at in zip(made.each, steps, strict=True) if at not in linear.REFRESH)
+    curved = sorted(t for t, at in zip(made.each, steps, strict=True) if at in linear.REFRESH)
     each = plain[len(plain) // 2]
-    refresh = sorted(refreshing)[len(refreshing) // 2] - each
-    rest = ours.seconds - sum(ours.each) - each
-    for method, seconds, steps in (
-        ("Adam", step * ADAM * share, ADAM),
-        ("ours", (rest + ITERATIONS * each + 12 * refresh) * share, ITERATIONS),
-    ):
-        times = "" if method == "Adam" else f"{step * ADAM * share / seconds:.1f}"
+    refreshes = sum(at in linear.REFRESH or at % 10 == 0 for at in range(1, ITERATIONS + 1))
+    rest = made.seconds - sum(made.each) - each
+    return rest + ITERATIONS * each + refreshes * (curved[len(curved) // 2] - each)
+
+
+def _scaled_rows(
+    case: LinearCase, apart: Callable[..., Any], say: Callable[[str], None]
+) -> Iterator[list[str]]:
+    """Seconds of a unit with ``timed`` experts, for the steps of a whole fit.  A step of Adam takes as long as its experts; a part
+    of ours does not depend on their number, so two numbers are run."""
+    n, half = case.timed or case.n, replace(case, n=case.n // 2)
+    adam = apart(linear_trial, half, "adam", 3)
+    less, more = (_whole(apart(linear_trial, c, "ours", 6)) for c in (half, case))
+    of_adam = sorted(adam.each)[len(adam.each) // 2] * ADAM * n / half.n
+    ours = less + (more - less) / (case.n - half.n) * (n - half.n)
+    for method, seconds, steps in (("Adam", of_adam, ADAM), ("ours", ours, ITERATIONS)):
+        say(f"{case.name}: {method}: {seconds:.0f} s for a unit")
+        times = "" if method == "Adam" else f"{of_adam / seconds:.1f}"
         hours = seconds * 2 * case.layers / 3600
-        yield [f"{case.name}, {case.timed} experts", method, f"{steps}", "not run", f"{seconds:.0f}", times, "",
+        yield [f"{case.name}, {n} experts", method, f"{steps}", "not run", f"{seconds:.0f}", times, "",
                f"{hours:.0f} ({hours / 16:.1f} on 16 cores)"]  # fmt: skip

@@ -165,6 +165,6 @@ def test_the_linear_form_against_adam(bench, monkeypatch):
         return function(*arguments)
 
     rows = [row for name in cases for row in linear_form.linear_rows(name, apart, said.append)]
-    assert [row[1] for row in rows] == ["Adam", "ours"] * 2 and len(said) == 2
+    assert [row[1] for row in rows] == ["Adam", "ours"] * 2 and len(said) == 4
     assert 0 < float(rows[1][3].split()[0]) < 1 and rows[0][2] == "30" and int(rows[1][2]) <= 30
     assert rows[2][3] == rows[3][3] == "not run" and "on 16 cores" in rows[3][7]
