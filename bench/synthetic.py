@@ -32,6 +32,10 @@ HEAD_DIM = 128
 SMALL = 0.1
 
 
+#: Rows of an expert or a basis that are drawn and encoded; the others are copies of these.
+ROWS = 128
+
+
 @dataclass(frozen=True)
 class Work:
     """The work of one layer's experts for one token, by kind (see peaks.py).
@@ -287,7 +291,8 @@ def _matrix(
         return np.ones(dims, np.float32)
     rng = np.random.default_rng(seed)
     rows = dims[-2:]
-    values = rng.standard_normal(rows, dtype=np.float32) * np.float32(scale)
+    drawn = min(rows[0], ROWS) if len(dims) == 3 and rows[0] % ROWS == 0 else rows[0]
+    values = rng.standard_normal((drawn, rows[1]), dtype=np.float32) * np.float32(scale)
     if shape.terms is not None and type_name == "f32" and dims == (shape.n, shape.m):
         kept = np.argsort(rng.random(dims), axis=1)[:, : shape.terms]
         mask = np.zeros(dims, np.float32)
@@ -295,7 +300,8 @@ def _matrix(
         values *= mask
     if type_name == "f32":
         return values
-    return ggml.quantize(values, type_name, name="random", imatrix=np.ones(rows[-1], np.float32))
+    encoded = ggml.quantize(values, type_name, name="random", imatrix=np.ones(rows[-1], np.float32))
+    return np.tile(encoded, (rows[0] // drawn, 1)) if drawn < rows[0] else encoded
 
 
 def pair(directory: Path, name: str, quant: str, layers: int, **changes) -> tuple[Path, Path]:
