@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 def forms(name: str, quant: str, layers: int, directory: Path, wanted: list[str]) -> dict[str, tuple]:
-    """``label: (file, shape, factorized)``; the form "rest" is always there and has no shape."""
+    """``label: (file, shape, factorized)``; the form "rest" is always there; it and "smaller" have no shape, for no limit is shown of them."""
     base = synthetic.SHAPES[name]
     found: dict[str, tuple] = {"rest": (synthetic.rest(directory, name, quant, layers), None, False)}
     plain = synthetic.pair(directory, name, quant, layers)[0]
@@ -50,11 +50,7 @@ def forms(name: str, quant: str, layers: int, directory: Path, wanted: list[str]
         if form == "smaller":
             wide = synthetic.pair(directory, name, quant, layers, **synthetic.WIDE[name])[1]
             type_name = synthetic.fewer_bits(wide, plain, quant)
-            found[f"plain, {type_name}"] = (
-                synthetic.pair(directory, name, type_name, layers)[0],
-                base,
-                False,
-            )
+            found[type_name] = (synthetic.pair(directory, name, type_name, layers)[0], None, False)
             continue
         mix = form.removesuffix("-down")
         changes = {"dense": {}, "none": {"activation": "none"}, "wide": synthetic.WIDE[name]}.get(mix)
@@ -78,10 +74,10 @@ def rows(
     """The row of each form, from the column with its name on."""
     plain = speeds.get("plain")
     for label, (_, shape, factorized) in files.items():
-        if shape is None:
-            yield [label, str(speeds[label])]
-            continue
         ratio = f"{speeds[label].median / plain.median:.2f}" if plain else "-"
+        if shape is None:
+            yield [label, str(speeds[label]), ratio]
+            continue
         seconds = (1 / speeds[label].median - 1 / speeds["rest"].median) / layers
         yield [
             label, str(speeds[label]), ratio, *cells(shape, factorized, quant, batch, machine, seconds)
