@@ -24,7 +24,7 @@ from parity.test_parity import LIMIT, to_gguf
 Maker = Callable[..., Path]
 
 #: The gated delta rule is computed in blocks by one and step by step by the other: 1e-9 of the logits' energy.
-LIMITS = {"qwen3_next": 1e-8, "qwen3_5_moe_text": 1e-8}
+LIMITS = {"qwen3_next": 1e-8, "qwen3_5_moe_text": 1e-8, "qwen3_5_moe": 1e-8}
 
 #: Factorized files: one that has everything, and one for each way in which families differ.
 FACTORS = {
@@ -35,6 +35,7 @@ FACTORS = {
     "gpt_oss": dict(projections=ALL_PROJECTIONS),
     "granitemoe": dict(activation="silu", projections=("up",)),
     "qwen3_5_moe_text": dict(activation="none", projections=ALL_PROJECTIONS),
+    "nemotron_h": dict(projections=("up", "down")),
 }
 
 
@@ -42,7 +43,7 @@ def tokens(n: int = 33) -> list[int]:
     return np.random.default_rng(0).integers(tiny._SIZES["vocab_size"], size=n).tolist()
 
 
-@pytest.mark.parametrize("family", tiny._MORE)
+@pytest.mark.parametrize("family", [*tiny._MORE, *tiny._SEEING])
 def test_as_transformers(family: str, model: Maker, tmp_path: Path) -> None:
     """Experts in a tensor each, and all in one, as they are and as factors."""
     source, fused = model(family, seed=1), model(family, seed=1, fused=True)
