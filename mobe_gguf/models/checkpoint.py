@@ -249,6 +249,10 @@ class Checkpoint(ModelDirectory):
     def check_experts(self, layer: int, projection: str) -> None:
         """MobeError unless all tensors that :meth:`expert_stack` will read exist, with the right shape and a readable type,
         FP8 with its scales.  Reads headers only."""
+        if projection not in self.family.kinds:
+            raise MobeError(
+                f"{self.path}: experts of {self.family.name} have no {projection}. Leave it out:\n  --projections up"
+            )
         layout = self.layout(layer)
         shape, scales = layout.stored_shape(projection), layout.scale_shapes(projection)
         if layout.together(projection) is not None:

@@ -249,12 +249,14 @@ class Family:
     def expert_weight(self, layer: int, expert: int, projection: str) -> str:
         """One expert's matrix: W ``[p, d]`` in an original model, A ``[p, r]`` in a MoBE checkpoint (of down ``[d, p]`` and
         ``[r, p]``)."""
-        return f"{self.block_name(layer)}.experts.{expert}.{self.projections[projection]}.weight"
+        return (
+            f"{self.block_name(layer)}.experts.{expert}.{self.projections.get(projection, projection)}.weight"
+        )
 
     def fused_weights(self, layer: int, projection: str) -> tuple[str, ...]:
         """Names of the tensor that holds all experts, transformers' own first, MXFP4's last: gate and up together ``[n, 2p, d]``
         (gate first), down ``[n, d, p]``.  It is in ``fused_block``, whatever the block's name in the classic layout."""
-        joined = "_".join(next(found for found in self.fused if projection in found))
+        joined = "_".join(next((found for found in self.fused if projection in found), (projection,)))
         block = self.fused_block.format(layer=layer)
         own = [self.fused_names[joined]] if joined in self.fused_names else []
         names = (f"experts.{joined}_proj", *own, f"experts.{joined}_proj{BLOCKS}")
