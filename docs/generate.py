@@ -142,7 +142,9 @@ Families with "yes" under Hugging Face are read as directories. All but Bailing 
 transformers on small random models (`tests/parity`), factorized and not, with one tensor for each expert and
 with fused ones, where the family has both. Logits agree to 1e-10 of their energy, those of Qwen3-Next and
 Qwen3.5 to 1e-8, because their linear attention is summed in another order. gpt-oss is read in bf16 and in MXFP4;
-its published models have YaRN with `truncate: false`, of which llama.cpp computes something close (below). The code of Bailing and Kimi is not in transformers and is not run here;
+its published models have YaRN with `truncate: false`, of which llama.cpp computes something close (below).
+Of Llama-4, Nemotron-H and models that also see, only files without factors were compared, and the
+values of config.json of gpt-oss, Llama-4, Nemotron-H and Granite's hybrid were not all tried one by one. The code of Bailing and Kimi is not in transformers and is not run here;
 their files are compared with files of the same model that have ordinary experts.
 
 Any other MoE goes through a GGUF file: llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any
