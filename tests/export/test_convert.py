@@ -13,6 +13,7 @@ import tiny
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from mobe_gguf.cli import main
 from mobe_gguf.formats.gguf import read_model
@@ -25,7 +26,8 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family whose experts lie in linear layers of three dimensions, with tied embeddings."""
+    """A family that is not read as a directory, which the converter knows by its architecture: experts in linear layers of
+    three dimensions, tied embeddings."""
     path = tmp_path_factory.mktemp("granite") / "granite"
     config = transformers.GraniteMoeConfig(
         vocab_size=tiny._SIZES["vocab_size"], hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -34,6 +36,8 @@ def granite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     transformers.GraniteMoeForCausalLM(config).save_pretrained(path)
     tiny._tokenizer().save_pretrained(path)
+    said = json.loads((path / "config.json").read_text()) | {"model_type": "granitemoeown"}
+    (path / "config.json").write_text(json.dumps(said))
     return path
 
 
@@ -45,10 +49,8 @@ def test_the_way_that_the_refusal_names(granite: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     assert "granitemoe, 8 experts in 2 layers" in done.stderr
     model = GgufModel(file)
-    state = transformers.GraniteMoeForCausalLM.from_pretrained(granite).state_dict()
-    fused = next(
-        t for name, t in state.items() if "layers.1." in name and re.search("down_proj|output_linear", name)
-    )
+    state = load_file(granite / "model.safetensors")
+    fused = next(t for name, t in state.items() if "layers.1." in name and "output_linear" in name)
     torch.testing.assert_close(model.expert(1, "down", 5), fused[5].float())
     done = call("factorize", file, tmp_path / "factors", "--steps", 2, "-q")
     assert done.exit_code == 0, done.stderr
