@@ -41,6 +41,8 @@ RUNTIME = (
     "models/test_inputs.py::test_converter_is_asked_before_work",
     "models/test_inputs.py::test_fused_experts_everywhere",
     "models/test_inputs.py::test_one_file_counts_before_an_index",
+    "models/test_inputs.py::test_no_command_replaces_what_it_reads",
+    "models/test_inputs.py::test_widths_that_grouped_products_refuse",
     "models/test_inputs.py::test_tokenizer_may_come_later",
     "quant/test_allocate.py::test_a_file_of_a_size",
     "quant/test_allocate.py::test_bits_per_weight_and_options_before_it",

@@ -73,7 +73,7 @@ def collect(
     """
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
-    check_output(out)
+    check_output(out, [model, *texts])
     checkpoint: Runnable = GgufCheckpoint(model) if model.is_file() else Checkpoint(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")

@@ -123,6 +123,8 @@ class Skeleton:
         try:
             config = checkpoint.hf_config()
             self.dtype = _dtype(config, checkpoint)
+            if checkpoint.n_ff_exp * self.dtype.itemsize % 16:  # torch's grouped products refuse such rows
+                config._experts_implementation = "eager"
             with _NoWeights():
                 self.model = AutoModelForCausalLM.from_config(
                     config, dtype=self.dtype, trust_remote_code=False

@@ -91,7 +91,7 @@ class Compression:
             raise UsageError(
                 f"{model} alone is enough for mobe-gguf plan; here the weights are needed: give the directory with them"
             )
-        check_output(out)
+        check_output(out, [model, wishes.moments, *(wishes.text or ()), wishes.eval_text])
         self.model, self.out, self.wishes, self.quiet = model, out, wishes, quiet
         self.workspace = Workspace.beside(out)
         self.work = self.workspace.path

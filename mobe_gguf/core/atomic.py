@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ def destination(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def check_output(out: Path) -> None:
-    """MobeError or UsageError if ``out`` cannot become a file, before any work is done."""
+def check_output(out: Path, inputs: Iterable[str | os.PathLike[str] | None] = ()) -> None:
+    """MobeError or UsageError if ``out`` cannot become a file, before any work is done; UsageError if it is one of the
+    ``inputs``, or lies in one that is a model's directory and is no GGUF file: it would be replaced."""
     if out.is_dir():
         raise UsageError(f"{out} is a directory; name the file to write, for instance {out / 'model.gguf'}")
     final = destination(out)
@@ -62,6 +63,12 @@ def check_output(out: Path) -> None:
         raise MobeError(f"{link}{parent}: no such directory. Make it first:\n  mkdir -p {parent}")
     if not os.access(parent, os.W_OK):
         raise MobeError(f"{link}{parent}: no permission to write there; choose another place for {out.name}")
+
+    for path in (Path(given) for given in inputs if given is not None):
+        held_by = path.iterdir() if path.is_dir() and out.suffix != ".gguf" else [path]
+        if final.exists() and any(file.is_file() and final.samefile(file) for file in held_by):
+            what = "the file" if path.is_file() else f"a file of {path}"
+            raise UsageError(f"{out} is {what} that is read; it would be replaced. Write to another")
 
 
 @contextlib.contextmanager

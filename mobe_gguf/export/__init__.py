@@ -74,7 +74,7 @@ def write_model(request: ExportRequest) -> Report:
     started = time.monotonic()
     options = request.options
     request.check()
-    check_output(request.out)
+    check_output(request.out, request.inputs)
     model = open_model(request)
     types = choose_types(request, model)
     rounding = _rounding(model, types)
@@ -82,6 +82,8 @@ def write_model(request: ExportRequest) -> Report:
     shards = cut(layout.encoded, options.split_max_size, model.conversion.alignment)
     paths = shard_paths(request.out, len(shards))
     check_places(paths)
+    for path in paths if len(paths) > 1 else ():
+        check_output(path, [*request.inputs, *model.conversion.files()])
     report = _report(request, model, types, layout, paths)
     key = fingerprint(
         [*model.checkpoint.source_files(), *model.conversion.files(), *map(Path, request.recipe.imatrix)],

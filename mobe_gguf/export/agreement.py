@@ -230,7 +230,11 @@ def _transformers(small: Path, tokens: np.ndarray) -> np.ndarray:
     disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            small,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            trust_remote_code=False,
         )
         with torch.inference_mode():
             return model(torch.from_numpy(tokens)[None]).logits[0].numpy()

@@ -48,7 +48,7 @@ def convert_model(
     directory, the converter does not know its architecture or fails, or there is no room.
     """
     check_name(str(out))
-    check_output(out)
+    check_output(out, [model])
     script = runtime.source_tree() / SCRIPT
     if not script.is_file():
         raise MobeError(f"{script}: the installed runtime lacks llama.cpp's converter; run mobe-gguf build")

@@ -66,6 +66,15 @@ class ExportRequest:
     recipe: Recipe
     options: ExportOptions = ExportOptions()
 
+    @property
+    def inputs(self) -> list[str | os.PathLike[str] | None]:
+        """The files and directories that are named to be read."""
+        options, recipe = self.options, self.recipe
+        return [
+            self.model, options.source, options.rest_from, options.original, *recipe.imatrix, recipe.moments,
+            *(options.wab.folders if options.wab is not None else ()),
+        ]  # fmt: skip
+
     def check(self) -> None:
         """UsageError if a file's name cannot go into the metadata or the card."""
         for path in (self.out, *self.recipe.imatrix, self.recipe.moments):

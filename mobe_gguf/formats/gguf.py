@@ -256,7 +256,13 @@ class _Reader:
 
     def read(self) -> GgufFile:
         if self.take(4) != MAGIC:
-            raise MobeError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF')")
+            part = self.path.suffix in (".json", ".safetensors")
+            mend = (
+                f". A model of the Hugging Face form is named by its directory: {self.path.parent}"
+                if part
+                else ""
+            )
+            raise MobeError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF'){mend}")
         version = self.number("<I")
         if version not in VERSIONS:
             swapped = struct.unpack(">I", struct.pack("<I", version))[0]

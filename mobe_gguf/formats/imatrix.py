@@ -61,6 +61,8 @@ class ImatrixFile:
             raise MobeError(
                 f"{path}: no such file. Make one with:\n  llama-imatrix -m model.gguf -f text.txt -o {path}"
             )
+        if Path(path).suffix == ".safetensors":
+            raise MobeError(f"{path}: not a file of llama-imatrix; second moments are given with --moments")
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise MobeError(

@@ -16,7 +16,7 @@ import pytest
 
 from mobe_gguf.core import atomic
 from mobe_gguf.core.atomic import atomic_path, check_output, destination
-from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.locks import Busy, locked
 
 
@@ -98,6 +98,26 @@ def test_links_that_lead_nowhere(tmp_path: Path) -> None:
         with pytest.raises(MobeError, match="circle: symbolic links that lead in a circle"):
             refuse(circle)
     assert names(tmp_path) == {"link", "circle"}
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    """A given file, also by a link; a file of a given directory, unless it is a GGUF file of an earlier run."""
+    folder, text = tmp_path / "model", tmp_path / "text"
+    folder.mkdir()
+    for path in (text, folder / "model.safetensors", folder / "old.gguf"):
+        path.write_text("of the user")
+    (tmp_path / "link").symlink_to(text)
+    for out, of in (
+        (text, "the file"),
+        (tmp_path / "link", "the file"),
+        (folder / "model.safetensors", f"a file of {folder}"),
+    ):
+        with pytest.raises(UsageError, match=f"{out} is {of} that is read; it would be replaced"):
+            check_output(out, [None, folder, text])
+    for out in (folder / "old.gguf", folder / "new", tmp_path / "other"):
+        check_output(out, [folder, text])
+    with pytest.raises(UsageError, match="old.gguf is the file that is read"):
+        check_output(folder / "old.gguf", [folder / "old.gguf"])
 
 
 # several writers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 
+from export.test_gguf_kinds import by_layer
 from parity.gguf_files import GgufFile, factorize, qwen3moe
 
 from mobe_gguf.core.names import ALL_PROJECTIONS
@@ -24,6 +25,7 @@ def whole() -> dict[str, GgufFile]:
         "down": factorize(qwen3moe(), projections=ALL_PROJECTIONS),
         "wide": factorize(qwen3moe(), activation="none", rank=56, n_basis=2, projections=ALL_PROJECTIONS),
         "mixed": mixed(),
+        "by layer": by_layer(),
     }
 
 

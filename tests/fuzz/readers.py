@@ -37,6 +37,8 @@ from mobe_gguf.evaluate.verify import verify
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.formats.imatrix import ImatrixFile
 from mobe_gguf.formats.moments import KEY, KEY_WEIGHS, Moments
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.models.gguf_factors import GgufFactors
 from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 
@@ -70,6 +72,32 @@ def kinds(folder: Path) -> Iterator[Kind]:
     yield Kind("checkpoint", path.read_bytes(), header_end(path), read_checkpoint, "model.safetensors")
     config = folder / "mobe" / "config.json"
     yield Kind("config.json", config.read_bytes(), config.stat().st_size, read_checkpoint, "config.json")
+    for what, fused in (("ordinary", False), ("fused", True)):
+        path = original(folder / what, fused)
+        yield Kind(f"{what} in shards", path.read_bytes(), header_end(path), read_original, path.name)
+    for name in ("config.json", "model.safetensors.index.json"):
+        path = folder / "ordinary" / name
+        yield Kind(f"{name} of an original", path.read_bytes(), path.stat().st_size, read_original, name)
+    factors_of(folder / "plain.gguf", folder / "factors")
+    for path in (
+        folder / "factors" / "factors.json",
+        *sorted((folder / "factors").glob("*.safetensors"))[:1],
+    ):
+        end = path.stat().st_size if path.suffix == ".json" else header_end(path)
+        yield Kind(f"{path.suffix[1:]} of factors", path.read_bytes(), end, read_factors, path.name)
+
+
+#: The directory beside a kind's file.
+BESIDE = {
+    "checkpoint": "mobe",
+    "config.json": "mobe",
+    "ordinary in shards": "ordinary",
+    "fused in shards": "fused",
+    "config.json of an original": "ordinary",
+    "model.safetensors.index.json of an original": "ordinary",
+    "json of factors": "factors",
+    "safetensors of factors": "factors",
+}
 
 
 def header_end(path: Path) -> int:
@@ -112,6 +140,61 @@ def checkpoint(folder: Path) -> Path:
     source = tiny.make_model("qwen3_moe", folder.with_name("original"), num_hidden_layers=1)
     make_mobe(source, folder)
     return folder / "model.safetensors"
+
+
+def original(folder: Path, fused: bool) -> Path:
+    """A shard of an ordinary model with experts in FP8 in one of its two layers, if they are not fused."""
+    import tiny
+    from models.editing import to_fp8
+    from safetensors.torch import load_file
+
+    tiny.make_model("qwen3_moe", folder, num_hidden_layers=2, max_shard_size="200KB", fused=fused)
+    shards = sorted(folder.glob("*.safetensors"))
+    if fused:
+        return shards[0]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for shard in shards:
+        tensors = load_file(shard)
+        for name in [n for n in tensors if ".layers.1.mlp.experts." in n]:
+            tensors[name], tensors[name + "_scale_inv"] = to_fp8(tensors[name], 16)
+            index["weight_map"][name + "_scale_inv"] = shard.name
+        save_file(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return shards[-1]
+
+
+def factors_of(source: Path, out: Path) -> None:
+    from parity.gguf_files import qwen3moe
+
+    from mobe_gguf.factorize.job import prepare, run
+    from mobe_gguf.factorize.plan import Options
+
+    run(prepare(qwen3moe().write(source), out, Options(bases=2, steps=1)), quiet=True)
+
+
+def read_original(path: Path) -> None:
+    """``path`` lies beside the rest of the model."""
+    model = Checkpoint(path.parent)
+    model.check_whole()
+    model.check_values()
+    for layer in model.moe_layers:
+        for projection in ("gate", "down"):
+            model.expert(layer, projection, 0)
+    model.copies([(model.moe_layers[0], "up")])
+
+
+def read_factors(path: Path) -> None:
+    model = GgufFactors(path.parent)
+    model.check_whole()
+    model.open_source()
+    for index in model.moe_layers:
+        layer = model.layer(index)
+        for projection in layer.projections:
+            layer.mix(projection)
+            layer.transform(projection, 0)
 
 
 def read_model(path: Path) -> None:
@@ -191,9 +274,9 @@ def main() -> int:
         folder = Path(name)
         ready = list(kinds(folder))
         for kind in ready:
-            (folder / kind.what).mkdir()
-            if kind.what in ("checkpoint", "config.json"):
-                shutil.copytree(folder / "mobe", folder / kind.what, dirs_exist_ok=True)
+            (folder / kind.what).mkdir(exist_ok=True)
+            if beside := BESIDE.get(kind.what):
+                shutil.copytree(folder / beside, folder / kind.what, dirs_exist_ok=True)
             (folder / kind.what / kind.name).write_bytes(kind.content)
             kind.read(folder / kind.what / kind.name)  # the whole one is read
         for i in range(options.count):

@@ -238,6 +238,53 @@ def test_compressed_tensors_by_way_of_gguf(
             torch.testing.assert_close(model.expert(0, projection, e), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("command", ["factorize", "moments", "verify", "inspect"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_directory_is_not_the_model(
+    command: str, name: str, model: Maker, tmp_path: Path
+) -> None:
+    words = [command, str(model("olmoe") / name)]
+    words += [str(tmp_path / "out")] if command in ("factorize", "moments") else []
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1 and f"by its directory: {model('olmoe')}" in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("export", ["--dense", "--quant", "q8_0"]),
+        ("convert", []),
+        ("moments", []),
+        ("compress", ["--quant", "q8_0"]),
+    ],
+)
+def test_no_command_replaces_what_it_reads(command: str, options: list[str], own_model: Maker) -> None:
+    path = own_model("olmoe")
+    before = (path / "model.safetensors").read_bytes()
+    done = CliRunner().invoke(main, [command, str(path), str(path / "model.safetensors"), *options])
+    assert done.exit_code == 2 and "that is read; it would be replaced" in done.stderr, done.stderr
+    assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_widths_that_grouped_products_refuse(own_model: Maker, tmp_path: Path) -> None:
+    """Rows of 33 values: moments are gathered, and the file is compared with transformers."""
+    path, text = own_model("qwen3_moe", num_hidden_layers=1, moe_intermediate_size=33), tmp_path / "text"
+    text.write_text(tiny.TEXT * 4)
+    for command in (
+        ["moments", path, tmp_path / "m.safetensors", "--text", text, "--ctx", "32", "--chunks", "2", "-q"],
+        ["export", path, tmp_path / "m.gguf", "--dense", "--quant", "q8_0"],
+    ):
+        done = CliRunner().invoke(main, [str(word) for word in command])
+        assert done.exit_code == 0, done.output
+    assert "differs from transformers" in done.stderr
+
+
+def test_moments_are_no_imatrix(model: Maker, tmp_path: Path) -> None:
+    asked = ["factorize", str(model("olmoe")), str(tmp_path / "out"), "--imatrix"]
+    done = CliRunner().invoke(main, [*asked, str(model("olmoe") / "model.safetensors")])
+    assert done.exit_code == 1 and "second moments are given with --moments" in done.stderr
+
+
 def test_rank_without_blocks(model: Maker, tmp_path: Path) -> None:
     run = CliRunner().invoke
     asked = ["factorize", str(model("olmoe")), str(tmp_path / "out"), "--dry-run", "--rank"]
