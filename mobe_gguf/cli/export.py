@@ -12,7 +12,7 @@ import click
 from mobe_gguf.cli import options
 from mobe_gguf.cli.wab import wab_files, wab_options
 from mobe_gguf.core.errors import Interrupted, UsageError
-from mobe_gguf.core.progress import console
+from mobe_gguf.core.progress import console, duration
 
 if TYPE_CHECKING:  # imports of torch
     from mobe_gguf.export import ExportRequest, Report
@@ -127,7 +127,8 @@ def command(model: Path, out: Path, as_json: bool, verify: bool, **given: Any) -
 
     MODEL is what `mobe-gguf factorize` wrote, or a published MoBE checkpoint. It may be an id on the Hugging Face hub (ORG/NAME),
     which is downloaded. Each tensor gets the type that llama-quantize would give it for the same TYPE, so q4_k means q4_k_m.
-    Router, norms and mixing weights stay f32. An existing OUT.gguf is replaced when the new one is whole.
+    Router, norms and mixing weights stay f32. An existing OUT.gguf is replaced when the new one is whole. A stopped export resumes
+    with the same command: at the unfinished file of --split-max-size, and with --moments at the unfinished tensor.
 
     If bases are quantized, export solves for the transforms and the mix again. It brings them near to the original model's matrices if
     the original is where factorize found it, or where --original says. Otherwise it brings them near to the factors' own matrices.
@@ -156,10 +157,7 @@ def command(model: Path, out: Path, as_json: bool, verify: bool, **given: Any) -
     try:
         report = write_model(request)
     except KeyboardInterrupt as e:
-        left = (
-            "nothing was written" if given["split_max_size"] is None else left_by(out, "what is finished is")
-        )
-        raise Interrupted(f"stopped; {left}") from e
+        raise Interrupted(f"stopped; {left_by(out, 'what is finished is')}") from e
     if verify and not given["dry_run"] and request.options.wab is None:
         from mobe_gguf.export.agreement import check_written
 
@@ -239,6 +237,8 @@ def _show(report: Report, dry_run: bool) -> None:
     lines += report.divided
     if report.rounded is not None:
         lines.append(report.rounded.line())
+    if report.rounding_seconds is not None:
+        lines.append(f"rounding by moments takes about {duration(report.rounding_seconds)} on this machine")
     if report.refit is not None:
         lines.append(report.refit.line())
     if report.copied:

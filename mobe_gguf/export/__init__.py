@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from mobe_gguf.export.card import Subject, write_card
 from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.fitted import default_types, mismatch
 from mobe_gguf.export.imatrix import remarks
+from mobe_gguf.export.journal import Journal
 from mobe_gguf.export.layout import FileLayout, Types, choose_types, lay_out
 from mobe_gguf.export.opened import Opened, open_model, source_checksum
 from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.export.rounding import ByMoments, few_tokens
+from mobe_gguf.export.rounding_time import expected_seconds
 from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
 from mobe_gguf.export.write import Copied, Encoded, head_bytes, write_gguf
 from mobe_gguf.formats.contents import original_params
@@ -93,15 +96,18 @@ def write_model(request: ExportRequest) -> Report:
         layout.refitting and layout.refitting.fingerprint,
         rounding.fingerprint,
     )
-    parts = Parts(request.out, key)
+    parts = Parts(request.out if len(paths) > 1 else destination(request.out), key)
+    begun = parts.unfinished()
     check_space(
-        request.out if len(paths) > 1 else destination(request.out),
-        report.data_bytes,
-        parts.files() if len(paths) > 1 else (),
+        parts.out,
+        max(begun, report.data_bytes - begun),
+        parts.finished_files(),
         "Make room, write elsewhere, or choose a smaller --quant.",
     )
     if options.dry_run:
         report.n_bytes = _size(model, shards)
+        if isinstance(rounding, ByMoments):
+            report.rounding_seconds = expected_seconds(layout.encoded, rounding)
     else:
         _write(request, model, parts, shards, report, rounding)
         report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
@@ -185,10 +191,13 @@ def _write(
         def head(index: int) -> Any:
             return model.conversion.header(shards, index)
 
-        if len(shards) == 1:
+        journal = None
+        if isinstance(rounding, ByMoments):
+            journal = partial(Journal, key=parts.key, rounding=rounding)
+        if len(shards) == 1 and journal is None:
             write_gguf(parts.out, head(0), shards[0], on_tensor)
         else:
             with parts.locked():
                 parts.load()
                 report.files_kept = len(parts.finished)
-                write_shards(parts, shards, head, on_tensor)
+                write_shards(parts, shards, head, on_tensor, journal)

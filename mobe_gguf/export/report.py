@@ -111,6 +111,7 @@ class Report:
     - ``original_params``: parameters with the original experts (equal to ``n_params`` if nothing is factorized).
     - ``files``: all paths of a split file (``path`` is the first); ``files_kept``: how many an interrupted run had
       finished.
+    - ``rounding_seconds``: how long rounding by moments is expected to take (planned only), None without moments.
     - ``needs_imatrix``: tensors that cannot be written without an importance matrix (planned only).
     - ``refit``: None if A was not solved for again.
     - ``copied``: tensors that were copied from a GGUF file.
@@ -126,6 +127,7 @@ class Report:
     n_bytes: int = 0
     written: bool = False
     seconds: float = 0.0
+    rounding_seconds: float | None = None
     tokenizer_pre: str | None = None
     tokenizer_why: str | None = None
     files: list[str] = field(default_factory=list)
@@ -169,6 +171,7 @@ class Report:
             "original_parameters": self.original_params,
             "bits_per_weight": round(self.bits_per_weight, 4),
             "seconds": round(self.seconds, 3),
+            "rounding_seconds": self.rounding_seconds and round(self.rounding_seconds, 3),
             "tokenizer_pre": self.tokenizer_pre,
             "tokenizer_why": self.tokenizer_why,
             "classes": [

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf import __version__
-from mobe_gguf.core.atomic import destination, held
+from mobe_gguf.core.atomic import destination, held, rename, sync
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_sizes
 from mobe_gguf.core.workspace import Workspace
-from mobe_gguf.export.write import Encoded, write_gguf
+from mobe_gguf.export.journal import JOURNAL, Journal, Kept
+from mobe_gguf.export.write import Encoded, not_written, write_gguf, write_into
 from mobe_gguf.formats.gguf import ALIGNMENT, padded
 
 #: ``split.count`` is a u16.
@@ -136,7 +137,7 @@ class Parts:
         try:
             self.folder.mkdir(exist_ok=True)
             for path in self.files():
-                if path.name not in self.finished:
+                if path.name not in self.finished and not _is_unfinished(path):
                     path.unlink()
             self._save()
         except OSError as e:
@@ -157,15 +158,29 @@ class Parts:
         The first file is the one to load.  The first file of an older set is removed before anything else, and the new
         one comes last.  If the process is stopped in between, there is no first file, so two sets are never mixed.
         """
-        paths[0].unlink(missing_ok=True)
+        if len(paths) > 1:
+            paths[0].unlink(missing_ok=True)
         for path in reversed(paths):
             Workspace(self.folder).deliver(path.name, path)
         shutil.rmtree(self.folder)
 
     def remove_if_useless(self) -> None:
         """Remove the folder if it holds no finished file, for then there is nothing to resume."""
-        if not self.finished:
+        if not self.finished and not (self.folder / JOURNAL).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finished_files(self) -> list[Path]:
+        """All files in the folder but unfinished ones."""
+        return [path for path in self.files() if not _is_unfinished(path)]
+
+    def unfinished(self) -> int:
+        """Bytes of a file that an interrupted run began, and that the next one copies from."""
+        return max((path.stat().st_blocks * 512 for path in self.files() if _is_unfinished(path)), default=0)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether the file in the folder of parts belongs to ``journal``."""
+    return path.name == JOURNAL or path.suffix in (".part", ".earlier")
 
 
 def left_by(out: Path, finished: str) -> str:
@@ -183,11 +198,13 @@ def write_shards(
     shards: Sequence[Sequence[Encoded]],
     writer_of: Callable[[int], Any],
     on_tensor: Callable[[Encoded], None],
+    journal_of: Callable[[Path, str], Journal] | None = None,
 ) -> list[Path]:
     """Write the files that are not finished yet, then deliver all; returns their paths.
 
-    ``writer_of(i)`` makes the ``gguf.GGUFWriter`` of file i, with keys and tensor table.  MobeError as
-    :func:`write_gguf`; finished files are kept then.
+    ``writer_of(i)`` makes the ``gguf.GGUFWriter`` of file i, with keys and tensor table.  ``journal_of(folder, name)``:
+    the journal by which an unfinished file is resumed, too.  MobeError as :func:`write_gguf`; what is finished is kept
+    then.
     """
     paths = shard_paths(parts.out, len(shards))
     parts.begin()
@@ -199,7 +216,10 @@ def write_shards(
                 continue
             kept = f"{len(parts.finished)} of {len(paths)} files are finished and kept in {parts.folder}"
             left = f"{kept}, the same command resumes from there" if parts.finished else "nothing was written"
-            write_gguf(parts.folder / path.name, writer_of(i), list(tensors), on_tensor, left)
+            if journal_of is None:
+                write_gguf(parts.folder / path.name, writer_of(i), list(tensors), on_tensor, left)
+            else:
+                _write_by_journal(journal_of(parts.folder, path.name), writer_of(i), tensors, on_tensor)
             parts.finish(path.name)
         parts.deliver(paths)
     except OSError as e:
@@ -209,3 +229,19 @@ def write_shards(
     finally:
         parts.remove_if_useless()
     return paths
+
+
+def _write_by_journal(
+    journal: Journal, writer: Any, tensors: Sequence[Encoded], on_tensor: Callable[[Encoded], None]
+) -> None:
+    """Write one file; after a stop its rounded tensors stay."""
+    journal.begin()
+    try:
+        write_into(journal.part, writer, tensors, on_tensor, lambda tensor: Kept(tensor, journal))
+        sync(journal.part)
+        rename(journal.part, journal.folder / journal.name)
+    except OSError as e:
+        kept = f"rounded tensors are kept in {journal.folder}, the same command resumes from there"
+        raise not_written(journal.part, e, kept) from e
+    (journal.folder / JOURNAL).unlink(missing_ok=True)
+    journal.earlier.unlink(missing_ok=True)

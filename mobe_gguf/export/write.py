@@ -153,16 +153,32 @@ def write_gguf(
     """
     try:
         with atomic_path(out) as part:
-            try:
-                writer.write_header_to_file(part)
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-                for tensor in tensors:
-                    writer.write_tensor_data(tensor)
-                    on_tensor(tensor)
-            finally:
-                writer.close()
+            write_into(part, writer, tensors, on_tensor)
     except OSError as e:
-        if e.errno in FULL:
-            raise MobeError(f"{out}: the disk is full; {left}. Make room or write elsewhere.") from e
-        raise MobeError(f"{out}: cannot be written: {e.strerror or e}; {left}") from e
+        raise not_written(out, e, left) from e
+
+
+def write_into(
+    part: Path,
+    writer: Head,
+    tensors: Sequence[Encoded],
+    on_tensor: Callable[[Encoded], None],
+    wrap: Any = None,
+) -> None:
+    """Write header, keys, tensor table and data to ``part``.  ``wrap``: makes of each tensor what the writer is given."""
+    try:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor if wrap is None else wrap(tensor))
+            on_tensor(tensor)
+    finally:
+        writer.close()
+
+
+def not_written(out: Path, e: OSError, left: str) -> MobeError:
+    """The error for a file that could not be written; ``left``: what the message says about finished work."""
+    if e.errno in FULL:
+        return MobeError(f"{out}: the disk is full; {left}. Make room or write elsewhere.")
+    return MobeError(f"{out}: cannot be written: {e.strerror or e}; {left}")

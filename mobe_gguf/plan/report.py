@@ -28,13 +28,24 @@ class PlanWishes:
     ctx: int = 32768
 
 
+#: A file with factors goes before a plain one if its estimated KL divergence is at most this share of the plain one's.
+#: The estimate is not more exact, and any llama.cpp runs the plain file.
+CLEARLY = 0.8
+
+
 def order(costs: Sequence[Cost], wishes: PlanWishes) -> list[Cost]:
     """First the files that fit and meet the wishes, the best one at the top, then the rest by size."""
     good = [c for c in costs if meets(c, wishes)]
     rest = [c for c in costs if not meets(c, wishes)]
-    return sorted(good, key=lambda c: (c.kl, -c.tokens_per_second)) + sorted(
+    return sorted(good, key=lambda c: (_rank(c), -c.tokens_per_second)) + sorted(
         rest, key=lambda c: c.form.n_bytes
     )
+
+
+def _rank(cost: Cost) -> float:
+    """KL divergence to put files in order by; measured errors count as they are."""
+    estimated = cost.form.factorized and cost.error is None
+    return cost.kl / CLEARLY if estimated else cost.kl
 
 
 def meets(cost: Cost, wishes: PlanWishes) -> bool:

@@ -172,7 +172,37 @@ def test_what_fits_and_is_best_comes_first(known: Callable[[str], Layout]) -> No
     good = [c for c in costs if report.meets(c, wishes)]
     assert good and costs[: len(good)] == good
     assert all(c.form.n_bytes <= 14e9 for c in good)
-    assert [c.kl for c in good] == sorted(c.kl for c in good)
+    ranks = [c.kl / (report.CLEARLY if c.form.factorized else 1) for c in good]
+    assert ranks == sorted(ranks)
+
+
+def recommendations() -> list[list[str]]:
+    """Rows of the table of ten models in docs/performance.md."""
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    table = text.split("<!-- ten models")[1].partition("\n\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("row", recommendations(), ids=lambda row: row[0])
+def test_recommendations_for_known_models(row: list[str], known: Callable[[str], Layout]) -> None:
+    """The table in the docs is what the plan says today, with the KV cache that it names."""
+    name, memories, beside, form, size, speed, kl, factors = row
+    ram, vram = (0.0 if m.strip() == "none" else float(m.removesuffix("GB")) for m in memories.split(","))
+    states, compute = (float(x.removesuffix("GB")) for x in beside.split("+"))
+    here = Machine(int(ram * 1e9), int(vram * 1e9), 900e9, ram_bandwidth=80e9 if vram else 60e9)
+    parts, wishes = memory.Beside(int(states * 1e9), int(compute * 1e9)), report.PlanWishes()
+    layout = known(name)
+    costs = report.order([cost.cost(layout, f, here, parts) for f in forms.forms(layout)], wishes)
+    best = costs[0]
+    assert report.meets(best, wishes) and best.form.name == form
+    assert f"{best.form.n_bytes / 1e9:.2f} GB" == size
+    assert best.tokens_per_second == pytest.approx(float(speed), rel=0.02) and f"{best.kl:.4f}" == kl
+    fitting = [c.kl for c in costs if c.form.factorized and report.meets(c, wishes)]
+    assert factors == (f"{min(fitting):.4f}" if fitting else "-")
+
+
+def test_all_ten_models_have_a_recommendation() -> None:
+    assert {row[0] for row in recommendations()} == CONFIGS.keys()
 
 
 def test_the_command(model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
