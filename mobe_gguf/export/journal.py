@@ -30,7 +30,7 @@ JOURNAL = "journal.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """A finished tensor: where it begins, bytes, checksum, what the rounding reported, squares of its values."""
 
     at: int
@@ -41,12 +41,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class State:
+class JournalRecord:
     """The journal in JSON."""
 
     key: str
     name: str
-    tensors: dict[str, Entry]
+    tensors: dict[str, JournalEntry]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Journal:
     name: str
     key: str
     rounding: ByMoments
-    found: dict[str, Entry] = field(default_factory=dict)
+    found: dict[str, JournalEntry] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
 
     @property
@@ -74,7 +74,7 @@ class Journal:
     def begin(self) -> None:
         """Take over what an interrupted run with the same key wrote."""
         try:
-            state = record(State, Workspace(self.folder).read(JOURNAL))
+            state = record(JournalRecord, Workspace(self.folder).read(JOURNAL))
             self.found = state.tensors if (state.key, state.name) == (self.key, self.name) else {}
         except (OSError, ValueError):
             self.found = {}
@@ -85,7 +85,7 @@ class Journal:
             self.earlier.unlink(missing_ok=True)
         self.left = set(self.found)
 
-    def kept(self, tensor: Encoded) -> Entry | None:
+    def kept(self, tensor: Encoded) -> JournalEntry | None:
         """The entry of a tensor that an earlier run wrote, None if there is none or its bytes are damaged."""
         name = tensor.tensor.name
         entry = self.found.get(name) if name in self.left else None
@@ -105,8 +105,8 @@ class Journal:
             check = zlib.crc32(block, check)
         name = tensor.tensor.name
         outcome = self.rounding.outcomes[name]
-        self.found[name] = Entry(at, tensor.nbytes, check, outcome, tensor.squares)
-        Workspace(self.folder).write(JOURNAL, plain(State(self.key, self.name, self.found)))
+        self.found[name] = JournalEntry(at, tensor.nbytes, check, outcome, tensor.squares)
+        Workspace(self.folder).write(JOURNAL, plain(JournalRecord(self.key, self.name, self.found)))
 
     def passed(self) -> None:
         """The new file has all that the earlier one had, which is removed."""
