@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobe_gguf.calibrate.roots import add_products, directions, mirror, root, size_of
+from mobe_gguf.calibrate.roots import MOST, Subspace, add_products, directions, mirror, root, size_of
 from mobe_gguf.formats.safetensors import Entry
 
 #: Name of a module of the model -> name of its GGUF tensor without ``.weight``, None if it has none.
@@ -65,13 +65,25 @@ def _name_map(arch: Any, n_layer: int) -> Any:
         table.update(before)
 
 
+#: Of inputs that all tokens have, about this many tokens for each channel are summed, if there are MANY channels: every
+#: second, third ... token of a longer text.  Measured in docs/calibration.md.
+TOKENS = 16
+MANY = 1024
+
+
 @dataclass
 class Sum:
-    """``sums`` ``[n, d, d]`` of one set of inputs over ``tokens`` tokens, and the GGUF tensors that get these inputs."""
+    """``sums`` ``[n, d, d]`` of one set of inputs over ``tokens`` tokens: each ``every``-th of the text's."""
 
-    weighs: list[str]
     sums: torch.Tensor
+    every: int = 1
     tokens: int = 0
+    _skip: int = 0
+
+    @classmethod
+    def new(cls, n: int, d: int, text: int, device: torch.device) -> Sum:
+        """For a text of ``text`` tokens."""
+        return cls(torch.zeros(n, d, d, device=device), max(1, text // (TOKENS * d)) if d >= MANY else 1)
 
     @property
     def n_bytes(self) -> int:
@@ -80,7 +92,9 @@ class Sum:
     def add(self, x: torch.Tensor) -> None:
         """Add inputs x ``[..., n, d]``."""
         n, d = self.sums.shape[:2]
-        x = x.reshape(-1, n, d).float()
+        x = x.reshape(-1, n, d)
+        given, x = len(x), x[self._skip :: self.every].float()
+        self._skip = (self._skip - given) % self.every
         if n == 1:
             add_products(self.sums[0], x[:, 0])
         else:
@@ -94,38 +108,40 @@ class Sum:
             mirror(self.sums[0])
         mean = self.sums[0] if n == 1 else self.sums.mean(0)
         size = size_of(mean, stem)
-        k = directions(mean, keep) if rank is None else min(rank, d)
-        self.sums.div_(size)
-        roots, rests = torch.empty(n, d, k, dtype=torch.float16), torch.empty(n, d, dtype=torch.float16)
-        for i in range(n):
-            found, rest = root(self.sums[i], k)
-            roots[i] = found
-            if rest is not None:
-                rests[i] = rest
+        if n == 1 and d > MOST:
+            subspace = Subspace.of(mean, keep, rank)
+            found = [subspace.root(subspace.mean / size, mean.diagonal() / size)]
+        else:
+            k = directions(mean, keep) if rank is None else min(rank, d)
+            self.sums.div_(size)
+            found = [root(one, k) for one in self.sums]
         tensors = {
-            "root": roots,
+            "root": torch.stack([one.half() for one, _ in found]),
             "scale": torch.tensor([size / self.tokens]),
             "tokens": torch.full((n,), self.tokens, dtype=torch.int32),
         }
-        if k < d:
-            tensors["rest"] = rests
+        if found[0][1] is not None:
+            tensors["rest"] = torch.stack([rest.half() for _, rest in found if rest is not None])
         return [Entry.of(f"{stem}.{name}", tensor) for name, tensor in tensors.items()]
 
 
 class Watch:
-    """Sums the inputs of the ``nn.Linear`` modules of ``module`` while it runs, for as many as fit in ``limit`` bytes.
+    """Sums the inputs of the ``nn.Linear`` modules of ``module`` while it runs, for as many as fit in ``limit`` bytes.  ``text``: tokens
+    that it will run.
 
     Modules with the same input tensor share a sum.  After the first batch :attr:`waiting` lists those that were left out,
     for further passes.  In latent attention (MLA) the heads' queries without position are summed, too: they are the input
     of the key half of ``kv_b``, which GGUF files may store separately.
     """
 
-    def __init__(self, module: nn.Module, prefix: str, names: Names, limit: float, tiled: bool = False):
+    def __init__(
+        self, module: nn.Module, prefix: str, names: Names, limit: float, text: int, tiled: bool = False
+    ):
         self.sums: dict[str, Sum] = {}
         self.waiting: set[str] = set()
         self.started = False
         self._done: set[str] = set()
-        self._limit = limit
+        self._limit, self._text = limit, text
         self._stems: dict[str, str] = {}
         self._seen: list[tuple[torch.Tensor, str]] = []
         self._parts: list[tuple[nn.Module, str, int]] = []
@@ -210,7 +226,7 @@ class Watch:
             if self.sums and sum(s.n_bytes for s in self.sums.values()) + new > self._limit:
                 self.waiting.add(stem)
                 return
-            self.sums[stem] = Sum([], torch.zeros(n, x.shape[-1], x.shape[-1], device=x.device))
+            self.sums[stem] = Sum.new(n, x.shape[-1], self._text, x.device)
         self.sums[stem].add(x)
 
     def weighs(self) -> dict[str, str]:

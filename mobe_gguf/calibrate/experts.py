@@ -1,18 +1,20 @@
 """Inputs of a layer's routed experts, and also their outputs where not all experts' weights fit into memory.
 
-The experts are processed one after the other, each over all its tokens, so memory holds the sums of only one expert.
+down's inputs are summed while the experts run, each on its tokens.  gate's and up's inputs are kept, and summed after that,
+one expert at a time: with many channels in the subspace of the layer's strongest directions (:class:`.roots.Subspace`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
-from mobe_gguf.calibrate.roots import add_products, directions, mirror, root, size_of
+from mobe_gguf.calibrate.roots import MOST, Subspace, add_products, directions, mirror, root, size_of
 from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.workspace import LayersWorkspace, States
 from mobe_gguf.core import names
@@ -22,6 +24,8 @@ from mobe_gguf.formats.safetensors import Entry
 
 #: Number of an expert's tokens that are computed at once.
 ROWS = 4096
+#: Rows are padded to a multiple of this: oneDNN compiles and keeps a product for each number of rows.
+PADDED = 32
 
 
 @dataclass
@@ -45,33 +49,32 @@ class Fed:
         self.index[rows], self.weights[rows] = index.cpu().int(), weights.cpu().float()
         self.done += len(x)
 
+    def leave_out(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Add, and answer nothing."""
+        self.add(x, index, weights)
+        return torch.zeros_like(x)
+
     def seen(self, n: int, sizes: Sequence[int]) -> list[list[int]]:
         """How many tokens of each text each of ``n`` experts saw.  ``sizes``: tokens of each text, in order."""
         parts = self.index.split(list(sizes))
         return [torch.bincount(part.flatten(), minlength=n).tolist() for part in parts]
 
-    def by_expert(self, n: int) -> list[torch.Tensor]:
-        """Positions of each expert in the flattened ``index``, in the order of the text."""
-        flat = self.index.flatten()
-        return list(flat.argsort(stable=True).split(torch.bincount(flat, minlength=n).tolist()))
+
+def by_expert(index: torch.Tensor, n: int) -> list[torch.Tensor]:
+    """Positions of each of n experts in the flattened ``index``, in the order of the text."""
+    flat = index.flatten()
+    return list(flat.argsort(stable=True).split(torch.bincount(flat, minlength=n).tolist()))
 
 
-def watch(layer: int, module: nn.Module, p: int, take: Callable[..., None]) -> Any:
-    """Add a hook that passes the arguments of ``module`` to ``take``.
-
-    The module is called as ``experts(x [T, d], index [T, k], weights [T, k])``, with positional or named arguments.  It
-    has what :class:`ExpertForm` says.
-    """
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        known = len(given) >= 3 and given[1].shape == given[2].shape
-        if not known or ExpertForm(module).p != p:
-            raise MobeError(f"layer {layer}: transformers calls the experts in a way that is not known here")
-        x = given[0].reshape(-1, given[0].shape[-1])
-        take(x, given[1].reshape(len(x), -1), given[2].reshape(len(x), -1))
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+def given(layer: int, module: nn.Module, p: int, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    """``(x [T, d], index [T, k], weights [T, k])`` of a call ``experts(x, index, weights)``, positional or named.  ``module`` has
+    what :class:`ExpertForm` says; MobeError if not."""
+    found = [*args, *kwargs.values()]
+    known = len(found) >= 3 and found[1].shape == found[2].shape
+    if not known or ExpertForm(module).p != p:
+        raise MobeError(f"layer {layer}: transformers calls the experts in a way that is not known here")
+    x = found[0].reshape(-1, found[0].shape[-1])
+    return x, found[1].reshape(len(x), -1), found[2].reshape(len(x), -1)
 
 
 class ExpertForm:
@@ -139,50 +142,146 @@ def fill(module: nn.Module, checkpoint: Runnable, layer: int, dtype: torch.dtype
 
 
 class Experts:
-    """The experts of one MoE layer of ``checkpoint``, run over all their inputs ``fed``."""
+    """The experts of one MoE layer of ``checkpoint``: their answers, and the moments of their inputs ``fed``."""
 
     def __init__(self, checkpoint: Runnable, layer: int, module: nn.Module, fed: Fed, work: LayersWorkspace, dtype: torch.dtype, device: str):  # fmt: skip
         self.checkpoint, self.layer, self.fed, self.work = checkpoint, layer, fed, work
         self.form = ExpertForm(module)
         self.dtype, self.device = dtype, device
         self.n, self.d, self.p = checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
-        self.places = fed.by_expert(self.n)
+        self.down_sums = work.new("sums", (self.n, self.p, self.p), torch.float32)
 
-    def run(self, out: States | None, keep: float, rank: int | None) -> tuple[list[Entry], dict[str, str]]:
-        """Return the tensors of the moments file (see docs/format.md) and the GGUF tensors that they weigh.  If ``out``
-        ``[T, d]``, float32, is given, the experts' outputs are written to it.
+    # running them
+
+    def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Outputs ``[T, d]`` for inputs x ``[T, d]``, from loaded weights, as transformers computes them; down's inputs are
+        summed."""
+        self.fed.add(x, index, weights)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        form = self.form
+        first, last = (form.module._parameters[name] for name in (form.name, "down_proj"))
+        for e, places in enumerate(by_expert(index, self.n)):
+            if len(places):
+                tokens = places // index.shape[1]
+                both, down = form.stored(first[e]), form.stored(last[e])
+                weight = weights.reshape(-1)[places, None].float()
+                out[tokens] += self._expert(e, x[tokens], weight, both, down)  # an expert has a token once
+        return out.to(x.dtype)
+
+    def one_by_one(self, out: States) -> None:
+        """Read each expert, apply it to all its tokens, and add the outputs to ``out`` ``[T, d]``.  In float32: the products of
+        bf16 that oneDNN compiles take more memory than the expert."""
+        k = self.fed.index.shape[1]
+        for e, at in enumerate(by_expert(self.fed.index, self.n)):
+            if not len(at):
+                continue
+            both, down = self.form.joined([self._read(x, e) for x in self.form.kinds]), self._read("down", e)
+            for places in at.split(ROWS):
+                x = self.fed.x.tensor[places // k].to(self.device).float()
+                weight = self.fed.weights.view(-1)[places, None].to(self.device)
+                out.tensor[places // k] += self._expert(e, x, weight, both, down).cpu()
+
+    def _read(self, kind: str, e: int) -> torch.Tensor:
+        """One expert's matrix: values in the model's type, as float32."""
+        return self.checkpoint.expert(self.layer, kind, e).to(self.device, self.dtype).float()
+
+    def _expert(
+        self, e: int, x: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted outputs of one expert, float32; adds what down is fed to its sum."""
+        rows = len(x)
+        if self.form.scales_inputs:
+            x, weight = (x * weight).to(x.dtype), torch.ones_like(weight)
+        hidden = self.form.hidden(pad(x, (0, 0, 0, -rows % PADDED)), both, e)
+        fed, sums = hidden[:rows].float() * weight, self.down_sums.tensor[e]
+        if sums.device == x.device:
+            add_products(sums, fed)
+        else:
+            part = torch.zeros(sums.shape, device=x.device)
+            add_products(part, fed)
+            sums += part.cpu()
+        return self.form.output(hidden, down, e)[:rows].float() * weight
+
+    # their moments
+
+    def moments(self, keep: float, rank: int | None) -> tuple[list[Entry], dict[str, str]]:
+        """Return the tensors of the moments file (see docs/format.md) and the GGUF tensors that they weigh; call this once all
+        have run.
 
         Every expert's moments include PRIOR of the average expert's tokens, with the layer's average moments.
         """
-        gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in (self.form.kinds[0], "down"))
-        mean = self._mean_of_inputs()
-        size = size_of(mean, gate_stem) * (1 + PRIOR)
-        k = directions(mean, keep) if rank is None else min(rank, self.d)
-        gate = _Roots(self.work, "gate", self.n, self.d, k)
-        down_sums = self.work.new("sums", (self.n, self.p, self.p), torch.float32)
-        down_mean = torch.zeros(self.p, self.p, dtype=torch.float64)
-        for e in range(self.n):
-            fed, hidden = self._expert(e, out)
-            gate.put(e, mirror(fed).add_(mean, alpha=PRIOR).div_(size))
-            down_sums.tensor[e] = mirror(hidden).cpu()
-            down_mean += down_sums.tensor[e]
-        del mean
-        down_mean = (down_mean / self.n).float()
-        down_size = size_of(down_mean, down_stem) * (1 + PRIOR)
-        k = directions(down_mean, keep) if rank is None else self.p
-        down = _Roots(self.work, "down", self.n, self.p, k)
-        for e in range(self.n):
-            sums = down_sums.tensor[e].to(self.device)
-            down.put(e, (sums + PRIOR * down_mean.to(sums)) / down_size)
-        down_sums.remove()
-        counts = torch.tensor([len(p) for p in self.places], dtype=torch.int32)
+        places = by_expert(self.fed.index, self.n)
+        counts = torch.tensor([len(p) for p in places], dtype=torch.int32)
         entries = []
-        for stem, roots, of in ((gate_stem, gate, size), (down_stem, down, down_size)):
-            entries += roots.entries(stem)
-            entries.append(Entry.of(f"{stem}.scale", torch.tensor([of / (1 + PRIOR) / self.fed.done])))
-            entries.append(Entry.of(f"{stem}.tokens", counts))
+        for stem, (roots, size) in (
+            (self.form.kinds[0], self._inputs(places, keep, rank)),
+            ("down", self._hidden(keep, rank)),
+        ):
+            name = f"blk.{self.layer}.ffn_{stem}_exps"
+            entries += roots.entries(name)
+            entries.append(Entry.of(f"{name}.scale", torch.tensor([size / (1 + PRIOR) / self.fed.done])))
+            entries.append(Entry.of(f"{name}.tokens", counts))
+        gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in (self.form.kinds[0], "down"))
         weighs = {names.transform_name(self.layer, x): gate_stem for x in self.form.kinds}
         return entries, weighs | {names.transform_name(self.layer, "down"): down_stem}
+
+    def _inputs(self, places: list[torch.Tensor], keep: float, rank: int | None) -> tuple[_Roots, float]:
+        """Roots of gate's and up's inputs, and the size of their average."""
+        mean = self._mean_of_inputs()
+        size = size_of(mean, f"blk.{self.layer}.ffn_{self.form.kinds[0]}_exps") * (1 + PRIOR)
+        if self.d > MOST:
+            mean_diagonal, subspace = mean.diagonal().clone(), Subspace.of(mean, keep, rank)
+            del mean
+            return self._in_subspace(places, subspace, mean_diagonal, size), size
+        k = directions(mean, keep) if rank is None else min(rank, self.d)
+        roots = _Roots(self.work, "gate", self.n, self.d, k)
+        for e, at in enumerate(places):
+            sums = torch.zeros(self.d, self.d, device=self.device)
+            for x, weight in self._rows(self.fed.x, at):
+                add_products(sums, x * weight)
+            roots.put(e, *root(mirror(sums).add_(mean, alpha=PRIOR).div_(size), k, seed=e))
+        return roots, size
+
+    def _in_subspace(
+        self, places: list[torch.Tensor], subspace: Subspace, mean_diagonal: torch.Tensor, size: float
+    ) -> _Roots:
+        k = subspace.basis.shape[1]
+        projected = self.work.new("projected", (self.fed.done, k), torch.float32)
+        for rows in torch.arange(self.fed.done).split(ROWS):
+            projected.tensor[rows] = (self.fed.x.tensor[rows].to(self.device).float() @ subspace.basis).cpu()
+        roots = _Roots(self.work, "gate", self.n, self.d, k)
+        for e, at in enumerate(places):
+            sums, diagonal = torch.zeros(k, k, device=self.device), PRIOR * mean_diagonal
+            for x, weight in self._rows(projected, at):
+                add_products(sums, x * weight)
+            for x, weight in self._rows(self.fed.x, at):
+                diagonal += (x * weight).square_().sum(0)
+            sums = mirror(sums).add_(subspace.mean, alpha=PRIOR).div_(size)
+            roots.put(e, *subspace.root(sums, diagonal / size))
+        projected.remove()
+        return roots
+
+    def _rows(self, of: States, at: torch.Tensor) -> Any:
+        """``(x [rows, d] float32, weight [rows, 1])`` of an expert's tokens, piece by piece."""
+        k = self.fed.index.shape[1]
+        for places in at.split(ROWS):
+            x = of.tensor[places // k].to(self.device).float()
+            yield x, self.fed.weights.view(-1)[places, None].to(x)
+
+    def _hidden(self, keep: float, rank: int | None) -> tuple[_Roots, float]:
+        """Roots of down's inputs, and the size of their average."""
+        mean = torch.zeros(self.p, self.p, dtype=torch.float64)
+        for sums in self.down_sums.tensor:
+            mean += mirror(sums)
+        mean = (mean / self.n).float()
+        size = size_of(mean, f"blk.{self.layer}.ffn_down_exps") * (1 + PRIOR)
+        k = directions(mean, keep) if rank is None else self.p
+        roots = _Roots(self.work, "down", self.n, self.p, k)
+        for e in range(self.n):
+            sums = self.down_sums.tensor[e].to(self.device)
+            roots.put(e, *root((sums + PRIOR * mean.to(sums)) / size, k, seed=e))
+        self.down_sums.remove()
+        return roots, size
 
     def _mean_of_inputs(self) -> torch.Tensor:
         """``[d, d]``, the average of all experts' sums.  Each token counts once, with the sum of its squared weights."""
@@ -193,42 +292,6 @@ class Experts:
             add_products(sums, x * strength[rows, None].to(x))
         return mirror(sums).div_(self.n)
 
-    def _expert(self, e: int, out: States | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of one expert's inputs: ``[d, d]`` for gate and up, ``[p, p]`` for down."""
-        sums = torch.zeros(self.d, self.d, device=self.device)
-        hidden_sums = torch.zeros(self.p, self.p, device=self.device)
-        if not len(self.places[e]):
-            return sums, hidden_sums
-        gate_up, down = self._weights(e, out is not None)
-        k = self.fed.index.shape[1]
-        for places in self.places[e].split(ROWS):
-            tokens = places // k
-            x = self.fed.x.tensor[tokens].to(self.device).float()
-            weight = self.fed.weights.view(-1)[places, None].to(x)
-            add_products(sums, x * weight)
-            if self.form.scales_inputs:
-                x, weight = x * weight, torch.ones_like(weight)
-            hidden = self.form.hidden(x, gate_up, e)
-            add_products(hidden_sums, hidden * weight)
-            if out is not None:
-                out.tensor[tokens] += (
-                    self.form.output(hidden, down, e) * weight
-                ).cpu()  # a token has an expert once: no row twice
-        return sums, hidden_sums
-
-    def _weights(self, e: int, with_down: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """One expert's weights: values in the model's type, as float32."""
-        form = self.form
-        first, down = (form.module._parameters[name] for name in (form.name, "down_proj"))
-        if first.device.type != "meta":
-            return form.stored(first[e]).float(), form.stored(down[e]).float()
-
-        def read(kind: str) -> torch.Tensor:
-            return self.checkpoint.expert(self.layer, kind, e).to(self.device, self.dtype).float()
-
-        matrix = form.joined([read(kind) for kind in form.kinds])
-        return matrix, read("down") if with_down else matrix
-
 
 class _Roots:
     """Roots of all experts, in scratch files with the layout of the layer's file."""
@@ -238,8 +301,7 @@ class _Roots:
         self.roots = work.new(f"{name}-root", (n, d, k), torch.float16)
         self.rests = work.new(f"{name}-rest", (n, d), torch.float16) if k < d else None
 
-    def put(self, e: int, sums: torch.Tensor) -> None:
-        found, rest = root(sums, self.k, seed=e)
+    def put(self, e: int, found: torch.Tensor, rest: torch.Tensor | None) -> None:
         self.roots.tensor[e] = found
         if self.rests is not None:
             assert rest is not None
@@ -251,8 +313,3 @@ class _Roots:
             Entry.copy(f"{stem}.{name}", "F16", part.shape, part.file, 0, part.file.stat().st_size)
             for name, part in parts
         ]
-
-    def remove(self) -> None:
-        for part in (self.roots, self.rests):
-            if part is not None:
-                part.remove()

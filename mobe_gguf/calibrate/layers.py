@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from mobe_gguf.calibrate.dense import Names, Sum, Watch, gguf_names
-from mobe_gguf.calibrate.experts import Experts, Fed, fill, watch
+from mobe_gguf.calibrate.experts import Experts, Fed, fill, given
 from mobe_gguf.calibrate.runnable import Runnable
-from mobe_gguf.calibrate.skeleton import Call, Enough, Skeleton
+from mobe_gguf.calibrate.skeleton import Call, Skeleton
 from mobe_gguf.calibrate.workspace import LayersWorkspace, States
 from mobe_gguf.core.atomic import atomic_path
 from mobe_gguf.core.errors import MobeError
@@ -32,8 +32,10 @@ from mobe_gguf.formats.safetensors import Entry, write_safetensors
 BATCH = 4096
 #: Share of the free memory that may be used without ``--memory``.
 SHARE = 0.8
-#: Memory of a layer's experts when all are loaded, as a multiple of their weights: torch's grouped product packs them.
-BESIDE = 2.5
+#: Memory of a layer's experts when all are loaded, as a multiple of their weights.
+BESIDE = 1.25
+#: A layer adds its experts' outputs, and does nothing else with them, if its output differs by no more than this share of them.
+ROUNDING = 0.02
 #: Values in memory for each token in a layer, as multiples of the hidden and the widest inner size; measured.
 LIVE = 24
 
@@ -143,7 +145,7 @@ class Run:
                 if x is None:
                     break
                 if total is None:
-                    total = Sum([], torch.zeros(1, x.shape[-1], x.shape[-1], device=x.device))
+                    total = Sum.new(1, x.shape[-1], self.tokens.numel(), x.device)
                 total.add(x)
             if total is None:
                 return
@@ -175,12 +177,13 @@ class LayerRun:
         self.skeleton, self.checkpoint = run.skeleton, run.checkpoint
         self.module = run.skeleton.layers[number]
         prefix = f"{run.skeleton.layers_name}{number}."
-        family = run.checkpoint.family
-        self.dense = Watch(self.module, prefix, run.names, run.budget / 4, family.tiled_heads)
+        family, text = run.checkpoint.family, run.tokens.numel()
+        self.dense = Watch(self.module, prefix, run.names, run.budget / 4, text, family.tiled_heads)
         self.weighs: dict[str, str] = {}
         #: How many tokens of each text each expert saw.
         self.seen: list[list[int]] | None = None
         self.said = "no routed experts"
+        self.stored: _Stored | None = None
 
     def gather(self) -> list[Entry]:
         """Tensors of the layer's file; :attr:`weighs` says which GGUF tensors they weigh."""
@@ -193,16 +196,15 @@ class LayerRun:
         self.weighs |= self.dense.weighs()
         return entries
 
-    def _forward(self, keep: States | None) -> None:
-        """Run all batches, in order."""
-        for number, call in enumerate(self.calls):
+    def _forward(self, keep: States | None, first: int | None = None) -> None:
+        """Run all batches, in order, or the ``first`` ones."""
+        if self.stored is not None:
+            self.stored.at = 0
+        for number, call in enumerate(self.calls[:first]):
             self.run.bar.update(f"layer {self.number}: {number} of {len(self.calls)} batches")
             self.dense.next_batch()
             hidden = self.run.part(self.states, number).to(self.skeleton.device)
-            try:
-                out = self.module(hidden, *call.args, **call.kwargs)
-            except Enough:
-                continue
+            out = self.module(hidden, *call.args, **call.kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if keep is not None:
                 self._check(number, out)
@@ -235,8 +237,8 @@ class LayerRun:
     def _experts(self, stack: contextlib.ExitStack) -> list[Entry]:
         """Moments of routed experts.
 
-        If all fit in memory, the layer runs as it is.  Otherwise it runs up to the experts, and their outputs are computed
-        one expert after the other.  Until ``stack`` closes, the layer's expert module then returns these outputs.
+        If all fit in memory, the layer runs as it is.  Otherwise it runs with experts that add nothing, and their outputs are
+        computed one expert after the other and added.  Until ``stack`` closes, the layer's expert module returns these outputs.
         """
         found = [m for name, m in self.module.named_modules() if name.split(".")[-1] == "experts"]
         if len(found) != 1:
@@ -246,52 +248,75 @@ class LayerRun:
         c, inner, (work, dtype, device) = self.checkpoint, found[0], self.run.place
         tokens = self.run.tokens.numel()
         fed = Fed.new(work, tokens, c.n_embd, c.n_expert_used, dtype)
+        experts = Experts(c, self.number, inner, fed, work, dtype, device)
         weights = len(c.family.kinds) * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize
         one_by_one = BESIDE * weights > self.run.budget
+        take = lambda *a, **k: given(self.number, inner, c.n_ff_exp, *a, **k)  # noqa: E731
         if one_by_one:
-            self._watched(inner, fed, stop=True)
+            with self._replaced(inner, take, fed.leave_out), self.dense.on():
+                self._forward(self.after)
             answers = work.new("answers", (tokens, c.n_embd), torch.float32)
+            experts.one_by_one(answers)
+            self.stored = _Stored(answers)
+            stack.enter_context(self._replaced(inner, take, self.stored))
+            self._complete(answers)
         else:
             fill(inner, c, self.number, dtype, device)
-            with self.dense.on():
-                self._watched(inner, fed, keep=self.after)
-            answers = None
-        experts = Experts(c, self.number, inner, fed, work, dtype, device)
+            with self._replaced(inner, take, experts.answer), self.dense.on():
+                self._forward(self.after)
         settings = self.run.settings
-        entries, self.weighs = experts.run(answers, settings.keep, settings.rank)
-        if answers is not None:
-            stack.enter_context(self._answering(inner, answers))
+        entries, self.weighs = experts.moments(settings.keep, settings.rank)
         self.seen = fed.seen(c.n_expert, self.run.sizes)
-        counts = [len(places) for places in experts.places]
+        counts = [sum(of) for of in zip(*self.seen, strict=True)]
         self.said = f"{min(counts)} to {max(counts)} tokens an expert" + ", one at a time" * one_by_one
         return entries
 
-    def _watched(self, inner: nn.Module, fed: Fed, keep: States | None = None, stop: bool = False) -> None:
-        def take(*given: torch.Tensor) -> None:
-            fed.add(*given)
-            if stop:
-                raise Enough
+    def _complete(self, answers: States) -> None:
+        """Add the experts' outputs to those of a layer that ran without them.
 
-        hook = watch(self.number, inner, self.checkpoint.n_ff_exp, take)
-        try:
-            self._forward(keep)
-        finally:
-            hook.remove()
+        That is right if the layer only adds them.  The first batch, which runs again, tells; if it is not so, all run again.
+        """
+        if answers.shape[1] != self.checkpoint.hidden_size:  # latent experts: a matrix follows
+            self._forward(self.after)
+            return
+        partial, added = self.after.tensor.view(answers.shape), answers.tensor
+        rows = self.run.batches[0].numel()
+        whole = (partial[:rows].float() + added[:rows]).to(partial.dtype)
+        self._forward(self.after, 1)
+        got, allowed = partial[:rows].float(), ROUNDING * float(added[:rows].norm())
+        if float((got - whole.float()).norm()) > allowed + torch.finfo(partial.dtype).eps * float(got.norm()):
+            self._forward(self.after)
+            return
+        for begin in range(rows, len(added), BATCH):
+            part = partial[begin : begin + BATCH]
+            part.copy_(part.float() + added[begin : begin + BATCH])
+        for number, _ in enumerate(self.calls):
+            self._check(number, self.run.part(self.after, number))
 
     @contextlib.contextmanager
-    def _answering(self, inner: nn.Module, answers: States) -> Iterator[None]:
-        """Make ``inner`` return the experts' stored outputs, batch after batch, again for every pass."""
-        at = 0
+    def _replaced(
+        self, inner: nn.Module, take: Callable[..., Any], by: Callable[..., torch.Tensor]
+    ) -> Iterator[None]:
+        """Make ``inner`` return the outputs ``by(x [T, d], index [T, k], weights [T, k])``."""
 
-        def answer(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            nonlocal at
-            rows = x.numel() // x.shape[-1]
-            found = answers.tensor[at : at + rows].to(x).view(x.shape)
-            at = (at + rows) % len(answers.tensor)
-            return found
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            x, index, weights = take(*args, **kwargs)
+            return by(x, index, weights).view((args[0] if args else next(iter(kwargs.values()))).shape)
 
-        inner.forward = answer
+        inner.forward = forward
         try:
             yield
         finally:
             del inner.forward
+
+
+class _Stored:
+    """The experts' stored outputs, batch after batch, again for every pass."""
+
+    def __init__(self, answers: States):
+        self.answers, self.at = answers, 0
+
+    def __call__(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        found = self.answers.tensor[self.at : self.at + len(x)].to(x)
+        self.at = (self.at + len(x)) % len(self.answers.tensor)
+        return found

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mobe_gguf.calibrate import dense, experts, roots, workspace
 from mobe_gguf.calibrate import moments as module
-from mobe_gguf.calibrate import workspace
 from mobe_gguf.calibrate.dense import gguf_names
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.core.errors import MobeError, UsageError
@@ -66,7 +66,7 @@ def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
 
         return hook
 
-    def experts(layer):
+    def routed(layer):
         def hook(module, args):
             if len(args) == 1:  # Llama-4: all tokens for each expert, times the scores
                 return scaled(layer, args[0].double())
@@ -103,7 +103,7 @@ def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
     for path_, part in model.named_modules():
         if layer := re.search(r"layers\.(\d+)\..*\.experts$", path_):
             if hasattr(part, "down_proj"):
-                part.register_forward_pre_hook(experts(int(layer[1])))
+                part.register_forward_pre_hook(routed(int(layer[1])))
         name = names(path_)
         if isinstance(part, torch.nn.Linear) and name and "_inp" not in name:
             part.register_forward_pre_hook(linear(name))
@@ -142,6 +142,48 @@ def test_same_as_the_whole_model(family, memory, model, text, tmp_path):
         assert {"blk.0.ffn_down.weight", "blk.1.attn_kv_b.weight", "blk.1.attn_k_b.weight"} <= set(expected)
     if family in ("qwen2_moe", "deepseek_v3"):
         assert "blk.1.ffn_up_shexp.weight" in expected
+
+
+def test_many_channels(model, text, tmp_path, monkeypatch):
+    """All experts of a layer in one subspace, nearly; of inputs that all tokens have, every second token."""
+    for place in (experts, roots, dense):
+        monkeypatch.setattr(place, "MOST", 24)
+    monkeypatch.setattr(dense, "MANY", 64)
+    monkeypatch.setattr(dense, "TOKENS", 1)
+    got, expected = gathered(model("qwen3_moe"), text, tmp_path / "m"), whole(model("qwen3_moe"), text)
+    for name in ("blk.1.ffn_up_exps.weight", "blk.0.attn_q.weight"):
+        found, s = got.find(name), expected[name] / got.scale(name)
+        assert found.root.shape[2] == 24 and found.rest is not None
+        space = torch.linalg.qr(found.root[0])[0].double()
+        for e, root in enumerate(found.root.double()):
+            assert float((root - space @ (space.T @ root)).norm() / root.norm()) < 0.1
+            if "exps" in name:
+                inside = space.T @ (root @ root.T - s[e]) @ space
+                assert float(inside.norm() / s[e].norm()) < 0.05
+                assert torch.allclose(found.channels()[e, 0], s[e].diagonal(), rtol=0.01, atol=1e-3)
+    assert got.tokens("blk.0.attn_q.weight").tolist() == [CTX * CHUNKS // 3]
+    assert got.tokens("blk.0.attn_output.weight").tolist() == [CTX * CHUNKS // 3]
+    assert float(got.find("blk.0.attn_q.weight").channels().mean()) == pytest.approx(1, rel=0.01)
+
+
+def test_every_second_token():
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    total = dense.Sum(torch.zeros(1, 8, 8), every=3)
+    for part in x.split([10, 10, 1, 1, 1, 27]):
+        total.add(part)
+    assert total.tokens == 17 and torch.allclose(total.sums[0], x[::3].T @ x[::3], atol=1e-5)
+
+
+def test_a_layer_that_does_more_than_add_its_experts(model, text, tmp_path, monkeypatch):
+    """It is seen in the first batch, and all run again."""
+    kind = AutoModelForCausalLM.from_config(Checkpoint(model("qwen3_moe")).hf_config()).model.layers[0]
+    forward = type(kind).forward
+    monkeypatch.setattr(type(kind), "forward", lambda *a, **k: forward(*a, **k).mul(2).tanh())
+    one = gathered(model("qwen3_moe"), text, tmp_path / "one", memory=LITTLE)
+    all_ = gathered(model("qwen3_moe"), text, tmp_path / "all")
+    for name in one.names:
+        a, b = (m.find(name).root @ m.find(name).root.mT * m.scale(name) for m in (one, all_))
+        assert float((a - b).norm() / b.norm()) < 1e-3, name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

@@ -14,7 +14,7 @@ def spectrum(d: int, power: float) -> torch.Tensor:
     return (q * torch.arange(1.0, d + 1).pow(-power)) @ q.T
 
 
-@pytest.mark.parametrize("d", [7, 300, 1024, 1500])
+@pytest.mark.parametrize("d", [7, 300, 1500, 2100])
 def test_half_of_the_products(d):
     x, y = torch.randn(2, 40, d, generator=torch.Generator().manual_seed(1))
     sums = torch.zeros(d, d)
@@ -47,3 +47,23 @@ def test_the_strongest_and_a_diagonal(most, monkeypatch):
     assert torch.allclose(found.square().sum(1) + rest, s.diagonal().clamp_min(1e-4), atol=1e-4)
     whole, none = roots.root(s, 200)
     assert none is None and torch.allclose(whole @ whole.T, s, atol=2e-4)
+
+
+def test_no_direction_counts_for_nothing():
+    """Sums of fewer tokens than channels have directions without energy: they get FLOOR, and the rest stays."""
+    x = torch.randn(20, 50, generator=torch.Generator().manual_seed(2))
+    whole = roots.cholesky(x.T @ x)
+    assert torch.allclose(whole @ whole.T, x.T @ x + roots.FLOOR * torch.eye(50), atol=1e-4)
+    s = spectrum(50, 0.5)
+    assert torch.allclose(roots.cholesky(s) @ roots.cholesky(s).T, s, atol=1e-6)
+
+
+def test_in_the_subspace_of_the_average():
+    """What a matrix is fed within the strongest directions of the average, and its whole diagonal."""
+    x = torch.randn(90, 60, generator=torch.Generator().manual_seed(3)) * torch.arange(1.0, 61).pow(-1)
+    space = roots.Subspace.of(spectrum(60, 1) + x.T @ x, 1, 12)
+    q, own = space.basis, (x[::2] @ space.basis).T @ (x[::2] @ space.basis)
+    s = x[::2].T @ x[::2]
+    found, rest = space.root(own, s.diagonal())
+    assert q.shape == (60, 12) and torch.allclose(q.T @ found @ found.T @ q, q.T @ s @ q, atol=0.02)
+    assert torch.allclose(found.square().sum(1) + rest, s.diagonal(), atol=2e-3)
