@@ -1,7 +1,8 @@
 """Gathering moments for a model of any size: peak memory and time, compared with the plain forward pass.
 
     python bench/moments.py --dir DIR                                  DeepSeek-V3's layer shapes in FP8, one MoE layer: memory
-    python bench/moments.py --dir DIR --shape small --forward          a model that fits: time against its own forward pass
+    python bench/moments.py --dir DIR --shape qwen3-30b --forward      a layer of Qwen3-30B: time against its own forward pass
+    python bench/moments.py --dir DIR --group 6G                       in a control group of that much memory (version 1, root)
 
 The checkpoint is written to --dir and kept there for the next run.  All its matrices are pieces of the same random
 numbers (FP8 with block scales, or bf16).  The peak counts the process's own pages; the system can take back those of
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import threading
@@ -33,6 +35,11 @@ SHAPES = {
         model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"], hidden_size=7168, intermediate_size=18432,
         moe_intermediate_size=2048, n_routed_experts=256, num_experts_per_tok=8, num_attention_heads=128,
         num_key_value_heads=128, num_hidden_layers=2, **MLA,
+    ),
+    "qwen3-30b": dict(
+        model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], hidden_size=2048, intermediate_size=6144,
+        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, num_hidden_layers=1, norm_topk_prob=True,
     ),
     "small": dict(
         model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], hidden_size=1024, intermediate_size=1024,
@@ -126,6 +133,17 @@ def own() -> int:
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
+def enter(limit: str) -> Path:
+    """Put this process into a new control group with that much memory, file pages included."""
+    from mobe_gguf.core.files import parse_size
+
+    group = Path("/sys/fs/cgroup/memory") / f"moments-{os.getpid()}"
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text(str(parse_size(limit, "--group")))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    return group
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -134,8 +152,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="instead of the shape's own")
     parser.add_argument("--memory", default="4G")
     parser.add_argument("--chunks", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, help="instead of --keep 0.999")
     parser.add_argument("--forward", action="store_true", help="time transformers' own forward pass, too")
+    parser.add_argument("--group", help="limit of a control group that the process is put in")
+    parser.add_argument("--make", action="store_true", help="write the checkpoint only")
     parser.add_argument("--dir", type=Path, default=Path("moments-bench"))
     options = parser.parse_args()
     import torch
@@ -148,6 +168,9 @@ def main() -> None:
         shape["n_routed_experts" if "n_routed_experts" in shape else "num_experts"] = options.experts
     model = options.dir / f"{options.shape}-{options.experts or 'all'}"
     size = make(model, shape, fp8=options.shape == "deepseek-v3")
+    if options.make:
+        return
+    group = enter(options.group) if options.group else None
     text, out = resources.path("models") / "calibration.txt", options.dir / "moments.safetensors"
     shutil.rmtree(f"{out}.work", ignore_errors=True)
     if options.forward:
@@ -190,6 +213,14 @@ def main() -> None:
         f"{time.monotonic() - wall:.0f} s",
         file=sys.stderr,
     )
+    if group is not None:
+        most, failed = (
+            (group / name).read_text().strip() for name in ("memory.max_usage_in_bytes", "memory.failcnt")
+        )
+        print(
+            f"control group of {options.group}: {int(most) / 1e9:.2f} GB at most with file pages, limit met {failed} times",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -110,12 +110,12 @@ def strongest(sums: torch.Tensor, k: int, seed: int = 0) -> tuple[torch.Tensor, 
 
 
 def cholesky(sums: torch.Tensor) -> torch.Tensor:
-    """A root ``[d, d]`` of ``sums``, float32; of ``sums`` and FLOOR on the diagonal where a direction has less than FLOOR."""
-    s = sums.double()
-    floor = torch.eye(len(s), dtype=s.dtype, device=s.device) * FLOOR
-    if int(torch.linalg.cholesky_ex(s - floor)[1]):
-        s = s + floor
+    """A root ``[d, d]`` of ``sums``, float32; of ``sums`` and FLOOR on the diagonal where a pivot is below FLOOR."""
+    s = sums.to(torch.float64, copy=True)
     found, failed = torch.linalg.cholesky_ex(s)
+    if int(failed) or float(found.diagonal().square().min()) < FLOOR:
+        s.diagonal().add_(FLOOR)
+        found, failed = torch.linalg.cholesky_ex(s)
     if int(failed):  # rounding of float32 sums made it indefinite by more than FLOOR
         values, vectors = torch.linalg.eigh(s)
         found = vectors * values.clamp_min(FLOOR).sqrt()
