@@ -97,6 +97,7 @@ def make(path: Path, shape: dict, fp8: bool) -> int:
         "F8_E4M3": torch.from_numpy(noise * 100).to(torch.float8_e4m3fn).view(torch.uint8).numpy().tobytes(),
     }
     header, at, pieces = {}, 0, []
+    scaled: dict[np.float32, bytes] = {}
 
     def add(name: str, dtype: str, shape: tuple[int, ...], pattern: bytes) -> None:
         nonlocal at
@@ -116,8 +117,10 @@ def make(path: Path, shape: dict, fp8: bool) -> int:
             blocks = tuple(-(-x // 128) for x in s)
             add(f"{name}_scale_inv", "F32", blocks, np.full(blocks, scale / 100, np.float32).tobytes())
         else:
-            scaled = noise * (1 if "embed" in name else scale)
-            add(name, "BF16", s, (scaled.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+            by = np.float32(1 if "embed" in name else scale)
+            if by not in scaled:
+                scaled[by] = ((noise * by).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+            add(name, "BF16", s, scaled[by])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path / "model.safetensors", "wb") as file:
