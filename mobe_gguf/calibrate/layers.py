@@ -240,29 +240,22 @@ class LayerRun:
         If all fit in memory, the layer runs as it is.  Otherwise it runs with experts that add nothing, and their outputs are
         computed one expert after the other and added.  Until ``stack`` closes, the layer's expert module returns these outputs.
         """
-        found = [m for name, m in self.module.named_modules() if name.split(".")[-1] == "experts"]
-        if len(found) != 1:
-            raise MobeError(
-                f"{self.checkpoint.path}: transformers' layer {self.number} has {len(found)} modules `experts`, expected one"
-            )
-        c, inner, (work, dtype, device) = self.checkpoint, found[0], self.run.place
+        c, inner, (work, dtype, device) = self.checkpoint, self.expert_module(), self.run.place
         tokens = self.run.tokens.numel()
         fed = Fed.new(work, tokens, c.n_embd, c.n_expert_used, dtype)
         experts = Experts(c, self.number, inner, fed, work, dtype, device)
         weights = len(c.family.kinds) * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize
         one_by_one = BESIDE * weights > self.run.budget
-        take = lambda *a, **k: given(self.number, inner, c.n_ff_exp, *a, **k)  # noqa: E731
         if one_by_one:
-            with self._replaced(inner, take, fed.leave_out), self.dense.on():
+            with self._replaced(inner, fed.leave_out), self.dense.on():
                 self._forward(self.after)
             answers = work.new("answers", (tokens, c.n_embd), torch.float32)
             experts.one_by_one(answers)
-            self.stored = _Stored(answers)
-            stack.enter_context(self._replaced(inner, take, self.stored))
+            stack.enter_context(self._answering(answers))
             self._complete(answers)
         else:
             fill(inner, c, self.number, dtype, device)
-            with self._replaced(inner, take, experts.answer), self.dense.on():
+            with self._replaced(inner, experts.answer), self.dense.on():
                 self._forward(self.after)
         settings = self.run.settings
         entries, self.weighs = experts.moments(settings.keep, settings.rank)
@@ -270,6 +263,22 @@ class LayerRun:
         counts = [sum(of) for of in zip(*self.seen, strict=True)]
         self.said = f"{min(counts)} to {max(counts)} tokens an expert" + ", one at a time" * one_by_one
         return entries
+
+    def expert_module(self) -> nn.Module:
+        """transformers' module of the layer's routed experts."""
+        found = [m for name, m in self.module.named_modules() if name.split(".")[-1] == "experts"]
+        if len(found) != 1:
+            raise MobeError(
+                f"{self.checkpoint.path}: transformers' layer {self.number} has {len(found)} modules `experts`, expected one"
+            )
+        return found[0]
+
+    @contextlib.contextmanager
+    def _answering(self, answers: States) -> Iterator[None]:
+        """Make the experts return ``answers``."""
+        self.stored = _Stored(answers)
+        with self._replaced(self.expert_module(), self.stored):
+            yield
 
     def _complete(self, answers: States) -> None:
         """Add the experts' outputs to those of a layer that ran without them.
@@ -294,13 +303,11 @@ class LayerRun:
             self._check(number, self.run.part(self.after, number))
 
     @contextlib.contextmanager
-    def _replaced(
-        self, inner: nn.Module, take: Callable[..., Any], by: Callable[..., torch.Tensor]
-    ) -> Iterator[None]:
+    def _replaced(self, inner: nn.Module, by: Callable[..., torch.Tensor]) -> Iterator[None]:
         """Make ``inner`` return the outputs ``by(x [T, d], index [T, k], weights [T, k])``."""
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            x, index, weights = take(*args, **kwargs)
+            x, index, weights = given(self.number, inner, self.checkpoint.n_ff_exp, *args, **kwargs)
             return by(x, index, weights).view((args[0] if args else next(iter(kwargs.values()))).shape)
 
         inner.forward = forward

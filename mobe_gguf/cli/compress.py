@@ -122,7 +122,7 @@ PLANNED = ("form", "quant", "bases", "rank", "target", "basis_type", "transform_
     help="Second moments that `mobe-gguf moments` gathered from MODEL, instead of gathering them again.",
 )  # fmt: skip
 @options.keep
-@click.option("--memory", metavar="SIZE", help="Memory to use (32G), beside torch's own.")
+@options.memory
 @click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
 )

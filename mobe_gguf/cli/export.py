@@ -24,6 +24,7 @@ OPTIONS = (
     "tokenizer_pre",
     "experts_used",
     "dense",
+    "sequential",
     "source",
     "rest_from",
     "refit",
@@ -90,6 +91,16 @@ TYPE_OPTIONS = {
     help="Second moments of the original model's inputs, from `mobe-gguf moments`. Rounding then minimizes output error instead of weight "
     "error. Also serves as an importance matrix.",
 )
+@click.option(
+    "--sequential",
+    type=click.Path(path_type=Path),
+    metavar="TEXT",
+    multiple=True,
+    help="With --dense and --moments: run the model and its rounded copy over TEXT, layer by layer, and round each layer's experts for what "
+    "the rounded layers before it put out. Lowers the KL divergence at the same size. The text of the moments serves. Repeatable. A killed run "
+    "continues after its last finished layer.",
+)
+@options.memory
 @options.refit
 @click.option(
     "--original",
@@ -182,6 +193,7 @@ def _request(model: Path, out: Path, given: Mapping[str, Any]) -> ExportRequest:
         split_max_size=None if size is None else parse_size(size, "--split-max-size"),
         wab=wab_files(given["wab"], given["activation"], given["wab_layers"]),
         card=not given["no_card"],
+        memory=None if given["memory"] is None else parse_size(given["memory"], "--memory"),
         **{name: given[name] for name in OPTIONS},
     )
     return ExportRequest(model, out, _recipe(model, target, given), options)

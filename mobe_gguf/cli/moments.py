@@ -34,11 +34,7 @@ from mobe_gguf.core.errors import Interrupted
     metavar="K",
     help="Keep K directions instead, and all of down's inputs. OUT takes 2 n d K bytes a layer for n experts with d inputs.",
 )
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    help="Memory to use (32G), beside torch's own.  [default: 0.8 of what this process may use]",
-)
+@options.memory
 @options.device
 @options.resume
 @options.quiet

@@ -145,6 +145,11 @@ def chunks(default: int | None = None) -> Decorator:
 
 # where and how
 
+memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory to use (32G), beside torch's own.  [default: 0.8 of what this process may use]",
+)
 device = click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda or cuda:N."
 )

@@ -11,8 +11,10 @@ keys, ``factors`` adds bases and mix.  ``layout``: each tensor gets a type (``re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from mobe_gguf.export.report import Report
 from mobe_gguf.export.request import ExportOptions, ExportRequest
 from mobe_gguf.export.rounding import ByMoments, few_tokens
 from mobe_gguf.export.rounding_time import expected_seconds
+from mobe_gguf.export.sequential import Sequential
 from mobe_gguf.export.shards import Parts, check_places, cut, fingerprint, shard_paths, write_shards
 from mobe_gguf.export.write import Copied, Encoded, head_bytes, write_gguf
 from mobe_gguf.formats.contents import original_params
@@ -82,6 +85,9 @@ def write_model(request: ExportRequest) -> Report:
     types = choose_types(request, model)
     rounding = _rounding(model, types)
     layout = lay_out(request, model, types, rounding)
+    sequential = Sequential(request, model, types.choices) if options.sequential else None
+    if sequential is not None:
+        layout = replace(layout, encoded=sequential.put(layout.encoded))
     shards = cut(layout.encoded, options.split_max_size, model.conversion.alignment)
     paths = shard_paths(request.out, len(shards))
     check_places(paths)
@@ -95,6 +101,7 @@ def write_model(request: ExportRequest) -> Report:
         options.wab,
         layout.refitting and layout.refitting.fingerprint,
         rounding.fingerprint,
+        sequential and sequential.fingerprint,
     )
     parts = Parts(request.out if len(paths) > 1 else destination(request.out), key)
     begun = parts.unfinished()
@@ -109,7 +116,8 @@ def write_model(request: ExportRequest) -> Report:
         if isinstance(rounding, ByMoments):
             report.rounding_seconds = expected_seconds(layout.encoded, rounding)
     else:
-        _write(request, model, parts, shards, report, rounding)
+        with contextlib.nullcontext() if sequential is None else sequential.running():
+            _write(request, model, parts, shards, report, rounding)
         report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
         report.refit = None if layout.refitting is None else layout.refitting.outcome()
         report.n_bytes, report.written = sum(path.stat().st_size for path in paths), True

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.files import check_name, format_size
 from mobe_gguf.models.wab import WabFiles
 from mobe_gguf.quant.recipe import Recipe
@@ -26,6 +27,8 @@ class ExportOptions:
     - ``refit``: solve for A and the mix again where the bases are quantized, see ``refit``.
     - ``original``: the model that the factors were made of, if it has moved.
     - ``base_model``: the original's id on the hub, for the metadata.
+    - ``sequential``: texts; the experts are rounded layer by layer as these flow through them, see ``sequential``.
+      ``chunks``, ``memory``, ``device``: of that run, as in ``calibrate.moments``.
     - ``card``: write a README.md beside the file, see ``card``.
     - ``dry_run``: plan everything, write nothing.
     """
@@ -41,6 +44,10 @@ class ExportOptions:
     refit: bool = True
     original: str | os.PathLike[str] | None = None
     base_model: str | None = None
+    sequential: tuple[Path, ...] = ()
+    chunks: int | None = None
+    memory: int | None = None
+    device: str = "cpu"
     card: bool = False
     dry_run: bool = False
     verbose: bool = False
@@ -54,6 +61,7 @@ class ExportOptions:
         if self.wab is not None:
             words += [f"--wab {path.absolute().name}/" for path in self.wab.folders]
             words.append(f"--activation {self.wab.activation}")
+        words += [f"--sequential {path.name}" for path in self.sequential]
         return tuple(words)
 
 
@@ -76,7 +84,11 @@ class ExportRequest:
         ]  # fmt: skip
 
     def check(self) -> None:
-        """UsageError if a file's name cannot go into the metadata or the card."""
+        """UsageError if a file's name cannot go into the metadata or the card, or options do not fit each other."""
+        if self.options.sequential and not (self.options.dense and self.recipe.moments):
+            raise UsageError(
+                "--sequential rounds ordinary experts by their moments: give --dense and --moments FILE, too"
+            )
         for path in (self.out, *self.recipe.imatrix, self.recipe.moments):
             if path is not None:
                 check_name(str(path))

@@ -1,0 +1,200 @@
+"""``export --sequential``: experts rounded for what the rounded layers before them put out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mobe_gguf.calibrate import pairs
+from mobe_gguf.calibrate.moments import collect
+from mobe_gguf.core import resources
+from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.export import Recipe, export, parse_override, parse_quant
+from mobe_gguf.export import sequential as module
+from mobe_gguf.formats.gguf import read_gguf
+from mobe_gguf.models.checkpoint import Checkpoint
+from mobe_gguf.runtime import ggml
+
+Maker = Callable[..., Path]
+
+SIZE = {"moe_intermediate_size": 64, "hidden_size": 128}
+TEXT = resources.path("models") / "calibration.txt"
+CHUNKS = 8
+#: Few levels, so that there is an error to make up for.
+QUANT = "q8_0", "q2_0"
+
+
+@pytest.fixture(scope="module")
+def moments(model: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("moments") / "m.safetensors"
+    collect(model("qwen3_moe", **SIZE), TEXT, out, chunks=CHUNKS, quiet=True)
+    return out
+
+
+def write(path: Path, out: Path, moments: Path, experts: str = QUANT[1], **options: Any) -> Path:
+    overrides = tuple(parse_override(f"ffn_{x}_exps={experts}") for x in ("gate", "up", "down"))
+    recipe = Recipe(parse_quant(QUANT[0]), moments=str(moments), overrides=overrides)
+    export(path, out, recipe, dense=True, quiet=True, **options)
+    return out
+
+
+def experts(file: Path, layer: int, projection: str) -> torch.Tensor:
+    return tensor(file, f"blk.{layer}.ffn_{projection}_exps.weight")
+
+
+def tensor(file: Path, name: str) -> torch.Tensor:
+    info = read_gguf(file).tensors[name]
+    data = np.fromfile(file, np.uint8, info.n_bytes, offset=info.offset).reshape(*info.shape[:-1], -1)
+    return torch.from_numpy(ggml.dequantize(data, info.type, info.shape[-1]))
+
+
+def states(path: Path, *, file: Path | None = None, skip: int = 0) -> torch.Tensor:
+    """The last hidden states of ``path`` with the experts of ``file``, by the whole model in transformers; ``skip`` leaves out the
+    chunks that were seen."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if file is not None:
+        for i, layer in enumerate(model.model.layers):
+            parts = [experts(file, i, x) for x in ("gate", "up", "down")]
+            with torch.no_grad():
+                layer.mlp.experts.gate_up_proj.copy_(torch.cat(parts[:2], 1))
+                layer.mlp.experts.down_proj.copy_(parts[2])
+                layer.mlp.gate.weight.copy_(tensor(file, f"blk.{i}.ffn_gate_inp.weight"))
+    ids = torch.tensor(AutoTokenizer.from_pretrained(path)(TEXT.read_text()).input_ids)[
+        : 512 * (CHUNKS + skip)
+    ]
+    with torch.no_grad():
+        found: torch.Tensor = model.model(ids.view(-1, 512)[skip:]).last_hidden_state
+    return found
+
+
+def test_the_whole_model_comes_nearer(model: Maker, moments: Path, tmp_path: Path) -> None:
+    """On the text, and on one that neither moments nor run have seen."""
+    path = model("qwen3_moe", **SIZE)
+    plain = write(path, tmp_path / "plain.gguf", moments)
+    ours = write(path, tmp_path / "ours.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
+    assert plain.stat().st_size == ours.stat().st_size
+    for skip, gain in ((0, 0.9), (CHUNKS, 0.95)):
+        right = states(path, skip=skip)
+        errors = [float((states(path, file=f, skip=skip) - right).square().sum()) for f in (plain, ours)]
+        assert errors[1] < gain * errors[0], errors
+    assert not (tmp_path / "ours.gguf.rounding").exists()
+
+
+def test_what_is_run_is_what_is_stored(
+    model: Maker, moments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states of the two models are those of transformers with the original's and with the file's experts."""
+    path, found = model("qwen3_moe", **SIZE), {}
+
+    def keep(self: Any, states: Any) -> None:
+        found["states"] = states.tensor.float().clone()
+
+    monkeypatch.setattr(pairs.PairedRun, "_output", keep)
+    ours = write(path, tmp_path / "ours.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
+    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for got, file in zip(found["states"], (None, ours), strict=True):
+        expected = states(path, file=file)
+        with torch.no_grad():
+            got = net.model.norm(got)
+        assert float((got - expected).norm() / expected.norm()) < 2e-5
+
+
+def test_the_router_keeps_more_choices(
+    model: Maker, moments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a text that neither moments nor run have seen."""
+    path, kept = model("qwen3_moe", **SIZE), []
+    ours = write(path, tmp_path / "ours.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
+    monkeypatch.setattr(module.Sequential, "_refitted", lambda *_: [])
+    without = write(path, tmp_path / "without.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
+    right = choices(path, None)
+    for file in (ours, without):
+        kept.append(float((choices(path, file) == right).all(-1).float().mean()))
+    assert kept[0] > kept[1], kept
+
+
+def choices(path: Path, file: Path | None) -> torch.Tensor:
+    """The experts ``[layers, tokens, k]``, in order, that tokens of another part of the text choose."""
+    found: list[torch.Tensor] = []
+    layer = AutoModelForCausalLM.from_pretrained(path).model.layers[0].mlp.experts.__class__
+    forward = layer.forward
+
+    def look(self: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        found.append(index.sort(-1).values)
+        answer: torch.Tensor = forward(self, x, index, weights)
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "forward", look)
+        states(path, file=file, skip=CHUNKS)
+    return torch.stack(found)
+
+
+def test_many_levels_need_no_correction(model: Maker, moments: Path, tmp_path: Path) -> None:
+    path = model("qwen3_moe", **SIZE)
+    ours = write(path, tmp_path / "ours.gguf", moments, "q8_0", sequential=(TEXT,), chunks=CHUNKS)
+    for layer in range(Checkpoint(path).n_layer):
+        for x in ("gate", "up", "down"):
+            right = torch.stack(
+                [Checkpoint(path).expert(layer, x, e).float() for e in range(Checkpoint(path).n_expert)]
+            )
+            assert float((experts(ours, layer, x) - right).norm() / right.norm()) < 0.02
+
+
+def test_a_stopped_run_continues(
+    model: Maker, moments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model("qwen3_moe", **SIZE)
+    whole = write(path, tmp_path / "whole.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
+    make, seen = module.Sequential._codes, []
+
+    def stop(self: Any, layer: int) -> Any:
+        seen.append(layer)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return make(self, layer)
+
+    monkeypatch.setattr(module.Sequential, "_codes", stop)
+    again = tmp_path / "again.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        write(path, again, moments, sequential=(TEXT,), chunks=CHUNKS)
+    assert not again.exists() and (tmp_path / "again.gguf.rounding" / "layer-000.safetensors").is_file()
+    write(path, again, moments, sequential=(TEXT,), chunks=CHUNKS)
+    assert seen[2] == seen[1] == 1, "the finished layer is not run again"
+    assert again.read_bytes() == whole.read_bytes()
+
+
+def test_solution() -> None:
+    """W* is what least squares gives from the rounded model's inputs to the original's outputs."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 12, generator=g)
+    rounded = x + 0.5 * torch.randn(4000, 12, generator=g) @ torch.randn(12, 12, generator=g)
+    w = torch.randn(5, 12, generator=g)
+    sums = pairs.Sums(12, "cpu")
+    sums.add(x, rounded)
+    found, s = sums.solve(w, torch.zeros(12, 12), 4000)
+    expected = torch.linalg.lstsq(rounded.double(), (x @ w.T).double()).solution.T
+    assert float((found - expected).norm() / expected.norm()) < 3 * pairs.RIDGE
+    assert float((w - expected).norm() / expected.norm()) > 0.1
+    assert abs(float(s.diagonal().mean()) - 1) < 1e-5
+    only_prior, _ = pairs.Sums(12, "cpu").solve(w, torch.eye(12), 4000)
+    assert torch.allclose(only_prior, w, atol=1e-6), "an expert without tokens keeps its matrix"
+
+
+def test_wrong_use(model: Maker, moments: Path, tmp_path: Path) -> None:
+    path, out = model("qwen3_moe", **SIZE), tmp_path / "out.gguf"
+    with pytest.raises(UsageError, match="--moments"):
+        export(path, out, Recipe(parse_quant("q4_0")), dense=True, quiet=True, sequential=(TEXT,))
+    with pytest.raises(UsageError, match="--dense"):
+        export(path, out, Recipe(parse_quant("q4_0"), moments=str(moments)), quiet=True, sequential=(TEXT,))
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    with pytest.raises((UsageError, MobeError), match="short.txt"):
+        write(path, out, moments, sequential=(short,))
+    assert not list(tmp_path.glob("out*"))
