@@ -6,8 +6,8 @@ An expert's matrix W gets the inputs x in the original, and x' in the rounded mo
     W* = W + W (C - S) (S + r)^-1        S = E[g^2 x' x'^T],  C = E[g^2 x x'^T],  r: RIDGE of S's mean diagonal
 
 and the metric is S.  For down x' is what the expert's rounded gate and up make of their own inputs.  The idea is known for dense
-models (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695).  The moments of the original run are added with the weight PRIOR to both
-S and C, so an expert that sees few tokens is corrected little.
+models (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695).  The moments of the original run are added to both S and C, as if the
+average expert had seen PRIOR d tokens more, so an expert that sees few tokens is corrected little.
 
 Routed experts alone are treated so: they are almost all of the file.  The router, which is stored in float32, gets its W* as it is,
 so that more tokens keep their experts (the same purpose as the null-space term of MoBiE, arXiv 2604.06798, at no cost in bytes).
@@ -225,7 +225,11 @@ class PairedExperts:
         sums = Sums(self.d, self.device)
         for rows in torch.arange(self.tokens).split(ROWS):
             sums.add(*(fed.x.tensor[rows].to(self.device).float() for fed in self.fed))
-        return sums.solve(own.detach().float(), torch.zeros_like(sums.s), self.tokens)[0]
+        return sums.solve(own.detach().float(), torch.zeros_like(sums.s), 0.0)[0]
+
+    def _weight(self, d: int) -> float:
+        """Tokens of a text whose moments stand for PRIOR d tokens of the average expert."""
+        return PRIOR * d * self.n / self.k
 
     def _weights(self, e: int, projection: str) -> torch.Tensor:
         """Values in the model's type, as float32."""
@@ -239,7 +243,7 @@ class PairedExperts:
         sums = Sums(self.d, self.device)
         for x, weight in self._inputs(e):
             sums.add(x[0] * weight, x[1] * weight)
-        fixed, s = sums.solve(gate_up, self.codes.prior("gate", e), self.tokens)
+        fixed, s = sums.solve(gate_up, self.codes.prior("gate", e), self._weight(self.d))
         values = []
         for name, w in zip(("gate", "up"), fixed.split(self.p), strict=True):
             data, decoded = self.codes.round(name, e, w, s, behind)
@@ -249,7 +253,7 @@ class PairedExperts:
         sums = Sums(self.p, self.device)
         for x, weight in self._inputs(e):
             sums.add(self._gated(x[0], gate_up) * weight, self._gated(x[1], now) * weight)
-        fixed, s = sums.solve(down, self.codes.prior("down", e), self.tokens)
+        fixed, s = sums.solve(down, self.codes.prior("down", e), self._weight(self.p))
         data, decoded = self.codes.round("down", e, fixed, s, behind)
         stored["down"].tensor[e] = data
         return now, decoded.to(down)
@@ -284,10 +288,10 @@ class Sums:
         self.s.addmm_(x_rounded.T, x_rounded)
         self.c.addmm_(x.T, x_rounded)
 
-    def solve(self, w: torch.Tensor, prior: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """W* of ``w`` ``[rows, d]``, and the metric S, float32.  ``prior``: see :meth:`Codes.prior`; ``tokens`` of the text."""
-        s = self.s.double().add_(prior.to(self.s).double(), alpha=PRIOR * tokens)
-        lost = w.double() @ (self.c.double().add_(prior.to(self.s).double(), alpha=PRIOR * tokens).sub_(s))
+    def solve(self, w: torch.Tensor, prior: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """W* of ``w`` ``[rows, d]``, and the metric S, float32.  ``prior``, times ``weight``, is added to S and C."""
+        lost = w.double() @ (self.c - self.s).double()
+        s = self.s.double().add_(prior.to(self.s).double(), alpha=weight)
         size = float(s.diagonal().mean())
         if not 0 < size < float("inf"):
             raise MobeError("an expert's inputs are all zero, or not finite; give another text")

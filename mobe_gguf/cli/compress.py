@@ -110,6 +110,11 @@ PLANNED = ("form", "quant", "bases", "rank", "target", "basis_type", "transform_
 @options.output_tensor_type
 @options.token_embedding_type
 @options.pure
+@click.option(
+    "--no-sequential",
+    is_flag=True,
+    help="Round each layer's experts on their own, not for what the rounded layers before them put out. Faster, and worse.",
+)
 @options.refit
 @options.rest_from
 @options.split_max_size
@@ -254,7 +259,12 @@ def _wishes(given: dict[str, Any]) -> dict[str, Any]:
     found["overrides"] = tuple(parse_override(text) for text in found.pop("tensor_type"))
     for option, field in TYPES.items():
         found[field] = found.pop(_name(option))
-    for option, field in (("no_rivals", "rivals"), ("no_measure", "measure"), ("no_card", "card")):
+    for option, field in (
+        ("no_rivals", "rivals"),
+        ("no_measure", "measure"),
+        ("no_card", "card"),
+        ("no_sequential", "sequential"),
+    ):
         found[field] = not found.pop(option)
     where = [found.pop(name) for name in ("gpu_layers", "cpu_moe", "n_cpu_moe")]
     return found | {"placement": options.llama_placement(*where)}

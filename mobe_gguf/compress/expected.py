@@ -10,7 +10,7 @@ from mobe_gguf.plan.layout import Layout
 TOKENS = 400_000
 #: Seconds of a stage per parameter of the model, or per parameter and 1,000 tokens of text.
 ROUND, FIT, WRITE, STORE, QUANTIZE = 9e-6, 9e-6, 4.5e-7, 1e-7, 1.5e-7
-GATHER, PREDICT = 1.7e-7, 8e-8
+GATHER, SEQUENCE, PREDICT = 1.7e-7, 4e-7, 8e-8
 #: Approximate number of steps after which a fit stops by itself.
 STEPS = 170
 
@@ -24,7 +24,7 @@ def seconds(layout: Layout, wishes: Wishes, factors: bool) -> dict[str, float]:
     scored = (wishes.eval_chunks or 500) * wishes.ctx / 1000
     made = {"moments": GATHER * tokens * active}
     if wishes.form != "mobe":
-        made["plain"] = ROUND * n
+        made["plain"] = ROUND * n + SEQUENCE * tokens * active * wishes.sequential
     if factors:
         made |= {"fit": FIT * n * min(1.0, (wishes.steps or STEPS) / STEPS), "write": WRITE * n}
     if not wishes.measure:

@@ -36,6 +36,7 @@ from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.export.agreement import check_written
 from mobe_gguf.export.card import card_of, deliver, note
 from mobe_gguf.export.converter import rehearse
+from mobe_gguf.export.sequential import Unsuited
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import settle
 from mobe_gguf.factorize.spec import Options
@@ -137,7 +138,7 @@ class Compression:
             self.display.skip("moments")
         files: dict[str, Path] = {}
         if self.wishes.form != MOBE:
-            files[PLAIN] = self._stage("plain", f"plain/{self.out.name}", self._plain, 2)
+            files[PLAIN] = self._stage("plain", f"plain/{self.out.name}", self._plain, 3)
         if form is not None:
             self._stage("fit", "factors", lambda path: self._fit(path, form))
             files[MOBE] = self._stage(
@@ -200,8 +201,18 @@ class Compression:
     def _plain(self, path: Path) -> None:
         """Write the plain candidate: rounded by moments, with types chosen for the size."""
         quant = self.wishes.quant or self._quant_for_size()
+        w, recipe = self.wishes, self._recipe(quant)
         options = self._options(dense=True, allow_dense=True)
-        write_model(ExportRequest(self.model, path, self._recipe(quant), options))
+        if w.sequential:
+            run = {"chunks": w.chunks, "memory": w.memory, "device": w.device}
+            sequential = dataclasses.replace(options, sequential=tuple(self.texts), **run)
+            try:
+                write_model(ExportRequest(self.model, path, recipe, sequential))
+                return
+            except Unsuited as error:
+                if not self.quiet:
+                    say(f"note: each layer's experts are rounded on their own: {error.message}")
+        write_model(ExportRequest(self.model, path, recipe, options))
 
     def _options(self, **more: Any) -> ExportOptions:
         """Options of both candidates."""

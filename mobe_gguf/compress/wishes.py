@@ -36,6 +36,7 @@ class Wishes:
       :class:`~mobe_gguf.quant.recipe.Recipe`; so is ``pure``.
     - ``refit``, ``rest_from``, ``tokenizer_pre``, ``experts_used``, ``base_model``, ``card``: as in
       :class:`~mobe_gguf.export.request.ExportOptions`.
+    - ``sequential``: round each layer's experts for what the rounded layers before put out (``export.sequential``).
     - ``split_max_size``: bytes of tensors in one file of the result.
     - ``placement``: llama.cpp's options that say where weights go, for measurements.  ``ray``: address of a cluster for
       the fit.
@@ -69,6 +70,7 @@ class Wishes:
     embedding_type: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
     pure: bool = False
+    sequential: bool = True
     refit: bool = True
     rest_from: Path | None = None
     tokenizer_pre: str | None = None

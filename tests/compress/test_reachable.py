@@ -30,6 +30,7 @@ OTHER_NAME = {
     ("export", "--target-bpw"): "--bpw",
     ("export", "--quant-rest"): "--quant",
     ("export", "--dense"): "--form",
+    ("export", "--sequential"): "--text --no-sequential",
     ("eval", "--text"): "--eval-text",
     ("eval", "--chunks"): "--eval-chunks",
     ("eval", "--plot"): "--report",
