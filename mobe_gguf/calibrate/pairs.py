@@ -25,9 +25,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
-from mobe_gguf.calibrate.experts import ROWS, Fed, by_expert, gated
+from mobe_gguf.calibrate.experts import ROWS, ExpertForm, Fed, by_expert
 from mobe_gguf.calibrate.layers import LayerRun, MomentSettings, Run
 from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.skeleton import Call, Skeleton
@@ -179,7 +178,7 @@ class PairedExperts:
         self.pair, self.codes = (original, rounded), codes
         self.layer, self.checkpoint = original.number, original.checkpoint
         self.work, self.dtype, self.device = original.run.place
-        self.inner: Any = original.inner
+        self.form = ExpertForm(original.inner)
         self.fed = [one.feed(str(i)) for i, one in enumerate(self.pair)]
         self.routers: list[torch.Tensor | None] = [None, None]
         self.n, self.d, self.p = self.checkpoint.n_expert, self.checkpoint.n_embd, self.checkpoint.n_ff_exp
@@ -195,18 +194,19 @@ class PairedExperts:
     def run(self) -> list[Entry]:
         """Round all experts and complete the layer of both models; the tensors of the layer's file."""
         answers = [self.work.new(f"answers-{i}", (self.tokens, self.d), torch.float32) for i in (0, 1)]
-        rows = {"gate": self.p, "up": self.p, "down": self.d}
+        rows = {**dict.fromkeys(self.form.kinds, self.p), "down": self.d}
         stored = {
             x: self.work.new(f"codes-{x}", (self.n, rows[x], self.codes.row_bytes(x)), torch.uint8)
             for x in rows
         }
         for e in range(self.n):
-            gate, up, down = (self._weights(e, x) for x in rows)
-            before = torch.cat([gate, up]), down
-            after = self._round(e, *before, stored)
-            for model, (gate_up, down) in enumerate((before, after)):
-                for at, hidden in self._hidden(model, e, gate_up):
-                    answers[model].tensor[at] += (hidden @ down.T).cpu()  # a token has an expert once
+            *first, down = (self._weights(e, x) for x in rows)
+            before = self.form.joined(first), down
+            after = self._round(e, first, before[0], down, stored)
+            for model, (joined, down) in enumerate((before, after)):
+                for at, x, weight in self._tokens(model, e):
+                    out = self.form.output(self.form.hidden(x, joined, e), down, e) * weight
+                    answers[model].tensor[at] += out.cpu()  # a token has an expert once
         for one, weight, sums in zip(self.pair, self.routers, answers, strict=True):
             with one.routing(weight):
                 one.give(sums)
@@ -236,46 +236,49 @@ class PairedExperts:
         return self.checkpoint.expert(self.layer, projection, e).to(self.device, self.dtype).float()
 
     def _round(
-        self, e: int, gate_up: torch.Tensor, down: torch.Tensor, stored: dict[str, States]
+        self,
+        e: int,
+        first: list[torch.Tensor],
+        joined: torch.Tensor,
+        down: torch.Tensor,
+        stored: dict[str, States],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Round the matrices of expert ``e``, put their bytes into ``stored``, and return the values that they stand for."""
         behind = len(self.places[1][e]) + PRIOR * self.k * self.tokens / self.n
-        sums = Sums(self.d, self.device)
-        for x, weight in self._inputs(e):
+        kinds, sums = self.form.kinds, Sums(self.d, self.device)
+        for x, weight in self._pairs(e):
             sums.add(x[0] * weight, x[1] * weight)
-        fixed, s = sums.solve(gate_up, self.codes.prior("gate", e), self._weight(self.d))
+        fixed, s = sums.solve(torch.cat(first), self.codes.prior(kinds[0], e), self._weight(self.d))
         values = []
-        for name, w in zip(("gate", "up"), fixed.split(self.p), strict=True):
+        for name, w in zip(kinds, fixed.split(self.p), strict=True):
             data, decoded = self.codes.round(name, e, w, s, behind)
             stored[name].tensor[e] = data
             values.append(decoded.to(w))
-        now = torch.cat(values)
-        sums = Sums(self.p, self.device)
-        for x, weight in self._inputs(e):
-            sums.add(self._gated(x[0], gate_up) * weight, self._gated(x[1], now) * weight)
+        now, sums = self.form.joined(values), Sums(self.p, self.device)
+        for x, weight in self._pairs(e):
+            sums.add(self.form.hidden(x[0], joined, e) * weight, self.form.hidden(x[1], now, e) * weight)
         fixed, s = sums.solve(down, self.codes.prior("down", e), self._weight(self.p))
         data, decoded = self.codes.round("down", e, fixed, s, behind)
         stored["down"].tensor[e] = data
         return now, decoded.to(down)
 
-    def _inputs(self, e: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+    def _pairs(self, e: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         """For the tokens that the rounded model routes to ``e``: the inputs in both models, and the rounded one's weights."""
         for places in self.places[1][e].split(ROWS):
-            weight = self.fed[1].weights.view(-1)[places, None].to(self.device)
-            yield [fed.x.tensor[places // self.k].to(self.device).float() for fed in self.fed], weight
+            both = [self._scaled(model, 1, places) for model in (0, 1)]
+            yield [x for x, _ in both], both[0][1]
 
-    def _hidden(
-        self, model: int, e: int, gate_up: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Numbers of the tokens of expert ``e`` in one of the models, and what its down gets, times the router's weights."""
-        fed = self.fed[model]
+    def _tokens(self, model: int, e: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The tokens of expert ``e`` in one of the models: their numbers, its inputs, and the router's weights."""
         for places in self.places[model][e].split(ROWS):
-            x = fed.x.tensor[places // self.k].to(self.device).float()
-            weight = fed.weights.view(-1)[places, None].to(self.device)
-            yield places // self.k, self._gated(x, gate_up) * weight
+            yield places // self.k, *self._scaled(model, model, places)
 
-    def _gated(self, x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-        return gated(self.inner, linear(x, gate_up))
+    def _scaled(self, model: int, router: int, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs in one of the models, and the weights of a model's ``router``; where transformers' class weighs the inputs, they
+        are weighed, and the weights are 1."""
+        x = self.fed[model].x.tensor[places // self.k].to(self.device).float()
+        weight = self.fed[router].weights.view(-1)[places, None].to(self.device)
+        return (x * weight, torch.ones_like(weight)) if self.form.scales_inputs else (x, weight)
 
 
 class Sums:

@@ -44,8 +44,6 @@ from mobe_gguf.quant.recipe import Choice
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 from mobe_gguf.runtime import ggml
 
-#: The projections whose matrices are rounded in sequence.
-PROJECTIONS = ("gate", "up", "down")
 ROUTER = "blk.{}.ffn_gate_inp.weight"
 #: Tokens for each input of the average expert that are run at most.
 ENOUGH = 40
@@ -97,7 +95,7 @@ class Sequential:
         self.places = {
             names.transform_name(layer, x): (layer, x)
             for layer in self.checkpoint.moe_layers
-            for x in PROJECTIONS
+            for x in self.checkpoint.family.kinds
         }
         self.types = {name: choices[name].type for name in self.places if name in choices}
         self.outcomes: dict[str, Outcome] = {}
@@ -129,7 +127,7 @@ class Sequential:
 
     def _check(self, model: Opened, layer: int) -> None:
         """MobeError if the file's experts are not those that transformers runs, as they are."""
-        for x in PROJECTIONS:
+        for x in self.checkpoint.family.kinds:
             name = names.transform_name(layer, x)
             tensor: Tensor | None = model.conversion.tensors.get(name)
             if tensor is None or self.moments.scale(name) is None:
