@@ -108,6 +108,7 @@ class Sum:
             mirror(self.sums[0])
         mean = self.sums[0] if n == 1 else self.sums.mean(0)
         size = size_of(mean, stem)
+        found: list[tuple[torch.Tensor, torch.Tensor | None]]
         if n == 1 and d > MOST:
             subspace = Subspace.of(mean, keep, rank)
             found = [subspace.root(subspace.mean / size, mean.diagonal() / size)]

@@ -207,8 +207,8 @@ class PairedExperts:
                 for at, x, weight in self._tokens(model, e):
                     out = self.form.output(self.form.hidden(x, joined, e), down, e) * weight
                     answers[model].tensor[at] += out.cpu()  # a token has an expert once
-        for one, weight, sums in zip(self.pair, self.routers, answers, strict=True):
-            with one.routing(weight):
+        for one, matrix, sums in zip(self.pair, self.routers, answers, strict=True):
+            with one.routing(matrix):
                 one.give(sums)
         entries = [
             Entry.copy(x, "U8", part.shape, part.file, 0, part.file.stat().st_size)

@@ -93,9 +93,7 @@ class Subspace:
         """``(root [d, k], rest [d])`` of one matrix's input: its sums in the subspace ``[k, k]``, and the ``diagonal``
         ``[d]`` of its full sums, which the result keeps.  O(d k^2)."""
         found, diagonal = (self.basis @ cholesky(sums)).float().cpu(), diagonal.cpu().float()
-        energy = found.square().sum(
-            -1
-        )  # the part in the subspace may exceed the whole: parts outside may oppose it
+        energy = found.square().sum(-1)  # may exceed the whole: parts outside the subspace may oppose it
         found *= (diagonal / energy.clamp_min(1e-30)).clamp_max(1).sqrt()[:, None]
         return found, (diagonal - energy).clamp_min(FLOOR)
 

@@ -204,8 +204,13 @@ class Compression:
         w, recipe = self.wishes, self._recipe(quant)
         options = self._options(dense=True, allow_dense=True)
         if w.sequential:
-            run = {"chunks": w.chunks, "memory": w.memory, "device": w.device}
-            sequential = dataclasses.replace(options, sequential=tuple(self.texts), **run)
+            sequential = dataclasses.replace(
+                options,
+                sequential=tuple(self.texts),
+                chunks=w.chunks,
+                memory=w.memory,
+                device=w.device.split(",")[0],
+            )
             try:
                 write_model(ExportRequest(self.model, path, recipe, sequential))
                 return

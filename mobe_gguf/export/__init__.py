@@ -118,6 +118,8 @@ def write_model(request: ExportRequest) -> Report:
     else:
         with contextlib.nullcontext() if sequential is None else sequential.running():
             _write(request, model, parts, shards, report, rounding)
+        if sequential is not None and isinstance(rounding, ByMoments):
+            rounding.outcomes |= sequential.outcomes
         report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
         report.refit = None if layout.refitting is None else layout.refitting.outcome()
         report.n_bytes, report.written = sum(path.stat().st_size for path in paths), True

@@ -21,7 +21,19 @@ from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.checkpoint import Checkpoint
 
-FAMILIES = ("qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "olmoe", "mixtral", "gpt_oss", "llama4_text", "nemotron_h", "granitemoe", "qwen3_5_moe_text")
+FAMILIES = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "olmoe",
+    "mixtral",
+    "gpt_oss",
+    "llama4_text",
+    "nemotron_h",
+    "granitemoe",
+    "qwen3_5_moe_text",
+)
 CTX, CHUNKS = 32, 6
 #: Enough for nothing: experts are read one at a time, and what matrices are fed is summed one set after the other.
 LITTLE = 1
