@@ -274,9 +274,9 @@ def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> No
     config["architectures"] = [checkpoint.family.architecture]
     inner = config.get(checkpoint.family.text_key or "")
     text = dict(inner) if isinstance(inner, dict) else config
-    text |= {
-        k: v[:n] for k, v in text.items() if isinstance(v, list | str) and len(v) == checkpoint.n_layer
-    } | {"num_hidden_layers": n}
+    by_layer = {k: v for k, v in text.items() if isinstance(v, list) or k == "hybrid_override_pattern"}
+    text |= {k: v[:n] for k, v in by_layer.items() if v and len(v) == checkpoint.n_layer}
+    text |= {"num_hidden_layers": n}
     text |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in text}
     if isinstance(used, int):  # of ``--experts-used``
         text |= {key: used for key in checkpoint.family.n_expert_used_keys if key in text}

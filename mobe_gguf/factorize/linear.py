@@ -292,9 +292,12 @@ class _Preconditioner:
 
 
 def _factor(matrix: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Cholesky factor of a positive semidefinite matrix, more damped until it has one; changes ``matrix``."""
+    """Cholesky factor of a positive semidefinite matrix, more damped until it has one; changes ``matrix``.
+
+    Where the bases span everything, ``columns`` is zero up to rounding, of either sign: hence the magnitude.
+    """
     diagonal = matrix.diagonal()
-    mean = float(diagonal.mean())
+    mean = float(diagonal.abs().mean())
     for _ in range(6):
         diagonal += damping * mean + 1e-30
         factor, info = torch.linalg.cholesky_ex(matrix)

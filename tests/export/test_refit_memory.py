@@ -53,7 +53,7 @@ with peak.watched() as taken:
         for _ in refit.Solved(Tensor(), "q8_0", 0, None, unit)._solve():
             pass
     else:
-        type_errors._basis(unit, ["q8_0", "q4_0", "q5_0"], True)
+        type_errors._basis(unit, ["q8_0", "q4_0", "q5_0"], True, None)
 print(taken[0] / (4 * m * r * d))
 """
 
