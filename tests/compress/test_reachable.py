@@ -26,6 +26,10 @@ OTHER_NAME = {
     ("factorize", "--for"): "--basis-type --transform-type",
     ("factorize", "--for-basis"): "--basis-type",
     ("factorize", "--for-transform"): "--transform-type",
+    **dict.fromkeys(
+        (("factorize", x) for x in ("--placement", "--ram", "--vram", "--bandwidth", "--vram-bandwidth")),
+        "--plan",  # of plan, for that machine
+    ),
     ("export", "--target-size"): "--size",
     ("export", "--target-bpw"): "--bpw",
     ("export", "--quant-rest"): "--quant",
