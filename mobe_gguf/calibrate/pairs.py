@@ -42,7 +42,7 @@ from mobe_gguf.formats.safetensors import Entry
 RIDGE = 0.01
 
 
-class Codes(Protocol):
+class PairedCodes(Protocol):
     """Rounds the experts of one layer: it has their types, the original's moments, and the search for codes."""
 
     def prior(self, projection: str, expert: int) -> torch.Tensor:
@@ -86,7 +86,7 @@ class PairedRun(Run):
         #: Share of tokens that keep all their experts, by layer.
         self.kept: dict[int, float] = {}
 
-    codes: Callable[[int], Codes]
+    codes: Callable[[int], PairedCodes]
     routers: Collection[int] = ()
 
     def part(self, states: Any, number: int) -> torch.Tensor:
@@ -174,7 +174,7 @@ def router(layer: nn.Module, checkpoint: Runnable) -> nn.Parameter | None:
 class PairedExperts:
     """The routed experts of a layer, rounded one after the other."""
 
-    def __init__(self, original: OneModel, rounded: OneModel, codes: Codes, refit: bool):
+    def __init__(self, original: OneModel, rounded: OneModel, codes: PairedCodes, refit: bool):
         self.pair, self.codes = (original, rounded), codes
         self.layer, self.checkpoint = original.number, original.checkpoint
         self.work, self.dtype, self.device = original.run.place

@@ -201,7 +201,7 @@ class Sequential:
 
 
 class LayerCodes:
-    """The codes of one layer's experts, see ``calibrate.pairs.Codes``."""
+    """The codes of one layer's experts, see ``calibrate.pairs.PairedCodes``."""
 
     def __init__(
         self,

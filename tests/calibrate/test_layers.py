@@ -149,7 +149,8 @@ def test_same_as_the_whole_model(family, memory, model, text, tmp_path):
         found = got.find(name)
         mine = (found.root @ found.root.mT).double() * got.scale(name)
         assert found.rest is None and float((mine - s).norm() / s.norm()) < 1e-3, name
-    assert {"blk.1.attn_output.weight", "output.weight", "blk.2.ffn_down_exps.weight"} <= set(expected)
+    for part in ("attn_output.weight", "output.weight", "ffn_down_exps.weight"):
+        assert any(name.endswith(part) for name in expected), part
     if family.startswith("deepseek"):
         assert {"blk.0.ffn_down.weight", "blk.1.attn_kv_b.weight", "blk.1.attn_k_b.weight"} <= set(expected)
     if family in ("qwen2_moe", "deepseek_v3"):

@@ -541,7 +541,7 @@ def test_wrong_sources(
     assert not (tmp_path / "o.gguf").exists()
     own = Path(shutil.copy(quantized, tmp_path / "own.gguf"))
     code, _, err = cli("export", factors, own, "--quant", "q8_0", "--source", own)
-    assert code == 2 and "write to another" in err and own.read_bytes() == quantized.read_bytes()
+    assert code == 2 and "Write to another" in err and own.read_bytes() == quantized.read_bytes()
     code, _, err = cli("export", factors, tmp_path / "o.gguf", "--quant", "q8_0", "--tokenizer-pre", "qwen2")
     assert code == 2 and "tokenizer is that of the GGUF file" in err
     code, _, err = cli(

@@ -220,6 +220,7 @@ def test_a_directory_in_the_way(source: Path, complete: Path, tmp_path: Path) ->
     assert names(tmp_path) == {first.name}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mobe_gguf.export.check_places", lambda paths: None)
+        patch.setattr("mobe_gguf.export.check_output", lambda path, read=(): None)
         with pytest.raises(MobeError, match=rf"{first.name}.*cannot be written: Is a directory"):
             export(source, tmp_path / "out.gguf", Recipe("f32"), **options)
     first.rmdir()

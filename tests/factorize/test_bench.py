@@ -22,8 +22,9 @@ def bench():
     path = Path(__file__).resolve().parents[2] / "bench" / "factorize.py"
     spec = importlib.util.spec_from_file_location("bench_factorize", path)
     module = sys.modules["bench_factorize"] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # for the files beside it
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # not longer: bench/factorize.py would hide tests/factorize
+        patch.syspath_prepend(path.parent)  # for the files beside it
+        spec.loader.exec_module(module)
     return module
 
 
