@@ -25,6 +25,7 @@ RUNTIME = (
     "evaluate/test_inspect.py::test_down",
     "evaluate/test_inspect.py::test_tables_fit_a_hundred_columns",
     "evaluate/test_verify.py",
+    "factorize/test_cli.py::test_factors_larger_than_the_experts_are_refused",
     "factorize/test_cli.py::test_forms",
     "factorize/test_cli.py::test_numbers_that_are_too_large",
     "factorize/test_down.py::test_dry_run_prints_it",
@@ -32,7 +33,9 @@ RUNTIME = (
     "factorize/test_down.py::test_rounding_goes_along_the_files_rows",
     "factorize/test_linear.py::test_about_as_good_as_adam_with_three_times_the_steps",
     "factorize/test_memory.py::test_the_plan_says_what_a_unit_takes",
+    "factorize/test_placement.py::test_the_command",
     "factorize/test_rounding.py",
+    "factorize/test_target.py::test_a_file_of_a_size",
     "models/test_families.py::test_other_families_are_those_that_the_converter_knows",
     "models/test_gguf_source.py",
     "models/test_hub.py::test_export_by_id",
@@ -56,6 +59,7 @@ RUNTIME = (
     "quant/test_recipe.py::test_types_of_factors_of_down_are_those_of_llama_quantize",
     "quant/test_rounding_engine.py",
     "quant/test_rounding_forms.py",
+    "quant/test_small.py::test_least",
     "test_wrong_types.py::test_messages_about_keys",
 )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import gguf
 import torch
 
 from mobe_gguf.core.errors import UsageError
@@ -24,7 +25,6 @@ from mobe_gguf.factorize.spec import Options
 from mobe_gguf.factorize.target import Size
 from mobe_gguf.models.original import Original
 from mobe_gguf.quant.roundtrip import resolve
-from mobe_gguf.runtime import ggml
 
 #: Bytes per second of system memory if nothing is said: two channels of DDR5.
 RAM_BANDWIDTH = 60e9
@@ -176,4 +176,6 @@ def place(model: Original, size: Size, types: tuple[str, str], units: int, machi
 
 
 def _bits(type_name: str) -> float:
-    return ggml.type_info(type_name).bits
+    """Bits of a value, from the gguf package: sizes are chosen before there is a runtime."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+    return 8 * size / block

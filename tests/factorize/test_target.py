@@ -13,7 +13,6 @@ import torch
 from gguf import GGUFWriter
 from models.editing import edit_tensors
 
-from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.evaluate.inspect import describe
 from mobe_gguf.factorize import job as jobs
@@ -266,7 +265,6 @@ def test_a_unit_of_another_size_is_fitted_again(uneven, tmp_path, monkeypatch):
     assert MobeCheckpoint(tmp_path / "out").layer(1).n_basis("gate") == 1
 
 
-@pytest.mark.skipif(not runtime.is_built(), reason="the runtime is not installed: run mobe-gguf build")
 @pytest.mark.parametrize("quant", ["q8_0", "f16"])
 def test_a_file_of_a_size(quant, uneven, tmp_path):
     from mobe_gguf.export import Recipe, export, parse_quant
