@@ -1,11 +1,14 @@
-"""One ordinary file under several builds in turns: this project's llama.cpp, an unpatched one, and ik_llama.cpp.
+"""Speed of files and of builds against each other in one run, in turns of a tenth of a second.
 
+    python bench/builds.py [--shape qwen3-30b] [--forms plain,wide,smaller] [--threads 1,all] [--rounds 40]
+    python bench/builds.py --forms plain --stock LIB --ik IK        # the plain file under other builds as well
     pip install --no-deps --target IK ik-llama-cpp-python==0.1.5
-    python bench/builds.py --ik IK [--stock LIB] [--threads 1,all] [--rounds 5]
 
-Each build is called by its own Python package with that package's defaults, in a process of its own: a prompt of 512
-tokens, then 64 tokens one by one, of a synthetic file (synthetic.py).  ``--stock``: the libraries of an unpatched build
-(see stock_speed.py).  Ratios are of each round; the table has their medians.
+Forms are those of decode.py; their files are synthetic (synthetic.py).  Builds are this project's llama.cpp, an unpatched
+one (``--stock``: its libraries, see stock_speed.py) and ik_llama.cpp (``--ik``).  Each contender is a process of its
+own, which opens its file once through its package's defaults and then waits for its turn: a processor that changes its
+speed does so for all alike.  A turn writes 16 tokens one by one, after one that is not
+counted, or reads a prompt of 512.  Ratios are of each turn; the table has their medians and quartiles.
 """
 
 from __future__ import annotations
@@ -25,32 +28,29 @@ from typing import Any
 import llama_bench
 import stock_speed
 import synthetic
-from llama_bench import Speeds
 from rich.console import Console
 from rich.table import Table
 
 from mobe_gguf.core.errors import run_program
 from mobe_gguf.core.progress import console
 
-PROMPT, WRITTEN, CONTEXT = 512, 64, 1024
-TASKS = ("prompt", "writing")
-PATCHED = "patched"
+PROMPT, WRITTEN = 512, 16
+
+#: Path of the file, module of the package, and environment of each contender's process.
+Contender = tuple[Path, str, dict[str, str]]
 
 
-def opened(package: str, file: Path, threads: int) -> tuple[Any, Any, Callable[[], None]]:
+def opened(package: str, file: str, threads: int) -> tuple[Any, Any, Callable[[], None]]:
     """The package's ctypes module, a context with its defaults, and a function that empties the context."""
+    options: dict[str, Any] = {"n_ctx": PROMPT, "n_threads": threads, "verbose": False}
     if package == "ik_llama_cpp":
         api = importlib.import_module("ik_llama_cpp._ctypes_api")
-        model = importlib.import_module(package).Llama(
-            str(file), n_ctx=CONTEXT, n_threads=threads, verbose=False
-        )
-        context = model._context._ctx
+        model = importlib.import_module(package).IkLlama(file, **options)
+        context = model.ctx
         clear = lambda: api.llama_kv_cache_clear(context)  # noqa: E731
     else:
         api = importlib.import_module("llama_cpp.llama_cpp")
-        model = importlib.import_module(package).Llama(
-            str(file), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        model = importlib.import_module(package).Llama(file, n_threads_batch=threads, **options)
         context = model.ctx
         clear = lambda: api.llama_memory_clear(api.llama_get_memory(context), True)  # noqa: E731
     opened.kept = model  # type: ignore[attr-defined]  # its context ends with it
@@ -69,26 +69,94 @@ def decode(api: Any, context: Any, batch: Any, tokens: range, position: int) -> 
         raise SystemExit("llama_decode failed")
 
 
-def time_one(package: str, file: Path, threads: int) -> dict[str, float]:
-    """Tokens per second of each task; a first prompt, which loads the weights, is not counted."""
+def serve(package: str, file: str, threads: int) -> None:
+    """Answer each line of standard input, a task and a number of its first token, with tokens per second."""
     api, context, clear = opened(package, file, threads)
     batch = api.llama_batch_init(PROMPT, 0, 1)
-    prompt = range(300, 300 + PROMPT)
-    decode(api, context, batch, prompt, 0)
-    clear()
-    start = time.perf_counter()
-    decode(api, context, batch, prompt, 0)
-    read = time.perf_counter() - start
-    start = time.perf_counter()
-    for i in range(WRITTEN):
-        decode(api, context, batch, range(1000 + 7 * i, 1001 + 7 * i), PROMPT + i)
-    return {"prompt": PROMPT / read, "writing": WRITTEN / (time.perf_counter() - start)}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        task, first = line.split()
+        token = 300 + int(first) % 2000
+        clear()
+        if task == "prompt":
+            start = time.perf_counter()
+            decode(api, context, batch, range(token, token + PROMPT), 0)
+            print(json.dumps(PROMPT / (time.perf_counter() - start)), flush=True)
+            continue
+        decode(api, context, batch, range(token, token + 1), 0)
+        start = time.perf_counter()
+        for i in range(1, WRITTEN + 1):
+            decode(api, context, batch, range(token + 7 * i, token + 7 * i + 1), i)
+        print(json.dumps(WRITTEN / (time.perf_counter() - start)), flush=True)
 
 
-def run(package: str, extra: dict[str, str], file: Path, threads: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", package, str(file), str(threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | extra)
-    return json.loads(done.stdout.splitlines()[-1])
+class Worker:
+    """A process that runs :func:`serve`."""
+
+    def __init__(self, contender: Contender, threads: int) -> None:
+        file, package, extra = contender
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", package, str(file), str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | extra,
+        )  # fmt: skip
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            if line[0].isdigit() or line.startswith("ready"):
+                return line
+        raise SystemExit(f"{self.process.args!r} ended with {self.process.wait()}")
+
+    def turn(self, task: str, token: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{task} {token}\n")
+        self.process.stdin.flush()
+        return float(self._answer())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def measure(
+    contenders: dict[str, Contender], threads: int, turns: dict[str, int]
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of each turn, by task and contender."""
+    workers = {label: Worker(contender, threads) for label, contender in contenders.items()}
+    found: dict[str, dict[str, list[float]]] = {task: {label: [] for label in workers} for task in turns}
+    labels = list(workers)
+    for task, count in turns.items():
+        console.print(f"{threads} threads, {task}")
+        for turn in range(-1, count):  # the first, which loads the weights, is not counted
+            order = labels[turn % len(labels) :] + labels[: turn % len(labels)]
+            for label in order:
+                speed = workers[label].turn(task, 131 * turn + 131)
+                if turn >= 0:
+                    found[task][label].append(speed)
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def contenders(options: argparse.Namespace) -> dict[str, Contender]:
+    """Each form under this build; the first form under the other builds."""
+    found: dict[str, Contender] = {}
+    wide = synthetic.WIDE[options.shape]
+    for form in options.forms.split(","):
+        quant = options.quant
+        plain, factorized = synthetic.pair(options.dir, options.shape, quant, options.layers, **wide)
+        if form == "smaller":
+            quant = synthetic.fewer_bits(factorized, plain, quant)
+            plain = synthetic.pair(options.dir, options.shape, quant, options.layers)[0]
+        file = factorized if form == "wide" else plain
+        found[f"{form}, {quant}, {file.stat().st_size / 1e6:.0f} MB"] = (file, "llama_cpp", {})
+    file = next(iter(found.values()))[0]
+    if options.stock:
+        lib = stock_speed.unpatched(options.stock).parent
+        found["unpatched"] = (file, "llama_cpp", {"LLAMA_CPP_LIB_PATH": str(lib)})
+    if options.ik:
+        found["ik_llama.cpp"] = (file, "ik_llama_cpp", {"PYTHONPATH": str(options.ik.resolve())})
+    return found
 
 
 def main() -> None:
@@ -98,41 +166,36 @@ def main() -> None:
     parser.add_argument("--ik", type=Path, metavar="DIR", help="where ik-llama-cpp-python is installed")
     parser.add_argument("--stock", type=Path, metavar="DIR", help="libraries of an unpatched build")
     parser.add_argument("--shape", choices=synthetic.SHAPES, default="qwen3-30b")
+    parser.add_argument("--forms", default="plain,wide,smaller", help="of plain, wide, smaller")
     parser.add_argument("--quant", default="q4_k")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", default="1,all")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40, help="turns that write")
+    parser.add_argument("--prompts", type=int, default=10, help="turns that read a prompt")
     parser.add_argument("--dir", type=Path, default=Path("synthetic"), help="where the models are kept")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        package, file, threads = options.one
-        print(json.dumps(time_one(package, Path(file), int(threads))))
+    if options.serve:
+        package, file, threads = options.serve
+        serve(package, file, int(threads))
         return
     llama_bench.require_runtime()
-    builds: dict[str, tuple[str, dict[str, str]]] = {PATCHED: ("llama_cpp", {})}
-    stock = stock_speed.unpatched(options.stock).parent
-    builds["unpatched"] = ("llama_cpp", {"LLAMA_CPP_LIB_PATH": str(stock)})
-    if options.ik:
-        builds["ik_llama.cpp"] = ("ik_llama_cpp", {"PYTHONPATH": str(options.ik.resolve())})
-    file = synthetic.pair(options.dir, options.shape, options.quant, options.layers)[0]
-    table = Table(title=f"{options.shape}, {options.layers} layers, {options.quant}, tokens/s")
-    for column in ("threads", "build", *(c for task in TASKS for c in (task, "patched / this"))):
-        table.add_column(column, justify="right")
+    chosen = contenders(options)
+    first = next(iter(chosen))
+    table = Table(title=f"{options.shape}, {options.layers} layers, {options.quant}")
+    for column in ("threads", "task", "contender", "tokens/s", "of the first", "quartiles"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
     for threads in llama_bench.threads_of(os.cpu_count() or 1, options.threads):
-        speeds = {name: {task: Speeds() for task in TASKS} for name in builds}
-        for turn in range(options.rounds):
-            console.print(f"{threads} threads, round {turn + 1}")
-            order = [*builds][turn % len(builds) :] + [*builds][: turn % len(builds)]
-            for name in order:
-                for task, speed in run(*builds[name], file, threads).items():
-                    speeds[name][task].values.append(speed)
-        for name, found in speeds.items():
-            row = [str(threads), name]
-            for task in TASKS:
-                ratios = stock_speed.ratios(speeds[PATCHED][task], found[task])
-                row += [str(found[task]), f"{statistics.median(ratios):.2f}"]
-            table.add_row(*row)
+        for task, speeds in measure(
+            chosen, threads, {"writing": options.rounds, "prompt": options.prompts}
+        ).items():
+            for label, values in speeds.items():
+                ratios = [ours / theirs for ours, theirs in zip(values, speeds[first], strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+                table.add_row(
+                    str(threads), task, label, f"{statistics.median(values):.1f}",
+                    f"{middle:.3f}", f"{low:.3f} to {high:.3f}",
+                )  # fmt: skip
     Console(width=120 if not sys.stdout.isatty() else None).print(table)
 
 
