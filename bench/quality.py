@@ -1,6 +1,6 @@
 """Quality at equal bytes: MoBE files of one model against llama-quantize's, each with an importance matrix, in one table.
 
-    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,sized,default,mobe] [--sizes 3.0M,3.47M,4.63M]
+    python bench/quality.py [--model DIR] [--out DIR] [--chunks N] [--only plain,ours,sequence,sized,default,mobe] [--sizes 3.0M,3.47M,4.63M]
                             [--peers [PYTHON]] [--also FILE.gguf]... [--plot FILE.png]
 
 A MoBE file is compared with plain files of its size:
@@ -9,6 +9,7 @@ A MoBE file is compared with plain files of its size:
   careful user would try first;
 - ``ours``: plain files rounded by moments, in the types of llama-quantize's files; a second table has the ratios of
   their KL divergences;
+- ``sequence``: the same, rounded in sequence (`export --sequential`);
 - ``sized``: plain files whose types `--target-size` chooses;
 - ``default``: the result of `factorize --for q4_k` with no other option.
 
@@ -34,7 +35,15 @@ from mobe_gguf.core import resources
 from mobe_gguf.core.errors import MobeError, run_program
 from mobe_gguf.core.progress import bar
 from mobe_gguf.evaluate import plot, report, tool
-from mobe_gguf.export import Recipe, export, parse_quant, parse_target
+from mobe_gguf.export import (
+    ExportOptions,
+    ExportRequest,
+    Recipe,
+    export,
+    parse_quant,
+    parse_target,
+    write_model,
+)
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import Options, default_bases
 from mobe_gguf.models.checkpoint import Checkpoint
@@ -150,19 +159,29 @@ def make_plain(
     return reference, imatrix, files
 
 
-def make_ours(model: Path, out: Path, calibration: Path, types: bool, sizes: Sequence[str]) -> list[Path]:
-    """Make plain files rounded by second moments in ``out``: in the types of OURS, and for ``sizes`` by
-    `--target-size`."""
+def make_ours(
+    model: Path, out: Path, calibration: Path, kinds: Sequence[str], sizes: Sequence[str]
+) -> list[Path]:
+    """Make plain files rounded by second moments in ``out``.
+
+    ``kinds``: ``ours`` and ``sequence`` in the types of OURS, ``sized`` for ``sizes`` by `--target-size`.
+    """
+    if not {"ours", "sequence", "sized"} & set(kinds):
+        return []
     moments, files = str(_moments(model, out, calibration)), []
-    wanted = {f"ours-{name}": Recipe(parse_quant(name), moments=moments) for name in (OURS if types else ())}
-    for size in sizes:
-        wanted[f"sized-{size}"] = Recipe(REST, moments=moments, target=parse_target(size, None))
+    plain, sequence = (ExportOptions(dense=True, quiet=True, sequential=t) for t in ((), (calibration,)))
+    wanted = {}
+    for kind, options in (("ours", plain), ("sequence", sequence)):
+        for name in OURS if kind in kinds else ():
+            wanted[f"{kind}-{name}"] = Recipe(parse_quant(name), moments=moments), options
+    for size in sizes if "sized" in kinds else ():
+        wanted[f"sized-{size}"] = Recipe(REST, moments=moments, target=parse_target(size, None)), plain
     with bar("by moments", len(wanted)) as progress:
-        for name, recipe in wanted.items():
+        for name, (recipe, options) in wanted.items():
             progress.update(name)
             files.append(out / f"{name}.gguf")
             if not files[-1].is_file():
-                export(model, files[-1], recipe, dense=True, quiet=True)
+                write_model(ExportRequest(model, files[-1], recipe, options))
             progress.advance(1, f"{files[-1].name}: {files[-1].stat().st_size / 1e6:.2f} MB")
     return files
 
@@ -190,13 +209,18 @@ def make_default(model: Path, out: Path, calibration: Path, sizes: Sequence[str]
 
 
 def ratios(rows: Sequence[evaluate.Row]) -> list[str]:
-    """A line for each of OURS if llama-quantize's file was measured, too: both KL divergences and their ratio."""
+    """A line for each of OURS if llama-quantize's file was measured, too: KL divergences, and ratios to its own."""
     found = {Path(row.facts.path).stem: row.divergence.kl.value for row in rows}
-    lines = ["| types | llama-quantize, imatrix | by moments | ratio |", "|---|---|---|---|"]
+    lines = [
+        "| types | llama-quantize, imatrix | by moments | ratio | in sequence | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in OURS:
-        plain, ours = found.get(f"plain-{name}"), found.get(f"ours-{name}")
-        if plain is not None and ours is not None:
-            lines.append(f"| {name} | {plain:.4f} | {ours:.4f} | {ours / plain:.2f} |")
+        plain = found.get(f"plain-{name}")
+        if plain is not None:
+            ours = [found.get(f"{kind}-{name}") for kind in ("ours", "sequence")]
+            cells = [f"{kl:.5f} | {kl / plain:.3f}" if kl is not None else " | " for kl in ours]
+            lines.append(f"| {name} | {plain:.5f} | {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
 
 
@@ -269,7 +293,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default="plain,mobe",
-        help="files to make, of plain,ours,sized,default,mobe  [default: plain,mobe]",
+        help="files to make, of plain,ours,sequence,sized,default,mobe  [default: plain,mobe]",
     )
     parser.add_argument("--sizes", default="3.0M,3.47M,4.63M", help="of `sized` and `default`")
     parser.add_argument(
@@ -292,16 +316,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-quality-") as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        kinds = "plain", "ours", "sized", "default", "mobe"
-        plain, ours, sized, default, mobe = (name in options.only.split(",") for name in kinds)
-        sizes = options.sizes.split(",")
-        made = make_plain(options.model, out, options.calibration, options.threads, plain)
+        kinds, sizes = options.only.split(","), options.sizes.split(",")
+        made = make_plain(options.model, out, options.calibration, options.threads, "plain" in kinds)
         reference, imatrix, files = made
-        if ours or sized:
-            files += make_ours(options.model, out, options.calibration, ours, sizes if sized else ())
-        if default:
+        files += make_ours(options.model, out, options.calibration, kinds, sizes)
+        if "default" in kinds:
             files += make_default(options.model, out, options.calibration, sizes)
-        if mobe:
+        if "mobe" in kinds:
             steps = options.steps, options.published_steps
             files += make_mobe(options.model, out, options.calibration, imatrix, *steps, options.threads)
         if peer is not None:

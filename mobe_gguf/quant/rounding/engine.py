@@ -50,7 +50,7 @@ class Problem:
             damped = s.clone()
             damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean)
             r, failed = torch.linalg.cholesky_ex(damped, upper=True)
-            if not failed.any() and torch.isfinite(r).all():
+            if not failed.any() and torch.isfinite(r.sum()):
                 return cls(s[..., :0, :], damped, damping), r
         raise MobeError(
             f"the moments are not positive definite, not even with {dampings[-1]:g} of their mean added to the diagonal"
@@ -69,8 +69,13 @@ class Problem:
         r = self.w - q
         return ((r @ self.s) * r).sum((1, 2), dtype=torch.float64)
 
-    def size(self) -> torch.Tensor:
-        return ((self.w @ self.s) * self.w).sum((1, 2), dtype=torch.float64)
+    def sizes(self, r: torch.Tensor) -> torch.Tensor:
+        """``w S w^T`` of each row, ``[E, p]``, by S's factor R: half the operations."""
+        total = torch.zeros_like(self.w[..., 0])
+        for start in range(0, self.w.shape[-1], OUTER):
+            part = self.w[..., start:] @ r[:, start : start + OUTER, start:].mT
+            total += part.square_().sum(-1)
+        return total
 
 
 def code_type(grid: Grid) -> torch.dtype:
@@ -151,19 +156,20 @@ def sweep(
     grid: Grid,
     solve: bool = True,
     gradient: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
 ) -> tuple[Grid, int]:
     """One pass of coordinate descent, in place; the grid with the new scales, and how many codes changed.
 
     ``solve``: also solve for the scales.  The cost never rises.  ``gradient``: ``(W - Q) S``, contiguous, updated in place.
-    Without it, it is computed, which takes as many operations as the pass itself.
+    Without it, it is computed, which takes as many operations as the pass itself.  ``values``: Q, which is used up.
     """
     w, s, width, group = problem.w, problem.s, grid.width, grid.group
     n, one = w.shape[-1], scales.type
     if kernels := Kernels.of(grid, w):
-        return _sweep_native(problem, codes, scales, grid, solve, gradient, kernels)
+        return _sweep_native(problem, codes, scales, grid, solve, gradient, values, kernels)
     outer_size = _outer(one.block)
     inner_size = min(group, INNER)
-    values = grid.values(codes)
+    values = grid.values(codes) if values is None else values
     if gradient is None:
         gradient = (w - values) @ s
     changed = 0
@@ -231,11 +237,13 @@ def _sweep_native(
     grid: Grid,
     solve: bool,
     gradient: torch.Tensor | None,
+    values: torch.Tensor | None,
     kernels: Kernels,
 ) -> tuple[Grid, int]:
     """:func:`sweep` with the blocks in C."""
     w, s = problem.w, problem.s
-    values, changed, step = grid.values(codes), 0, _outer(scales.type.block)
+    values = grid.values(codes) if values is None else values
+    changed, step = 0, _outer(scales.type.block)
     if gradient is None:
         gradient = (w - values) @ s
     for start in range(0, w.shape[-1], step):
@@ -246,6 +254,6 @@ def _sweep_native(
         # the kernel has updated the block's own columns
         moved = values[..., outer] - before
         for rest in (slice(0, start), slice(outer.stop, None)):
-            if gradient[..., rest].numel():
-                gradient[..., rest] -= moved @ s[:, outer, rest]
+            for e in range(len(w)):
+                gradient[e, :, rest].addmm_(moved[e], s[e, outer, rest], alpha=-1)
     return grid.with_scales(scales.scale(), scales.offset()), changed

@@ -57,8 +57,8 @@ class Grid(ABC):
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 ``[E, p, n]``: what is decoded."""
-        x = self.units(codes) * self.scale.repeat_interleave(self.group, -1)
-        return x if self.offset is None else x + self.offset.repeat_interleave(self.group, -1)
+        x = self.units(codes).unflatten(-1, (-1, self.group)) * self.scale[..., None]
+        return (x if self.offset is None else x.add_(self.offset[..., None])).flatten(-2)
 
 
 class Levels(Grid):
@@ -74,6 +74,11 @@ class Levels(Grid):
         first = torch.ones_like(ladder, dtype=torch.bool)
         first[1:] = ladder[1:] != ladder[:-1]  # fp4 has two zeros: the lower code is taken
         self.order, self.ladder = order[first], ladder[first]
+        steps = self.levels.diff()
+        #: levels[c] == levels[0] + c step, exactly
+        self.counted = bool(
+            (self.levels == self.levels[0] + steps[0] * torch.arange(len(self.levels)).to(scale)).all()
+        )
         steps = self.ladder.diff()
         self.even = bool((steps == steps[0]).all())
         self.middles = (self.ladder[1:] + self.ladder[:-1]) / 2
@@ -95,6 +100,8 @@ class Levels(Grid):
         return self.order[place], self.ladder[place][..., None]
 
     def units(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.counted:
+            return codes.to(self.levels.dtype).mul_(self.levels[1] - self.levels[0]).add_(self.levels[0])
         return self.levels[codes.long()]
 
     def set_group(self, g: int, scale: torch.Tensor, offset: torch.Tensor | None) -> Grid:

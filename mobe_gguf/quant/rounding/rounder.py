@@ -114,23 +114,28 @@ def round_rows(
     codes = torch.from_numpy(stored.codes.astype(np.int64)).to(device, code_type(grid))[None]
     fed = feedback(problem, factor, grid)
     some = slice(None, None, max(1, w.shape[1] // SAMPLE))
-    near, better = (float(_cost_of(problem, grid.values(x), some)) for x in (codes, fed))
+    values, nearest = grid.values(fed), grid.values(codes)
+    near, better = (float(_cost_of(problem, x, some)) for x in (nearest, values))
     if better < near:  # else the scales are wrong for most columns, and nearest codes are better
         codes = fed
-    gradient = problem.gradient(grid.values(codes))
-    cost = float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
+    else:
+        values = nearest
+    del nearest
+    gradient = problem.gradient(values)
+    cost = float(((w - values) * gradient).sum(dtype=torch.float64))
     first = before = cost * max(1.0, near / better) if better > 0 else cost
     for _ in range(sweeps):
-        grid, changed = sweep(problem, codes, scales, grid, gradient=gradient)
-        before, cost = cost, float(((w - grid.values(codes)) * gradient).sum(dtype=torch.float64))
+        grid, changed = sweep(problem, codes, scales, grid, gradient=gradient, values=values)
+        values = grid.values(codes)
+        before, cost = cost, float(((w - values) * gradient).sum(dtype=torch.float64))
         if not changed or not before - cost > GAIN * before:
             break
-    ws = w @ problem.s
-    size = float((ws * w).sum(dtype=torch.float64))
+    sizes = problem.sizes(factor)
+    size = float(sizes.sum(dtype=torch.float64))
     after = cost
     if scales.d is not None:
-        costs = ((w - grid.values(codes)) * gradient).sum(-1)
-        after = _keep_size(scales, (ws * w).sum(-1), (gradient * w).sum(-1), costs)
+        costs = ((w - values) * gradient).sum(-1)
+        after = _keep_size(scales, sizes, (gradient * w).sum(-1), costs)
     if not np.isfinite(after):
         raise MobeError("rounding by moments gave values that are not finite; these moments cannot be used")
     return codes, scales, Outcome(first, after, size, problem.damping)
