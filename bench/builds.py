@@ -1,11 +1,12 @@
 """Speed of files and of builds against each other in one run, in turns of a tenth of a second.
 
     python bench/builds.py [--shape qwen3-30b] [--forms plain,wide,smaller] [--threads 1,all] [--rounds 40]
-    python bench/builds.py --forms plain --stock LIB --ik IK        # the plain file under other builds as well
+    python bench/builds.py --forms plain --build unpatched=LIB --ik IK      # the plain file under other builds as well
     pip install --no-deps --target IK ik-llama-cpp-python==0.1.5
 
-Forms are those of decode.py; their files are synthetic (synthetic.py).  Builds are this project's llama.cpp, an unpatched
-one (``--stock``: its libraries, see stock_speed.py) and ik_llama.cpp (``--ik``).  Each contender is a process of its
+Forms are those of decode.py, and wide-tanh; their files are synthetic (synthetic.py).  Builds are this project's llama.cpp,
+others by the directory of their libraries (``--build``; stock_speed.py says how to make an unpatched one), and
+ik_llama.cpp (``--ik``).  Each contender is a process of its
 own, which opens its file once through its package's defaults and then waits for its turn: a processor that changes its
 speed does so for all alike.  A turn writes 16 tokens one by one, after one that is not
 counted, or reads a prompt of 512.  Ratios are of each turn; the table has their medians and quartiles.
@@ -21,12 +22,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import llama_bench
-import stock_speed
 import synthetic
 from rich.console import Console
 from rich.table import Table
@@ -133,6 +133,8 @@ def measure(
                 speed = workers[label].turn(task, 131 * turn + 131)
                 if turn >= 0:
                     found[task][label].append(speed)
+        for row in rows({task: found[task]}, threads):  # a run that is stopped has shown this much
+            console.print("  ".join(row), highlight=False)
     for worker in workers.values():
         worker.close()
     return found
@@ -148,15 +150,28 @@ def contenders(options: argparse.Namespace) -> dict[str, Contender]:
         if form == "smaller":
             quant = synthetic.fewer_bits(factorized, plain, quant)
             plain = synthetic.pair(options.dir, options.shape, quant, options.layers)[0]
-        file = factorized if form == "wide" else plain
+        if form == "wide-tanh":
+            tanh = wide | {"activation": "tanh"}
+            factorized = synthetic.pair(options.dir, options.shape, quant, options.layers, **tanh)[1]
+        file = factorized if form.startswith("wide") else plain
         found[f"{form}, {quant}, {file.stat().st_size / 1e6:.0f} MB"] = (file, "llama_cpp", {})
     file = next(iter(found.values()))[0]
-    if options.stock:
-        lib = stock_speed.unpatched(options.stock).parent
-        found["unpatched"] = (file, "llama_cpp", {"LLAMA_CPP_LIB_PATH": str(lib)})
+    for build in options.build:
+        name, _, lib = build.rpartition("=")
+        found[name or lib] = (file, "llama_cpp", {"LLAMA_CPP_LIB_PATH": str(Path(lib).resolve())})
     if options.ik:
         found["ik_llama.cpp"] = (file, "ik_llama_cpp", {"PYTHONPATH": str(options.ik.resolve())})
     return found
+
+
+def rows(found: dict[str, dict[str, list[float]]], threads: int) -> Iterator[list[str]]:
+    for task, speeds in found.items():
+        first = next(iter(speeds.values()))
+        for label, values in speeds.items():
+            ratios = [ours / theirs for ours, theirs in zip(values, first, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            speed = f"{statistics.median(values):.1f}"
+            yield [str(threads), task, label, speed, f"{middle:.3f}", f"{low:.3f} to {high:.3f}"]
 
 
 def main() -> None:
@@ -164,9 +179,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ik", type=Path, metavar="DIR", help="where ik-llama-cpp-python is installed")
-    parser.add_argument("--stock", type=Path, metavar="DIR", help="libraries of an unpatched build")
+    parser.add_argument(
+        "--build", action="append", default=[], metavar="NAME=DIR", help="libraries of another build"
+    )
     parser.add_argument("--shape", choices=synthetic.SHAPES, default="qwen3-30b")
-    parser.add_argument("--forms", default="plain,wide,smaller", help="of plain, wide, smaller")
+    parser.add_argument("--forms", default="plain,wide,smaller", help="of plain, wide, wide-tanh, smaller")
     parser.add_argument("--quant", default="q4_k")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", default="1,all")
@@ -181,21 +198,13 @@ def main() -> None:
         return
     llama_bench.require_runtime()
     chosen = contenders(options)
-    first = next(iter(chosen))
     table = Table(title=f"{options.shape}, {options.layers} layers, {options.quant}")
     for column in ("threads", "task", "contender", "tokens/s", "of the first", "quartiles"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for threads in llama_bench.threads_of(os.cpu_count() or 1, options.threads):
-        for task, speeds in measure(
-            chosen, threads, {"writing": options.rounds, "prompt": options.prompts}
-        ).items():
-            for label, values in speeds.items():
-                ratios = [ours / theirs for ours, theirs in zip(values, speeds[first], strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-                table.add_row(
-                    str(threads), task, label, f"{statistics.median(values):.1f}",
-                    f"{middle:.3f}", f"{low:.3f} to {high:.3f}",
-                )  # fmt: skip
+        turns = {"writing": options.rounds, "prompt": options.prompts}
+        for row in rows(measure(chosen, threads, turns), threads):
+            table.add_row(*row)
     Console(width=120 if not sys.stdout.isatty() else None).print(table)
 
 

@@ -156,6 +156,8 @@ SHAPES = {
     "qwen3-30b": Shape(n=128, k=8, d=2048, p=768, m=32, heads=32, kv_heads=4),
     "deepseek-v2-lite": Shape(n=64, k=6, d=2048, p=1408, m=4, heads=16, kv_heads=16),
     "deepseek-v3": Shape(n=256, k=8, d=7168, p=2048, m=64, heads=56, kv_heads=8),
+    # a quarter of the experts: a token costs the same, and the file fits beside another in memory
+    "deepseek-v3-64": Shape(n=64, k=8, d=7168, p=2048, m=64, heads=56, kv_heads=8),
     # for trying a benchmark out
     "small": Shape(n=16, k=4, d=512, p=256, m=4, heads=4, kv_heads=2),
 }
@@ -166,6 +168,7 @@ WIDE = {
     "qwen3-30b": {"activation": "none", "m": 2, "rank": 1280},
     "deepseek-v2-lite": {"activation": "none", "m": 2, "rank": 1280},
     "deepseek-v3": {"activation": "none", "m": 2, "rank": 4352},
+    "deepseek-v3-64": {"activation": "none", "m": 2, "rank": 4352},
     "small": {"activation": "none", "m": 2, "rank": 256},
 }
 
