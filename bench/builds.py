@@ -18,6 +18,7 @@ import argparse
 import importlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def decode(api: Any, context: Any, batch: Any, tokens: range, position: int) -> 
         batch.pos[i] = position + i
         batch.n_seq_id[i] = 1
         batch.seq_id[i][0] = 0
-        batch.logits[i] = i == len(tokens) - 1
+        batch.logits[i] = True  # or the last layer would be computed for the last token alone
     if api.llama_decode(context, batch):
         raise SystemExit("llama_decode failed")
 
@@ -128,8 +129,8 @@ def measure(
     for task, count in turns.items():
         console.print(f"{threads} threads, {task}")
         for turn in range(-1, count):  # the first, which loads the weights, is not counted
-            order = labels[turn % len(labels) :] + labels[: turn % len(labels)]
-            for label in order:
+            # none always follows the same other one, whose threads may still wait for work
+            for label in random.Random(turn).sample(labels, len(labels)):
                 speed = workers[label].turn(task, 131 * turn + 131)
                 if turn >= 0:
                     found[task][label].append(speed)

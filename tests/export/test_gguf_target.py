@@ -119,7 +119,8 @@ def factors(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "rank"), [("qwen3_moe", 40), ("deepseek_v3", 40), ("mixtral", 40), ("qwen3_moe", 60)]
+    ("family", "rank"),
+    [("qwen3_moe", 40), ("deepseek_v3", 40), ("mixtral", 40), ("qwen3_moe", 60), ("deepseek_v3", 60)],
 )
 def test_as_by_way_of_the_checkpoint(
     family: str, rank: int, plain: Maker, model: Maker, tmp_path: Path

@@ -58,6 +58,8 @@ def config_of(path: Path) -> dict[str, Any]:
         ("deepseek_v3", dict(g=2, activation="silu")),
         ("mixtral", dict(activation="none", projections=ALL_PROJECTIONS)),
         ("olmoe", dict(by_row=True)),
+        ("qwen3_moe", dict(m=2, r=60, activation="none", projections=ALL_PROJECTIONS)),
+        ("olmoe", dict(m=4, r=56, g=2, by_row=True, projections=ALL_PROJECTIONS)),
     ],
     ids=str,
 )

@@ -25,6 +25,9 @@ TOKENS = list(range(40, 60))
         {"by_row": True, "projections": ALL_PROJECTIONS},
         {"projections": ("down",)},
         {"activation": "none", "projections": ALL_PROJECTIONS},
+        # wider than the experts, of 48 rows
+        {"activation": "none", "rank": 60, "n_basis": 2, "projections": ALL_PROJECTIONS},
+        {"rank": 60, "n_group": 2, "projections": ALL_PROJECTIONS},
     ],
     ids=str,
 )
@@ -39,9 +42,11 @@ def test_saved_model(factors, tmp_path):
     assert read_gguf(saved).keys[version] == read_gguf(path).keys[version]
 
 
-def test_split_file(tmp_path):
+@pytest.mark.parametrize("factors", [{}, {"rank": 60}, {"rank": 60, "activation": "none"}], ids=str)
+def test_split_file(factors, tmp_path):
     """Factors of one layer in different shards."""
-    path = factorize(qwen3moe(), projections=ALL_PROJECTIONS).write(tmp_path / "model.gguf")
+    file = factorize(qwen3moe(), projections=ALL_PROJECTIONS, **factors)
+    path = file.write(tmp_path / "model.gguf")
     split = [
         runtime.tool("llama-gguf-split"),
         "--split",
