@@ -55,10 +55,10 @@ class Grid(ABC):
             self.offset[..., g] = offset
         return self
 
-    def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """float32 ``[E, p, n]``: what is decoded."""
-        x = self.units(codes).unflatten(-1, (-1, self.group)) * self.scale[..., None]
-        return (x if self.offset is None else x.add_(self.offset[..., None])).flatten(-2)
+    def values(self, codes: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """float32 ``[E, p, n]``: what is decoded, of some ``rows``."""
+        x = self.units(codes[:, rows]).unflatten(-1, (-1, self.group)) * self.scale[:, rows, :, None]
+        return (x if self.offset is None else x.add_(self.offset[:, rows, :, None])).flatten(-2)
 
 
 class Levels(Grid):

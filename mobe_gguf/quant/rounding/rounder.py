@@ -111,30 +111,28 @@ def round_rows(
     device, w = problem.w.device, problem.w
     scales = Scales.of(one, stored, 1, device, torch.float32)
     grid = one.grid(stored, 1, device)
-    codes = torch.from_numpy(stored.codes.astype(np.int64)).to(device, code_type(grid))[None]
+    kind = np.uint8 if code_type(grid) is torch.uint8 else np.int64
+    codes = torch.from_numpy(stored.codes.astype(kind)).to(device)[None]
     fed = feedback(problem, factor, grid)
     some = slice(None, None, max(1, w.shape[1] // SAMPLE))
-    values, nearest = grid.values(fed), grid.values(codes)
-    near, better = (float(_cost_of(problem, x, some)) for x in (nearest, values))
+    near, better = (float(_cost_of(problem, grid.values(x, some), some)) for x in (codes, fed))
     if better < near:  # else the scales are wrong for most columns, and nearest codes are better
         codes = fed
-    else:
-        values = nearest
-    del nearest
+    values = grid.values(codes)
     gradient = problem.gradient(values)
-    cost = float(((w - values) * gradient).sum(dtype=torch.float64))
+    cost = float((w - values).mul_(gradient).sum(dtype=torch.float64))
     first = before = cost * max(1.0, near / better) if better > 0 else cost
     for _ in range(sweeps):
         grid, changed = sweep(problem, codes, scales, grid, gradient=gradient, values=values)
         values = grid.values(codes)
-        before, cost = cost, float(((w - values) * gradient).sum(dtype=torch.float64))
+        before, cost = cost, float((w - values).mul_(gradient).sum(dtype=torch.float64))
         if not changed or not before - cost > GAIN * before:
             break
     sizes = problem.sizes(factor)
     size = float(sizes.sum(dtype=torch.float64))
     after = cost
     if scales.d is not None:
-        costs = ((w - values) * gradient).sum(-1)
+        costs = (w - values).mul_(gradient).sum(-1)
         after = _keep_size(scales, sizes, (gradient * w).sum(-1), costs)
     if not np.isfinite(after):
         raise MobeError("rounding by moments gave values that are not finite; these moments cannot be used")
@@ -142,8 +140,8 @@ def round_rows(
 
 
 def _cost_of(problem: Problem, q: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The cost of ``rows`` only."""
-    return Problem(problem.w[:, rows], problem.s, problem.damping).cost(q[:, rows]).sum()
+    """The cost of ``rows`` only, with values ``q``."""
+    return Problem(problem.w[:, rows], problem.s, problem.damping).cost(q).sum()
 
 
 def _keep_size(scales: Scales, wanted: torch.Tensor, lost: torch.Tensor, costs: torch.Tensor) -> float:
