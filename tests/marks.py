@@ -20,6 +20,7 @@ RUNTIME = (
     "browser/test_side_by_side.py",
     "calibrate/test_moments.py::test_export_leaves_what_was_fitted_to_moments",
     "evaluate/test_cli.py",
+    "evaluate/test_experts.py",
     "evaluate/test_page_of_files.py",
     "evaluate/test_inspect.py::test_checkpoint_and_its_gguf_agree",
     "evaluate/test_inspect.py::test_down",

@@ -45,6 +45,11 @@ if TYPE_CHECKING:  # imports that take their time
     "--card", is_flag=True, help="Add each FILE's results to the README.md that export wrote beside it."
 )
 @click.option(
+    "--experts",
+    is_flag=True,
+    help="Also the share of tokens that are sent to the same experts as in REFERENCE. All files run once more, on the CPU.",
+)
+@click.option(
     "--keep-logits",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -64,6 +69,7 @@ def command(
     report_to: Path | None,
     moments: Path | None,
     card: bool,
+    experts: bool,
     keep_logits: Path | None,
     threads: int | None,
     gpu_layers: str | None,
@@ -113,7 +119,16 @@ def command(
     rows: list[Row] = []
     failure: MobeError | None = None
     try:
-        compare(reference, files, text, settings, keep_logits=keep_logits, quiet=quiet, on_row=rows.append)
+        compare(
+            reference,
+            files,
+            text,
+            settings,
+            keep_logits=keep_logits,
+            experts=experts,
+            quiet=quiet,
+            on_row=rows.append,
+        )
     except KeyboardInterrupt:
         failure = Interrupted(f"stopped; {len(rows)} of {len(files)} files were done")
     except MobeError as e:

@@ -51,7 +51,8 @@ TYPE_OPTIONS = {
 @click.option(
     "--quant",
     metavar="TYPE",
-    help="Types, by llama-quantize's name: f16, q8_0, q4_k, q4_k_s, ...  [default: the type that MODEL was factorized --for]",
+    help="Types, by llama-quantize's name: f16, q8_0, q4_k, q4_k_s, ..., or two-bit and one-bit (iq4_xs, with experts of two bits or one: "
+    "give --moments).  [default: the type that MODEL was factorized --for]",
 )
 @click.option(
     "--target-size",
@@ -233,7 +234,7 @@ def _rest(model: Path, quant: str | None) -> str | None:
 
     if quant is not None and not (model / FACTORS_NAME).is_file():
         raise UsageError("--quant-rest is for factors of a GGUF file; here --quant is for the whole file")
-    return quant and parse_quant(quant)
+    return quant and parse_quant(quant, mixes=False)
 
 
 def _show(report: Report, dry_run: bool) -> None:

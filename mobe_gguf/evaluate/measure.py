@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mobe_gguf import runtime
@@ -16,6 +16,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.progress import Bar, bar, say
 from mobe_gguf.evaluate import logits, parse, tool
+from mobe_gguf.evaluate.experts import ExpertsKept
 from mobe_gguf.evaluate.facts import Facts, facts_of
 from mobe_gguf.evaluate.parse import Divergence, Estimate
 from mobe_gguf.evaluate.vocabulary import count_tokens, read_vocabulary
@@ -62,7 +63,8 @@ class EvalSettings:
 class Row:
     """One file: its sizes, and its distance from the reference.
 
-    ``chunks`` of text were run and ``scored`` tokens evaluated, in ``seconds``.
+    ``chunks`` of text were run and ``scored`` tokens evaluated, in ``seconds``.  ``kept``: share of tokens that have the same
+    experts in both, by layer; empty if it was not asked for.
     """
 
     facts: Facts
@@ -70,6 +72,7 @@ class Row:
     chunks: int
     scored: int
     seconds: float
+    kept: Mapping[int, float] = field(default_factory=dict)
 
 
 def heldout() -> Path:
@@ -88,6 +91,7 @@ def compare(
     *,
     keep_logits: str | os.PathLike[str] | None = None,
     reuse_logits: bool = False,
+    experts: bool = False,
     quiet: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
@@ -95,7 +99,7 @@ def compare(
 
     Everything is checked before anything runs, as far as possible.  The reference's logits go to ``keep_logits``, or to
     a temporary file.  With ``reuse_logits`` they are in ``keep_logits`` already; those of another reference, text or
-    other settings are refused.  ``on_row`` gets each row at once, so a failure loses no earlier rows. Raises MobeError
+    other settings are refused.  With ``experts`` all files run once more, on the CPU, for ``Row.kept``.  ``on_row`` gets each row at once, so a failure loses no earlier rows. Raises MobeError
     if a file is not a model of the reference's vocabulary, the text is too short, there is no room for the logits, or
     llama-perplexity fails.
     """
@@ -122,10 +126,12 @@ def compare(
             with atomic_path(base) as part:
                 _write_logits(reference, text, part, layout, settings, progress)
                 layout.sign(part, settings.origin(reference, text))
+        chosen = ExpertsKept(reference, text, settings.ctx, chunks, settings.threads) if experts else None
         for file in facts:
             started = time.monotonic()
             found = _divergence(file.path, base, layout, settings, progress)
-            rows.append(Row(file, found, chunks, layout.scored, time.monotonic() - started))
+            kept = chosen.shares(file.path) if chosen is not None else {}
+            rows.append(Row(file, found, chunks, layout.scored, time.monotonic() - started, kept))
             progress.advance(
                 0,
                 f"{file.path.name}: KL divergence {found.kl.value:.5f}, {rows[-1].seconds:.1f} s",

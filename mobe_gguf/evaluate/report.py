@@ -65,15 +65,24 @@ def _cells(facts: Facts, row: Row | None, unit: float) -> dict[str, str]:
     if row is None:
         return cells
     d = row.divergence
-    return cells | {
-        "KL divergence": with_error(d.kl),
-        "median": decimal(d.percentiles["Median"], 4),
-        "99 %": decimal(d.percentiles["99.0%"], 3),
-        "top-1": f"{d.top1.value:.1%}",
-        "Δp": f"{d.delta_p.value:.1%}",
-        "PPL": f"{d.perplexity.value:.3f}",
-        "ratio": f"{d.ratio.value:.4f}",
-    }
+    return (
+        cells
+        | {
+            "KL divergence": with_error(d.kl),
+            "median": decimal(d.percentiles["Median"], 4),
+            "99 %": decimal(d.percentiles["99.0%"], 3),
+            "top-1": f"{d.top1.value:.1%}",
+            "Δp": f"{d.delta_p.value:.1%}",
+            "PPL": f"{d.perplexity.value:.3f}",
+            "ratio": f"{d.ratio.value:.4f}",
+        }
+        | ({"experts": f"{mean_kept(row):.1%}"} if row.kept else {})
+    )
+
+
+def mean_kept(row: Row) -> float:
+    """Share of tokens that keep all their experts, mean over layers."""
+    return sum(row.kept.values()) / len(row.kept)
 
 
 def _width(names: Sequence[str], lines: Sequence[dict[str, str]], columns: Sequence[str]) -> int:
@@ -88,8 +97,18 @@ def legend(rows: Sequence[Row], text: Path, settings: EvalSettings) -> str:
     return (
         "bits: of tensors in the file, for each of the original's weights. KL divergence from the first file, in nats: mean per token of "
         f"{text.name}{on}, median and 99th percentile. top-1: how often the likeliest token is the same. Δp: change of "
-        "the next token's probability, root mean square. ratio: of perplexities."
+        "the next token's probability, root mean square. ratio: of perplexities." + _legend_of_experts(rows)
     )
+
+
+def _legend_of_experts(rows: Sequence[Row]) -> str:
+    if not any(row.kept for row in rows):
+        return ""
+    said = " experts: tokens that are sent to the same experts, mean over layers"
+    for row in rows:
+        least = min(row.kept, key=lambda layer: row.kept[layer])
+        said += f"; {row.facts.path.name}: least in layer {least}, {row.kept[least]:.1%}"
+    return said + "."
 
 
 def sentence(reference: Facts, row: Row, text: Path) -> str:
@@ -155,6 +174,11 @@ def _row(row: Row) -> dict[str, Any]:
             "kl_percentiles": {_key(name): _number(value) for name, value in d.percentiles.items()},
             "seconds": round(row.seconds, 3),
         }
+        | (
+            {"experts_kept": {str(layer): _number(share) for layer, share in row.kept.items()}}
+            if row.kept
+            else {}
+        )
     )
 
 

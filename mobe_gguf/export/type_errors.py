@@ -32,8 +32,8 @@ from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import layer_shares
-from mobe_gguf.quant.allocate import LADDER, Option
-from mobe_gguf.quant.recipe import fitting_type, requires_imatrix
+from mobe_gguf.quant.allocate import BY_MOMENTS, LADDER, Option
+from mobe_gguf.quant.recipe import BLOCK, fitting_type, requires_imatrix
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 
 #: Experts of a layer that are measured.  The first ones are taken, since experts have no order.
@@ -53,9 +53,11 @@ def is_divided(name: str, counted: Mapping[str, float] | None = None) -> bool:
     return experts or (counted is not None and name in counted)
 
 
-def ladder(tensor: Tensor, weights: Importance | None) -> list[str]:
-    """Types of LADDER that the row length of ``tensor`` allows."""
-    fitting = dict.fromkeys(fitting_type(t, tensor.source.shape[-1]) for t in LADDER)
+def ladder(tensor: Tensor, weights: Importance | None, by_moments: bool = False) -> list[str]:
+    """Types of LADDER that the row length of ``tensor`` allows.  ``by_moments``: of BY_MOMENTS, too."""
+    row = tensor.source.shape[-1]
+    types = [t for t in BY_MOMENTS if by_moments and row % BLOCK[t] == 0]
+    fitting = dict.fromkeys([*types, *(fitting_type(t, row) for t in LADDER)])
     return [t for t in fitting if weights is not None or not requires_imatrix(tensor.name, t, "")]
 
 
@@ -80,7 +82,8 @@ def measure(
     """
     for name in (n for n in tensors if n in wanted):
         tensor, found = tensors[name], weights.get(name)
-        types = ladder(tensor, found)
+        rounded = moments is not None and covers(moments, tensor)
+        types = ladder(tensor, found, rounded and (is_transform(name) or is_down(name)))
         share = counts(name)
         unit = units.get(name.replace("_basis.", "_exps."))
         if unit is None:

@@ -17,7 +17,7 @@ from mobe_gguf.quant.recipe import Recipe
 #: Plain files, best quality first.
 PLAIN = (
     "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_l", "q3_k_m", "iq3_m", "q3_k_s", "iq3_s", "iq3_xs", "iq3_xxs",
-    "q2_k", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m",
+    "q2_k", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "two-bit", "iq1_m", "one-bit",
 )  # fmt: skip
 #: Factorized files: number of bases, share of gate and up that is kept, types of B and A, ``--quant`` of the rest.
 FACTORIZED = (

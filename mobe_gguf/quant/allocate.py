@@ -35,6 +35,10 @@ LADDER = (
     "q8_0",
 )
 
+#: Types that are worth their bytes only where codes are chosen by second moments.  Not the ternary ones, which libggml rounds as
+#: badly: iq1_s and iq2_xxs are smaller for the error, and CUDA has no product of experts for tq1_0 and tq2_0.
+BY_MOMENTS = ("q1_0",)
+
 #: Number of steps into which the bytes between the smallest and the largest choice are divided.
 GRAINS = 20_000
 

@@ -95,6 +95,13 @@ QUANTS = {
 #: llama-quantize's own short forms (tools/quantize/quantize.cpp, QUANT_OPTIONS).
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
+#: Mixtures of this project, which llama-quantize does not know: the type of most tensors, and those of the experts.  For files
+#: rounded by second moments; their measured KL divergence is in docs/quality.md.
+MIXES = {
+    "two-bit": ("iq4_xs", ((r"ffn_(gate|up|gate_up)_exps\.", "iq2_xxs"), (r"ffn_down_exps\.", "iq2_s"))),
+    "one-bit": ("iq4_xs", ((r"ffn_(gate|up|gate_up)_exps\.", "q1_0"), (r"ffn_down_exps\.", "iq2_xxs"))),
+}
+
 #: ``tensor_requires_imatrix``: types that are useless without an importance matrix.  Embeddings and output may have them
 #: even without one, because llama-imatrix collects nothing for these.  The encoders of ENCODER_NEEDS refuse even then.
 NEED_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")
@@ -151,7 +158,7 @@ class Choice:
 class Recipe:
     """What the user asked for.
 
-    ``quant``: key of QUANTS.  ``overrides``: (regular expression, type) pairs as in llama-quantize's ``--tensor-type``; the
+    ``quant``: key of QUANTS; that of MIXES becomes its two parts.  ``overrides``: (regular expression, type) pairs as in llama-quantize's ``--tensor-type``; the
     first that matches a part of the tensor's name counts.  ``basis``, ``transform``, ``down``: types of all B, all A and all
     down projections of experts (of their A's, where down is factorized).  ``output``, ``embedding``: types of
     ``output.weight`` and ``token_embd.weight``.  ``pure``: one type for everything that is quantized.
@@ -177,6 +184,12 @@ class Recipe:
     moments: str | None = None
     rest: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.quant in MIXES:
+            quant, experts = MIXES[self.quant]
+            object.__setattr__(self, "quant", quant)
+            object.__setattr__(self, "overrides", (*self.overrides, *experts))
+
     @property
     def base(self) -> str:
         return QUANTS[self.quant][0]
@@ -187,13 +200,14 @@ class Recipe:
         return QUANTS[self.quant][1]
 
 
-def parse_quant(text: str) -> str:
-    """A value of ``--quant`` in upper or lower case -> key of QUANTS; UsageError lists the known values."""
+def parse_quant(text: str, *, mixes: bool = True) -> str:
+    """A value of ``--quant`` in upper or lower case -> key of QUANTS or, with ``mixes``, MIXES; UsageError lists the known values."""
     name = text.lower()
     name = ALIASES.get(name, name)
-    if name in QUANTS:
+    known = [*QUANTS, *ALIASES, *(MIXES if mixes else ())]
+    if name in known:
         return name
-    raise UsageError(f"--quant {text}: unknown type. Known: {', '.join([*QUANTS, *ALIASES])}.")
+    raise UsageError(f"--quant {text}: unknown type. Known: {', '.join(known)}.")
 
 
 def parse_type(option: str, text: str) -> str:
@@ -201,7 +215,7 @@ def parse_type(option: str, text: str) -> str:
     name = text.lower()
     if name in BLOCK:
         return name
-    hint = " That is a mixture of types, a value of --quant." if name in {*QUANTS, *ALIASES} else ""
+    hint = " That is a mixture of types, a value of --quant." if name in {*QUANTS, *ALIASES, *MIXES} else ""
     raise UsageError(f"{option} {text}: unknown type.{hint} Known: {', '.join(BLOCK)}.")
 
 
