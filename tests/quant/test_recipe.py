@@ -22,6 +22,7 @@ from mobe_gguf.quant.recipe import (
     ALIASES,
     BLOCK,
     ENCODER_NEEDS,
+    MIXES,
     NEED_IMATRIX,
     QUANTS,
     ModelFacts,
@@ -270,3 +271,27 @@ def test_wrong_usage(call: Callable[[], object], words: list[str]) -> None:
 def test_case_does_not_matter() -> None:
     assert parse_quant("Q5_K_S") == "q5_k_s" and parse_quant("BF16") == "bf16"
     assert parse_override("blk\\.0=x=Q8_0") == ("blk\\.0=x", "q8_0")
+
+
+def test_mixes_are_a_mixture_with_other_types_of_experts() -> None:
+    """What the user names comes first; the rest is as in the mixture below it."""
+    specs = [
+        Spec(f"blk.0.{name}.weight", (4, 512, 512))
+        for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps")
+    ]
+    specs += [Spec("blk.0.attn_q.weight", (512, 512)), Spec("blk.0.ffn_gate_shexp.weight", (512, 512))]
+    facts = ModelFacts(1, 4, 1)
+    for mix, (base, experts) in MIXES.items():
+        recipe = Recipe(parse_quant(mix.upper()), overrides=(("ffn_up_exps", "q2_k"),), moments="m")
+        assert recipe.quant == base and recipe.file_type == QUANTS[base][1]
+        found = {name: choice.type for name, choice in plan(specs, recipe, facts).items()}
+        assert found.pop("blk.0.ffn_up_exps.weight") == "q2_k"
+        (_, first), (_, down) = experts
+        assert found.pop("blk.0.ffn_gate_exps.weight") == found.pop("blk.0.ffn_gate_up_exps.weight") == first
+        assert found.pop("blk.0.ffn_down_exps.weight") == down
+        expected = plan(specs, Recipe(base, moments="m"), facts)
+        assert found == {name: expected[name].type for name in found} and len(found) == 2
+    with pytest.raises(UsageError, match="one-bit"):
+        parse_quant("three-bit")
+    with pytest.raises(UsageError, match="unknown type"):
+        parse_quant("one-bit", mixes=False)
