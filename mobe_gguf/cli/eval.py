@@ -110,7 +110,8 @@ def command(
     known = options.check_report(report_to, moments)
     if card:
         _check_cards(files)
-    settings = EvalSettings(ctx, chunks, threads, options.llama_placement(gpu_layers, cpu_moe, n_cpu_moe))
+    placement = options.llama_placement(gpu_layers, cpu_moe, n_cpu_moe)
+    settings = EvalSettings(ctx, chunks, threads, placement, experts)
     if text is None:
         text = heldout()
         if not quiet:
@@ -125,7 +126,6 @@ def command(
             text,
             settings,
             keep_logits=keep_logits,
-            experts=experts,
             quiet=quiet,
             on_row=rows.append,
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from mobe_gguf.compress import rivals
-from mobe_gguf.core.progress import bar
+from mobe_gguf.core.progress import Bar, bar
 from mobe_gguf.core.records import plain, record
 from mobe_gguf.core.workspace import Workspace
 from mobe_gguf.evaluate import EvalSettings, Row, compare, facts_of
@@ -57,12 +58,21 @@ class Measures:
             return None  # not measured yet, or by another version
 
     def speeds(self, files: Mapping[str, Path]) -> dict[str, float]:
-        """Tokens per second of each file: the median of several runs.  Files take turns, so other load affects all
-        alike."""
+        """Tokens per second of each file: the median of several runs, more of them where they take no time.  Files take
+        turns, so other load affects all alike."""
         runs: dict[str, list[float]] = {name: [] for name in files}
-        with bar("speed", rivals.RUNS * len(files), self.quiet) as progress:
-            for _ in range(rivals.RUNS):
-                for name, path in files.items():
-                    runs[name].append(rivals.speed(path, self.settings.threads, self.settings.options))
-                    progress.advance()
+
+        def take_turns(progress: Bar) -> None:
+            for name, path in files.items():
+                runs[name].append(rivals.speed(path, self.settings.threads, self.settings.options))
+                progress.advance()
+
+        started = time.monotonic()
+        with bar("speed", len(files), self.quiet) as progress:
+            take_turns(progress)
+        wanted = rivals.ENOUGH * len(files) / (time.monotonic() - started)
+        rounds = max(rivals.RUNS, min(rivals.MOST_RUNS, int(wanted)))
+        with bar("speed", (rounds - 1) * len(files), self.quiet) as progress:
+            for _ in range(rounds - 1):
+                take_turns(progress)
         return {name: sorted(found)[len(found) // 2] for name, found in runs.items()}

@@ -153,7 +153,7 @@ class Compression:
         measures = self._measures(original)
         with self.display.stage("measure"):
             rows = measures.rows(files)
-        with self.display.stage("speed"):
+        with self.display.stage("speed", 2):
             speeds = measures.speeds({**files, "original": original})
         kind, why = self._best(files, rows, why)
         result = Result(self.out, kind, why, rows, speeds, original.stat().st_size)

@@ -37,8 +37,8 @@ LEAST_CHUNKS, LEAST_TOKENS = 64, 2000
 TOKEN_BYTES = 4
 #: More layers than any model has.
 ALL = "999"
-#: Tokens for measuring speed, and number of runs.
-TOKENS, RUNS = 64, 3
+#: Tokens for measuring speed, the least and the largest number of runs, and the seconds for a file that more runs may take.
+TOKENS, RUNS, MOST_RUNS, ENOUGH = 64, 3, 25, 0.5
 
 
 @dataclass(frozen=True)

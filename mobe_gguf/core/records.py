@@ -17,7 +17,7 @@ def record(kind: type[T], value: Any) -> T:
     what was found: ``Expected `int`, got `str` - at `$.steps```.
     """
     try:
-        return msgspec.convert(value, kind, dec_hook=_path)
+        return msgspec.convert(value, kind, dec_hook=_path, str_keys=True)  # keys of JSON are strings
     except msgspec.ValidationError as e:
         raise ValueError(str(e)) from e
 

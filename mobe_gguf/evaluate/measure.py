@@ -38,13 +38,14 @@ class EvalSettings:
     all.
 
     ``threads``: None leaves the number to llama.cpp.  ``options``: more of llama.cpp's options, for all files, such as
-    ``("-ngl", "99", "--cpu-moe")``.
+    ``("-ngl", "99", "--cpu-moe")``.  ``experts``: all files run once more, on the CPU, for :attr:`Row.kept`.
     """
 
     ctx: int = 512
     chunks: int | None = None
     threads: int | None = None
     options: tuple[str, ...] = ()
+    experts: bool = False
 
     def arguments(self) -> tuple[str, ...]:
         threads = () if self.threads is None else ("-t", str(self.threads))
@@ -91,7 +92,6 @@ def compare(
     *,
     keep_logits: str | os.PathLike[str] | None = None,
     reuse_logits: bool = False,
-    experts: bool = False,
     quiet: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
@@ -99,7 +99,7 @@ def compare(
 
     Everything is checked before anything runs, as far as possible.  The reference's logits go to ``keep_logits``, or to
     a temporary file.  With ``reuse_logits`` they are in ``keep_logits`` already; those of another reference, text or
-    other settings are refused.  With ``experts`` all files run once more, on the CPU, for ``Row.kept``.  ``on_row`` gets each row at once, so a failure loses no earlier rows. Raises MobeError
+    other settings are refused.   ``on_row`` gets each row at once, so a failure loses no earlier rows. Raises MobeError
     if a file is not a model of the reference's vocabulary, the text is too short, there is no room for the logits, or
     llama-perplexity fails.
     """
@@ -126,7 +126,9 @@ def compare(
             with atomic_path(base) as part:
                 _write_logits(reference, text, part, layout, settings, progress)
                 layout.sign(part, settings.origin(reference, text))
-        chosen = ExpertsKept(reference, text, settings.ctx, chunks, settings.threads) if experts else None
+        chosen = (
+            ExpertsKept(reference, text, settings.ctx, chunks, settings.threads) if settings.experts else None
+        )
         for file in facts:
             started = time.monotonic()
             found = _divergence(file.path, base, layout, settings, progress)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mobe_gguf.core import names
+from mobe_gguf.core.errors import UsageError
 from mobe_gguf.core.sides import side
 from mobe_gguf.export.factors import add_mobe_keys
 from mobe_gguf.export.predict import factor_shapes, table_bytes, types_of
 from mobe_gguf.export.write import stored_bytes
 from mobe_gguf.plan.layout import Layout
-from mobe_gguf.quant.recipe import Recipe
+from mobe_gguf.quant.recipe import MIXES, Recipe
 
 #: Plain files, best quality first.
 PLAIN = (
@@ -105,8 +107,11 @@ def why_not_factorized(layout: Layout) -> str | None:
 
 
 def forms(layout: Layout) -> list[Form]:
-    """All candidates; factorized ones only if they may help."""
-    found = [plain_form(layout, quant) for quant in PLAIN]
+    """All candidates; factorized ones only if they may help.  Left out: mixes with types that the rows do not allow."""
+    found = []
+    for quant in PLAIN:
+        with contextlib.suppress(*((UsageError,) if quant in MIXES else ())):
+            found.append(plain_form(layout, quant))
     if layout.native <= 5:
         found.insert(3, plain_form(layout, "mxfp4_moe"))
     if why_not_factorized(layout) is None:

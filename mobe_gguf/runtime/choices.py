@@ -116,7 +116,8 @@ def main(path: str, text: str, ctx: str, chunks: str, threads: str, out: str) ->
             batch.seq_id[i][0], batch.logits[i] = 0, True
         if llama_cpp.llama_decode(context, batch):
             raise SystemExit(f"Error: llama_decode fails in chunk {chunk}")
-    np.savez(out, **{str(layer): np.concatenate(parts) for layer, parts in listener.found.items()})
+    found: dict[str, Any] = {str(layer): np.concatenate(parts) for layer, parts in listener.found.items()}
+    np.savez(out, **found)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mobe_gguf.core.records import record
+from mobe_gguf.core.records import plain, record
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,13 @@ def test_what_is_wrong_is_named(value: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:
         record(Outer, value)
     assert message in str(error.value)
+
+
+def test_numbers_as_keys():
+    """JSON makes strings of them."""
+
+    @dataclass(frozen=True)
+    class Shares:
+        of: dict[int, float]
+
+    assert record(Shares, json.loads(json.dumps(plain(Shares({3: 0.5}))))) == Shares({3: 0.5})

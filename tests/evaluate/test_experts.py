@@ -36,8 +36,7 @@ def test_choices_are_those_of_transformers(files: dict[str, Path], text: Path):
 
 def test_fewer_bits_keep_fewer(files: dict[str, Path], text: Path):
     rows = compare(
-        files["f16"], [files["f16"], files["q8_0"], files["q2_k"]], text, EvalSettings(CTX, 4),
-        experts=True, quiet=True,
+        files["f16"], [files["f16"], files["q8_0"], files["q2_k"]], text, EvalSettings(CTX, 4, experts=True), quiet=True
     )  # fmt: skip
     same, much, little = (row.kept for row in rows)
     assert set(same.values()) == {1.0}
