@@ -23,7 +23,7 @@ from mobe_gguf.export.imatrix import Imatrix
 from mobe_gguf.export.refit import units_of
 from mobe_gguf.export.refit_solve import BIAS
 from mobe_gguf.export.source import Tensor, Whole
-from mobe_gguf.export.type_errors import measure
+from mobe_gguf.export.type_errors import ladder, measure
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.mobe_checkpoint import MobeCheckpoint
 from mobe_gguf.quant.allocate import Option, Target, TooSmall, allocate, parse_target
@@ -206,3 +206,12 @@ def test_errors_are_the_encoders_own(source: Path) -> None:
     assert "iq2_xxs" not in got[down] and got[down]["q8_0"] < got[down]["q4_k"] < got[down]["q2_k"]
     assert measured(True, None)[b_name]["q4_k"] < got[b_name]["q4_k"]
     assert measured(False, {0: 0.5})[down]["q4_k"] == pytest.approx(got[down]["q4_k"] / 2)
+
+
+@pytest.mark.parametrize("row, by_moments, expected", [(256, True, True), (256, False, False), (96, True, False)])
+def test_signs_alone_are_for_rounding_by_moments(row: int, by_moments: bool, expected: bool) -> None:
+    """q1_0's own encoder takes the nearest sign, which is useless; and llama.cpp has no type to take instead for other rows."""
+    tensor = Tensor("blk.0.ffn_up_exps.weight", Whole(torch.zeros(2, 4, row)))
+    found = ladder(tensor, None, by_moments)
+    assert ("q1_0" in found) == expected
+    assert "q8_0" in found and len(found) == len(set(found))
