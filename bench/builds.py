@@ -4,7 +4,7 @@
     python bench/builds.py --forms plain --build unpatched=LIB --ik IK      # the plain file under other builds as well
     pip install --no-deps --target IK ik-llama-cpp-python==0.1.5
 
-Forms are those of decode.py, and wide-tanh; their files are synthetic (synthetic.py).  Builds are this project's llama.cpp,
+Forms are those of decode.py, wide-tanh, and plain ones with experts of another type (``experts=q1_0``); their files are synthetic (synthetic.py).  Builds are this project's llama.cpp,
 others by the directory of their libraries (``--build``; stock_speed.py says how to make an unpatched one), and
 ik_llama.cpp (``--ik``).  Each contender is a process of its
 own, which opens its file once through its package's defaults and then waits for its turn: a processor that changes its
@@ -148,6 +148,9 @@ def contenders(options: argparse.Namespace) -> dict[str, Contender]:
     for form in options.forms.split(","):
         quant = options.quant
         plain, factorized = synthetic.pair(options.dir, options.shape, quant, options.layers, **wide)
+        if form.startswith("experts="):
+            kind = {"experts": form.partition("=")[2]}
+            plain = synthetic.pair(options.dir, options.shape, quant, options.layers, **kind)[0]
         if form == "smaller":
             quant = synthetic.fewer_bits(factorized, plain, quant)
             plain = synthetic.pair(options.dir, options.shape, quant, options.layers)[0]
@@ -184,7 +187,9 @@ def main() -> None:
         "--build", action="append", default=[], metavar="NAME=DIR", help="libraries of another build"
     )
     parser.add_argument("--shape", choices=synthetic.SHAPES, default="qwen3-30b")
-    parser.add_argument("--forms", default="plain,wide,smaller", help="of plain, wide, wide-tanh, smaller")
+    parser.add_argument(
+        "--forms", default="plain,wide,smaller", help="of plain, wide, wide-tanh, smaller, experts=TYPE"
+    )
     parser.add_argument("--quant", default="q4_k")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", default="1,all")

@@ -59,7 +59,8 @@ class Work:
 @dataclass(frozen=True)
 class Shape:
     """Sizes of one layer; one group, tanh.  ``rank``: rows of a basis, None for p.  ``terms``: non-zero coefficients
-    per expert, None for all.  ``down``: whether down is factorized, too."""
+    per expert, None for all.  ``down``: whether down is factorized, too.  ``experts``: type of the ordinary model's
+    experts, None for that of the other matrices."""
 
     n: int
     k: int
@@ -72,6 +73,7 @@ class Shape:
     terms: int | None = None
     down: bool = False
     rank: int | None = None
+    experts: str | None = None
 
     @property
     def r(self) -> int:
@@ -268,7 +270,8 @@ def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
         yield f"{block}.ffn_gate_inp.weight", (n, d), "f32", d**-0.5
         for projection in names.PROJECTIONS:
             if not factorized:
-                yield f"{block}.ffn_{projection}_exps.weight", (n, p, d), fitting_type(quant, d), d**-0.5
+                kind = fitting_type(shape.experts or quant, d)
+                yield f"{block}.ffn_{projection}_exps.weight", (n, p, d), kind, d**-0.5
                 continue
             yield names.transform_name(layer, projection), (n, p, r), fitting_type(quant, r), (r * d) ** -0.5
             yield names.basis_name(layer, projection), (m, r, d), fitting_type(quant, d), 1.0
@@ -283,7 +286,8 @@ def _tensors(shape: Shape, quant: str, layers: int, factorized: bool):
             yield names.basis_name(layer, "down"), (m, d, r), fitting_type(quant, r), 1.0
             yield names.mix_name(layer, "down"), (n, m), "f32", m**-0.5
             continue
-        yield f"{block}.ffn_down_exps.weight", (n, d, p), fitting_type(quant, p), SMALL * p**-0.5
+        kind = fitting_type((not factorized and shape.experts) or quant, p)
+        yield f"{block}.ffn_down_exps.weight", (n, d, p), kind, SMALL * p**-0.5
 
 
 def _matrix(
@@ -317,8 +321,9 @@ def pair(directory: Path, name: str, quant: str, layers: int, **changes) -> tupl
         if value != getattr(SHAPES[name], key)
     )
     directory.mkdir(parents=True, exist_ok=True)
+    plain = stem + (f"-experts-{shape.experts}" if shape.experts else "")
     return (
-        write(directory / f"{stem}.gguf", shape, quant, layers, factorized=False),
+        write(directory / f"{plain}.gguf", shape, quant, layers, factorized=False),
         write(directory / f"{stem}-mobe{suffix}.gguf", shape, quant, layers, factorized=True),
     )
 
