@@ -61,6 +61,7 @@ LEFT_OUT = {
     ("export", "-v"): "the output is a table of the result, not of tensors",
     ("eval", "--card"): "the card always has what was measured",
     ("eval", "--keep-logits"): "they are of a 16-bit copy of MODEL, which is not kept either",
+    ("eval", "--experts"): "all files would run once more; eval says it of the two that matter",
     ("verify", "--sums"): "there are no checksums of a file that is new",
     ("verify", "--layers"): "more layers than the first ones are a matter of verify --model",
 }
