@@ -20,7 +20,7 @@ import click
 
 from mobe_gguf.cli import COMMANDS, main
 from mobe_gguf.core import names
-from mobe_gguf.models import config_values, families
+from mobe_gguf.models import config_values, families, foreign
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "made by docs/generate.py, do not edit"
@@ -124,6 +124,13 @@ def families_page() -> str:
         elif known:
             why = f"not written: {why}"
         lines.append(f"| `{model_type}` | {' | '.join(row)} | {why} |")
+    lines += ["", "## Quantized weights", "", *FORMS_TEXT.strip().split("\n"), ""]
+    lines += ["| `quant_method` | form | instead |", "|---|---|---|"]
+    for method, (what, mend) in foreign.METHODS.items():
+        instead = "the model in bf16 that it was made of"
+        if "mobe-gguf convert" in mend:
+            instead = "`mobe-gguf convert`, then the GGUF file"
+        lines.append(f"| `{method}` | {what} | {instead} |")
     lines += ["", "## Values of config.json that are refused", "", *REFUSED_TEXT.strip().split("\n"), ""]
     lines += ["| family | key | accepted | the runtime |", "|---|---|---|---|"]
     for name, values in config_values.VALUES.items():
@@ -143,9 +150,8 @@ transformers on small random models (`tests/parity`), factorized and not, with o
 with fused ones, where the family has both. Logits agree to 1e-10 of their energy, those of Qwen3-Next and
 Qwen3.5 to 1e-8, because their linear attention is summed in another order. gpt-oss is read in bf16 and in MXFP4;
 its published models have YaRN with `truncate: false`, of which llama.cpp computes something close (below).
-Of Llama-4, Nemotron-H and models that also see, only files without factors were compared, and the
-values of config.json of gpt-oss, Llama-4, Nemotron-H and Granite's hybrid were not all tried one by one. The code of Bailing and Kimi is not in transformers and is not run here;
-their files are compared with files of the same model that have ordinary experts.
+Of Llama-4, Nemotron-H and models that also see, only files without factors were compared. The code of Bailing
+and Kimi is not in transformers and is not run here; their files are compared with files of the same model that have ordinary experts.
 
 Any other MoE goes through a GGUF file: llama.cpp's converter makes it, `mobe-gguf factorize` reads it in any
 types, and `export` puts the factors back into it. For these families "yes" under GGUF means that the
@@ -153,11 +159,17 @@ converter has a class for them; not each was tried. `mobe-gguf verify FILE --mod
 layers of a file with its model.
 """
 
+FORMS_TEXT = """
+FP8 in blocks and MXFP4 are read as they are. Other forms are refused by name, because the factorizer would have to
+unpack each of them; where llama.cpp's converter unpacks a form, its GGUF file is a source like any other. So Kimi-K2-Thinking,
+whose experts are packed in four bits by compressed-tensors, goes through `mobe-gguf convert`.
+"""
+
 REFUSED_TEXT = """
 A GGUF file cannot express every value of config.json: for some, llama.cpp's graphs have a constant. If that
 would give other answers, `factorize` and `export` refuse the model and name the key, the value and what the
-runtime computes. Everything else is carried over. A test changes each key of each family on a small model and
-compares logits (`tests/export/test_config_values.py`). Lines without a key are rules over several keys.
+runtime computes. Everything else is carried over. A test changes each key of each family on a small model, or
+leaves it out, and compares logits (`tests/export/test_config_values.py`). Lines without a key are rules over several keys.
 """
 
 OWN_KEYS_TEXT = """

@@ -50,7 +50,12 @@ class Workspace:
         ``token``: written into the lock file, so that other machines recognize the directory.  ``finished``: patterns of
         finished work.  If the code inside fails and no file matches them, the directory is removed.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as e:
+            raise MobeError(
+                f"{self.path}: unfinished work goes into a directory of this name, but it is a file; move it or choose another OUT"
+            ) from e
         lock = self.path / "lock"
         with contextlib.ExitStack() as stack:
             try:

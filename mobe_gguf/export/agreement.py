@@ -238,7 +238,7 @@ def _transformers(small: Path, tokens: np.ndarray) -> np.ndarray:
         )
         with torch.inference_mode():
             return model(torch.from_numpy(tokens)[None]).logits[0].numpy()
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as e:
+    except Exception as e:  # its classes check little of what they are told
         raise MobeError(f"transformers cannot run the model's first layers: {type(e).__name__}: {e}") from e
 
 

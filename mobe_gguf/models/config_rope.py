@@ -12,8 +12,8 @@ from mobe_gguf.models.judgement import Config, Judge, Judgement
 
 def rope_of(config: Config) -> dict[str, Any]:
     """The rotary parameters from either spelling: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
-    ``rope_scaling``."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    ``rope_scaling``, which counts if both are there (``modeling_rope_utils.py``)."""
+    said = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(said, Mapping):
         raise MobeError(f"config.json: 'rope_scaling' must be an object, got {said!r}")
     rope = dict(said)
@@ -36,18 +36,30 @@ def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def rotary(
-    *kinds: str, latent: bool = False, divided: bool = False, partial_too: bool = False, ramp: bool = False
+    *kinds: str,
+    latent: bool = False,
+    divided: bool = False,
+    partial_too: bool = False,
+    ramp: bool = False,
+    default: Mapping[str, Any] | None = None,
 ) -> Judge:
     """Rotary scaling: no scaling and the ``kinds`` can be carried.  ``latent``: DeepSeek's graph, which also scales all of
-    attention.  ``divided``: that of V3.2, see :func:`_scale_attention`.  ``partial_too``: the file says how many dimensions are rotated.  ``ramp``: YaRN's ramp may begin and end
-    between dimensions, where the runtime rounds to whole ones."""
+    attention.  ``divided``: that of V3.2, see :func:`_scale_attention`.  ``partial_too``: the file says how many dimensions are
+    rotated.  ``ramp``: YaRN's ramp may begin and end between dimensions, where the runtime rounds to whole ones.  ``default``: what
+    the class takes if config.json says nothing."""
 
     def judge(config: Config, judgement: Judgement) -> None:
-        rope = rope_of(config)
+        said = config.get("rope_scaling") or config.get("rope_parameters")
+        rope = rope_of(config if said or not default else {"rope_parameters": default})
         kind, partial = (
             rope["rope_type"],
             rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),
         )
+        if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+            judgement.refuse(
+                "rope_parameters", dict(rope), f"has one for all layers, none for {nested[0]} alone"
+            )
+            return
         if partial not in (None, 1, 1.0) and not partial_too:
             judgement.refuse("partial_rotary_factor", partial, "rotates all dimensions")
         if kind == "dynamic":

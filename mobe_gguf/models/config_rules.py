@@ -297,8 +297,8 @@ def granite_layers(config: Config, judgement: Judgement) -> None:
     kinds = [spelled.get(kind, kind) for kind in kinds] if isinstance(kinds, list) else kinds
     if not isinstance(kinds, list) or set(kinds) - {"mamba", "attention"}:
         judgement.refuse("layer_types", kinds, "knows 'mamba' and 'attention'")
-    elif "attention" not in kinds:
-        judgement.refuse("layer_types", kinds, "needs a layer with attention")
+    elif missing := {"mamba", "attention"}.difference(kinds):
+        judgement.refuse("layer_types", kinds, f"needs a layer of {missing.pop()!r}")
     judgement.hparams["layer_types"] = kinds
     judgement.keys["rope.scaling.finetuned"] = config.get("position_embedding_type") == "rope"
 
@@ -330,7 +330,8 @@ def _infinite(value: Any) -> bool:
 
 
 def nemotron_layers(config: Config, judgement: Judgement) -> None:
-    """Nemotron-H: layers are Mamba-2, attention or experts; beside experts there is no dense MLP."""
+    """Nemotron-H: layers are Mamba-2, attention or experts, the first two at least once; beside experts there is no dense
+    MLP."""
     key = "layers_block_type" if config.get("layers_block_type") is not None else "hybrid_override_pattern"
     kinds = config.get(key) or []
     spelled = {
@@ -344,10 +345,11 @@ def nemotron_layers(config: Config, judgement: Judgement) -> None:
     letters = [spelled.get(kind, kind) for kind in kinds]
     if other := [kind for kind, letter in zip(kinds, letters, strict=True) if letter not in ("M", "*", "E")]:
         judgement.refuse(key, other[0], "knows Mamba-2, attention and experts beside each other")
-    elif "*" not in letters:
-        judgement.refuse(key, kinds, "needs a layer with attention")
+    elif not {"*", "M"}.issubset(letters):
+        judgement.refuse(key, kinds, "needs a layer with attention and one of Mamba-2")
     judgement.hparams |= {"layers_block_type": None, "hybrid_override_pattern": "".join(letters)}
     judgement.hparams["num_hidden_layers"] = len(letters)
+    judgement.hparams |= {"rope_parameters": {}, "rope_scaling": None}  # it has no rotary embedding
 
 
 def least_time_step(config: Config, judgement: Judgement) -> None:

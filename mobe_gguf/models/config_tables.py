@@ -88,6 +88,11 @@ _LLAMA4 = Values(
     judges=(llama4_layers, llama4_attention, rotary("linear", "yarn", "llama3")),
 )
 
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+
 _QWEN3_5 = Values(
     carried=names(
         "moe_intermediate_size shared_expert_intermediate_size num_experts num_local_experts head_dim linear_conv_kernel_dim "
@@ -293,11 +298,13 @@ VALUES: Mapping[str, Values] = {
             "swiglu_alpha": Only((1.702, None), "has a constant for it, 1.702", 1.702),
             "swiglu_limit": Only((7.0, 7, None), "has a constant for it, 7", 7.0),
         },
-        judges=(every_second_has_a_window, rotary("linear", "yarn", ramp=True)),
+        judges=(every_second_has_a_window, rotary("linear", "yarn", ramp=True, default=_GPT_OSS_ROPE)),
     ),
     "granitemoe": Values(carried=names(_GRANITE), only={"hidden_act": SILU}, judges=_GRANITE_JUDGES),
     "granitemoeshared": Values(
-        carried=names(_GRANITE + " shared_intermediate_size"), only={"hidden_act": SILU}, judges=_GRANITE_JUDGES
+        carried=names(_GRANITE + " shared_intermediate_size"),
+        only={"hidden_act": SILU},
+        judges=(*_GRANITE_JUDGES, some_shared("shared_intermediate_size")),
     ),
     "granitemoehybrid": Values(
         carried=names(

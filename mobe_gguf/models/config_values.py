@@ -23,7 +23,7 @@ from typing import Any
 
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.models.config_tables import VALUES
-from mobe_gguf.models.judgement import INERT, OURS, Config, Judgement
+from mobe_gguf.models.judgement import INERT, OURS, Config, Judgement, is_int
 
 __all__ = ["INERT", "VALUES", "Judgement", "check_values", "for_converter", "judge", "unlisted"]
 
@@ -45,6 +45,9 @@ MATTERS: Mapping[str, tuple[Any, ...]] = {
     )
 }  # fmt: skip
 
+#: Sizes that every family has.
+POSITIVE = frozenset(("vocab_size", "max_position_embeddings", "num_attention_heads"))
+
 
 def judge(family: str, config: Config) -> Judgement:
     """What a file of this model would compute differently, and the values that prevent it."""
@@ -57,6 +60,10 @@ def judge(family: str, config: Config) -> Judgement:
     for check in values.judges:
         check(config, judgement)
     for key, value in config.items():
+        if key in values.known and is_int(value) and not -(2**31) <= value < 2**32:
+            judgement.refuse(key, value, "has 32 bits for it")
+        if key in POSITIVE and (not is_int(value) or value < 1):
+            judgement.refuse(key, value, "needs a positive integer")
         if key in MATTERS and key not in values.known and value not in (*MATTERS[key], []):
             judgement.refuse(key, value, f"knows no such key in the family {family}")
     return judgement

@@ -29,7 +29,10 @@ def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode or not out.exists():
             lines = [line for line in done.stderr.splitlines() if "rror" in line or "ASSERT" in line]
-            said = " ".join(lines[:3]) or f"it ended with code {done.returncode}"
+            own = [
+                line for line in lines if "raise " not in line and "ValueError" not in line
+            ]  # not Python's
+            said = " ".join((own or lines)[:3]) or f"it ended with code {done.returncode}"
             raise MobeError(f"{path}: the runtime does not run this file: {said}")
         return np.load(out)
 

@@ -51,6 +51,16 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_its_work(work: Workspac
         assert work.read("done-1") == [1] and work.token() == "yours"
 
 
+def test_a_file_in_its_place(work: Workspace) -> None:
+    work.path.write_text("not mine")
+    with (
+        pytest.raises(MobeError, match="out.work: unfinished work goes into a directory of this name"),
+        work.locked(),
+    ):
+        pass
+    assert work.path.read_text() == "not mine"
+
+
 def test_a_failure_keeps_what_is_finished_and_nothing_else(work: Workspace) -> None:
     with pytest.raises(KeyboardInterrupt), work.locked("", ("units/done-*",)):
         work.write("job.json", {})

@@ -110,3 +110,22 @@ def test_export_compares_what_it_wrote(
     edit_config(source, norm_topk_prob=False)
     done = run()
     assert done.exit_code == 1 and "do not use it: layer 0 is the first to part" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"decoder_sparse_step": 0}, "transformers cannot run the model's first layers: ZeroDivisionError"),
+        ({"num_key_value_heads": 3}, "wrong shape"),
+    ],
+)
+def test_what_transformers_or_the_runtime_cannot_run(
+    change: dict[str, int], said: str, own_model: Maker, tmp_path: Path
+) -> None:
+    """One line that says why, and nothing of Python's."""
+    source = own_model("qwen3_moe", num_hidden_layers=1)
+    edit_config(source, **change)
+    command = ["export", str(source), str(tmp_path / "out.gguf"), "--dense", "--quant", "q8_0", "-q"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1 and said in done.stderr.replace("\n", " "), done.output
+    assert "raise " not in done.stderr and "Traceback" not in done.stderr

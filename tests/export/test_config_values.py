@@ -60,6 +60,28 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 
+#: In place of a value: config.json does not say the key, and the class takes its default.
+MISSING = "(missing)"
+
+#: Texts of other classes, and kinds of layers that some class knows.
+WORDS = {
+    "hidden_act": ("gelu", "relu"),
+    "mlp_hidden_act": ("silu", "gelu"),
+    "mamba_hidden_act": ("gelu",),
+    "topk_method": ("noaux_tc",),
+    "position_embedding_type": ("rope", "nope"),
+    "score_func": ("softmax",),
+}
+KINDS = (
+    "sliding_attention",
+    "full_attention",
+    "chunked_attention",
+    "linear_attention",
+    "mamba",
+    "moe",
+    "mlp",
+)
+
 #: Changes of several keys, or of values that their type does not suggest.
 CHANGES: tuple[dict[str, Any], ...] = (
     {"use_sliding_window": True, "sliding_window": 8},
@@ -69,6 +91,13 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"scoring_func": "softmax"},
     {"q_lora_rank": None},
     {"head_dim": 32},
+    {"interleave_moe_layer_step": 1, "moe_layers": None},
+    {"num_local_experts": 128, "use_qk_norm": False},
+    {"no_rope_layers": [], "no_rope_layer_interval": 2},
+    {"moe_latent_size": 32},
+    {"position_embedding_type": "rope"} | rope("linear", factor=4.0),
+    {"position_embedding_type": "rope"} | rope("yarn", **YARN),
+    {"mamba_n_heads": 4, "mamba_d_head": 32},
     rope("default", partial_rotary_factor=0.5),
     rope("linear", factor=4.0),
     rope("dynamic", factor=4.0),
@@ -98,8 +127,8 @@ def config_class(family: str) -> Any:
 
 def other(key: str, value: Any, default: Any) -> Iterator[Any]:
     """Values of ``key`` that are not ``value``, of the type that it has."""
-    if key in ("hidden_act", "topk_method"):
-        yield from ("gelu", "relu") if key == "hidden_act" else ("noaux_tc",)
+    if key in WORDS:
+        yield from (word for word in WORDS[key] if word != value)
     elif key in ("mlp_only_layers", "layer_types"):
         yield [0] if key == "mlp_only_layers" else ["sliding_attention", "full_attention"]
     elif isinstance(value, bool) or isinstance(default, bool):
@@ -112,15 +141,45 @@ def other(key: str, value: Any, default: Any) -> Iterator[Any]:
         yield from (0.5, 8)
 
 
-def changes(family: str) -> Iterator[dict[str, Any]]:
+def further(key: str, value: Any) -> Iterator[Any]:
+    """More of them, and none at all."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+        yield value // 2
+    elif key == "time_step_limit":
+        yield from ([0.0, 0.1], [0.05, float("inf")])
+    elif isinstance(value, list) and value:
+        yield from (value[::-1], [value[0]] * len(value), [value[-1]] * len(value), value[:-1])
+        if all(isinstance(entry, str) for entry in value):
+            yield from ([kind, *value[1:]] for kind in KINDS if kind != value[0])
+    if (
+        value is not None and key != "time_step_min"
+    ):  # a default that the model's own code does not use: a note says so
+        yield MISSING
+
+
+def changes(family: str, most: bool) -> Iterator[dict[str, Any]]:
     made = config_class(family)(**(tiny._SIZES | CLASSES[family][1] | base_of(family)))
     defaults = config_class(family)().to_dict()
-    for key, value in made.to_dict().items():
-        if key in LEFT or key in config_values.INERT:
-            continue
+    values = {k: v for k, v in made.to_dict().items() if k not in LEFT and k not in config_values.INERT}
+    if most:
+        yield from ({key: changed} for key, value in values.items() for changed in further(key, value))
+        yield from ({key: MISSING} for key in ("hidden_size", "num_hidden_layers", "rope_parameters"))
+        return
+    for key, value in values.items():
         yield from ({key: changed} for changed in other(key, value, defaults.get(key)))
     known = config_values.VALUES[family].known
     yield from (change for change in CHANGES if known.issuperset(change))
+
+
+def model_with(family: str, change: dict[str, Any], folder: Path) -> Path:
+    """The small model with ``change`` in its config.json; the weights are of a model with the values that are there."""
+    values = {key: value for key, value in change.items() if value is not MISSING}
+    model = tiny.make_model(family, folder, seed=1, **(base_of(family) | values))
+    if MISSING in change.values():
+        config = json.loads((model / "config.json").read_text())
+        config = {key: value for key, value in config.items() if change.get(key) is not MISSING}
+        (model / "config.json").write_text(json.dumps(config))
+    return model
 
 
 def truth(model: Path) -> np.ndarray | None:
@@ -145,7 +204,7 @@ def other_values(model: Path, config: dict[str, Any]) -> np.ndarray:
 def outcome(family: str, change: dict[str, Any], base: np.ndarray, folder: Path) -> str:
     """``refused``, ``same`` (logits do not change), ``alike``, ``impossible`` (no such model), or what is wrong."""
     try:
-        model = tiny.make_model(family, folder / "m", seed=1, **(base_of(family) | change))
+        model = model_with(family, change, folder / "m")
     except Exception:
         return "impossible"
     expected = truth(model)
@@ -167,16 +226,15 @@ def outcome(family: str, change: dict[str, Any], base: np.ndarray, folder: Path)
     return "same" if nmse(base, expected) < LIMIT else "alike"
 
 
-#: Of families that came later every so many changes are made, and all with MOBE_GGUF_ALL=1, which takes a minute for each.
+#: Of families that came later every so many changes are made, and all with MOBE_GGUF_ALL=1, which takes some minutes for each.
 EVERY = 1 if os.environ.get("MOBE_GGUF_ALL") else 8
 
 
 def changes_made(family: str) -> Iterator[dict[str, Any]]:
-    made = list(changes(family))
-    if family in tiny._CLASSES:
-        yield from made
-    else:
-        yield from made[list(tiny._MORE).index(family) % EVERY :: EVERY]
+    number = list(CLASSES).index(family)
+    made, more = list(changes(family, False)), list(changes(family, True))
+    yield from made if family in tiny._CLASSES else made[number % EVERY :: EVERY]
+    yield from more[number % EVERY :: EVERY]
 
 
 #: Outcomes at least to be seen, so that the net does not pass because nothing could be run.
@@ -215,6 +273,9 @@ def test_tables_are_complete(family: str) -> None:
         ("olmoe", {"clip_qkv": 0.5}, "'clip_qkv' is 0.5, and the runtime does not clip"),
         ("bailing_moe", {"use_bias": True}, "'use_bias' is True, and the runtime has no such biases"),
         ("qwen3_moe", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is 30.0"),
+        ("qwen3_moe", {"max_position_embeddings": -1}, "'max_position_embeddings' is -1, and the runtime needs a positive"),
+        ("qwen3_moe", {"max_position_embeddings": 2**40}, "'max_position_embeddings' is 1099511627776"),
+        ("granitemoeshared", {"shared_intermediate_size": 0}, "'shared_intermediate_size' is 0, and the runtime adds"),
     ],
 )  # fmt: skip
 def test_refused_by_name(
@@ -231,6 +292,54 @@ def test_refused_by_name(
         done = CliRunner().invoke(main, command)
         assert done.exit_code == 1 and said in done.stderr.replace("\n", " "), (command, done.stderr)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_rope_scaling_counts_before_rope_parameters(
+    family: str, own_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As in transformers: who reads a model's page adds ``rope_scaling`` to a config.json that has ``rope_parameters``."""
+    source = own_model(family, num_hidden_layers=2)
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    assert config["rope_parameters"]["rope_type"] == "default"
+    scaling = {"rope_type": "yarn", "attention_factor": 1.5, **YARN}
+    file.write_text(json.dumps(config | {"rope_scaling": scaling}))
+    export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    got = logits(tmp_path / "out.gguf", TOKENS, [N_TOKENS])[N_TOKENS]
+    assert nmse(transformers_logits(source, TOKENS), got) < LIMIT
+    for other, said in (({"rope_scaling": {"rope_type": "longrope"}}, "'rope_type' is 'longrope'"),
+                        ({"rope_parameters": {"full_attention": scaling}}, "none for full_attention alone")):  # fmt: skip
+        file.write_text(json.dumps(config | other))
+        with pytest.raises(MobeError, match=said):
+            export(source, tmp_path / "not.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [("nemotron_h", "layers_block_type"), ("granitemoehybrid", "layer_types")]
+)
+def test_a_hybrid_needs_both_kinds_of_layers(
+    family: str, key: str, own_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The runtime stops with an assertion where no layer has a state, or none attends."""
+    source = own_model(family)
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    for absent, other in (("linear_attention", "full_attention"), ("full_attention", "linear_attention")):
+        kinds = [other if kind == absent else kind for kind in config[key]]
+        file.write_text(json.dumps(config | {key: kinds}))
+        with pytest.raises(MobeError, match=f"'{key}' is .*needs a layer"):
+            export(source, tmp_path / "not.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+
+
+def test_a_default_of_rotary_scaling_is_noted(own_model: Callable[..., Path], tmp_path: Path) -> None:
+    """gpt-oss's class scales if config.json says nothing."""
+    source = own_model("gpt_oss")
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    (source / "config.json").write_text(json.dumps(config))
+    report = export(source, tmp_path / "out.gguf", Recipe("f32"), allow_dense=True, quiet=True)
+    assert any("'truncate' is False" in note for note in report.notes)
 
 
 def test_missing_key_is_the_default(own_model: Callable[..., Path], tmp_path: Path) -> None:
