@@ -119,10 +119,14 @@ def test_a_build_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
     import synthetic
 
     file = synthetic.pair(tmp_path, "small", "q4_k", 1)[0]
-    found = builds.run("llama_cpp", {}, file, threads=1)
-    assert set(found) == set(builds.TASKS) and min(found.values()) > 0
-    with pytest.raises(subprocess.CalledProcessError):
-        builds.run("llama_cpp", {"LLAMA_CPP_LIB_PATH": str(tmp_path)}, file, threads=1)
+    contender = (file, "llama_cpp", {})
+    found = builds.measure({"a": contender, "b": contender}, 1, {"writing": 4, "prompt": 2})
+    assert {(task, label, len(v)) for task, s in found.items() for label, v in s.items()} == {
+        (task, label, turns) for task, turns in (("writing", 4), ("prompt", 2)) for label in "ab"
+    }
+    assert min(min(v) for s in found.values() for v in s.values()) > 0
+    with pytest.raises(SystemExit):
+        builds.Worker((file, "llama_cpp", {"LLAMA_CPP_LIB_PATH": str(tmp_path)}), threads=1)
 
 
 def test_batches_that_share_a_run() -> None:
