@@ -152,8 +152,8 @@ def contenders(options: argparse.Namespace) -> dict[str, Contender]:
         quant = options.quant
         plain, factorized = synthetic.pair(options.dir, options.shape, quant, options.layers, **wide)
         if form.startswith("experts="):
-            kind = {"experts": form.partition("=")[2]}
-            plain = synthetic.pair(options.dir, options.shape, quant, options.layers, **kind)[0]
+            kind = form.partition("=")[2]
+            plain = synthetic.plain(options.dir, options.shape, quant, options.layers, kind)
         if form == "smaller":
             quant = synthetic.fewer_bits(factorized, plain, quant)
             plain = synthetic.pair(options.dir, options.shape, quant, options.layers)[0]

@@ -311,21 +311,24 @@ def _matrix(
     return np.tile(encoded, (rows[0] // drawn, 1)) if drawn < rows[0] else encoded
 
 
+def plain(directory: Path, name: str, quant: str, layers: int, experts: str | None = None) -> Path:
+    """The ordinary model, written if it is not there; ``experts``: another type for its experts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / (f"{name}-{layers}l-{quant}" + (f"-experts-{experts}" if experts else "") + ".gguf")
+    return write(path, replace(SHAPES[name], experts=experts), quant, layers, factorized=False)
+
+
 def pair(directory: Path, name: str, quant: str, layers: int, **changes) -> tuple[Path, Path]:
     """The ordinary model and the factorized one, written if they are not there; ``changes``: fields of Shape."""
     shape = replace(SHAPES[name], **changes)
-    stem = f"{name}-{layers}l-{quant}"
     suffix = "".join(
         f"-{key}" if value is True else f"-{key}-{value}"
         for key, value in changes.items()
         if value != getattr(SHAPES[name], key)
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    plain = stem + (f"-experts-{shape.experts}" if shape.experts else "")
-    return (
-        write(directory / f"{plain}.gguf", shape, quant, layers, factorized=False),
-        write(directory / f"{stem}-mobe{suffix}.gguf", shape, quant, layers, factorized=True),
-    )
+    ordinary = plain(directory, name, quant, layers)
+    path = directory / f"{name}-{layers}l-{quant}-mobe{suffix}.gguf"
+    return ordinary, write(path, shape, quant, layers, factorized=True)
 
 
 def rest(directory: Path, name: str, quant: str, layers: int) -> Path:
