@@ -22,6 +22,7 @@ from typing import Any
 from mobe_gguf.core.atomic import check_output, destination
 from mobe_gguf.core.files import check_space, describe_size, parse_size
 from mobe_gguf.core.progress import bar
+from mobe_gguf.core.tensors import is_down, is_transform
 from mobe_gguf.export.card import Subject, write_card
 from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.fitted import default_types, mismatch
@@ -40,7 +41,7 @@ from mobe_gguf.formats.contents import original_params
 from mobe_gguf.formats.gguf import padded
 from mobe_gguf.models.factors import recorded
 from mobe_gguf.quant.allocate import parse_target
-from mobe_gguf.quant.recipe import FLOATS, Recipe, parse_override, parse_quant, parse_type
+from mobe_gguf.quant.recipe import FLOATS, SLOW, Recipe, parse_override, parse_quant, parse_type
 from mobe_gguf.quant.small import is_small, small_line
 
 __all__ = [
@@ -156,6 +157,8 @@ def _report(
     if model.factors is not None and (note := mismatch(model.factors, types.choices)):
         report.notes.append(note)
     report.notes += remarks(model.imatrix, types.choices)
+    chosen = {choice.type for name, choice in types.choices.items() if is_transform(name) or is_down(name)}
+    report.notes += [f"{kind} has {SLOW[kind]}" for kind in sorted(chosen & SLOW.keys())]
     if model.moments is not None:
         notes = model.moments.of_another(source_checksum(model)), few_tokens(model.moments, types.choices)
         report.notes += [note for note in notes if note is not None]

@@ -102,6 +102,13 @@ MIXES = {
     "one-bit": ("iq4_xs", ((r"ffn_(gate|up|gate_up)_exps\.", "q1_0"), (r"ffn_down_exps\.", "iq2_xxs"))),
 }
 
+#: Types without a fast product somewhere in the pinned tree (docs/parts.md); for the last two, of routed experts alone.
+SLOW = {
+    "q2_0": "no fast product on x86",
+    "tq1_0": "no product of experts on CUDA, which leaves them to the CPU",
+    "tq2_0": "no product of experts on CUDA, which leaves them to the CPU",
+}
+
 #: ``tensor_requires_imatrix``: types that are useless without an importance matrix.  Embeddings and output may have them
 #: even without one, because llama-imatrix collects nothing for these.  The encoders of ENCODER_NEEDS refuse even then.
 NEED_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs")

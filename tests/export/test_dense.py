@@ -20,6 +20,7 @@ from mobe_gguf.export import Recipe, export, parse_quant
 from mobe_gguf.formats.gguf import GgufFile, read_gguf
 from mobe_gguf.models import mobe_checkpoint
 from mobe_gguf.models.wab import WabFiles
+from mobe_gguf.quant.allocate import BY_MOMENTS, LADDER
 
 Maker = Callable[..., Path]
 
@@ -103,3 +104,15 @@ def test_training_output(tmp_path: Path) -> None:
     assert unnamed(got) == unnamed(want) and list(got.tensors) == list(want.tensors)
     for name in want.tensors:
         np.testing.assert_allclose(f32(got, name), f32(want, name), rtol=2**-10, atol=1e-6, err_msg=name)
+
+
+def test_types_that_are_slow_somewhere_are_named(model: Maker, tmp_path: Path) -> None:
+    """Of experts alone; where the types are chosen for a size, none of these is."""
+    path = model("qwen3_moe", hidden_size=256, moe_intermediate_size=256)
+    options = dict(dense=True, allow_dense=True, quiet=True, dry_run=True)
+    of = {"ffn_up_exps": "tq1_0", "ffn_down_exps": "q2_0", "attn_q": "tq2_0"}
+    found = export(path, tmp_path / "a.gguf", Recipe("q8_0", overrides=tuple(of.items())), **options).notes
+    assert [note.split()[0] for note in found if "product" in note] == ["q2_0", "tq1_0"]
+    found = export(path, tmp_path / "a.gguf", Recipe("q8_0"), **options).notes
+    assert not any("product" in note for note in found)
+    assert not set(of.values()) & {*LADDER, *BY_MOMENTS}

@@ -208,7 +208,9 @@ def test_errors_are_the_encoders_own(source: Path) -> None:
     assert measured(False, {0: 0.5})[down]["q4_k"] == pytest.approx(got[down]["q4_k"] / 2)
 
 
-@pytest.mark.parametrize("row, by_moments, expected", [(256, True, True), (256, False, False), (96, True, False)])
+@pytest.mark.parametrize(
+    "row, by_moments, expected", [(256, True, True), (256, False, False), (96, True, False)]
+)
 def test_signs_alone_are_for_rounding_by_moments(row: int, by_moments: bool, expected: bool) -> None:
     """q1_0's own encoder takes the nearest sign, which is useless; and llama.cpp has no type to take instead for other rows."""
     tensor = Tensor("blk.0.ffn_up_exps.weight", Whole(torch.zeros(2, 4, row)))
