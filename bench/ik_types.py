@@ -113,9 +113,10 @@ def main() -> None:
         "threads": options.threads,
     }
     print("| file | MB | KL divergence |\n|---|---|---|", flush=True)
-    subprocess.run(
-        [str(options.python), __file__, "evaluate"], input=json.dumps(asked), text=True, check=True
-    )
+    line = [str(options.python), __file__, "evaluate"]
+    done = subprocess.run(line, input=json.dumps(asked), stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{options.python} failed: {done.stderr[-500:]}")
 
 
 if __name__ == "__main__":
