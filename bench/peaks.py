@@ -10,10 +10,9 @@ and that of the arithmetic.  Kinds of arithmetic share the core's ports, so thei
     mix        multiply-adds of the combination of bases: products of bytes; with bases in q8_0 coefficients have two
                bytes, twice the work; with bases of floats, multiply-adds of floats
     evaluate   evaluations of f: tanh by the kernel's own approximation
-    encode     numbers that a cache of formed matrices rounds to q8_0, by ggml's own function
     project    multiply-adds of formed rows with inputs: floats
     prompt     the same in a prompt: of bytes when bases are quantized
-    multiply   ggml's own products, also with rows in a cache: of bytes for quantized matrices, of bf16 for bf16
+    multiply   ggml's own products: of bytes for quantized matrices, of bf16 for bf16
                matrices, else of floats
 
 Unpacking of quantized numbers, loads and stores, and synchronization of threads are not counted, so no kernel reaches
@@ -25,12 +24,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from synthetic import Work
 
 from mobe_gguf import runtime
@@ -44,8 +41,7 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Peaks:
-    """``rates``: units per second of ``threads`` cores together, by the names that op.c prints (``read``: bytes), and
-    ``encode``."""
+    """``rates``: units per second of ``threads`` cores together, by the names that op.c prints (``read``: bytes)."""
 
     threads: int
     rates: dict[str, float]
@@ -66,8 +62,6 @@ class Peaks:
             products = self.first("bf16", "fma")
         arithmetic = work.mix / mix + work.project / floats + work.prompt / prompt + work.multiply / products
         arithmetic += work.evaluate / self.rates["tanh"]
-        if work.encode:
-            arithmetic += work.encode / self.rates["encode"]
         return work.moved / self.rates["read"], arithmetic
 
     def limit(self, work: Work, quant: str) -> float:
@@ -97,10 +91,9 @@ def build(out: Path) -> Path:
     return out / "op"
 
 
-def measure(threads: int, rounding: bool = False) -> Peaks:
+def measure(threads: int) -> Peaks:
     """The best of RUNS runs of each loop, summed over ``threads`` processes that run at the same time.
-
-    ``rounding``: also measure ``encode``, if op.c does not.  MobeError without a compiler.
+    MobeError without a compiler.
     """
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,8 +101,6 @@ def measure(threads: int, rounding: bool = False) -> Peaks:
         for _ in range(RUNS):
             for name, rate in together(program, threads).items():
                 best[name] = max(best.get(name, 0.0), rate)
-    if rounding and "encode" not in best:
-        best["encode"] = threads * encode()
     return Peaks(threads, best)
 
 
@@ -132,25 +123,3 @@ def summed(outputs: Iterable[Iterable[str]]) -> dict[str, float]:
             name, rate = line.split()
             rates[name] = rates.get(name, 0.0) + float(rate)
     return rates
-
-
-def encode() -> float:
-    """Numbers per second that one core rounds to q8_0 in its first-level cache, with the CPU backend's function."""
-    import cffi
-
-    path = runtime.lib_dir() / "libggml-cpu.so"
-    if not path.exists():
-        raise MobeError(f"{path} is not there; a portable build has many: run mobe-gguf build --no-portable")
-    ffi = cffi.FFI()
-    ffi.cdef("void quantize_row_q8_0(const float * x, void * y, int64_t n);")
-    lib = ffi.dlopen(str(path))
-    n, times = 4096, 2000
-    x, y = np.ones(n, np.float32), np.empty(2 * n, np.uint8)
-    source, target = ffi.from_buffer("float[]", x), ffi.from_buffer(y)
-    best = float("inf")
-    for _ in range(9):
-        start = time.thread_time()
-        for _ in range(times):
-            lib.quantize_row_q8_0(source, target, n)
-        best = min(best, time.thread_time() - start)
-    return n * times / best

@@ -48,9 +48,9 @@ def unpatched(directory: Path | None) -> Path:
             f"{program} is not there: name an unpatched build with --stock DIR, or make one: "
             'cd tests && python -c "from stock.record import build_stock; build_stock()"'
         )
-    known = subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
-    if "--mobe-cache" in known.stdout + known.stderr:
-        raise MobeError(f"{program} is a patched build: it knows --mobe-cache. Name an unpatched one")
+    library = directory / "libggml-base.so"
+    if library.is_file() and b"MOBE_PROJ" in library.read_bytes():
+        raise MobeError(f"{program} is a patched build: {library} knows MOBE_PROJ. Name an unpatched one")
     return program
 
 

@@ -5,7 +5,7 @@
 All files have the architecture qwen3moe, whatever model the shapes are from, with that model's number of heads (of size
 128) and a vocabulary of 4096 tokens, so that the few layers have the same weight as in a whole model.  All experts of a
 tensor are copies of one random matrix: times do not depend on the values, and the file is written as fast as the disk
-allows.  The router is random, which is the worst case for a cache.
+allows.  The router is random.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ ROWS = 128
 class Work:
     """The work of one layer's experts for one token, by kind (see peaks.py).
 
-    ``moved``: bytes of weights and of rows that a cache keeps.  The others are counts of numbers or multiply-adds.
+    ``moved``: bytes of weights.  The others are counts of numbers or multiply-adds.
     """
 
     moved: float
     mix: float = 0.0
     evaluate: float = 0.0
-    encode: float = 0.0
     project: float = 0.0
     prompt: float = 0.0
     multiply: float = 0.0
@@ -126,21 +125,6 @@ class Shape:
             project=0 if prompt else count * k * each,
             prompt=count * k * each if prompt else 0,
             multiply=k * self.own,
-        )
-
-    def cached(self, quant: str, missed: int) -> Work:
-        """Work of one token alone, with a cache of formed matrices that lacks ``missed`` of its k experts (in each
-        projection)."""
-        k, each, count = self.k, self.r * self.d, self.projections
-        moved = self.bases_used(missed) * self.basis_bytes(quant)
-        moved += count * k * each * size("q8_0", self.d)  # read, or written by a miss
-        moved += k * self.own_bytes(quant)
-        return Work(
-            moved=moved,
-            mix=count * missed * (self.terms or self.m) * each,
-            evaluate=count * missed * each,
-            encode=count * missed * each,
-            multiply=k * (count * each + self.own),
         )
 
 

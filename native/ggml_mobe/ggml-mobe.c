@@ -1,7 +1,6 @@
 // The operator's constructor, its checks, and the plain reference. Compiled into ggml-base.
 
 #include "ggml-mobe.h"
-#include "mobe-cache.h"
 #include "ggml-impl.h"
 
 #include <math.h>
@@ -113,42 +112,6 @@ struct ggml_tensor * ggml_mobe_proj(
     result->src[2] = x;
     result->src[3] = ids;
 
-    return result;
-}
-
-enum ggml_type ggml_mobe_cache_type(int64_t d) {
-    return d % ggml_blck_size(GGML_TYPE_Q8_0) == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
-}
-
-size_t ggml_mobe_cache_size(const struct ggml_mobe_shape * s, int64_t n_slot) {
-    struct mobe_cache cache;
-    return mobe_cache_layout(&cache, s, n_slot, NULL);
-}
-
-int64_t ggml_mobe_cache_slots(const struct ggml_mobe_shape * s, size_t size) {
-    const size_t slot = mobe_align(s->r*ggml_row_size(ggml_mobe_cache_type(s->d), s->d));
-    int64_t n = size/slot < (size_t) s->n ? (int64_t) (size/slot) : s->n;
-    while (n > 0 && ggml_mobe_cache_size(s, n) > size) { // once or twice: what stands before the slots is small
-        n--;
-    }
-    return n;
-}
-
-struct ggml_tensor * ggml_mobe_proj_cached(
-        struct ggml_context       * ctx,
-        struct ggml_tensor        * basis,
-        struct ggml_tensor        * mix,
-        struct ggml_tensor        * x,
-        struct ggml_tensor        * ids,
-        enum ggml_mobe_activation   activation,
-        struct ggml_tensor        * cache) {
-    struct ggml_tensor * result = ggml_mobe_proj(ctx, basis, mix, x, ids, activation);
-    const struct ggml_mobe_shape shape = ggml_mobe_proj_shape(basis, mix, x, ids);
-    if (cache->type != GGML_TYPE_I8 || cache->ne[0] != ggml_nelements(cache) ||
-            ggml_mobe_cache_slots(&shape, ggml_nbytes(cache)) < 1) {
-        GGML_ABORT("ggml_mobe_proj_cached(%s): the cache is no I8 tensor of one dimension with room for a matrix", basis->name);
-    }
-    result->src[4] = cache;
     return result;
 }
 

@@ -81,30 +81,6 @@ GGML_API struct ggml_tensor * ggml_mobe_proj(
         struct ggml_tensor        * ids,
         enum ggml_mobe_activation   activation);
 
-// --- a cache of formed matrices ---
-//
-// As above, with memory for the matrices of the experts used last (kernel and layout: mobe-cache.h). cache is an I8 tensor of
-// one dimension whose data, all zeros at first, outlive the graph; no two nodes of a graph share one. A call of up to
-// GGML_MOBE_CACHE_TOKENS tokens rounds the formed rows to ggml_mobe_cache_type(d), whether it finds them or not; one of more
-// tokens does without it. Only the CPU backend takes such a node.
-#define GGML_MOBE_CACHE_TOKENS 16
-
-GGML_API enum ggml_type ggml_mobe_cache_type(int64_t d);
-
-// bytes of a cache with n_slot matrices; matrices that fit in a cache of so many bytes
-GGML_API size_t  ggml_mobe_cache_size (const struct ggml_mobe_shape * shape, int64_t n_slot);
-GGML_API int64_t ggml_mobe_cache_slots(const struct ggml_mobe_shape * shape, size_t size);
-
-// aborts when a fault is found, or the cache has room for no matrix
-GGML_API struct ggml_tensor * ggml_mobe_proj_cached(
-        struct ggml_context       * ctx,
-        struct ggml_tensor        * basis,
-        struct ggml_tensor        * mix,
-        struct ggml_tensor        * x,
-        struct ggml_tensor        * ids,
-        enum ggml_mobe_activation   activation,
-        struct ggml_tensor        * cache);
-
 // The plain reference: the formula above, one number after the other, in double precision. Slow, kept for ever:
 // every faster kernel is tested against it. All operands contiguous float32 / int32 in the order given above.
 GGML_API void ggml_mobe_proj_ref(

@@ -4,17 +4,6 @@
 
 #include <algorithm>
 
-ggml_tensor mobe_basis_in_file(const llama_mobe::factors & f) {
-    ggml_tensor t = *f.basis;
-    if (mobe_is_flat(f)) {
-        t.ne[2] = f.mix->ne[0];
-        t.ne[1] = f.basis->ne[1]/t.ne[2];
-        t.nb[2] = t.nb[1]*t.ne[1];
-        t.nb[3] = t.nb[2]*t.ne[2];
-    }
-    return t;
-}
-
 // --- the CPU's step ---
 
 static const int64_t COLUMNS = 256; // of a vector: those of all bases, or experts, stay in the first-level cache

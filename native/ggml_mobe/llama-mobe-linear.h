@@ -3,15 +3,9 @@
 
 #pragma once
 
-#include "llama-mobe.h"
+#include "ggml.h"
 
-// Whether bases of gate and up are one matrix in memory, [d, r*m]: what the file has one behind the other, [d, r, m].
-inline bool mobe_is_flat(const llama_mobe::factors & f) { return f.linear && !f.after && !f.own; }
-
-// f.basis as the file has it
-ggml_tensor mobe_basis_in_file(const llama_mobe::factors & f);
-
-// Bases of gate and up, [d, r*m]: an ordinary matrix, which the CPU may keep in another order and multiplies at once.
+// Bases of gate and up, [d, r*m] in memory: an ordinary matrix, which the CPU may keep in another order and multiplies at once.
 // z[:,s,t] = sum_j mix[j,e] B_j x[:,t], e = ids[s,t]: the products of all bases once a token, then m numbers for each expert.
 // mix [m, n], x [d, 1, T], ids [k, T]; returns [r, k, T]
 ggml_tensor * mobe_project_linear(ggml_context * ctx, ggml_tensor * bases, ggml_tensor * mix, ggml_tensor * x, ggml_tensor * ids);

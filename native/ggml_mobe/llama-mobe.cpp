@@ -2,7 +2,6 @@
 
 #include "llama-arch.h"
 #include "llama-impl.h"
-#include "llama-mobe-cache.h"
 #include "llama-mobe-linear.h"
 #include "llama-model-loader.h"
 #include "llama-model.h"
@@ -169,7 +168,7 @@ ggml_tensor * llama_mobe::create_tensor(
         model.create_tensor_in_file(ml, tn, {n_in, r, n},  flags) :
         model.create_tensor_in_file(ml, tn, {r, n_out, n}, flags);
     const bool own  = linear && !is_down && is_identity(ml, mix);
-    const bool flat = linear && !is_down && !own; // mobe_is_flat
+    const bool flat = linear && !is_down && !own;
     const factors f = {
         /*.basis =*/ flat ?
             model.create_tensor_in_file(ml, name(kind, "weight", tn.bid), {columns, rows*m}, flags | llama_model_loader::TENSOR_ALLOW_RESHAPE) :
@@ -180,6 +179,7 @@ ggml_tensor * llama_mobe::create_tensor(
         /*.after =*/ is_down,
         /*.linear =*/ linear,
         /*.own    =*/ own,
+        /*.flat   =*/ flat,
     };
     if (a != nullptr) { // a skipped layer has no tensors
         by_transform.emplace(a, f);
@@ -222,24 +222,29 @@ const llama_mobe::factors * llama_mobe::find(const ggml_tensor * w, bool after) 
     return it == by_transform.end() || it->second.after != after ? nullptr : &it->second;
 }
 
-// the operator's operand: [d, r, m], of down [r, d, m]
-static ggml_tensor * bases_of(ggml_context * ctx, const llama_mobe::factors & f) {
-    if (!mobe_is_flat(f)) {
-        return f.basis;
+ggml_tensor * llama_mobe::factors::bases(ggml_context * ctx) const {
+    if (!flat) {
+        return basis;
     }
-    const int64_t m = f.mix->ne[0];
-    ggml_tensor * all = ggml_reshape_3d(ctx, f.basis, f.basis->ne[0], f.basis->ne[1]/m, m);
-    ggml_set_name(all, f.basis->name); // what llama-imatrix files it under
+    const int64_t m = mix->ne[0];
+    ggml_tensor * all = ggml_reshape_3d(ctx, basis, basis->ne[0], basis->ne[1]/m, m);
+    ggml_set_name(all, basis->name); // what llama-imatrix files it under
     return all;
 }
 
-ggml_tensor * llama_mobe::project(
-        ggml_context * ctx, const factors & f, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids,
-        const llama_mobe_cache * cache) const {
-    // a prompt does without, and so may be given to another backend
-    ggml_tensor * kept = cache && ids->ne[1] <= GGML_MOBE_CACHE_TOKENS ? cache->find(w) : nullptr;
-    return kept ? ggml_mobe_proj_cached(ctx, bases_of(ctx, f), f.mix, x, ids, activation, kept) :
-                  ggml_mobe_proj(ctx, bases_of(ctx, f), f.mix, x, ids, activation);
+ggml_tensor llama_mobe::factors::basis_in_file() const {
+    ggml_tensor t = *basis;
+    if (flat) {
+        t.ne[2] = mix->ne[0];
+        t.ne[1] = basis->ne[1]/t.ne[2];
+        t.nb[2] = t.nb[1]*t.ne[1];
+        t.nb[3] = t.nb[2]*t.ne[2];
+    }
+    return t;
+}
+
+ggml_tensor * llama_mobe::project(ggml_context * ctx, const factors & f, ggml_tensor * x, ggml_tensor * ids) const {
+    return ggml_mobe_proj(ctx, f.bases(ctx), f.mix, x, ids, activation);
 }
 
 // whether llama.cpp has put the blocks in another order for its own mul_mat, as it does with matrices on a CPU
@@ -254,8 +259,7 @@ static bool is_repacked(const ggml_tensor * basis) {
 // The bases of `linear` factors may lie where the operator cannot be computed, and where nothing can without tokens: mul_mat
 // divides by their number. So a last layer of which no output is asked for gets an empty tensor.
 ggml_tensor * llama_mobe::project_input(
-        ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids, bool watched,
-        const llama_mobe_cache * cache) const {
+        ggml_context * ctx, const ggml_tensor * w, ggml_tensor * x, ggml_tensor * ids, bool watched) const {
     const factors * f = find(w, false);
     if (f == nullptr) {
         return x;
@@ -266,10 +270,10 @@ ggml_tensor * llama_mobe::project_input(
         }
         if (!watched || is_repacked(f->basis)) {
             ggml_tensor * own = f->own ? project_own(ctx, f->basis, x, ids) : nullptr;
-            return own ? own : mobe_project_linear(ctx, mobe_is_flat(*f) ? f->basis : flattened(ctx, f->basis), f->mix, x, ids);
+            return own ? own : mobe_project_linear(ctx, f->flat ? f->basis : flattened(ctx, f->basis), f->mix, x, ids);
         }
     }
-    return project(ctx, *f, w, x, ids, cache);
+    return project(ctx, *f, x, ids);
 }
 
 ggml_tensor * llama_mobe::sum_output(
@@ -287,10 +291,9 @@ ggml_tensor * llama_mobe::sum_output(
     return mobe_sum_linear(ctx, f->basis, f->mix, y, ids, weights);
 }
 
-ggml_tensor * llama_mobe::project_output(
-        ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids, const llama_mobe_cache * cache) const {
+ggml_tensor * llama_mobe::project_output(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * y, ggml_tensor * ids) const {
     const factors * f = find(w, true);
-    return f == nullptr ? y : project(ctx, *f, w, y, ids, cache);
+    return f == nullptr ? y : project(ctx, *f, y, ids);
 }
 
 uint32_t llama_mobe::max_nodes() const {

@@ -1,4 +1,4 @@
-// Floats as bytes with a scale for each 32 of them, as in q8_0: what the cache keeps, and what a prompt multiplies.
+// Floats as bytes with a scale for each 32 of them, as in q8_0: what a prompt multiplies.
 
 #pragma once
 

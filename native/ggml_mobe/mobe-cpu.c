@@ -9,7 +9,6 @@
 // The r x d matrix of an expert never exists: only a few of its rows do.
 
 #include "mobe-cpu.h"
-#include "mobe-cache.h"
 #include "mobe-form.h"
 #include "mobe-layout.h"
 #include "mobe-mul.h"
@@ -109,9 +108,6 @@ static size_t mobe_shared_bytes(const struct mobe_former * former) {
 }
 
 size_t ggml_mobe_proj_cpu_work_size(const struct ggml_tensor * dst, int n_tasks) {
-    if (mobe_cache_takes(dst)) {
-        return mobe_cache_work_size(dst, n_tasks);
-    }
     const struct mobe_former former = mobe_node_former(dst);
     struct mobe_work w;
     return 64 + mobe_shared_bytes(&former) + n_tasks*mobe_work_layout(&w, NULL, &former, former.shape.T >= MOBE_PROMPT);
@@ -361,11 +357,6 @@ void ggml_compute_forward_mobe_proj(const struct ggml_compute_params * params, s
         if (params->ith == 0) {
             mobe_forward_ref(&former, dst);
         }
-        return;
-    }
-
-    if (mobe_cache_takes(dst)) {
-        mobe_cache_forward(params, dst);
         return;
     }
 

@@ -76,9 +76,6 @@ static bool mobe_reads(ggml_type type) {
 }
 
 bool ggml_cuda_mobe_proj_supports(int device, const ggml_tensor * dst) {
-    if (dst->src[4] != nullptr) { // formed matrices are kept by the CPU
-        return false;
-    }
     GGML_UNUSED(device);
     // off unless asked for, until bench/gpu.sh has passed on a GPU: so far only nvcc and an emulation have seen these kernels
     if (mobe_asked() == nullptr) {

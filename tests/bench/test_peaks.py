@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 #: Units a second, all different, that divide well.
-RATES = {"fma": 10.0, "bf16": 40.0, "int8": 80.0, "tanh": 5.0, "encode": 4.0, "read": 2.0}
+RATES = {"fma": 10.0, "bf16": 40.0, "int8": 80.0, "tanh": 5.0, "read": 2.0}
 
 
 @pytest.fixture(autouse=True)
@@ -66,13 +65,6 @@ def test_a_processor_with_less() -> None:
     assert machine().limit(work, "q4_k") == 500  # the bytes
 
 
-def test_rounding_is_counted_where_there_is_any() -> None:
-    from synthetic import Work
-
-    assert machine().limits(Work(0, encode=8), "q4_k")[1] == 2
-    assert machine(encode=0).limits(Work(0, mix=80), "q4_k")[1] == 1
-
-
 def test_on_more_cores() -> None:
     more = machine().on(8, 3.0)
     assert more.threads == 8 and more.rates["read"] == 3.0
@@ -83,28 +75,6 @@ def test_rates_of_processes_add_up() -> None:
     import peaks
 
     assert peaks.summed([["fma 1.5", "read 2"], ["fma 2.5", "read 3"]]) == {"fma": 4.0, "read": 5.0}
-
-
-def test_replacement() -> None:
-    """By hand: what is used by a token is not thrown out for it, and of the others the one unused longest."""
-    import cache
-
-    tokens = np.array([[0, 1], [0, 2], [1, 2], [2, 0]])
-    assert [list(each) for each in cache.missed(tokens, 2)] == [[0, 1], [2], [1], [0]]
-    assert [list(each) for each in cache.missed(tokens, 1)] == [[0, 1], [2], [1, 2], [2, 0]]
-    assert cache.misses(tokens, 0).tolist() == [2, 2, 2, 2]
-    assert cache.misses(tokens, 3).tolist() == [2, 1, 0, 0]
-
-
-def test_trace_has_the_published_figures() -> None:
-    import cache
-
-    tokens = cache.trace(128, 8, 3000)
-    assert all(len(set(row)) == 8 for row in tokens)
-    for share, found in cache.LOCALITY[:2]:
-        lacking = cache.misses(tokens, round(share * 128))[200:]
-        # (a token's own experts are ordered by whether they were found: that moves the last places of the list)
-        assert 1 - lacking.mean() / 8 == pytest.approx(found, abs=0.015)
 
 
 def test_ratio_of_each_round() -> None:
@@ -154,28 +124,6 @@ def test_a_run_loads_the_file_once(tmp_path: Path) -> None:
         and "-n 0 -p 128 -b 16,64 -ub 64 -embd 1 " in calls[0]
         and calls[0].endswith("-t 1 -fa 0")
     )
-
-
-def test_cache_bench_agrees_with_the_kernel() -> None:
-    """It ends with an error if the cache counted other hits than the rule of replacement gives."""
-    options = ("--shape", "small", "--terms", "0,2", "--budgets", "0,0.125,0.5,1", "--rounds", 1)
-    printed = run("cache.py", *options, "--tokens", 40, "--warm", 10, "--threads", 1)
-    rows = [line.split("│")[1:4] for line in printed.splitlines() if line.startswith("│")]
-    cells = [tuple(cell.strip() for cell in row) for row in rows]
-    assert [cell[:2] for cell in cells] == [
-        ("plain", "-"), *((terms, kept) for terms in ("4", "2") for kept in ("0", "2", "8", "16"))
-    ]  # fmt: skip
-    assert cells[1][2] == "-" and cells[4][2].endswith("%")
-
-
-def test_routing_agrees_with_the_log(tmp_path: Path) -> None:
-    """It ends with an error if the log counts other hits than the recorded experts give."""
-    pytest.importorskip("matplotlib")
-    options = ("--terms", "2", "--slots", "0,3,8", "--tokens", 96, "--rounds", 1, "--steps", 4)
-    printed = run("routing.py", *options, "--dir", tmp_path / "models", "--plot", tmp_path / "plot.svg")
-    rows = [line.split("│") for line in printed.splitlines() if line.startswith("│")]
-    assert [row[1].strip() for row in rows] == ["plain", *["2"] * 3]
-    assert (tmp_path / "plot.svg").stat().st_size > 1000
 
 
 def test_server_bench(tmp_path: Path) -> None:

@@ -38,9 +38,6 @@ size_t ggml_graph_overhead(void);
 const char * ggml_mobe_proj_check(const void * basis, const void * mix, const void * x, const void * ids);
 bool   ggml_mobe_proj_is_sound(const void * node);
 void * ggml_mobe_proj(void * ctx, void * basis, void * mix, void * x, void * ids, int activation);
-void * ggml_mobe_proj_cached(void * ctx, void * basis, void * mix, void * x, void * ids, int activation, void * cache);
-size_t ggml_mobe_cache_size(const ggml_mobe_shape * shape, int64_t n_slot);
-int64_t ggml_mobe_cache_slots(const ggml_mobe_shape * shape, size_t size);
 void   ggml_mobe_proj_ref(const ggml_mobe_shape * shape, int activation, const float * basis, const float * mix,
                           const float * x, const int32_t * ids, float * z);
 

@@ -158,31 +158,6 @@ static void form(const struct mobe_former * former, const int32_t * experts, int
     free(memory);
 }
 
-// With a cache: threads, its size and what it holds do not change the results, which are those without it but for its rounding.
-static void check_cache(const struct test * t, struct ggml_tensor * z, const float * truth) {
-    const int64_t n = ggml_nelements(z);
-    const struct ggml_mobe_shape s = ggml_mobe_proj_shape(z->src[0], z->src[1], z->src[2], z->src[3]);
-    float * one = malloc(n*sizeof(float));
-    for (int n_slot = 1; n_slot <= t->n; n_slot += t->n - 1) {
-        struct ggml_tensor * cache = tensor(GGML_TYPE_I8, ggml_mobe_cache_size(&s, n_slot), 1, 1);
-        memset(cache->data, 0, cache->nb[1]);
-        z->src[4] = cache;
-        for (int n_threads = 1; n_threads <= 3; n_threads++) {
-            memset(z->data, 0xff, n*sizeof(float));
-            compute(z, n_threads, false);
-            if (n_slot == 1 && n_threads == 1) {
-                memcpy(one, z->data, n*sizeof(float));
-                const double error = nmse(truth, one, n);
-                expect(error < 1e-3, "error with a cache", t, error);
-            }
-            expect(memcmp(one, z->data, n*sizeof(float)) == 0, "the cache changes the result", t, n_slot);
-        }
-        z->src[4] = NULL;
-        drop(cache);
-    }
-    free(one);
-}
-
 // returns the normalized squared error
 static double check(const struct test * t) {
     const int m_group = t->m/t->groups;
@@ -265,10 +240,6 @@ static double check(const struct test * t) {
     form(&former, first + t->k - 1, 1, 1, alone);
     expect(memcmp(alone, rows + ((int64_t) (t->k - 1)*t->r + 1)*t->d, (size_t) (t->r - 1)*t->d*sizeof(float)) == 0,
         "formed rows depend on the other experts", t, 0);
-
-    if (t->T <= GGML_MOBE_CACHE_TOKENS && t->d%32 == 0) {
-        check_cache(t, z, truth);
-    }
 
     free(product);
     free(alone);
