@@ -142,8 +142,9 @@ def main() -> None:
         for other, values in zip((plain, ours), found, strict=True):
             other.get_submodule(name).weight.data = values
     print(f"{calibration.numel()} tokens of calibration, {WHEEL[0]} {WHEEL[1]}, shrinkage {metric.TRUSTED:g}")
-    print("| text | error, libggml | by moments | mean ratio | largest | KL, libggml | by moments | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    kl = [] if options.errors_only else ["KL, libggml", "by moments", "ratio"]
+    head = ["text", "error, libggml", "by moments", "mean ratio", "largest", *kl]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for what, tokens in evaluated.items():
         found = torch.tensor(errors[what])
         shares = found[:, 1] / found[:, 0]
