@@ -28,6 +28,10 @@ from mobe_gguf.quant.allocate import TooSmall, allocate
 from mobe_gguf.quant.mixture import Spec, layer_of
 from mobe_gguf.quant.recipe import Choice, allows_quantization, is_fixed
 
+#: Types with fewer bits than this share of the average are not tried: on the shipped model none was chosen, and
+#: they are the slowest to encode.
+FEWEST = 0.43
+
 #: Any quantized type, to look up importance matrices before the types are chosen.
 QUANTIZED = Choice("q4_k", "q4_k")
 
@@ -63,7 +67,13 @@ def divide(
     def size(name: str, type_name: str, shapes: Mapping[str, Tensor] = tensors) -> int:
         return stored_bytes(shapes[name].source.shape, type_name, conversion.alignment)
 
-    measured = partial(measure, refit=request.options.refit, counts=counts, moments=model.moments)
+    n_params = sum(prod(t.source.shape) for t in tensors.values())
+    fixed = choices.keys() - wanted
+    budget = target.budget(n_params, head) - sum(size(name, choices[name].type) for name in fixed)
+    average = 8 * budget / sum(prod(tensors[name].source.shape) for name in wanted)
+    measured = partial(
+        measure, refit=request.options.refit, counts=counts, moments=model.moments, fewest=FEWEST * average
+    )
     options, plain = {}, {}
     with bar("measure types", len(wanted) + len(alternatives.plain), request.options.quiet) as progress:
         step = max(1, (len(wanted) + len(alternatives.plain)) // 10)
@@ -83,7 +93,6 @@ def divide(
     options = alternatives.join(options, plain, mixes)
     fixed = choices.keys() - wanted - {alternatives.mix(name) for name in mixes}
     rest = sum(size(name, choices[name].type) for name in fixed)
-    n_params = sum(prod(t.source.shape) for t in tensors.values())
     budget = target.budget(n_params, head) - rest
     try:
         chosen = allocate(options, budget)

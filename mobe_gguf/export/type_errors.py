@@ -35,6 +35,7 @@ from mobe_gguf.models.residual import layer_shares
 from mobe_gguf.quant.allocate import BY_MOMENTS, LADDER, Option
 from mobe_gguf.quant.recipe import BLOCK, fitting_type, requires_imatrix
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
+from mobe_gguf.runtime import ggml
 
 #: Experts of a layer that are measured.  The first ones are taken, since experts have no order.
 SAMPLE = 4
@@ -73,17 +74,21 @@ def measure(
     counts: Callable[[str], float],
     moments: Moments | None = None,
     original: Original | None = None,
+    fewest: float = 0.0,
 ) -> Iterator[tuple[str, list[Option]]]:
     """The options of each tensor of ``wanted``, in the file's order.
 
     ``units``: factorized projections by the name of their A.  ``weights``: of columns, by name.  ``counts``: how much
     an error of a tensor counts.  ``moments``: if the file will be rounded by them, errors are those after such
-    rounding.  ``original``: the model that the factors were made of.
+    rounding.  ``original``: the model that the factors were made of.  ``fewest``: types of fewer bits are not tried where
+    matrices are rounded by moments.
     """
     for name in (n for n in tensors if n in wanted):
         tensor, found = tensors[name], weights.get(name)
         rounded = moments is not None and covers(moments, tensor)
         types = ladder(tensor, found, rounded and (is_transform(name) or is_down(name)))
+        if rounded and units.get(name.replace("_basis.", "_exps.")) is None:
+            types = [t for t in types if ggml.type_info(t).bits >= fewest]
         share = counts(name)
         unit = units.get(name.replace("_basis.", "_exps."))
         if unit is None:
