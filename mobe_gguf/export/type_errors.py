@@ -85,18 +85,16 @@ def measure(
     """
     for name in (n for n in tensors if n in wanted):
         tensor, found = tensors[name], weights.get(name)
-        rounded = moments is not None and covers(moments, tensor)
-        types = ladder(tensor, found, rounded and (is_transform(name) or is_down(name)))
-        if rounded and units.get(name.replace("_basis.", "_exps.")) is None:
-            types = [t for t in types if ggml.type_info(t).bits >= fewest]
         share = counts(name)
         unit = units.get(name.replace("_basis.", "_exps."))
+        rounded = unit is None and moments is not None and covers(moments, tensor)
+        types = ladder(tensor, found, rounded and (is_transform(name) or is_down(name)))
         if unit is None:
-            errors = (
-                _rounded(tensor, moments, types)
-                if moments and covers(moments, tensor)
-                else _plain(tensor, found, types)
-            )
+            if rounded and moments is not None:
+                types = [t for t in types if ggml.type_info(t).bits >= fewest]
+                errors = _rounded(tensor, moments, types)
+            else:
+                errors = _plain(tensor, found, types)
         elif name.endswith("_basis.weight"):
             errors = _basis(unit, types, refit, original)
         else:
