@@ -24,7 +24,7 @@ from mobe_gguf.export.rounding import bases, covers, diagonals
 from mobe_gguf.export.source import Tensor
 from mobe_gguf.export.type_errors import is_divided, measure, shares_of
 from mobe_gguf.export.write import stored_bytes
-from mobe_gguf.quant.allocate import TooSmall, allocate
+from mobe_gguf.quant.allocate import Target, TooSmall, allocate
 from mobe_gguf.quant.mixture import Spec, layer_of
 from mobe_gguf.quant.recipe import Choice, allows_quantization, is_fixed
 
@@ -68,9 +68,9 @@ def divide(
         return stored_bytes(shapes[name].source.shape, type_name, conversion.alignment)
 
     n_params = sum(prod(t.source.shape) for t in tensors.values())
-    fixed = choices.keys() - wanted
-    budget = target.budget(n_params, head) - sum(size(name, choices[name].type) for name in fixed)
-    average = 8 * budget / sum(prod(tensors[name].source.shape) for name in wanted)
+    rest = sum(size(name, choices[name].type) for name in choices.keys() - wanted)
+    # bits of the average value that is divided
+    average = 8 * (target.budget(n_params, head) - rest) / sum(prod(tensors[n].source.shape) for n in wanted)
     measured = partial(
         measure, refit=request.options.refit, counts=counts, moments=model.moments, fewest=FEWEST * average
     )
@@ -114,20 +114,21 @@ def divide(
         )
     error = sum(option.error for option in chosen.values()) / len(layers)
     if largest < budget:
-        taken = largest + rest + head
-        what = (
-            f"{describe_size(taken)}"
-            if target.bits is None
-            else f"{8 * (largest + rest) / n_params:.2f} bits per weight"
-        )
-        how.append(
-            f"{target.option()} is more than can be used: all experts' matrices have the largest type that is tried, and the file "
-            f"takes {what}. Give the rest more bits by a larger --quant than {recipe.quant}"
-        )
+        how.append(_more_than_can_be_used(target, largest + rest, head, n_params, recipe.quant))
     said = "each layer by its share of the residual stream" if shares or counted else "all layers alike"
     how.append(f"expected error {error:.4f} a layer, {said}")
     kept = {name: choice for name, choice in choices.items() if name not in gone}
     return {**kept, **{name: Choice(t, t) for name, t in types.items()}}, how
+
+
+def _more_than_can_be_used(target: Target, n_bytes: int, head: int, n_params: int, quant: str) -> str:
+    """What to say if the largest types take only ``n_bytes``."""
+    bits = f"{8 * n_bytes / n_params:.2f} bits per weight"
+    taken = describe_size(n_bytes + head) if target.bits is None else bits
+    return (
+        f"{target.option()} is more than can be used: all experts' matrices have the largest type that is tried, and the file "
+        f"takes {taken}. Give the rest more bits by a larger --quant than {quant}"
+    )
 
 
 def _wanted(
