@@ -26,7 +26,7 @@ from mobe_gguf.compress.wishes import MOBE, PLAIN, Wishes
 from mobe_gguf.core.atomic import check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size
-from mobe_gguf.core.progress import say, stages
+from mobe_gguf.core.progress import duration, say, stages
 from mobe_gguf.core.records import plain, record
 from mobe_gguf.core.workspace import Workspace
 from mobe_gguf.evaluate import EvalSettings, Row, heldout
@@ -171,7 +171,7 @@ class Compression:
             make(path)
         if not self.quiet:
             spent, left = self.display.seconds[name], self.display.left()
-            say(f"{name}: done in {spent:.0f} s, about {left:.0f} s left in all")
+            say(f"{name}: done in {duration(spent)}, about {duration(left)} left in all")
         return path
 
     # stages
