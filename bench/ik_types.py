@@ -83,17 +83,8 @@ def main() -> None:
     reference, matrix = (out / f"{options.model.name}-{name}.gguf" for name in ("bf16", "imatrix"))
     old = out / "imatrix.dat"  # its llama-quantize reads the old form of an importance matrix alone
     if not old.is_file():
-        tool.run(
-            "llama-imatrix",
-            "-m",
-            str(reference),
-            "--in-file",
-            str(matrix),
-            "--output-format",
-            "dat",
-            "-o",
-            str(old),
-        )
+        given = ("-m", str(reference), "--in-file", str(matrix), "--output-format", "dat", "-o", str(old))
+        tool.run("llama-imatrix", *given)
     files = [file for kind in ("ours", "sequence", "sized") for file in out.glob(f"{kind}-*.gguf")]
     for name in TYPES:
         files.append(out / f"ik-{name}.gguf")

@@ -120,15 +120,7 @@ def command(
     rows: list[Row] = []
     failure: MobeError | None = None
     try:
-        compare(
-            reference,
-            files,
-            text,
-            settings,
-            keep_logits=keep_logits,
-            quiet=quiet,
-            on_row=rows.append,
-        )
+        compare(reference, files, text, settings, keep_logits=keep_logits, quiet=quiet, on_row=rows.append)
     except KeyboardInterrupt:
         failure = Interrupted(f"stopped; {len(rows)} of {len(files)} files were done")
     except MobeError as e:

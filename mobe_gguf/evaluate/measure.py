@@ -99,7 +99,7 @@ def compare(
 
     Everything is checked before anything runs, as far as possible.  The reference's logits go to ``keep_logits``, or to
     a temporary file.  With ``reuse_logits`` they are in ``keep_logits`` already; those of another reference, text or
-    other settings are refused.   ``on_row`` gets each row at once, so a failure loses no earlier rows. Raises MobeError
+    other settings are refused.  ``on_row`` gets each row at once, so a failure loses no earlier rows. Raises MobeError
     if a file is not a model of the reference's vocabulary, the text is too short, there is no room for the logits, or
     llama-perplexity fails.
     """

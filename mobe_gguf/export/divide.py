@@ -69,8 +69,8 @@ def divide(
 
     n_params = sum(prod(t.source.shape) for t in tensors.values())
     rest = sum(size(name, choices[name].type) for name in choices.keys() - wanted)
-    # bits of the average value that is divided
-    average = 8 * (target.budget(n_params, head) - rest) / sum(prod(tensors[n].source.shape) for n in wanted)
+    budget = target.budget(n_params, head) - rest
+    average = 8 * budget / sum(prod(tensors[n].source.shape) for n in wanted)
     measured = partial(
         measure, refit=request.options.refit, counts=counts, moments=model.moments, fewest=FEWEST * average
     )
@@ -91,9 +91,8 @@ def divide(
                 progress.advance(1)
     mixes = {name: size(alternatives.mix(name), "f32") for name in plain}
     options = alternatives.join(options, plain, mixes)
-    fixed = choices.keys() - wanted - {alternatives.mix(name) for name in mixes}
-    rest = sum(size(name, choices[name].type) for name in fixed)
-    budget = target.budget(n_params, head) - rest
+    # a mix, in f32, goes or stays with its factors: its bytes are among theirs
+    rest, budget = rest - sum(mixes.values()), budget + sum(mixes.values())
     try:
         chosen = allocate(options, budget)
     except TooSmall as e:

@@ -30,12 +30,12 @@ from mobe_gguf.export.refit_solve import ANCHOR_BY_MOMENTS, cost, second_moments
 from mobe_gguf.export.rounding import covers, matrix
 from mobe_gguf.export.source import Tensor
 from mobe_gguf.formats.moments import Moments
+from mobe_gguf.formats.types import BY_NAME
 from mobe_gguf.models.original import Original
 from mobe_gguf.models.residual import layer_shares
 from mobe_gguf.quant.allocate import BY_MOMENTS, LADDER, Option
 from mobe_gguf.quant.recipe import BLOCK, fitting_type, requires_imatrix
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
-from mobe_gguf.runtime import ggml
 
 #: Experts of a layer that are measured.  The first ones are taken, since experts have no order.
 SAMPLE = 4
@@ -91,7 +91,7 @@ def measure(
         types = ladder(tensor, found, rounded and (is_transform(name) or is_down(name)))
         if unit is None:
             if rounded and moments is not None:
-                types = [t for t in types if ggml.type_info(t).bits >= fewest]
+                types = [t for t in types if BY_NAME[t].bits >= fewest]
                 errors = _rounded(tensor, moments, types)
             else:
                 errors = _plain(tensor, found, types)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import gguf
 import torch
 
 from mobe_gguf.core.errors import UsageError
@@ -23,6 +22,7 @@ from mobe_gguf.core.reading import VRAM_BANDWIDTH, reading_seconds
 from mobe_gguf.factorize.plan import LARGEST, SLACK, block_of
 from mobe_gguf.factorize.spec import Options
 from mobe_gguf.factorize.target import Size
+from mobe_gguf.formats.types import BY_NAME
 from mobe_gguf.models.original import Original
 from mobe_gguf.quant.roundtrip import resolve
 
@@ -157,11 +157,11 @@ def place(model: Original, size: Size, types: tuple[str, str], units: int, machi
     n, p, d, k = model.n_expert, model.n_ff_exp, model.n_embd, model.n_expert_used
     m, r = size.bases, size.rank
     basis_type, transform_type = resolve("--for-basis", types[0], d), resolve("--for-transform", types[1], r)
-    basis = units * m * r * d * _bits(basis_type) / 8
-    transform = units * n * p * r * _bits(transform_type) / 8
-    plain = (3 * len(model.moe_layers) - units) * n * p * d * _bits(transform_type) / 8
+    basis = units * m * r * d * BY_NAME[basis_type].bits / 8
+    transform = units * n * p * r * BY_NAME[transform_type].bits / 8
+    plain = (3 * len(model.moe_layers) - units) * n * p * d * BY_NAME[transform_type].bits / 8
     predicting = int(model.config.get("num_nextn_predict_layers") or 0)  # their experts are not run
-    other = (model.n_params - 3 * (len(model.moe_layers) + predicting) * n * p * d) * _bits(OTHER) / 8
+    other = (model.n_params - 3 * (len(model.moe_layers) + predicting) * n * p * d) * BY_NAME[OTHER].bits / 8
     experts = transform + plain
     vram, ram = {
         "cpu": (0.0, basis + experts + other + BESIDE),
@@ -173,9 +173,3 @@ def place(model: Original, size: Size, types: tuple[str, str], units: int, machi
     on_cpu = sum(reads.values()) - on_gpu
     seconds = reading_seconds(on_gpu, machine.vram_bandwidth, {"": on_cpu}, lambda _: machine.ram_bandwidth)
     return Placed(size, basis_type, transform_type, vram, ram, on_gpu, on_cpu, seconds)
-
-
-def _bits(type_name: str) -> float:
-    """Bits of a value, from the gguf package: sizes are chosen before there is a runtime."""
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
-    return 8 * size / block

@@ -10,10 +10,10 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.models.judgement import Config, Judge, Judgement
 
 
-def rope_of(config: Config) -> dict[str, Any]:
+def rope_of(config: Config, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The rotary parameters from either spelling: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
-    ``rope_scaling``, which counts if both are there (``modeling_rope_utils.py``)."""
-    said = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    ``rope_scaling``, which counts if both are there (``modeling_rope_utils.py``); ``default`` if there is none."""
+    said = config.get("rope_scaling") or config.get("rope_parameters") or default or {}
     if not isinstance(said, Mapping):
         raise MobeError(f"config.json: 'rope_scaling' must be an object, got {said!r}")
     rope = dict(said)
@@ -49,8 +49,7 @@ def rotary(
     the class takes if config.json says nothing."""
 
     def judge(config: Config, judgement: Judgement) -> None:
-        said = config.get("rope_scaling") or config.get("rope_parameters")
-        rope = rope_of(config if said or not default else {"rope_parameters": default})
+        rope = rope_of(config, default)
         kind, partial = (
             rope["rope_type"],
             rope.get("partial_rotary_factor", config.get("partial_rotary_factor")),

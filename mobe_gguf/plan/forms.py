@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,8 +109,11 @@ def forms(layout: Layout) -> list[Form]:
     """All candidates; factorized ones only if they may help.  Left out: mixes with types that the rows do not allow."""
     found = []
     for quant in PLAIN:
-        with contextlib.suppress(*((UsageError,) if quant in MIXES else ())):
+        try:
             found.append(plain_form(layout, quant))
+        except UsageError:
+            if quant not in MIXES:
+                raise
     if layout.native <= 5:
         found.insert(3, plain_form(layout, "mxfp4_moe"))
     if why_not_factorized(layout) is None:

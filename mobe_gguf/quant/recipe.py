@@ -165,8 +165,8 @@ class Choice:
 class Recipe:
     """What the user asked for.
 
-    ``quant``: key of QUANTS; that of MIXES becomes its two parts.  ``overrides``: (regular expression, type) pairs as in llama-quantize's ``--tensor-type``; the
-    first that matches a part of the tensor's name counts.  ``basis``, ``transform``, ``down``: types of all B, all A and all
+    ``quant``: key of QUANTS; that of MIXES becomes its two parts.  ``overrides``: (regular expression, type) pairs as in
+    llama-quantize's ``--tensor-type``; the first that matches a part of the tensor's name counts.  ``basis``, ``transform``, ``down``: types of all B, all A and all
     down projections of experts (of their A's, where down is factorized).  ``output``, ``embedding``: types of
     ``output.weight`` and ``token_embd.weight``.  ``pure``: one type for everything that is quantized.
 

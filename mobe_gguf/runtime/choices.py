@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mobe_gguf import runtime
-from mobe_gguf.core.errors import MobeError
+from mobe_gguf.runtime.apart import run_apart
 
 #: The graph's nodes with all experts of each token, best first, and with the first of them (src/llama-graph.cpp, build_moe_ffn).
 ALL, TAKEN = re.compile(r"ffn_moe_argsort-(\d+)"), re.compile(r"ffn_moe_topk-(\d+)")
@@ -33,16 +32,9 @@ def choices(
     Empty for a model without routed experts.  Chunks begin as llama-perplexity's do.  MobeError, with the program's output, if the
     runtime fails to run the file.
     """
-    runtime.lib_dir()  # raises an error that says what to do if there is no runtime
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as folder:
         out = Path(folder) / "choices.npz"
-        command = [sys.executable, "-m", __name__]
-        command += [str(part) for part in (path, text, ctx, chunks, threads or 0, out)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode or not out.exists():
-            lines = [line for line in done.stderr.splitlines() if "rror" in line or "ASSERT" in line]
-            said = " ".join(lines[:3]) or f"it ended with code {done.returncode}"
-            raise MobeError(f"{path}: the runtime does not run this file: {said}")
+        run_apart(__name__, path, text, ctx, chunks, threads or 0, out=out)
         with np.load(out) as found:
             return {int(name): found[name].reshape(chunks, ctx, -1) for name in found.files}
 

@@ -7,7 +7,6 @@ It is a separate program because llama.cpp ends the process if a file does not f
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from contextlib import closing
@@ -15,25 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mobe_gguf import runtime
-from mobe_gguf.core.errors import MobeError
+from mobe_gguf.runtime.apart import run_apart
 
 
 def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     """float32 ``[len(tokens), vocabulary]``; MobeError, with the program's output, if the runtime fails to run the file."""
-    runtime.lib_dir()  # raises an error that says what to do if there is no runtime
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as folder:
         given, out = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(given, tokens)
-        command = [sys.executable, "-m", __name__, str(path), str(given), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode or not out.exists():
-            lines = [line for line in done.stderr.splitlines() if "rror" in line or "ASSERT" in line]
-            own = [
-                line for line in lines if "raise " not in line and "ValueError" not in line
-            ]  # not Python's
-            said = " ".join((own or lines)[:3]) or f"it ended with code {done.returncode}"
-            raise MobeError(f"{path}: the runtime does not run this file: {said}")
+        run_apart(__name__, path, given, out=out)
         return np.load(out)
 
 
