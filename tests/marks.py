@@ -68,7 +68,7 @@ SLOW = (
     "evaluate/test_inspect.py::test_original",
     "evaluate/test_report.py::test_labels_are_apart_and_in_the_picture",
     "evaluate/test_report.py::test_plot",
-    "factorize/test_executors.py",
+    "core/test_executors.py",
     "factorize/test_job.py::test_every_family",
     "factorize/test_job.py::test_fp8_source",
     "factorize/test_job.py::test_the_model_still_loads_in_transformers_when_multiplied_out",

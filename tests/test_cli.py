@@ -31,6 +31,7 @@ MORE = {
     ("export", "--imatrix"),
     ("compress", "--device"),
     ("factorize", "--device"),
+    ("moments", "--device"),
     ("factorize", "--target"),
     ("verify", "--layers"),
 }

@@ -20,28 +20,39 @@ from mobe_gguf.calibrate.workspace import LayersWorkspace, States
 from mobe_gguf.core import names
 from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.metric import PRIOR
+from mobe_gguf.formats.moments import GRADIENT
 from mobe_gguf.formats.safetensors import Entry
 
 #: Number of an expert's tokens that are computed at once.
 ROWS = 4096
 #: Rows are padded to a multiple of this: oneDNN compiles and keeps a product for each number of rows.
 PADDED = 32
+#: Step of the central differences of an activation.
+STEP = 1e-2
 
 
 @dataclass
 class Fed:
     """The inputs of a layer's experts: x ``[T, d]``, each token's experts ``index`` ``[T, k]`` and the router's
-    ``weights`` ``[T, k]``."""
+    ``weights`` ``[T, k]``.
+
+    ``metric`` ``[T, k]``: the factor of gate's and up's inputs in the sums, known when the experts have run.  ``gradients``: of the loss
+    at the experts' matrices, if known.
+    """
 
     x: States
     index: torch.Tensor
     weights: torch.Tensor
+    metric: torch.Tensor
+    gradients: PairGradients | None = None
     done: int = 0
 
     @classmethod
-    def new(cls, work: LayersWorkspace, tokens: int, d: int, k: int, dtype: torch.dtype) -> Fed:
-        x = work.new("fed", (tokens, d), dtype)
-        return cls(x, torch.empty(tokens, k, dtype=torch.int32), torch.empty(tokens, k))
+    def new(
+        cls, work: LayersWorkspace, tokens: int, d: int, k: int, dtype: torch.dtype, name: str = "fed"
+    ) -> Fed:
+        index, weights, metric = torch.empty(tokens, k, dtype=torch.int32), *torch.empty(2, tokens, k)
+        return cls(work.new(name, (tokens, d), dtype), index, weights, metric)
 
     def add(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
         rows = slice(self.done, self.done + len(x))
@@ -54,10 +65,49 @@ class Fed:
         self.add(x, index, weights)
         return torch.zeros_like(x)
 
+    def emphasis(self, places: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """``[rows]``: what multiplies the router's weights in the metric of gate and up, at ``places`` of the flattened ``index``.
+        ``slope`` ``[rows]``: see :meth:`ExpertForm.slope`."""
+        if self.gradients is None:
+            return slope.cpu().sqrt()
+        return self.gradients.gate_of(self.index, places).sqrt()
+
+    def down_emphasis(self, places: torch.Tensor) -> torch.Tensor:
+        """``[rows or 1]``: the same of down."""
+        if self.gradients is None:
+            return torch.ones(1)
+        return self.gradients.down[places // self.index.shape[1]].float().sqrt()
+
     def seen(self, n: int, sizes: Sequence[int]) -> list[list[int]]:
         """How many tokens of each text each of ``n`` experts saw.  ``sizes``: tokens of each text, in order."""
         parts = self.index.split(list(sizes))
         return [torch.bincount(part.flatten(), minlength=n).tolist() for part in parts]
+
+
+@dataclass(frozen=True)
+class PairGradients:
+    """Sizes of the loss's gradients at one layer's experts, over the router's weights, 1 on average; see ``gradients``.
+
+    ``gate`` ``[T, k]`` at gate's and up's outputs of expert ``index`` ``[T, k]``, ``down`` ``[T]`` at down's.
+    """
+
+    index: torch.Tensor
+    gate: torch.Tensor
+    down: torch.Tensor
+
+    def gate_of(self, index: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """``[rows]`` for ``places`` of a flattened ``index`` ``[T, k]``; where an expert was not the token's, the mean of those that
+        were."""
+        tokens = places // index.shape[1]
+        same = self.index[tokens].int() == index.view(-1)[places, None].int()
+        gate = self.gate[tokens].float()
+        return torch.where(same.any(-1), (gate * same).sum(-1), gate.mean(-1))
+
+
+def gradient_entries(layer: int, found: PairGradients) -> list[Entry]:
+    """Their tensors in a file of moments."""
+    parts = {"index": found.index.short(), "gate": found.gate.half(), "down": found.down.half()}
+    return [Entry.of(GRADIENT.format(layer, part), tensor) for part, tensor in parts.items()]
 
 
 def by_expert(index: torch.Tensor, n: int) -> list[torch.Tensor]:
@@ -115,10 +165,38 @@ class ExpertForm:
 
     def hidden(self, x: torch.Tensor, matrix: torch.Tensor, e: int) -> torch.Tensor:
         """Inputs of down, of the expert's inputs x and its ``joined`` matrix."""
+        return self.combined(self.product(x, matrix, e))
+
+    def product(self, x: torch.Tensor, matrix: torch.Tensor, e: int) -> torch.Tensor:
+        """Outputs of gate and up, or of up alone, as the class has them beside each other."""
         product = x @ matrix.T
-        if self.biased:
-            product += self._bias(self.name, e, product)
-        return self.module._apply_gate(product) if self.gated else self.module.act_fn(product)
+        return product + self._bias(self.name, e, product) if self.biased else product
+
+    def combined(self, product: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.module._apply_gate(product) if self.gated else self.module.act_fn(product)
+        return found
+
+    def slope(self, product: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """``[rows]``: how much small errors of ``product`` change the expert's output, root of the sum over its values.
+
+        down's columns times the slopes of :meth:`combined`, which is element by element; these by central differences.
+        """
+        product, squares = product.float(), down.float().square().sum(0)
+        if not self.gated:
+            steps = [torch.full_like(product, STEP)]
+        elif getattr(self.module, "is_concatenated", True):
+            steps = [torch.zeros_like(product) for _ in self.kinds]
+            for step, half in zip(steps, (0, 1), strict=True):
+                step.chunk(2, -1)[half].fill_(STEP)
+        else:
+            steps = [torch.zeros_like(product) for _ in self.kinds]
+            for step, half in zip(steps, (0, 1), strict=True):
+                step[..., half::2] = STEP
+        found = torch.zeros(len(product), device=product.device)
+        for step in steps:
+            change = (self.combined(product + step) - self.combined(product - step)) / (2 * STEP)
+            found += change.square() @ squares
+        return found.sqrt()
 
     def output(self, hidden: torch.Tensor, down: torch.Tensor, e: int) -> torch.Tensor:
         product = hidden @ down.T
@@ -156,6 +234,7 @@ class Experts:
     def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Outputs ``[T, d]`` for inputs x ``[T, d]``, from loaded weights, as transformers computes them; down's inputs are
         summed."""
+        begin = self.fed.done * index.shape[1]
         self.fed.add(x, index, weights)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         form = self.form
@@ -164,8 +243,8 @@ class Experts:
             if len(places):
                 tokens = places // index.shape[1]
                 both, down = form.stored(first[e]), form.stored(last[e])
-                weight = weights.reshape(-1)[places, None].float()
-                out[tokens] += self._expert(e, x[tokens], weight, both, down)  # an expert has a token once
+                # an expert has a token once
+                out[tokens] += self._expert(e, x[tokens], begin + places.cpu(), both, down)
         return out.to(x.dtype)
 
     def one_by_one(self, out: States) -> None:
@@ -178,27 +257,34 @@ class Experts:
             both, down = self.form.joined([self._read(x, e) for x in self.form.kinds]), self._read("down", e)
             for places in at.split(ROWS):
                 x = self.fed.x.tensor[places // k].to(self.device).float()
-                weight = self.fed.weights.view(-1)[places, None].to(self.device)
-                out.tensor[places // k] += self._expert(e, x, weight, both, down).cpu()
+                out.tensor[places // k] += self._expert(e, x, places, both, down).cpu()
 
     def _read(self, kind: str, e: int) -> torch.Tensor:
         """One expert's matrix: values in the model's type, as float32."""
         return self.checkpoint.expert(self.layer, kind, e).to(self.device, self.dtype).float()
 
     def _expert(
-        self, e: int, x: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, down: torch.Tensor
+        self, e: int, x: torch.Tensor, places: torch.Tensor, both: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted outputs of one expert, float32; adds what down is fed to its sum."""
-        rows = len(x)
+        """Weighted outputs of one expert, float32; adds what down is fed to its sum, and weighs the inputs for gate's and up's.
+
+        ``places``: of the inputs x among all, flattened.
+        """
+        rows, fed = len(x), self.fed
+        weight = fed.weights.view(-1)[places, None].to(x.device)
         if self.form.scales_inputs:
             x, weight = (x * weight).to(x.dtype), torch.ones_like(weight)
-        hidden = self.form.hidden(pad(x, (0, 0, 0, -rows % PADDED)), both, e)
-        fed, sums = hidden[:rows].float() * weight, self.down_sums.tensor[e]
+        product = self.form.product(pad(x, (0, 0, 0, -rows % PADDED)), both, e)
+        hidden = self.form.combined(product)
+        slope = self.form.slope(product[:rows], down)
+        fed.metric.view(-1)[places] = fed.weights.view(-1)[places] * fed.emphasis(places, slope)
+        inputs = hidden[:rows].float() * (weight * fed.down_emphasis(places)[:, None].to(weight))
+        sums = self.down_sums.tensor[e]
         if sums.device == x.device:
-            add_products(sums, fed)
+            add_products(sums, inputs)
         else:
             part = torch.zeros(sums.shape, device=x.device)
-            add_products(part, fed)
+            add_products(part, inputs)
             sums += part.cpu()
         return self.form.output(hidden, down, e)[:rows].float() * weight
 
@@ -225,8 +311,8 @@ class Experts:
         weighs = {names.transform_name(self.layer, x): gate_stem for x in self.form.kinds}
         return entries, weighs | {names.transform_name(self.layer, "down"): down_stem}
 
-    def _inputs(self, places: list[torch.Tensor], keep: float, rank: int | None) -> tuple[_Roots, float]:
-        """Roots of gate's and up's inputs, and the size of their average."""
+    def _inputs(self, places: list[torch.Tensor], keep: float, rank: int | None) -> tuple[StoredRoots, float]:
+        """StoredRoots of gate's and up's inputs, and the size of their average."""
         mean = self._mean_of_inputs()
         size = size_of(mean, f"blk.{self.layer}.ffn_{self.form.kinds[0]}_exps") * (1 + PRIOR)
         if self.d > MOST:
@@ -234,7 +320,7 @@ class Experts:
             del mean
             return self._in_subspace(places, subspace, mean_diagonal, size), size
         k = directions(mean, keep) if rank is None else min(rank, self.d)
-        roots = _Roots(self.work, "gate", self.n, self.d, k)
+        roots = StoredRoots(self.work, "gate", self.n, self.d, k)
         for e, at in enumerate(places):
             sums = torch.zeros(self.d, self.d, device=self.device)
             for x, weight in self._rows(self.fed.x, at):
@@ -244,12 +330,12 @@ class Experts:
 
     def _in_subspace(
         self, places: list[torch.Tensor], subspace: Subspace, mean_diagonal: torch.Tensor, size: float
-    ) -> _Roots:
+    ) -> StoredRoots:
         k = subspace.basis.shape[1]
         projected = self.work.new("projected", (self.fed.done, k), torch.float32)
         for rows in torch.arange(self.fed.done).split(ROWS):
             projected.tensor[rows] = (self.fed.x.tensor[rows].to(self.device).float() @ subspace.basis).cpu()
-        roots = _Roots(self.work, "gate", self.n, self.d, k)
+        roots = StoredRoots(self.work, "gate", self.n, self.d, k)
         for e, at in enumerate(places):
             sums, diagonal = torch.zeros(k, k, device=self.device), PRIOR * mean_diagonal
             for x, weight in self._rows(projected, at):
@@ -266,17 +352,17 @@ class Experts:
         k = self.fed.index.shape[1]
         for places in at.split(ROWS):
             x = of.tensor[places // k].to(self.device).float()
-            yield x, self.fed.weights.view(-1)[places, None].to(x)
+            yield x, self.fed.metric.view(-1)[places, None].to(x)
 
-    def _hidden(self, keep: float, rank: int | None) -> tuple[_Roots, float]:
-        """Roots of down's inputs, and the size of their average."""
+    def _hidden(self, keep: float, rank: int | None) -> tuple[StoredRoots, float]:
+        """StoredRoots of down's inputs, and the size of their average."""
         mean = torch.zeros(self.p, self.p, dtype=torch.float64)
         for sums in self.down_sums.tensor:
             mean += mirror(sums)
         mean = (mean / self.n).float()
         size = size_of(mean, f"blk.{self.layer}.ffn_down_exps") * (1 + PRIOR)
         k = directions(mean, keep) if rank is None else self.p
-        roots = _Roots(self.work, "down", self.n, self.p, k)
+        roots = StoredRoots(self.work, "down", self.n, self.p, k)
         for e in range(self.n):
             sums = self.down_sums.tensor[e].to(self.device)
             roots.put(e, *root((sums + PRIOR * mean.to(sums)) / size, k, seed=e))
@@ -284,17 +370,17 @@ class Experts:
         return roots, size
 
     def _mean_of_inputs(self) -> torch.Tensor:
-        """``[d, d]``, the average of all experts' sums.  Each token counts once, with the sum of its squared weights."""
+        """``[d, d]``, the average of all experts' sums.  Each token counts once, with the sum of its squared factors."""
         sums = torch.zeros(self.d, self.d, device=self.device)
-        strength = self.fed.weights.square().sum(1).sqrt()
+        strength = self.fed.metric.square().sum(1).sqrt()
         for rows in torch.arange(self.fed.done).split(ROWS):
             x = self.fed.x.tensor[rows].to(self.device).float()
             add_products(sums, x * strength[rows, None].to(x))
         return mirror(sums).div_(self.n)
 
 
-class _Roots:
-    """Roots of all experts, in scratch files with the layout of the layer's file."""
+class StoredRoots:
+    """StoredRoots of all experts, in scratch files with the layout of the layer's file."""
 
     def __init__(self, work: LayersWorkspace, name: str, n: int, d: int, k: int):
         self.k = k

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mobe_gguf.calibrate.dense import Names, Sum, Watch, gguf_names
-from mobe_gguf.calibrate.experts import Experts, Fed, fill, given
+from mobe_gguf.calibrate.experts import Experts, Fed, PairGradients, fill, given, gradient_entries
 from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.skeleton import Call, Skeleton
 from mobe_gguf.calibrate.workspace import LayersWorkspace, States
@@ -52,6 +52,11 @@ class MomentSettings:
 class Run:
     """A model's layers, one after the other, over ``texts``, each ``[chunks, ctx]``."""
 
+    #: torch's mode in which it runs.
+    mode: Callable[[], contextlib.AbstractContextManager[Any]] = staticmethod(torch.inference_mode)
+    #: The loss's gradients at a layer's experts, see ``gradients``; None: they are not known.
+    gradients: Callable[[int], PairGradients] | None = None
+
     def __init__(
         self,
         skeleton: Skeleton,
@@ -72,13 +77,16 @@ class Run:
 
     def _batch(self) -> int:
         """Tokens at once: an eighth of the budget."""
+        return max(self.tokens.shape[1], min(BATCH, int(self.budget / 8 / (4 * self._live()))))
+
+    def _live(self) -> int:
+        """Values in memory for each token."""
         config = self.checkpoint.config
         widest = max(
             v for k, v in config.items() if k in ("hidden_size", "intermediate_size") and isinstance(v, int)
         )
         heads = int(config.get("num_attention_heads") or 1) * int(config.get("head_dim") or 0)
-        one = 4 * LIVE * max(widest, heads)
-        return max(self.tokens.shape[1], min(BATCH, int(self.budget / 8 / one)))
+        return LIVE * max(widest, heads)
 
     def run(self) -> None:
         """Run all layers that are not finished, and the output."""
@@ -108,7 +116,7 @@ class Run:
             if first is not None:
                 self.part(first, number).copy_(hidden)
 
-        with torch.inference_mode():
+        with self.mode():
             calls = self.skeleton.embed(self.batches, take)
         if first is not None:
             first.sync()
@@ -243,6 +251,8 @@ class LayerRun:
         c, inner, (work, dtype, device) = self.checkpoint, self.expert_module(), self.run.place
         tokens = self.run.tokens.numel()
         fed = Fed.new(work, tokens, c.n_embd, c.n_expert_used, dtype)
+        if self.run.gradients is not None:
+            fed.gradients = self.run.gradients(self.number)
         experts = Experts(c, self.number, inner, fed, work, dtype, device)
         weights = len(c.family.kinds) * c.n_expert * c.n_ff_exp * c.n_embd * dtype.itemsize
         one_by_one = BESIDE * weights > self.run.budget
@@ -259,6 +269,8 @@ class LayerRun:
                 self._forward(self.after)
         settings = self.run.settings
         entries, self.weighs = experts.moments(settings.keep, settings.rank)
+        if fed.gradients is not None:
+            entries += gradient_entries(self.number, fed.gradients)
         self.seen = fed.seen(c.n_expert, self.run.sizes)
         counts = [sum(of) for of in zip(*self.seen, strict=True)]
         self.said = f"{min(counts)} to {max(counts)} tokens an expert" + ", one at a time" * one_by_one

@@ -1,40 +1,43 @@
 """Full second moments of each matrix's inputs, from running the original model over a text, layer by layer.
 
-    S_e = E[ g^2 x x^T ]   over the tokens routed to expert e; g is the router's weight of the expert for the token
+    S_e = E[ g^2 x x^T ]       over the tokens routed to expert e
 
-``tr(D S_e D^T)`` is the squared error that an error D of the expert's matrix adds to its weighted output.  llama-imatrix
-collects only the diagonal.
+g is the router's weight of the expert for the token; for gate and up g^2 is that squared times the slope of the expert's output
+(``ExpertForm.slope``), or with gradients times the size of the loss's gradient (``gradients``).  ``tr(D S_e D^T)`` is then about the
+squared error that an error D of the expert's matrix adds to its weighted output.  llama-imatrix collects only the diagonal.
 
 Measured on the shipped model (gate and up, 6 bases, B q3_k, A iq4_nl, 1.50 MB; KL divergence on held-out text): diagonal
-0.0314, S_e without g 0.0112, with g 0.0076.  Plain iq2_s, 1.51 MB: 0.0088.  Not done: to weigh each token by the slope of
-the expert's own output, too (0.0072), or the rows of W by it (0.0071).
+0.0314, S_e without g 0.0112, with the router's weight 0.0076.  Plain iq2_s, 1.51 MB: 0.0088.  docs/calibration.md has what slopes and
+gradients are worth.  Not done: to weigh the rows of W by the slope, too (0.0071 where the tokens' slopes have 0.0072).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
-from mobe_gguf.calibrate.layers import SHARE, MomentSettings, Run
+from mobe_gguf.calibrate.gradients import NEEDED, experts_bytes
+from mobe_gguf.calibrate.layers import SHARE, MomentSettings
 from mobe_gguf.calibrate.runnable import Runnable
+from mobe_gguf.calibrate.shares import Gathering, free, open_runnable, run_shares, shares_for
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
 from mobe_gguf.calibrate.text import default_texts, read_chunks
 from mobe_gguf.calibrate.workspace import LayersWorkspace
 from mobe_gguf.core.atomic import atomic_path, check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.executors import Place
+from mobe_gguf.core.executors.cluster import cluster
 from mobe_gguf.core.files import check_space, describe_size, why_not_written
-from mobe_gguf.core.memory import free_memory
 from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.core.progress import bar, say
 from mobe_gguf.formats.moments import KEY, KEY_SEEN, KEY_WEIGHS, VERSION
 from mobe_gguf.formats.safetensors import Entry, read_header, read_metadata, write_safetensors
-from mobe_gguf.models.checkpoint import Checkpoint
 
 #: The report names experts with fewer tokens than this: their moments are mostly the layer's average.
 FEW = 128
@@ -56,6 +59,8 @@ def collect(
     keep: float | None = None,
     memory: int | None = None,
     device: str = "cpu",
+    ray: str | None = None,
+    gradients: bool = False,
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -65,7 +70,9 @@ def collect(
     transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.
     ``text``: files, see :func:`text.read_chunks`; None: the text that ships with the project.  ``keep``: the kept directions
     hold this share of the energy of a layer's average moments (default 0.999); or ``rank``: how many directions are kept.
-    ``memory``: bytes that may be used besides those that torch takes.  Finished layers are kept in ``OUT.work`` until all are
+    ``device``: one, or several as ``cuda:0,cuda:1``, or with ``ray``, the address of a cluster, its kind: the text is then shared out
+    (see ``shares``).  ``memory``: bytes that may be used besides those that torch takes, by each of them.  ``gradients``: weigh experts' inputs by the loss's
+    gradients, see ``gradients``; not done, with a warning, if the average expert sees too few tokens.  Finished layers are kept in ``OUT.work`` until all are
     done; ``resume`` continues from there.
 
     Raises MobeError or UsageError if model or text cannot be read, transformers does not know the model, there is too little
@@ -74,7 +81,7 @@ def collect(
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out, [model, *texts])
-    checkpoint: Runnable = GgufCheckpoint(model) if model.is_file() else Checkpoint(model)
+    place, checkpoint = Place.of(device, ray), open_runnable(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")
     checkpoint.check_whole()
@@ -82,7 +89,7 @@ def collect(
     with silent(quiet):
         parts = read_chunks(model, texts, ctx, chunks, n_vocab)
         tokens = torch.cat(list(parts.values()))
-        skeleton = Skeleton(checkpoint, device)
+        skeleton = Skeleton(checkpoint, place.devices[0])
     about = {
         "version": VERSION,
         "model": str(model),
@@ -101,14 +108,25 @@ def collect(
             f"warning: {tokens.numel()} tokens are {per_expert} an expert on average, few for {checkpoint.n_embd} channels: give a "
             "longer --text"
         )
-    budget = settings.memory or int(SHARE * _free(device))
     work = LayersWorkspace.beside(destination(out))
     try:
-        _check_space(out, work, checkpoint, tokens, skeleton.dtype)
-        with silent(quiet), work.open(about, resume), bar("moments", len(skeleton.layers), quiet) as progress:
-            Run(skeleton, list(parts.values()), work, settings, budget, progress).run()
-            sizes = {str(path): part.numel() for path, part in parts.items()}
-            about |= _assemble(out, work, about, len(skeleton.layers), sizes)
+        with cluster(ray), silent(quiet):
+            n_shares = _shares(work, place)
+            if n_shares > 1:
+                about["shares"] = n_shares
+            budget = settings.memory or int(SHARE * free(place.devices[0]))
+            gradients = gradients and _enough_for_gradients(checkpoint, per_expert, budget, skeleton, quiet)
+            about["gradients"] = gradients
+            _check_space(out, work, checkpoint, tokens, skeleton.dtype, gradients)
+            with work.open(about, resume):
+                job = Gathering(checkpoint, tuple(parts.values()), work, settings, gradients, n_shares)
+                if n_shares > 1:
+                    run_shares(job, place, len(skeleton.layers), quiet)
+                else:
+                    with bar("moments", job.steps(len(skeleton.layers)), quiet) as progress:
+                        job.run(skeleton, place.devices[0], progress)
+                sizes = {str(path): part.numel() for path, part in parts.items()}
+                about |= _assemble(out, work, about, len(skeleton.layers), sizes)
         work.remove()
     except OSError as e:
         raise MobeError(
@@ -129,18 +147,51 @@ def _settings(
     return MomentSettings(0.999 if keep is None else keep, rank, memory)
 
 
-def _free(device: str) -> int:
-    return free_memory() if device == "cpu" else int(torch.cuda.mem_get_info(torch.device(device))[0])
+def _enough_for_gradients(
+    checkpoint: Runnable, per_expert: int, budget: int, skeleton: Skeleton, quiet: bool
+) -> bool:
+    """Whether the average expert's tokens suffice for gradients, with a warning if not.  UsageError if a layer's experts do not fit
+    in memory."""
+    needed = NEEDED * checkpoint.n_embd
+    if per_expert < needed:
+        if not quiet:
+            say(
+                f"warning: --gradients is left out: it helps from {needed} tokens an expert ({NEEDED} for each channel) and does harm "
+                f"with few; this text gives {per_expert} on average"
+            )
+        return False
+    experts = experts_bytes(checkpoint, skeleton.dtype.itemsize)
+    if experts > budget:
+        raise UsageError(
+            f"--gradients needs a layer's experts in memory, {describe_size(experts)}, and may use {describe_size(budget)}; give more "
+            "--memory, or leave it out"
+        )
+    return True
+
+
+def _shares(work: LayersWorkspace, place: Place) -> int:
+    """How many shares the text is run in: as many as in the run that is resumed, if there is one."""
+    try:
+        return int(work.read("settings.json").get("shares", 1))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return shares_for(place)
 
 
 def _check_space(
-    out: Path, work: LayersWorkspace, checkpoint: Runnable, tokens: torch.Tensor, dtype: torch.dtype
+    out: Path,
+    work: LayersWorkspace,
+    checkpoint: Runnable,
+    tokens: torch.Tensor,
+    dtype: torch.dtype,
+    gradients: bool,
 ) -> None:
-    """Check disk space for two sets of states and for a layer's expert inputs and sums.  The size of ``out`` is known only
-    later."""
+    """Check disk space for two sets of states and for a layer's expert inputs and sums, with ``gradients`` also for states and
+    gradients of all layers.  The size of ``out`` is known only later."""
     a_set = tokens.numel() * checkpoint.hidden_size * dtype.itemsize
     needed = 3 * a_set + 4 * checkpoint.n_expert * checkpoint.n_ff_exp**2
-    left = [*work.path.glob("states-*"), *work.path.glob("scratch-*")] if work.path.is_dir() else []
+    if gradients:
+        needed = max(needed, (checkpoint.n_layer + 1) * a_set + 8 * tokens.numel() * checkpoint.hidden_size)
+    left = [f for f in work.path.rglob("*") if re.match("states|scratch|gradient-", f.name)]
     check_space(destination(out), needed, left, "Make room, write OUT elsewhere, or give fewer --chunks.")
 
 

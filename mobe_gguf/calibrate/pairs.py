@@ -5,7 +5,7 @@ An expert's matrix W gets the inputs x in the original, and x' in the rounded mo
 
     W* = W + W (C - S) (S + r)^-1        S = E[g^2 x' x'^T],  C = E[g^2 x x'^T],  r: RIDGE of S's mean diagonal
 
-and the metric is S.  For down x' is what the expert's rounded gate and up make of their own inputs.  The idea is known for dense
+and the metric is S; g is as in ``moments``.  For down x' is what the expert's rounded gate and up make of their own inputs.  The idea is known for dense
 models (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695).  The moments of the original run are added to both S and C, as if the
 average expert had seen PRIOR d tokens more, so an expert that sees few tokens is corrected little.
 
@@ -134,8 +134,7 @@ class OneModel(LayerRun):
         """Run the layer without its experts; what they get."""
         work, dtype, _ = self.run.place
         tokens, d, k = self.run.tokens.numel(), self.checkpoint.n_embd, self.checkpoint.n_expert_used
-        x = work.new(f"fed-{name}", (tokens, d), dtype)
-        fed = Fed(x, torch.empty(tokens, k, dtype=torch.int32), torch.empty(tokens, k))
+        fed = Fed.new(work, tokens, d, k, dtype, f"fed-{name}")
         with self._replaced(self.inner, fed.leave_out):
             self._forward(self.after)
         return fed
@@ -187,6 +186,8 @@ class PairedExperts:
             self.routers[1] = self._router()
             with rounded.routing(self.routers[1]):
                 self.fed[1] = rounded.feed("again")
+        if original.run.gradients is not None:
+            self.fed[1].gradients = original.run.gradients(self.layer)
         self.places = [by_expert(fed.index, self.n) for fed in self.fed]
         same = self.fed[0].index.sort(-1).values == self.fed[1].index.sort(-1).values
         self.kept = float(same.all(-1).float().mean())
@@ -246,8 +247,10 @@ class PairedExperts:
         """Round the matrices of expert ``e``, put their bytes into ``stored``, and return the values that they stand for."""
         behind = len(self.places[1][e]) + PRIOR * self.k * self.tokens / self.n
         kinds, sums = self.form.kinds, Sums(self.d, self.device)
-        for x, weight in self._pairs(e):
-            sums.add(x[0] * weight, x[1] * weight)
+        for places, x, weight in self._pairs(e):
+            slope = self.form.slope(self.form.product(x[0], joined, e), down)
+            factor = weight * self.fed[1].emphasis(places, slope)[:, None].to(weight)
+            sums.add(x[0] * factor, x[1] * factor)
         fixed, s = sums.solve(torch.cat(first), self.codes.prior(kinds[0], e), self._weight(self.d))
         values = []
         for name, w in zip(kinds, fixed.split(self.p), strict=True):
@@ -255,18 +258,20 @@ class PairedExperts:
             stored[name].tensor[e] = data
             values.append(decoded.to(w))
         now, sums = self.form.joined(values), Sums(self.p, self.device)
-        for x, weight in self._pairs(e):
-            sums.add(self.form.hidden(x[0], joined, e) * weight, self.form.hidden(x[1], now, e) * weight)
+        for places, x, weight in self._pairs(e):
+            factor = weight * self.fed[1].down_emphasis(places)[:, None].to(weight)
+            sums.add(self.form.hidden(x[0], joined, e) * factor, self.form.hidden(x[1], now, e) * factor)
         fixed, s = sums.solve(down, self.codes.prior("down", e), self._weight(self.p))
         data, decoded = self.codes.round("down", e, fixed, s, behind)
         stored["down"].tensor[e] = data
         return now, decoded.to(down)
 
-    def _pairs(self, e: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-        """For the tokens that the rounded model routes to ``e``: the inputs in both models, and the rounded one's weights."""
+    def _pairs(self, e: int) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
+        """For the tokens that the rounded model routes to ``e``: their places, the inputs in both models, and the rounded one's
+        weights."""
         for places in self.places[1][e].split(ROWS):
             both = [self._scaled(model, 1, places) for model in (0, 1)]
-            yield [x for x, _ in both], both[0][1]
+            yield places, [x for x, _ in both], both[0][1]
 
     def _tokens(self, model: int, e: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """The tokens of expert ``e`` in one of the models: their numbers, its inputs, and the router's weights."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,9 +271,7 @@ class Skeleton:
             return None
         seen: list[torch.Tensor] = []
         if not self._has_norm:
-            for what in self._sources:
-                if not what.startswith(self.layers_name) and what not in self._tables:
-                    self._load(what)
+            self._load_rest(without=self._tables)
             self._has_norm = True
 
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -292,6 +290,39 @@ class Skeleton:
         return seen[0]
 
     _has_norm = False
+
+    def _load_rest(self, without: Collection[str] = ()) -> None:
+        """Load what is no layer's."""
+        for what in self._sources:
+            if not what.startswith(self.layers_name) and what not in without:
+                self._load(what)
+
+    @contextlib.contextmanager
+    def whole_output(self) -> Iterator[None]:
+        """Inside, all that follows the layers is loaded, for :meth:`logits`."""
+        self._load_rest()
+        self.model.tie_weights()
+        head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is None or head.weight.device.type == "meta":
+            raise MobeError(f"{self.checkpoint.path}: the model has no output matrix, so no loss")
+        self._has_norm = True
+        self.model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for part in (head, table):
+                empty(part)
+
+    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """``[chunks, ctx, n_vocab]`` of the last layer's output ``hidden``, in :meth:`whole_output`."""
+        table = self.model.get_input_embeddings()
+        table.forward = lambda _: hidden.detach()
+        try:
+            with self._put_aside(lambda i, h, *a, **k: hidden):
+                found: torch.Tensor = self.model(ids.to(self.device), use_cache=False).logits
+        finally:
+            del table.forward
+        return found
 
     @property
     def _tables(self) -> list[str]:

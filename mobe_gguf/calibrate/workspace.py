@@ -3,6 +3,8 @@
     settings.json             fingerprint of model, text and settings
     states-003                hidden states that enter layer 3, [chunks, ctx, d]; kept only after the last finished layer
     layer-003.safetensors     moments of the inputs of layer 3's matrices
+    gradients/                states and gradients of all layers, see ``gradients``
+    share-001/                the same for a share of the text, see ``shares``
     scratch-*                 temporary data of a layer
 
 A file appears under its name only when it is complete.  Files of states and scratch are mapped: the system keeps them in
@@ -27,6 +29,14 @@ from mobe_gguf.core.workspace import Workspace
 
 #: A finished layer's moments.
 LAYERS = "layer-*"
+#: Work that another run can go on with.
+FINISHED = (
+    LAYERS,
+    "gradients/states-*",
+    "gradients/gradient-*",
+    "share-*/layer-*",
+    "share-*/gradients/states-*",
+)
 
 
 class LayersWorkspace(Workspace):
@@ -35,12 +45,19 @@ class LayersWorkspace(Workspace):
     @contextlib.contextmanager
     def open(self, settings: Mapping[str, Any], resume: bool) -> Iterator[None]:
         """Create the folder, or with ``resume`` continue in it; errors as in :meth:`settled` and :meth:`locked`."""
-        with self.locked(finished=(LAYERS,)):
-            self.settled("settings.json", settings, resume, (LAYERS,))
+        with self.locked(finished=FINISHED):
+            self.settled("settings.json", settings, resume, FINISHED)
             if not self.any(LAYERS):
                 self._clear("states-*")
             self._clear("scratch-*")
             yield
+
+    def inner(self, name: str) -> LayersWorkspace:
+        """A folder for a part of the work, in this one, which is open."""
+        found = LayersWorkspace(self.path / name)
+        found.path.mkdir(exist_ok=True)
+        found._clear("scratch-*")
+        return found
 
     def _clear(self, pattern: str) -> None:
         for left in self.path.glob(pattern):

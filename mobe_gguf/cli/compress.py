@@ -127,6 +127,7 @@ PLANNED = ("form", "quant", "bases", "rank", "target", "basis_type", "transform_
     help="Second moments that `mobe-gguf moments` gathered from MODEL, instead of gathering them again.",
 )  # fmt: skip
 @options.keep
+@options.gradients
 @options.memory
 @click.option(
     "--threads", "-t", type=click.IntRange(min=1), metavar="N", help="Threads of llama.cpp's programs."
@@ -148,7 +149,7 @@ PLANNED = ("form", "quant", "bases", "rank", "target", "basis_type", "transform_
     default="cpu",
     show_default=True,
     metavar="DEVICE",
-    help="cpu, cuda, cuda:N, or several for the fit (cuda:0,cuda:1); the first one gathers moments.",
+    help="cpu, cuda, cuda:N, or several (cuda:0,cuda:1), which share the fit's units and the text.",
 )
 @options.placement
 @options.report
@@ -184,8 +185,8 @@ def command(
     from mobe_gguf.compress import report
     from mobe_gguf.compress.pipeline import Compression
     from mobe_gguf.compress.wishes import Wishes, by_plan
+    from mobe_gguf.core.executors import Place
     from mobe_gguf.core.progress import console
-    from mobe_gguf.factorize.job.executors import Place
     from mobe_gguf.models.hub import resolve
     from mobe_gguf.plan.layout import read_layout
 
@@ -241,6 +242,8 @@ def _wishes(given: dict[str, Any]) -> dict[str, Any]:
 
     if given["moments"] is not None and given["keep"] is not None:
         raise UsageError("--keep is for gathering moments; the file of --moments has its own")
+    if given["moments"] is not None and given["gradients"]:
+        raise UsageError("--gradients is for gathering moments; leave it out, or --moments")
     read: dict[str, Callable[[str], Any]] = {
         "quant": parse_quant,
         "target": parse_goal,

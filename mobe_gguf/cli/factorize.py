@@ -176,13 +176,13 @@ def command(
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
+    from mobe_gguf.core.executors import Place
     from mobe_gguf.core.layers import parse_layers
     from mobe_gguf.core.progress import console
     from mobe_gguf.export.converter import rehearse
     from mobe_gguf.factorize import job as jobs
     from mobe_gguf.factorize import plan, report
     from mobe_gguf.factorize.expected import expected_time
-    from mobe_gguf.factorize.job.executors import Place
     from mobe_gguf.factorize.spec import Options
     from mobe_gguf.factorize.target import parse_goal
     from mobe_gguf.models.hub import resolve

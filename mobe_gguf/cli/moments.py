@@ -34,8 +34,16 @@ from mobe_gguf.core.errors import Interrupted
     metavar="K",
     help="Keep K directions instead, and all of down's inputs. OUT takes 2 n d K bytes a layer for n experts with d inputs.",
 )
+@options.gradients
 @options.memory
-@options.device
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="cpu, cuda, cuda:N, or several, as cuda:0,cuda:1, which share the text.",
+)
+@options.ray
 @options.resume
 @options.quiet
 @options.as_json
@@ -53,7 +61,7 @@ def command(
 
     MODEL is a Hugging Face model directory, or a GGUF file of qwen3moe or qwen2moe. transformers (version 5) runs one layer at a
     time, so the model need not fit into memory. One layer must. If its experts do not, they are read one after the other. FP8 and
-    GGUF weights are dequantized. The router weighs the inputs of experts. Finished layers stay in OUT.work, with the states of all
+    GGUF weights are dequantized. The router weighs the inputs of experts, with --gradients the loss does too. Finished layers stay in OUT.work, with the states of all
     tokens after the last of them (2 bytes a token and channel). --resume continues from there. docs/calibration.md has memory and
     time by model.
 
@@ -66,9 +74,12 @@ def command(
     """
     from mobe_gguf.calibrate.moments import collect, report
     from mobe_gguf.cli.factorize import check_device
+    from mobe_gguf.core.executors import Place
     from mobe_gguf.core.files import parse_size
 
-    check_device(device)
+    if settings["ray"] is None:
+        for name in Place.of(device).devices:
+            check_device(name)
     budget = None if memory is None else parse_size(memory, "--memory")
     try:
         about = collect(model, texts, out, device=device, memory=budget, quiet=quiet, **settings)  # type: ignore[arg-type]

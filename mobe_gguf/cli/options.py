@@ -95,7 +95,7 @@ mix_terms = click.option(
 ray = click.option(
     "--ray",
     metavar="ADDRESS",
-    help="Fit the units on a Ray cluster: HOST:PORT, auto (the cluster that runs here) or local (this machine alone). "
+    help="Do the work on a Ray cluster: HOST:PORT, auto (the cluster that runs here) or local (this machine alone). "
     "--device is then cpu or cuda. All machines need mobe-gguf[ray] and the same paths for MODEL and OUT.",
 )
 
@@ -212,6 +212,13 @@ keep = click.option(
     metavar="SHARE",
     help="Keep the strongest directions of a layer's moments that hold this share of their energy, and a diagonal for the rest. If "
     "that is more than half of the directions, keep all. With more than 1024 channels keep at most 1024.  [default: 0.999]",
+)
+gradients = click.option(
+    "--gradients",
+    is_flag=True,
+    help="Weigh what experts are fed by the loss's gradients as well, for files of one to two bits. Takes four more forward passes, a layer "
+    "with all its experts in memory, the states of all layers on the disk (2 bytes a token, channel and layer), and a text that gives "
+    "the average expert 60 tokens for each channel; left out with a warning where it gives fewer.",
 )
 verify = click.option(
     "--verify/--no-verify",

@@ -186,7 +186,9 @@ class Compression:
             chunks=w.chunks,
             keep=w.keep,
             memory=w.memory,
-            device=w.device.partition(",")[0],
+            device=w.device,
+            ray=w.ray,
+            gradients=w.gradients,
             resume=True,
             quiet=self.quiet,
         )

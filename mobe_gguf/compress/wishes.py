@@ -31,7 +31,7 @@ class Wishes:
       ``steps``, ``seed``: as in :class:`~mobe_gguf.factorize.spec.Options`.
     - ``text``: for calibration; ``eval_text``: for measurements; the shipped texts if None.
     - ``moments``: a file of an earlier ``mobe-gguf moments``, instead of gathering them; ``keep``: the share of their
-      energy that is kept.
+      energy that is kept; ``gradients``: weigh experts' inputs by the loss's gradients, too.
     - ``down_type``, ``output_type``, ``embedding_type``, ``overrides``: types in all files made here, as in
       :class:`~mobe_gguf.quant.recipe.Recipe`; so is ``pure``.
     - ``refit``, ``rest_from``, ``tokenizer_pre``, ``experts_used``, ``base_model``, ``card``: as in
@@ -65,6 +65,7 @@ class Wishes:
     transform_type: str | None = None
     moments: Path | None = None
     keep: float | None = None
+    gradients: bool = False
     down_type: str | None = None
     output_type: str | None = None
     embedding_type: str | None = None

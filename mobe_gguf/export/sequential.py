@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from mobe_gguf.calibrate.experts import PairGradients
 from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
 from mobe_gguf.calibrate.layers import SHARE, MomentSettings
 from mobe_gguf.calibrate.pairs import PairedRun
@@ -30,7 +31,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import check_space
 from mobe_gguf.core.memory import free_memory
 from mobe_gguf.core.metric import Roots
-from mobe_gguf.core.progress import bar
+from mobe_gguf.core.progress import bar, say
 from mobe_gguf.export.encoder import encode_rows
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.request import ExportRequest
@@ -110,11 +111,13 @@ class Sequential:
                 raise Unsuited(f"--sequential: {error.message}; leave the option out") from error
             n_vocab = self.checkpoint.shape(self.checkpoint.family.embedding)[0]
             ctx = int(self.moments.about.get("ctx") or 512)
-            self.texts = self._enough(read_chunks(path, options.sequential, ctx, options.chunks, n_vocab))
+            whole = read_chunks(path, options.sequential, ctx, options.chunks, n_vocab)
+            self.texts = self._enough(whole)
+        self.gradients = self._gradients(list(whole.values()))
         self.about = {
             "model": self.checkpoint.checksum,
             "moments": self.moments.checksum,
-            "text": hashlib.sha256(torch.cat(self.texts).numpy().tobytes()).hexdigest(),
+            "text": _sha256(torch.cat(self.texts)),
             "types": self.types,
             "routers": self.routers,
         }
@@ -124,6 +127,29 @@ class Sequential:
         c, there = self.checkpoint, sum(text.numel() for text in texts.values())
         share = min(1.0, ENOUGH * c.n_embd * c.n_expert / c.n_expert_used / there)
         return [text[: math.ceil(share * len(text))] for text in texts.values()]
+
+    def _gradients(self, whole: Sequence[torch.Tensor]) -> Callable[[int], PairGradients] | None:
+        """The loss's gradients for the tokens that are run, by layer, if the moments were made with them, of this text."""
+        text = torch.cat(list(whole))
+        if not self.moments.about.get("gradients"):
+            return None
+        if self.moments.about.get("text") != _sha256(text):
+            if not self.request.options.quiet:
+                say(
+                    "note: --sequential runs another text than the moments', so their gradients are not used in it"
+                )
+            return None
+        pairs = zip(whole, self.texts, strict=True)
+        taken = torch.cat([torch.arange(len(all_)) < len(some) for all_, some in pairs])
+        taken = taken[:, None].expand(text.shape).flatten()
+
+        def of(layer: int) -> PairGradients:
+            found = self.moments.gradients(layer)
+            if found is None:
+                raise MobeError(f"{self.moments.path}: no gradients of layer {layer}; make the file again")
+            return PairGradients(**{part: tensor[taken] for part, tensor in found.items()})
+
+        return of
 
     def _check(self, model: Opened, layer: int) -> None:
         """MobeError if the file's experts are not those that transformers runs, as they are."""
@@ -191,13 +217,17 @@ class Sequential:
                 bar("round in sequence", len(skeleton.layers), options.quiet) as progress,
             ):
                 run = PairedRun(skeleton, self.texts, self.work, MomentSettings(), budget, progress)
-                run.codes, run.routers = self._codes, self.routers
+                run.codes, run.routers, run.gradients = self._codes, self.routers, self.gradients
                 run.run()
         yield
         self.work.remove()
 
     def _codes(self, layer: int) -> LayerCodes:
         return LayerCodes(self.moments, layer, self.types, self.outcomes, self.request.options.device)
+
+
+def _sha256(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 class LayerCodes:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from mobe_gguf.core.executors import pieces_at_once
 from mobe_gguf.core.metric import Roots
 from mobe_gguf.factorize.job import Job
-from mobe_gguf.factorize.job.executors import pieces_at_once
 from mobe_gguf.factorize.linear import REFRESH, suits
 from mobe_gguf.factorize.plan import baseline
 from mobe_gguf.factorize.solver import LAST_STEPS, Settings, fit

@@ -7,7 +7,8 @@ One *stem* names one set of inputs, such as the input of a layer's q, k and v.  
 
     S_e = scale * (root_e root_e^T + diag(rest_e))
 
-S_e of expert e is ``E[g^2 x x^T]`` per token of the text; g is the router's weight, and 1 for tensors that are not experts.
+S_e of expert e is ``E[g^2 x x^T]`` per token of the text; g is 1 for tensors that are not experts.  For down it is the router's
+weight, for gate and up that times the root of how much the expert's output changes with their outputs, or of the loss's gradient.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ KNOWN = (1, 2)
 KEY = "mobe_moments"
 #: Key of the header beside KEY: ``{GGUF tensor: stem}`` as JSON.
 KEY_WEIGHS = "mobe_moments_weighs"
+#: Tensors of a layer with ``--gradients``: ``index``, ``gate`` ``[T, k]`` and ``down`` ``[T]``, see :meth:`Moments.gradients`.
+GRADIENT = "blk.{}.gradient.{}"
 #: Only in a layer's file in the work directory: how many tokens of each text its experts saw, ``[texts, n]``.
 KEY_SEEN = "mobe_moments_seen"
 
@@ -147,6 +150,25 @@ class Moments:
         stem = self._weighs.get(name)
         found = stem is not None and f"{stem}.tokens" in self._tensors
         return self._read(f"{stem}.tokens").long() if found else None
+
+    def gradients(self, layer: int) -> dict[str, torch.Tensor] | None:
+        """Sizes of the loss's gradients over the router's weights, 1 on average, for each token of the text: ``gate`` ``[T, k]``, at
+        gate's and up's outputs of expert ``index`` ``[T, k]``, and ``down`` ``[T]``, at down's.
+
+        None if the file was made without.  MobeError if they are damaged.
+        """
+        names = {part: GRADIENT.format(layer, part) for part in ("index", "gate", "down")}
+        if not self.about.get("gradients") or names["gate"] not in self._tensors:
+            return None
+        tokens = self.about.get("tokens")
+        found = {part: self._read(name) for part, name in names.items() if name in self._tensors}
+        whole = len(found) == len(names) and found["index"].shape == found["gate"].shape
+        if not whole or any(
+            len(part) != tokens or not bool(((part >= 0) & (part < float("inf"))).all())
+            for part in found.values()
+        ):
+            raise MobeError(f"{self.path}: {names['gate']} is damaged; make the file again")
+        return found
 
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self.path, framework="pt") as f:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def inner(source: Checkpoint, layer: int):
     return lambda e, g, u: torch.nn.functional.silu(g) * u
 
 
+def slope(act, products: list[torch.Tensor], down: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What down is fed, and how much the expert's output changes with the products."""
+    with torch.enable_grad():
+        products = [one.detach().requires_grad_() for one in products]
+        h = act(*products)
+        by = torch.autograd.grad(h.sum(), products)
+    squares = down.square().sum(0)
+    return h.detach(), float(sum(one.square() @ squares for one in by).sqrt())
+
+
 def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
     """``[n, d, d]`` of every GGUF tensor, by hooks on the whole model; of experts with PRIOR; E over the text's tokens."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -87,11 +98,11 @@ def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
             inputs, hidden = torch.zeros(n, d, d).double(), torch.zeros(n, p, p).double()
             act = inner(source, layer)
             for e in range(n):
-                matrices = [source.expert(layer, z, e).double() for z in source.family.kinds[:-1]]
+                *matrices, down = [source.expert(layer, z, e).double() for z in source.family.kinds]
                 for t, k in (index == e).nonzero().tolist():
-                    h = act(e, *(matrix @ x[t] for matrix in matrices)) * weights[t, k]
-                    inputs[e] += weights[t, k] ** 2 * torch.outer(x[t], x[t])
-                    hidden[e] += torch.outer(h, h)
+                    h, by = slope(partial(act, e), [matrix @ x[t] for matrix in matrices], down)
+                    inputs[e] += weights[t, k] ** 2 * by * torch.outer(x[t], x[t])
+                    hidden[e] += weights[t, k] ** 2 * torch.outer(h, h)
             for projection in source.family.kinds:
                 sums = hidden if projection == "down" else inputs
                 mixed = (sums + PRIOR * sums.mean(0)) / (1 + PRIOR) / len(x)
@@ -103,9 +114,10 @@ def whole(path: Path, text: Path) -> dict[str, torch.Tensor]:
         n, p = source.n_expert, source.n_ff_exp
         each, sums, down = inputs.view(n, -1, inputs.shape[-1]), [], torch.zeros(n, p, p).double()
         for e, x in enumerate(each):
-            g, u = (source.expert(layer, z, e).double() for z in ("gate", "up"))
-            h = torch.nn.functional.silu(x @ g.T) * (x @ u.T)
-            sums.append(x.T @ x)
+            g, u, w = (source.expert(layer, z, e).double() for z in ("gate", "up", "down"))
+            each_slope = [slope(partial(inner(source, layer), e), [g @ one, u @ one], w) for one in x]
+            h, by = torch.stack([h for h, _ in each_slope]), torch.tensor([by for _, by in each_slope])
+            sums.append(x.T @ (x * by[:, None]))
             down[e] = h.T @ h
         for projection in ("gate", "up", "down"):
             found_ = down if projection == "down" else torch.stack(sums)

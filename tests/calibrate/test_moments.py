@@ -62,14 +62,17 @@ def by_hand(path: Path, text: Path, layer: int, ctx: int, chunks: int) -> tuple[
     with torch.no_grad():
         model(ids.view(chunks, ctx))
     source = Checkpoint(path)
-    gate, up = (source.expert_stack(layer, name).float() for name in ("gate", "up"))
+    gate, up, down = (source.expert_stack(layer, name).float() for name in ("gate", "up", "down"))
     n, p, d = gate.shape
     inputs, hidden = torch.zeros(n, d, d), torch.zeros(n, p, p)
     for x in torch.cat(seen):
         weights, experts = (block.gate.weight.detach() @ x).softmax(0).topk(2)
         for weight, e in zip((weights / weights.sum()).tolist(), experts.tolist(), strict=True):
-            h = torch.nn.functional.silu(gate[e] @ x) * (up[e] @ x)
-            inputs[e] += weight**2 * torch.outer(x, x)
+            g, u = gate[e] @ x, up[e] @ x
+            h, s = torch.nn.functional.silu(g) * u, g.sigmoid()
+            by = (s * (1 + g * (1 - s)) * u).square() + (s * g).square()
+            slope = (by @ down[e].square().sum(0)).sqrt()
+            inputs[e] += weight**2 * slope * torch.outer(x, x)
             hidden[e] += weight**2 * torch.outer(h, h)
     return inputs, hidden
 

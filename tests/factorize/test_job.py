@@ -23,10 +23,10 @@ from models.editing import edit_config, edit_tensors, to_fp8
 from safetensors.torch import load_file
 
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.executors import Stopped
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.job import prepare, run, state, work_directory
 from mobe_gguf.factorize.job import unit as units
-from mobe_gguf.factorize.job.executors import Stopped
 from mobe_gguf.factorize.plan import Options
 from mobe_gguf.formats.safetensors import INDEX_NAME, Entry, read_header, write_safetensors
 from mobe_gguf.models.checkpoint import Checkpoint

@@ -11,9 +11,9 @@ import torch
 from formats.test_imatrix import write as write_imatrix
 from safetensors.torch import save_file
 
+from mobe_gguf.core.executors import pieces_at_once
+from mobe_gguf.core.executors import threads as workers
 from mobe_gguf.factorize.job import prepare
-from mobe_gguf.factorize.job.executors import pieces_at_once
-from mobe_gguf.factorize.job.executors import threads as workers
 from mobe_gguf.factorize.plan import Options, unit_memory
 from mobe_gguf.factorize.solver import Settings
 from mobe_gguf.formats.moments import KEY

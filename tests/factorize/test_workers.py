@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.executors import Place, Stopped
 from mobe_gguf.factorize.job import prepare, remote, run, running, unit, work_directory
-from mobe_gguf.factorize.job.executors import Place, Stopped
 from mobe_gguf.factorize.job.remote import JobAddress
 from mobe_gguf.factorize.plan import Options
 

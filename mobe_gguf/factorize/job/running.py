@@ -15,12 +15,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.executors import Place, Work, each
+from mobe_gguf.core.executors.base import Done
+from mobe_gguf.core.executors.cluster import await_file, cluster
 from mobe_gguf.core.files import describe_sizes
 from mobe_gguf.core.progress import Bar, bar, say
 from mobe_gguf.factorize.job import probing
-from mobe_gguf.factorize.job.executors import Place, Work, each
-from mobe_gguf.factorize.job.executors.base import Done
-from mobe_gguf.factorize.job.executors.cluster import await_file, cluster
 from mobe_gguf.factorize.job.remote import JobAddress
 from mobe_gguf.factorize.job.state import Job, disk_errors
 from mobe_gguf.factorize.job.unit import UnitResult, fit_unit, probe_unit

@@ -20,7 +20,8 @@ Piece = tuple[Any, ...]
 Done = TypeVar("Done")
 Context = TypeVar("Context")
 Opened = TypeVar("Opened", covariant=True)
-OnStep = Callable[[float, float], None]
+#: Called with the share that is done, and the error so far where there is one.
+OnStep = Callable[[float, float | None], None]
 
 
 class Address(Hashable, Protocol[Opened]):
@@ -89,14 +90,15 @@ def reporting(
     """
     began = last = time.monotonic()
 
-    def on_step(share: float, error: float) -> None:
+    def on_step(share: float, error: float | None) -> None:
         nonlocal last
         if stop is not None and stop.is_set():
             raise Stopped
         now = time.monotonic()
         if report is not None and now >= last + every:
             last = now
-            report(f"{label}: {share:4.0%}, error {error:.5f}, {now - began:.0f} s")
+            said = "" if error is None else f" error {error:.5f},"
+            report(f"{label}: {share:4.0%},{said} {now - began:.0f} s")
 
     return on_step
 

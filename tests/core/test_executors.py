@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.executors import Place, Stopped, Work, each
 from mobe_gguf.core.progress import Bar
-from mobe_gguf.factorize.job.executors import Place, Stopped, Work, each
 
 PIECES = [(i, "x") for i in range(6)]
 

@@ -19,8 +19,7 @@ import torch
 
 from mobe_gguf import __version__
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.core.progress import Bar
-from mobe_gguf.factorize.job.executors.base import (
+from mobe_gguf.core.executors.base import (
     REPORT,
     Address,
     Context,
@@ -31,6 +30,7 @@ from mobe_gguf.factorize.job.executors.base import (
     opened,
     reporting,
 )
+from mobe_gguf.core.progress import Bar
 
 #: How often in total a piece is assigned if its workers die.
 ATTEMPTS = 4
@@ -67,6 +67,16 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def machines(device: str) -> int:
+    """GPUs of the connected cluster for ``cuda``, else its machines."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if device == "cuda":
+        return max(1, sum(int(node.get("GPU", 0)) for node in nodes))
+    return max(1, sum(node.get("CPU", 0) >= 1 for node in nodes))
 
 
 def on_ray(work: Work[Context, Done], pieces: list[Piece], device: str, progress: Bar) -> Iterator[Done]:

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 
+from mobe_gguf.core.executors.base import Context, Done, Piece, Work, attempt, reporting
 from mobe_gguf.core.memory import free_memory
 from mobe_gguf.core.progress import Bar
-from mobe_gguf.factorize.job.executors.base import Context, Done, Piece, Work, attempt, reporting
 
 
 def in_threads(

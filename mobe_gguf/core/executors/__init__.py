@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mobe_gguf.core.executors.base import Context, Done, Piece, Place, Stopped, Work
+from mobe_gguf.core.executors.cluster import on_ray
+from mobe_gguf.core.executors.processes import in_processes
+from mobe_gguf.core.executors.threads import in_threads, pieces_at_once
 from mobe_gguf.core.progress import Bar
-from mobe_gguf.factorize.job.executors.base import Context, Done, Piece, Place, Stopped, Work
-from mobe_gguf.factorize.job.executors.cluster import on_ray
-from mobe_gguf.factorize.job.executors.processes import in_processes
-from mobe_gguf.factorize.job.executors.threads import in_threads, pieces_at_once
 
 __all__ = ["Piece", "Place", "Stopped", "Work", "each", "pieces_at_once"]
 

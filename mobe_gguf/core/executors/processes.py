@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.progress import Bar
-from mobe_gguf.factorize.job.executors.base import (
+from mobe_gguf.core.executors.base import (
     REPORT,
     Address,
     Context,
@@ -31,6 +30,7 @@ from mobe_gguf.factorize.job.executors.base import (
     opened,
     reporting,
 )
+from mobe_gguf.core.progress import Bar
 
 
 def in_processes(
