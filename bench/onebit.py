@@ -1,15 +1,17 @@
 """Files of one to two bits: what each idea is worth, on the shipped model, or another one.
 
-    python bench/onebit.py [--model DIR --moments FILE --text FILE --heldout FILE] [--out DIR] [--chunks N]
+    python bench/onebit.py [--model DIR --text FILE --heldout FILE] [--out DIR] [--chunks N]
 
 All files have the same bytes: gate and up of the experts in ``--type``, everything else iq4_xs.  Each row adds or takes away one
 idea.  The difference to the row that it is compared with is paired: the mean over chunks of the difference of their KL divergences,
 with its standard error.
 
 - ``libggml``: codes by libggml's own encoder with llama-imatrix's importance matrix, as llama-quantize writes them;
-- ``moments``: codes by second moments (`export --moments`);
+- ``moments``: codes by second moments (`export --moments`), the experts' inputs weighed by the router alone;
+- ``slopes``: gate's and up's inputs weighed by the slopes of the expert's outputs, too, which is what `moments` does;
 - ``sequence``: each layer for what the rounded layers before it put out (`--sequential`), the routers as they are;
-- ``router``: the routers solved for again, too, which is what `--sequential` does.
+- ``router``: the routers solved for again, too, which is what `--sequential` does;
+- ``gradients``: by the loss's gradients in place of the slopes (`moments --gradients`), where the text suffices.
 
 With ``--out`` files are kept, and a second run resumes with them.
 """
@@ -23,10 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from llama_cpp import Llama
 from rich.console import Console
 from rich.table import Table
 
+from mobe_gguf.calibrate.experts import ExpertForm
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.core import resources
 from mobe_gguf.evaluate import tool
@@ -36,7 +40,14 @@ from mobe_gguf.export.sequential import Sequential
 
 CTX = 512
 #: Each row, and the row that it is compared with.
-ROWS = {"libggml": None, "moments": "libggml", "sequence": "moments", "router": "sequence"}
+ROWS = {
+    "libggml": None,
+    "moments": "libggml",
+    "slopes": "moments",
+    "sequence": "slopes",
+    "router": "sequence",
+    "gradients": "router",
+}
 
 
 @contextmanager
@@ -51,12 +62,28 @@ def own_routers(kept: bool) -> Iterator[None]:
         Sequential._refitted = before  # type: ignore[method-assign]
 
 
-def make(row: str, arguments: argparse.Namespace, moments: Path, out: Path) -> Path:
+def gather(kind: str, arguments: argparse.Namespace, out: Path) -> Path:
+    """A file of moments; it is kept if it is there."""
+    path = out / f"{kind}.safetensors"
+    if path.exists():
+        return path
+    slope = ExpertForm.slope
+    if kind == "moments":
+        ExpertForm.slope = lambda self, product, down: torch.ones(len(product))  # type: ignore[method-assign]
+    try:
+        collect(arguments.model, arguments.text, path, gradients=kind == "gradients")
+    finally:
+        ExpertForm.slope = slope  # type: ignore[method-assign]
+    return path
+
+
+def make(row: str, arguments: argparse.Namespace, out: Path) -> Path:
     """The file of a row; it is kept if it is there."""
     path = out / f"{arguments.type}-{row}.gguf"
     if path.exists():
         return path
     kinds = ((r"ffn_(gate|up|gate_up)_exps\.", arguments.type),)
+    moments = gather(row if row in ("moments", "gradients") else "slopes", arguments, out)
     recipe = Recipe("iq4_xs", overrides=kinds, moments=str(moments))
     if row == "libggml":
         squares = out / "imatrix.gguf"
@@ -67,7 +94,7 @@ def make(row: str, arguments: argparse.Namespace, moments: Path, out: Path) -> P
     with own_routers(row == "sequence"):
         export(
             arguments.model, path, recipe, dense=True, quiet=True,
-            sequential=(arguments.text,) if row in ("sequence", "router") else (),
+            sequential=(arguments.text,) if row in ("sequence", "router", "gradients") else (),
         )  # fmt: skip
     return path
 
@@ -126,7 +153,6 @@ def main() -> None:
     )
     models = resources.path("models")
     parser.add_argument("--model", type=Path, default=models / "tiny-moe")
-    parser.add_argument("--moments", type=Path)
     parser.add_argument("--text", type=Path, default=models / "calibration.txt")
     parser.add_argument("--heldout", type=Path, default=models / "heldout.txt")
     parser.add_argument("--type", default="q1_0")
@@ -136,13 +162,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = arguments.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        moments = arguments.moments or out / "moments.safetensors"
-        if not moments.exists():
-            collect(arguments.model, moments, [arguments.text])
         reference = out / "reference.gguf"
         if not reference.exists():
             export(arguments.model, reference, Recipe("bf16"), dense=True, quiet=True)
-        files = {row: make(row, arguments, moments, out) for row in ROWS}
+        files = {row: make(row, arguments, out) for row in ROWS}
         experts = ExpertsKept(reference, arguments.heldout, CTX, arguments.chunks, None)
         shares = {name: experts.shares(path).values() for name, path in files.items()}
         found = divergences(files, reference, arguments.heldout, arguments.chunks)
