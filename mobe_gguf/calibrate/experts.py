@@ -29,6 +29,8 @@ ROWS = 4096
 PADDED = 32
 #: Step of the central differences of an activation.
 STEP = 1e-2
+#: Rows whose slopes are computed at once.
+PIECE = 256
 
 
 @dataclass
@@ -181,22 +183,19 @@ class ExpertForm:
 
         down's columns times the slopes of :meth:`combined`, which is element by element; these by central differences.
         """
-        product, squares = product.float(), down.float().square().sum(0)
-        if not self.gated:
-            steps = [torch.full_like(product, STEP)]
-        elif getattr(self.module, "is_concatenated", True):
-            steps = [torch.zeros_like(product) for _ in self.kinds]
-            for step, half in zip(steps, (0, 1), strict=True):
-                step.chunk(2, -1)[half].fill_(STEP)
-        else:
-            steps = [torch.zeros_like(product) for _ in self.kinds]
-            for step, half in zip(steps, (0, 1), strict=True):
-                step[..., half::2] = STEP
-        found = torch.zeros(len(product), device=product.device)
-        for step in steps:
-            change = (self.combined(product + step) - self.combined(product - step)) / (2 * STEP)
-            found += change.square() @ squares
-        return found.sqrt()
+        squares = torch.linalg.vector_norm(down, dim=0, dtype=torch.float32).square()
+        steps = [torch.zeros(product.shape[-1], device=product.device) for _ in self.kinds]
+        for i, step in enumerate(steps):
+            if len(steps) == 1 or getattr(self.module, "is_concatenated", True):
+                step.chunk(len(steps))[i].fill_(STEP)
+            else:
+                step[i::2] = STEP
+        return torch.cat([self._slope(part.float(), steps, squares) for part in product.split(PIECE)])
+
+    def _slope(self, product: torch.Tensor, steps: list[torch.Tensor], squares: torch.Tensor) -> torch.Tensor:
+        changes = (self.combined(product + step) - self.combined(product - step) for step in steps)
+        found = sum(change.square_() @ squares for change in changes)
+        return torch.as_tensor(found).sqrt() / (2 * STEP)
 
     def output(self, hidden: torch.Tensor, down: torch.Tensor, e: int) -> torch.Tensor:
         product = hidden @ down.T
