@@ -164,6 +164,72 @@ def test_messages_about_config(
     assert answers("inspect", path) == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen3_moe", dict(tie_word_embeddings="yes"), "'tie_word_embeddings' expected bool, got str"),
+        ("qwen3_moe", dict(rms_norm_eps="1e-6"), "'rms_norm_eps' expected float, got str"),
+        ("qwen3_moe", dict(rms_norm_eps=float("nan")), "'rms_norm_eps' is nan, expected a finite number"),
+        (
+            "qwen3_moe",
+            dict(rms_norm_eps={"__float__": "NaN"}),
+            "'rms_norm_eps' is nan, expected a finite number",
+        ),
+        ("qwen3_moe", dict(head_dim=True), "'head_dim' is True, and the runtime needs a positive integer"),
+        ("qwen3_moe", dict(num_attention_heads=True), "'num_attention_heads' is True, expected int"),
+        ("qwen3_moe", dict(num_key_value_heads=0), "'num_key_value_heads' is 0, and the runtime needs a pos"),
+        ("qwen3_moe", dict(is_causal=0), "'is_causal' is 0, expected true or false"),
+        ("qwen3_moe", dict(rope_parameters=[1]), r"'rope_parameters' must be an object, got \[1\]"),
+        ("qwen3_moe", dict(rope_scaling={"factor": "4"}), "'rope_scaling': 'factor' must be a number"),
+        ("deepseek_v3", dict(rms_norm_eps=None), "'rms_norm_eps' expected float, got NoneType"),
+        ("deepseek_v3", dict(rope_interleave=None), "'rope_interleave' is None, and the runtime rotates"),
+        ("deepseek_v3", dict(q_lora_rank=-1), "'q_lora_rank' is -1, and the runtime needs a number that"),
+        ("llama4", dict(text_config={"rope_parameters": {"factor": "x"}}), "'factor' must be a number"),
+        ("bailing_moe", dict(head_dim=-8), "'head_dim' is -8, and the runtime needs a positive integer"),
+    ],
+)
+def test_values_of_a_wrong_type(
+    family: str, changes: dict[str, Any], words: str, own_model: Callable[..., Path]
+) -> None:
+    """Before anything reads them."""
+    path = own_model(family)
+    edit_config(path, **changes)
+    with pytest.raises(MobeError, match=words) as e:
+        Checkpoint(path).check_values()
+    assert e.value.message.startswith(f"{path}/config.json: ")
+
+
+@pytest.mark.parametrize("family", tiny.ALL_FAMILIES)
+def test_types_that_a_class_writes_itself(family: str, model: Callable[..., Path]) -> None:
+    Checkpoint(model(family)).check_values()
+
+
+def test_a_whole_number_for_a_float(own_model: Callable[..., Path]) -> None:
+    path = own_model("deepseek_v3")
+    edit_config(path, routed_scaling_factor=2)
+    Checkpoint(path).check_values()
+
+
+def test_a_text_is_no_number_of_layers(own_model: Callable[..., Path]) -> None:
+    path = own_model("qwen3_moe")
+    edit_config(path, num_hidden_layers="3")
+    with pytest.raises(MobeError, match="'num_hidden_layers' must be a positive integer, got '3'"):
+        _ = Checkpoint(path).moe_layers
+
+
+def test_a_key_that_the_file_has_no_room_for(own_model: Callable[..., Path], tmp_path: Path) -> None:
+    """What only the converter reads: the GGUF key is named, and not what its writer trips over."""
+    path = own_model("gpt_oss")
+    edit_config(path, num_experts=["x"])
+    result = CliRunner().invoke(
+        main, ["export", str(path), str(tmp_path / "o.gguf"), "--dense", "--quant", "f32"]
+    )
+    assert (
+        result.exit_code == 1
+        and "makes ['x'] of key gpt-oss.expert_count, which is no UINT32" in " ".join(result.stderr.split())
+    )
+
+
 @FEW
 @given(data=st.data())
 def test_keys_of_a_gguf_file(tmp_path: Path, data: st.DataObject) -> None:

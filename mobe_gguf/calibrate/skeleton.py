@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.scaled import route_sparsely
-from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.errors import MobeError, one_line
 from mobe_gguf.models.tensors import all_finite
 
 
@@ -53,8 +53,7 @@ def unloadable(model: Path, what: str, error: Exception) -> MobeError:
             "here. Use --imatrix (llama-imatrix) for such a model"
         )
         return MobeError(f"{model}: {what} cannot be loaded: {why}")
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return MobeError(f"{model}: transformers cannot load {what}: {said}")
+    return MobeError(f"{model}: transformers cannot load {what}: {one_line(error) or type(error).__name__}")
 
 
 class _NoWeights(TorchFunctionMode):

@@ -23,7 +23,7 @@ from mobe_gguf.compress.measure import Measures
 from mobe_gguf.compress.rivals import Rival
 from mobe_gguf.compress.split import check_limit, split
 from mobe_gguf.compress.wishes import MOBE, PLAIN, Wishes
-from mobe_gguf.core.atomic import check_output, destination
+from mobe_gguf.core.atomic import check_output, destination, rename
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.progress import duration, say, stages
@@ -48,7 +48,7 @@ from mobe_gguf.plan.layout import Layout, read_layout
 from mobe_gguf.quant.allocate import Target
 
 #: Patterns of finished work that a run can resume from.
-FINISHED = ("moments.safetensors*", "plain", "factors*", "mobe", "*.gguf")
+FINISHED = ("moments.safetensors*", "plain*", "factors*", "mobe*", "*.gguf")
 #: Seconds of each stage, of all runs together.
 TIMES = "seconds.json"
 
@@ -161,14 +161,21 @@ class Compression:
         return self._finish(result, files[kind], said)
 
     def _stage(self, name: str, file: str, make: Callable[[Path], None], bars: int = 1) -> Path:
-        """The path ``work/file``; ``make`` writes it if it is not there.  ``bars``: see :meth:`Stages.stage`."""
+        """The path ``work/file``; ``make`` writes it if it is not there.  ``bars``: see :meth:`Stages.stage`.
+
+        A file in a folder of its own gets it together with its card, which is written after it.
+        """
         path = self.work / file
         if path.exists():
             self.display.skip(name)
             return path
-        path.parent.mkdir(exist_ok=True)
+        folder = path.parent
+        making = folder if folder == self.work else folder.with_name(f"{folder.name}.part")
+        making.mkdir(exist_ok=True)
         with self.display.stage(name, bars):
-            make(path)
+            make(making / path.name)
+        if making != folder:
+            rename(making, folder)
         if not self.quiet:
             spent, left = self.display.seconds[name], self.display.left()
             say(f"{name}: done in {duration(spent)}, about {duration(left)} left in all")

@@ -31,6 +31,11 @@ class Interrupted(MobeError):
     exit_code = 130
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an error of other software says, in one line of at most ``limit`` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` as a separate program, such as a benchmark; handles errors and exits as ``mobe-gguf`` does."""
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError, one_line
 from mobe_gguf.core.files import describe_size, why_not_written
 from mobe_gguf.core.names import ALL_PROJECTIONS
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
@@ -141,13 +141,17 @@ def check_written(path: Path, model: Path, *, layers: int = 2, fitted: bool = Fa
 
 
 def _compared(checkpoint: Checkpoint, layers: int) -> int:
-    """How many layers to compare: those asked for, and at least one with attention, which the runtime needs."""
+    """How many layers to compare: those asked for, and at least one of each kind of attention, without which the runtime's
+    graphs stop."""
     kinds = checkpoint.config.get("layer_types")
-    attends = [
-        i for i, kind in enumerate(kinds or []) if "attention" in str(kind) and "linear" not in str(kind)
-    ]
+    if not kinds and checkpoint.config.get("model_type") not in checkpoint.family.remote:
+        kinds = getattr(
+            checkpoint.hf_config().get_text_config(), "layer_types", None
+        )  # what its class fills in
+    kinds = [str(kind) for kind in kinds or []]
+    firsts = [kinds.index(k) for k in dict.fromkeys(kinds) if "attention" in k and "linear" not in k]
     return min(
-        checkpoint.n_layer, max(checkpoint.moe_layers[0] + max(1, layers), *(i + 1 for i in attends[:1]), 0)
+        checkpoint.n_layer, max(checkpoint.moe_layers[0] + max(1, layers), *(i + 1 for i in firsts), 0)
     )
 
 
@@ -239,7 +243,9 @@ def _transformers(small: Path, tokens: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return model(torch.from_numpy(tokens)[None]).logits[0].numpy()
     except Exception as e:  # its classes check little of what they are told
-        raise MobeError(f"transformers cannot run the model's first layers: {type(e).__name__}: {e}") from e
+        raise MobeError(
+            f"transformers cannot run the model's first layers: {type(e).__name__}: {one_line(e)}"
+        ) from e
 
 
 def _other_keys(file: GgufFile, new: GgufFile) -> Iterator[str]:
@@ -276,6 +282,7 @@ def _first_layers(checkpoint: Checkpoint, n: int, out: Path, used: object) -> No
     text = dict(inner) if isinstance(inner, dict) else config
     by_layer = {k: v for k, v in text.items() if isinstance(v, list) or k == "hybrid_override_pattern"}
     text |= {k: v[:n] for k, v in by_layer.items() if v and len(v) == checkpoint.n_layer}
+    text |= {k: [i for i in text[k] if i < n] for k in ("moe_layers", "mlp_only_layers") if text.get(k)}
     text |= {"num_hidden_layers": n}
     text |= {key: 0 for key in ("num_nextn_predict_layers", "num_mtp_layers") if key in text}
     if isinstance(used, int):  # of ``--experts-used``

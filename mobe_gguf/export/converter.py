@@ -13,6 +13,7 @@ import importlib
 import inspect
 import logging
 import re
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from mobe_gguf import runtime
-from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.errors import MobeError, one_line
 from mobe_gguf.core.names import transform_name
 from mobe_gguf.export import stacks, tiktoken, tokenizer
 from mobe_gguf.export.conversion import add_keys
@@ -106,16 +107,29 @@ class HfConversion:
         with _explained(path, "the tokenizer and metadata"), no_remote_code(path):
             if origin is None:
                 self.model.prepare_metadata(vocab_only=False)
-                self._set_own_keys()
-                return
-            with origin.directory(path) as self.model.dir_model_card:
-                self.model.prepare_metadata(vocab_only=False)
+            else:
+                with origin.directory(path) as self.model.dir_model_card:
+                    self.model.prepare_metadata(vocab_only=False)
         self._set_own_keys()
-        if said := origin.keys():
+        if origin is not None and (said := origin.keys()):
             for part in self.writer.kv_data:
                 for key in [key for key in part if key.startswith("general.base_model.")]:
                     del part[key]
             add_keys(self.writer, said)
+        self._check_keys(path)
+
+    def _check_keys(self, path: Path) -> None:
+        """MobeError names the first key whose value the file has no room for."""
+        for part in self.writer.kv_data:
+            for key, value in part.items():
+                try:
+                    self.writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+                except (struct.error, ValueError, TypeError, AttributeError) as e:
+                    said = repr(value.value)[:60]
+                    raise MobeError(
+                        f"{path}: llama.cpp's converter makes {said} of key {key}, which is no {value.type.name}: {e}. "
+                        "Look for it in config.json and the tokenizer's files"
+                    ) from e
 
     def header(self, shards: list[list[Encoded]], index: int) -> Head:
         """A ``gguf.GGUFWriter`` with the keys and the tensor table of one of the files."""
@@ -484,7 +498,9 @@ def _explained(path: Path, what: str, kind: type[MobeError] = MobeError) -> Iter
             raise
         raise kind(e.message) from e
     except Exception as e:
+        if "StrictDataclass" in type(e).__name__:  # transformers reads config.json for a tokenizer, too
+            raise MobeError(f"{path}/config.json: transformers refuses it: {one_line(e)}") from e
         raise kind(
-            f"{path}: llama.cpp's converter cannot take over {what}: {type(e).__name__}: {e}. "
+            f"{path}: llama.cpp's converter cannot take over {what}: {type(e).__name__}: {one_line(e)}. "
             "Run again with -v to see what it did."
         ) from e

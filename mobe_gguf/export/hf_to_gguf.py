@@ -24,6 +24,7 @@ from mobe_gguf.core.files import check_name, check_space
 from mobe_gguf.core.progress import bar
 from mobe_gguf.export import tokenizer
 from mobe_gguf.formats.gguf import GgufFile, missing_tensors, read_gguf
+from mobe_gguf.models.config_types import check_types
 from mobe_gguf.models.config_values import check_values
 from mobe_gguf.models.families import OTHERWISE, family_of, known_model_types, other_way
 
@@ -104,7 +105,9 @@ def _check_answers(model: Path, config: dict[str, Any]) -> None:
         raise MobeError(f"{model}: {other_way(model_type)}")
     if model_type not in known_model_types():
         return
-    judgement = check_values(family_of(config).name, config, model)
+    family = family_of(config)
+    check_types(family.declared(config), config, model)
+    judgement = check_values(family.name, family.text(config), model)
     if judgement.keys or judgement.hparams:
         raise MobeError(
             f"{model}: llama.cpp's converter drops what this model's config.json says; export carries it:\n"

@@ -25,6 +25,7 @@ from mobe_gguf.formats.safetensors import (
     read_json,
 )
 from mobe_gguf.models import entries, mxfp4
+from mobe_gguf.models.config_types import check_types
 from mobe_gguf.models.config_values import Judgement, check_values
 from mobe_gguf.models.factors import ModelDirectory
 from mobe_gguf.models.families import EMBEDDINGS, WRITERS, family_of
@@ -209,7 +210,8 @@ class Checkpoint(ModelDirectory):
 
     def check_values(self) -> Judgement:
         """How to carry the values of config.json that the GGUF file would not compute by default.  MobeError if one cannot be
-        carried."""
+        carried, or has another type than its key."""
+        check_types(self.family.declared(self.config), self.config_file, self.path)
         return check_values(self.family.name, self.config, self.path)
 
     def ordinary(self, layer: int) -> tuple[str, ...]:

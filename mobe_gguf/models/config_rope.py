@@ -13,9 +13,10 @@ from mobe_gguf.models.judgement import Config, Judge, Judgement
 def rope_of(config: Config, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The rotary parameters from either spelling: ``rope_parameters`` of transformers 5, or ``rope_theta`` and
     ``rope_scaling``, which counts if both are there (``modeling_rope_utils.py``); ``default`` if there is none."""
-    said = config.get("rope_scaling") or config.get("rope_parameters") or default or {}
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    said = config.get(key) or default or {}
     if not isinstance(said, Mapping):
-        raise MobeError(f"config.json: 'rope_scaling' must be an object, got {said!r}")
+        raise MobeError(f"config.json: '{key}' must be an object, got {said!r}")
     rope = dict(said)
     rope.setdefault("rope_type", rope.get("type") or "default")
     return rope

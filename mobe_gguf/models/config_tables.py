@@ -59,7 +59,7 @@ _DEEPSEEK_V3 = Values(
     only={
         "hidden_act": SILU,
         "attention_bias": NO_BIAS,
-        "rope_interleave": Only((True, None), "rotates neighbouring dimensions", True),
+        "rope_interleave": Only((True,), "rotates neighbouring dimensions", True),
         "scoring_func": _SIGMOID,
         "topk_method": Only((None, "noaux_tc"), "chooses experts by 'noaux_tc'"),
     },

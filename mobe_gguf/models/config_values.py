@@ -45,8 +45,12 @@ MATTERS: Mapping[str, tuple[Any, ...]] = {
     )
 }  # fmt: skip
 
-#: Sizes that every family has.
-POSITIVE = frozenset(("vocab_size", "max_position_embeddings", "num_attention_heads"))
+#: Sizes that every family has, and those that a class takes from others if they are null.
+NULLABLE = frozenset(("num_key_value_heads", "head_dim"))
+POSITIVE = NULLABLE | {"vocab_size", "max_position_embeddings", "num_attention_heads", "hidden_size"}
+
+#: Keys whose -1 has a meaning.
+SIGNED = frozenset(("moe_layer_end_index",))
 
 
 def judge(family: str, config: Config) -> Judgement:
@@ -62,8 +66,10 @@ def judge(family: str, config: Config) -> Judgement:
     for key, value in config.items():
         if key in values.known and is_int(value) and not -(2**31) <= value < 2**32:
             judgement.refuse(key, value, "has 32 bits for it")
-        if key in POSITIVE and (not is_int(value) or value < 1):
+        if key in POSITIVE and not (is_int(value) and value > 0) and not (value is None and key in NULLABLE):
             judgement.refuse(key, value, "needs a positive integer")
+        elif key in values.known - INERT - SIGNED and isinstance(value, int | float) and value < 0:
+            judgement.refuse(key, value, "needs a number that is not negative")
         if key in MATTERS and key not in values.known and value not in (*MATTERS[key], []):
             judgement.refuse(key, value, f"knows no such key in the family {family}")
     return judgement

@@ -168,6 +168,13 @@ class Family:
             raise MobeError(f"config.json: '{self.text_key}' must be an object, got {inner!r}")
         return {**config, **(inner or {}), "model_type": config.get("model_type")}
 
+    def declared(self, config: Config) -> str:
+        """The model type whose class in transformers declares the types of config.json's values; "" if there is none."""
+        own = str(config.get("model_type"))
+        return (
+            own if own not in self.remote else next((t for t in self.model_types if t not in self.remote), "")
+        )
+
     def renamed_by(self, names: Container[str]) -> Family:
         """The family with its tensors' names as they are in ``names``: with :attr:`other_prefix`, or as it is."""
         if self.other_prefix is None or self.embedding in names:
@@ -212,7 +219,7 @@ class Family:
         """Number of layers, including dense ones, without multi-token-prediction layers; where a key has something for each
         layer, as many as there are."""
         for key in self.n_layer_keys:
-            if isinstance(value := config.get(key), list | str) and value:
+            if key != "num_hidden_layers" and isinstance(value := config.get(key), list | str) and value:
                 return len(value)
         return _number(config, self.n_layer_keys, self.name)
 

@@ -311,3 +311,17 @@ def test_the_steps_options_reach_the_file(source: Path, text: Path, tmp_path: Pa
 
 def invoke(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_killed_before_the_card(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is there without its card is not yet done."""
+    out = tmp_path / "out.gguf"
+    settled = wishes(text, quant="q4_0", form="plain", measure=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("mobe_gguf.export.write_card", lambda subject: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Compression(source, out, settled, quiet=True).run()
+    Compression(source, out, settled, quiet=True).run(resume=True)
+    assert out.is_file() and "[out.gguf](out.gguf)" in (tmp_path / "README.md").read_text()

@@ -112,6 +112,13 @@ def test_export_compares_what_it_wrote(
     assert done.exit_code == 1 and "do not use it: layer 0 is the first to part" in done.stderr, done.stderr
 
 
+def test_layers_of_every_kind_of_attention(model: Maker, tmp_path: Path) -> None:
+    """Llama-4's fourth layer is the first without chunks; lists of layers are cut with them."""
+    command = ["export", str(model("llama4_text")), str(tmp_path / "out.gguf"), "--dense", "--quant", "f32"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0 and "first 4 layers: llama.cpp in float32 differs" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

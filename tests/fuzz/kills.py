@@ -50,6 +50,9 @@ COMMANDS = {
     "export-split": "export MOBE OUT.gguf --quant f16 --no-verify --split-max-size 100K -q",
     "reconstruct": "reconstruct MOBE OUT -q",
     "moments": "moments MODEL OUT.safetensors --text TEXT --ctx 32 --chunks 4 -q",
+    "compress": "compress MODEL OUT.gguf --quant q4_0 --text TEXT --eval-text TEXT --ctx 64 --chunks 4 --eval-chunks 4 --threads 1 "
+    "--steps 2 -q",
+    "compress-plain": "compress MODEL OUT.gguf --quant q4_0 --form plain --no-measure --text TEXT --ctx 64 --chunks 4 -q",
 }
 
 

@@ -3,7 +3,7 @@
     python tests/fuzz/run.py [--count 2000] [--seed 0] [--keep DIR] [--installed]
 
 Whole small files of every kind of factors are changed in a few bytes of the head, in one number of it, or cut off.  Each is loaded,
-and evaluated if it loads, in a process of its own.  Exit code 1 if one crashes, hangs, reaches memory that is not its own,
+and evaluated if it loads; a process loads 64, and one that crashes is loaded once more in a process of its own.  Exit code 1 if one crashes, hangs, reaches memory that is not its own,
 or makes our reader raise anything but the error that users see.
 """
 
@@ -127,7 +127,7 @@ def main() -> int:
         )
     outcomes: Counter[str] = Counter()
     faults = 0
-    with tempfile.TemporaryDirectory() as folder, Loader(libraries) as loader:
+    with tempfile.TemporaryDirectory() as folder, Loader(libraries, files=64) as loader:
         os.environ.pop("LD_PRELOAD", None)
         path = Path(folder) / "case.gguf"
         with bar("damaged files", options.count) as progress:

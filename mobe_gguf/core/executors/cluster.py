@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mobe_gguf import __version__
-from mobe_gguf.core.errors import MobeError, UsageError
+from mobe_gguf.core.errors import MobeError, UsageError, one_line
 from mobe_gguf.core.executors.base import (
     REPORT,
     Address,
@@ -115,7 +115,7 @@ def on_ray(work: Work[Context, Done], pieces: list[Piece], device: str, progress
                 except RayTaskError as e:  # `do` itself failed, and would fail again
                     raise _cause(e) from e
                 except RayError as e:
-                    said = " ".join(str(e).split())[:300] or type(e).__name__
+                    said = one_line(e) or type(e).__name__
                     if tries[piece] == ATTEMPTS:
                         raise MobeError(
                             f"{work.label(piece)}: its worker died {ATTEMPTS} times, at last: {said}\nFinished units are "
