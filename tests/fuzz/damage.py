@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import re
 import struct
 
 from export.test_gguf_kinds import by_layer
@@ -37,6 +39,15 @@ def mixed() -> GgufFile:
     return file
 
 
+NAMES = re.compile(rb"_basis\.weight|_basis\.mix|_exps\.weight|\.mobe\.|expert_count|expert_used_count")
+
+
+@functools.cache
+def _places(content: bytes, end: int) -> list[int]:
+    """Where names of the factors and counts are."""
+    return [found.start() for found in NAMES.finditer(content, 0, end + 20) if found.start() < end]
+
+
 def damaged(content: bytes, end: int, rng: random.Random) -> bytes:
     """``content`` with its head, which ends at ``end``, changed somehow."""
     kind = rng.random()
@@ -51,15 +62,7 @@ def damaged(content: bytes, end: int, rng: random.Random) -> bytes:
         at = rng.randrange(end - size)
         struct.pack_into(form, changed, at, rng.choice(NASTY) % (1 << 8 * size))
     else:  # where numbers of the factors are: behind their names
-        names = [
-            b"_basis.weight",
-            b"_basis.mix",
-            b"_exps.weight",
-            b".mobe.",
-            b"expert_count",
-            b"expert_used_count",
-        ]
-        places = [i for i in range(end) if any(content.startswith(name, i) for name in names)]
+        places = _places(content, end)
         if places:
             at = min(end - 8, rng.choice(places) + rng.randint(8, 60))
             struct.pack_into("<Q", changed, at, rng.choice((*NASTY, *range(3, 130, 7))))
