@@ -33,7 +33,7 @@ from mobe_gguf.core.atomic import atomic_path, check_output, destination
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.executors import Place
 from mobe_gguf.core.executors.cluster import cluster
-from mobe_gguf.core.files import check_space, describe_size, why_not_written
+from mobe_gguf.core.files import Unchanged, check_space, describe_size, why_not_written
 from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.core.progress import bar, say
 from mobe_gguf.formats.moments import KEY, KEY_SEEN, KEY_WEIGHS, VERSION
@@ -81,6 +81,7 @@ def collect(
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out, [model, *texts])
+    unchanged = Unchanged(model)
     place, checkpoint = Place.of(device, ray), open_runnable(model)
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")
@@ -125,6 +126,7 @@ def collect(
                 else:
                     with bar("moments", job.steps(len(skeleton.layers)), quiet) as progress:
                         job.run(skeleton, place.devices[0], progress)
+                unchanged.check(f"begin again:\n  rm -r {work.path}")
                 sizes = {str(path): part.numel() for path, part in parts.items()}
                 about |= _assemble(out, work, about, len(skeleton.layers), sizes)
         work.remove()

@@ -25,7 +25,7 @@ from mobe_gguf.compress.split import check_limit, split
 from mobe_gguf.compress.wishes import MOBE, PLAIN, Wishes
 from mobe_gguf.core.atomic import check_output, destination, rename
 from mobe_gguf.core.errors import MobeError, UsageError
-from mobe_gguf.core.files import describe_size
+from mobe_gguf.core.files import Unchanged, describe_size
 from mobe_gguf.core.progress import duration, say, stages
 from mobe_gguf.core.records import plain, record
 from mobe_gguf.core.workspace import Workspace
@@ -104,6 +104,7 @@ class Compression:
     def run(self, resume: bool = False, on_done: Callable[[Result], None] | None = None) -> Result:
         """Run all stages.  The work folder is removed when OUT is there and ``on_done`` has been called with the
         result."""
+        self.unchanged = Unchanged(self.model)
         for line in rehearse(open_original(self.model)):
             raise MobeError(line)  # compress must export: what is a note elsewhere is an error here
         described = {"model": str(self.model.resolve()), **self.wishes.description()}
@@ -379,6 +380,7 @@ class Compression:
 
     def _finish(self, result: Result, path: Path, measured: str) -> Result:
         """Check the file, note what was measured in its card, and deliver both."""
+        self.unchanged.check(f"begin again:\n  rm -r {self.work}")
         verdict = verify(path)
         if verdict.problems:
             raise MobeError(f"{path}: {': '.join(verdict.problems[0])}; the work folder is kept")

@@ -107,3 +107,36 @@ def sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class Unchanged:
+    """Notices that the weights of ``model``, a directory or a GGUF file, are replaced or changed while they are read."""
+
+    def __init__(self, model: Path):
+        part = re.fullmatch(r"(.+-)\d{5}(-of-\d{5}\.gguf)", model.name)
+        if model.is_dir():
+            files = list(model.glob("*.safetensors"))
+        elif part:
+            files = [
+                p for p in model.parent.iterdir() if p.name.startswith(part[1]) and p.name.endswith(part[2])
+            ]
+        else:
+            files = [model]
+        self._states = {file: self._state(file) for file in files}
+
+    @staticmethod
+    def _state(file: Path) -> tuple[int, int, int] | None:
+        try:
+            found = file.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def check(self, left: str) -> None:
+        """MobeError names a file that is another now.  ``left``: what is to be done with what was made of it."""
+        for file, state in self._states.items():
+            if (now := self._state(file)) != state:
+                what = "is gone" if now is None else "was changed"
+                raise MobeError(
+                    f"{file}: it {what} while it was read, so the result would be of two models; {left}"
+                )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mobe_gguf.core.atomic import check_output, destination
-from mobe_gguf.core.files import check_space, describe_size, parse_size
+from mobe_gguf.core.files import Unchanged, check_space, describe_size, parse_size
 from mobe_gguf.core.progress import bar
 from mobe_gguf.core.tensors import is_down, is_transform
 from mobe_gguf.export.card import Subject, write_card
@@ -82,6 +82,7 @@ def write_model(request: ExportRequest) -> Report:
     options = request.options
     request.check()
     check_output(request.out, request.inputs)
+    unchanged = Unchanged(request.model)
     model = open_model(request)
     types = choose_types(request, model)
     rounding = _rounding(model, types)
@@ -118,7 +119,7 @@ def write_model(request: ExportRequest) -> Report:
             report.rounding_seconds = expected_seconds(layout.encoded, rounding)
     else:
         with contextlib.nullcontext() if sequential is None else sequential.running():
-            _write(request, model, parts, shards, report, rounding)
+            _write(request, model, parts, shards, report, rounding, unchanged)
         if sequential is not None and isinstance(rounding, ByMoments):
             rounding.outcomes |= sequential.outcomes
         report.rounded = rounding.report() if isinstance(rounding, ByMoments) else None
@@ -186,6 +187,7 @@ def _write(
     shards: list[list[Encoded]],
     report: Report,
     rounding: Rounding,
+    unchanged: Unchanged,
 ) -> None:
     """Write with a progress bar over tensors; without a terminal, a line for every tenth of them."""
     n_tensors = sum(map(len, shards))
@@ -200,6 +202,8 @@ def _write(
             if said := rounding.said(done.tensor.name):
                 line = f"{line}, {said}"
             progress.advance(1, line if request.options.verbose or n_done % step == 0 else None)
+            if done is shards[-1][-1]:  # the file does not have its name yet
+                unchanged.check("nothing was written; run again")
 
         def head(index: int) -> Any:
             return model.conversion.header(shards, index)

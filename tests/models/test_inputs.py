@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mobe_gguf.cli import main
 from mobe_gguf.core.errors import MobeError
+from mobe_gguf.core.files import Unchanged
 from mobe_gguf.formats.safetensors import INDEX_NAME
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.models.gguf_source import GgufModel
@@ -352,3 +353,35 @@ def data_of(path: Path) -> dict[str, bytes]:
 
     raw = path.read_bytes()
     return {name: raw[t.offset : t.offset + t.n_bytes] for name, t in read_gguf(path).tensors.items()}
+
+
+@pytest.mark.parametrize("command", ["export", "factorize", "moments", "compress"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_weights_that_change_while_they_are_read(
+    command: str, gone: bool, own_model: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as by a download into the same directory: the result would be of two models."""
+    source, text = own_model("qwen3_moe", num_hidden_layers=1), tmp_path / "text.txt"
+    text.write_text(tiny.TEXT * 4)
+    shard = source / "model.safetensors"
+    words = {
+        "export": "--dense --quant f32",
+        "factorize": "--steps 2 --dtype f32",
+        "moments": f"--text {text} --ctx 32 --chunks 2",
+        "compress": f"--form plain --quant q4_0 --no-measure --text {text} --ctx 32 --chunks 2",
+    }[command]
+    checked = Unchanged.check
+
+    def late(self: Unchanged, left: str) -> None:
+        if gone:
+            shard.unlink()
+        else:
+            shard.write_bytes(shard.read_bytes())
+        checked(self, left)
+
+    monkeypatch.setattr(Unchanged, "check", late)
+    out = tmp_path / ("out" if command == "factorize" else "out.gguf")
+    done = CliRunner().invoke(main, [command, str(source), str(out), *words.split(), "-q"])
+    said = "is gone" if gone else "was changed"
+    assert done.exit_code == 1 and f"{shard}: it {said} while it was read" in done.stderr, done.stderr
+    assert not out.exists()

@@ -18,7 +18,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.executors import Place, Work, each
 from mobe_gguf.core.executors.base import Done
 from mobe_gguf.core.executors.cluster import await_file, cluster
-from mobe_gguf.core.files import describe_sizes
+from mobe_gguf.core.files import Unchanged, describe_sizes
 from mobe_gguf.core.progress import Bar, bar, say
 from mobe_gguf.factorize.job import probing
 from mobe_gguf.factorize.job.remote import JobAddress
@@ -54,6 +54,7 @@ def run(
     """
     place = Place.of(device, ray, workers)
     start = time.monotonic()
+    unchanged = Unchanged(job.checkpoint.path)
     with cluster(ray), disk_errors(job.out), job.workspace.running():
         if job.goal is not None and job.sizes is None:
             _describe(job)
@@ -75,6 +76,7 @@ def run(
                 )
         units = [result for result in results.values() if result is not None]
         files = {unit: job.unit_path(*unit) for unit in job.settings.units()}
+        unchanged.check(f"begin again:\n  rm -r {job.workspace.path}")
         write_output(job.out, job.checkpoint, files, _config(job, units))
     job.workspace.remove()
     return JobResult(job.out, job.settings, job.plan, units, time.monotonic() - start, job.sizes)
