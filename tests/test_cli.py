@@ -22,6 +22,7 @@ DIFFERENT = {
     "--moments",
     "--quant",
     "--rank",
+    "--seed",
     "--text",
     "-v",
 }

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "Show what fits this machine, how good and how fast: plain and factorized files.",
     "compress": "Make the best GGUF file of a size: calibrate, fit, round, write, verify, measure.",
     "convert": "Convert a Hugging Face model of any family to a plain GGUF file.",
+    "sample": "Sample text from a GGUF file, to calibrate on.",
     "moments": "Run a text through a model and sum the second moments of its inputs.",
     "factorize": "Turn a MoE checkpoint into MoBE factors.",
     "export": "Write a MoBE checkpoint as a GGUF file.",
