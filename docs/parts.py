@@ -98,6 +98,9 @@ def repacked(root: Path) -> dict[str, dict[str, str]]:
                 kinds["x86"] = {"avx2": "AVX2", "avx512": "AVX-512"}[m[1]]
             elif "has_neon" in condition:  # the last asks for least
                 kinds["neon"] = "dotprod" if "dotprod" in condition else "i8mm"
+    # of a patch of this project; native/ggml_mobe/mobe-rows16.c says on which processors
+    for name in named(text.partition("if (mobe_rows16_takes(")[2].partition("\n    }")[0]):
+        found.setdefault(name, {})["x86"] = {"tq1_0": "AVX-512 VBMI"}.get(name, "AVX2")
     return found
 
 

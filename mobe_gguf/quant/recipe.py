@@ -102,9 +102,8 @@ MIXES = {
     "one-bit": ("iq4_xs", ((r"ffn_(gate|up|gate_up)_exps\.", "q1_0"), (r"ffn_down_exps\.", "iq2_xxs"))),
 }
 
-#: Types without a fast product somewhere in the pinned tree (docs/parts.md); for the last two, of routed experts alone.
+#: Types without a fast product of routed experts somewhere in the pinned tree (docs/parts.md).
 SLOW = {
-    "q2_0": "no fast product on x86",
     "tq1_0": "no product of experts on CUDA, which leaves them to the CPU",
     "tq2_0": "no product of experts on CUDA, which leaves them to the CPU",
 }

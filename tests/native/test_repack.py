@@ -12,8 +12,12 @@ import pytest
 from mobe_gguf.runtime import ggml
 from native.ggml_graph import CPU, F32, I32, cpu_backend, ffi, library, pointer
 
-TYPES = ("q4_0", "q4_K", "q2_K", "iq4_nl", "mxfp4", "q8_0", "q5_K", "q6_K")
-D, P, EXPERTS, USED = 512, 72, 5, 3  # eight rows together, and no more
+#: Type and rows of a matrix: as many as lie together, and no more.
+TYPES = {
+    **dict.fromkeys(("q4_0", "q4_K", "q2_K", "iq4_nl", "mxfp4", "q8_0", "q5_K", "q6_K"), 72),
+    **dict.fromkeys(("q1_0", "q2_0", "tq1_0", "tq2_0"), 80),
+}
+D, EXPERTS, USED = 512, 5, 3
 
 
 def repack_buffers() -> object:
@@ -31,12 +35,11 @@ def repack_buffers() -> object:
 
 
 class Product:
-    """One product with ``weight`` [experts or 1, P, D] of ``type``, repacked or not."""
+    """One product with ``weight`` [experts or 1, rows, D] of ``type``, repacked or not."""
 
     def __init__(self, type_: str, weight: np.ndarray, repacked: bool) -> None:
         self.lib = library()
-        self.experts = experts = weight.shape[0]
-        rows, columns = weight.shape[1:]
+        experts, rows, columns = self.shape = weight.shape
         self.weights = self.context()
         code = ggml.type_info(type_).id
         self.weight = (
@@ -60,7 +63,7 @@ class Product:
         context = self.context()
         ids = self.lib.ggml_new_tensor_2d(context, I32, 1, 1)
         x = self.lib.ggml_new_tensor_3d(context, F32, columns, 1, 1)
-        node = self.lib.ggml_mul_mat(context, self.weight, x) if self.experts == 1 else (
+        node = self.lib.ggml_mul_mat(context, self.weight, x) if self.shape[0] == 1 else (
             self.lib.ggml_mul_mat_id(context, self.weight, x, ids)
         )  # fmt: skip
         taken = self.lib.ggml_backend_dev_supports_op(self.lib.ggml_backend_dev_by_type(CPU), node)
@@ -77,10 +80,13 @@ class Product:
         context = self.context()
         inputs = self.lib.ggml_new_tensor_3d(context, F32, *x.shape[::-1])
         if ids is None:
-            out, shape = self.lib.ggml_mul_mat(context, self.weight, inputs), (*x.shape[:2], P)
+            out, shape = self.lib.ggml_mul_mat(context, self.weight, inputs), (*x.shape[:2], self.shape[1])
         else:
             chosen = self.lib.ggml_new_tensor_2d(context, I32, *ids.shape[::-1])
-            out, shape = self.lib.ggml_mul_mat_id(context, self.weight, inputs, chosen), (*ids.shape, P)
+            out, shape = (
+                self.lib.ggml_mul_mat_id(context, self.weight, inputs, chosen),
+                (*ids.shape, self.shape[1]),
+            )
         graph = self.lib.ggml_new_graph(context)
         self.lib.ggml_build_forward_expand(graph, out)
         buffer = self.lib.ggml_backend_alloc_ctx_tensors(context, self.backend)
@@ -108,7 +114,7 @@ def error(truth: np.ndarray, got: np.ndarray) -> float:
 def test_experts(type_: str) -> None:
     """Of 1 to 41 tokens: experts with no row, with fewer than are multiplied together, with a remainder, with all rows."""
     rng = np.random.default_rng(1)
-    weight = rng.standard_normal((EXPERTS, P, D), dtype=np.float32)
+    weight = rng.standard_normal((EXPERTS, TYPES[type_], D), dtype=np.float32)
     plain, repacked = Product(type_, weight, False), Product(type_, weight, True)
     for tokens in (1, 3, 4, 5, 9, 16, 41):
         for inputs in (1, USED):
@@ -128,7 +134,7 @@ def test_experts(type_: str) -> None:
 @pytest.mark.parametrize("type_", TYPES)
 def test_matrices(type_: str) -> None:
     rng = np.random.default_rng(2)
-    weight = rng.standard_normal((1, P, D), dtype=np.float32)
+    weight = rng.standard_normal((1, TYPES[type_], D), dtype=np.float32)
     plain, repacked = Product(type_, weight, False), Product(type_, weight, True)
     for batch, tokens in ((1, 1), (1, 7), (1, 16), (1, 17), (1, 300), (3, 19)):
         x = rng.standard_normal((batch, tokens, D), dtype=np.float32)

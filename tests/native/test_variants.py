@@ -1,4 +1,4 @@
-"""The CPU kernel compiled for each instruction set that it has code for, run here or in an emulator, against its reference."""
+"""The CPU kernels compiled for each instruction set that they have code for, run here or in an emulator, against plain sums."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def check(program: build.Program, whole: bool = False) -> None:
     assert done.returncode == 0 and "all good" in done.stdout, (done.stdout + done.stderr)[-3000:]
 
 
-@pytest.mark.parametrize("name", build.VARIANTS)
-def test_x86(ggml, tmp_path, name):
+def flags_here(name: str) -> str:
+    """Those of a variant; the test is skipped where they cannot run."""
     flags, needed = build.VARIANTS[name]
     if platform.machine() != "x86_64" or shutil.which("gcc") is None:
         pytest.skip("needs gcc on x86-64")
@@ -33,8 +33,25 @@ def test_x86(ggml, tmp_path, name):
     missing = [feature for feature in needed.split() if feature not in have]
     if missing:
         pytest.skip(f"this processor lacks {', '.join(missing)}")
-    build.compile_program(ggml, tmp_path / "operator", f"-O3 {flags}")
+    return flags
+
+
+@pytest.mark.parametrize("name", build.VARIANTS)
+def test_x86(ggml, tmp_path, name):
+    build.compile_program(ggml, tmp_path / "operator", f"-O3 {flags_here(name)}")
     check(build.Program(tmp_path / "operator"))
+
+
+#: Types that mobe-rows16.c multiplies: none without AVX2, and tq1_0 where bytes are looked up in 128.
+ROWS16 = {"sse42": 0, "haswell": 3, "icelake": 4}
+
+
+@pytest.mark.parametrize("name", ROWS16)
+def test_rows16(ggml, tmp_path, name):
+    build.compile_program(ggml, tmp_path / "rows16", f"-O2 {flags_here(name)}", program="rows16")
+    done = build.Program(tmp_path / "rows16").run()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert f"all good, {ROWS16[name]} types" in done.stdout
 
 
 def test_every_case_here(ggml, tmp_path):

@@ -1,4 +1,4 @@
-"""Compile and run the operator's CPU kernel as a program of its own (operator.c), for other processors or with sanitizers.
+"""Compile and run the CPU kernels as programs of their own (operator.c, rows16.c), for other processors or with sanitizers.
 
 PYTHONPATH=tests python -m native.standalone.build --sanitize     what `make sanitize` runs
 """
@@ -57,9 +57,15 @@ class Program:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
-def compile_program(ggml: Path, out: Path, flags: str, compiler: str = "gcc") -> None:
-    """Compile operator.c with the kernel and the two files of ggml that they need.  Raises CalledProcessError."""
-    sources = [HERE / "operator.c", *sorted(KERNELS.glob("mobe-*.c")), KERNELS / "ggml-mobe.c"]
+#: Program -> the kernels that it runs.
+PROGRAMS = {"operator": "mobe-[!r]*.c", "rows16": "mobe-rows16*.c"}
+
+
+def compile_program(
+    ggml: Path, out: Path, flags: str, compiler: str = "gcc", program: str = "operator"
+) -> None:
+    """Compile a program with its kernels and the two files of ggml that they need.  Raises CalledProcessError."""
+    sources = [HERE / f"{program}.c", *sorted(KERNELS.glob(PROGRAMS[program])), KERNELS / "ggml-mobe.c"]
     sources += [ggml / "src/ggml.c", ggml / "src/ggml-quants.c"]
     (out.parent / "ggml-version.h").write_text('#define GGML_VERSION "0"\n#define GGML_COMMIT "0"\n')
     folders = [out.parent, KERNELS, ggml / "include", ggml / "src", ggml / "src/ggml-cpu"]
@@ -86,13 +92,15 @@ def sanitize() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in SANITIZERS.items():
-            print(f"{name}: compiling, then running the operator's cases", file=sys.stderr)
-            path = Path(folder, "operator")
-            compile_program(ggml, path, f"-O1 -g -march=native {flags}")
-            done = Program(path).run(timeout=3600)
-            clean = done.returncode == 0
-            print(f"{name}: {'clean' if clean else 'FAILED'}\n{(done.stdout + done.stderr)[-5000:]}")
-            failed += not clean
+            for program in PROGRAMS:
+                print(f"{name}: compiling, then running the cases of {program}", file=sys.stderr)
+                path = Path(folder, program)
+                compile_program(ggml, path, f"-O1 -g -march=native {flags}", program=program)
+                done = Program(path).run(timeout=3600)
+                clean = done.returncode == 0
+                print(f"{name}, {program}: {'clean' if clean else 'FAILED'}")
+                print((done.stdout + done.stderr)[-5000:])
+                failed += not clean
     return int(failed > 0)
 
 
