@@ -179,7 +179,7 @@ def command(
     from mobe_gguf.core.executors import Place
     from mobe_gguf.core.layers import parse_layers
     from mobe_gguf.core.progress import console
-    from mobe_gguf.export.converter import rehearse
+    from mobe_gguf.export.rehearsal import rehearse
     from mobe_gguf.factorize import job as jobs
     from mobe_gguf.factorize import plan, report
     from mobe_gguf.factorize.expected import expected_time

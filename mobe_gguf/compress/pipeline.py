@@ -35,7 +35,7 @@ from mobe_gguf.evaluate.verify import verify
 from mobe_gguf.export import ExportOptions, ExportRequest, Recipe, write_model
 from mobe_gguf.export.agreement import check_written
 from mobe_gguf.export.card import card_of, deliver, note
-from mobe_gguf.export.converter import rehearse
+from mobe_gguf.export.rehearsal import rehearse
 from mobe_gguf.export.sequential import Unsuited
 from mobe_gguf.factorize import job as jobs
 from mobe_gguf.factorize.plan import settle

@@ -23,6 +23,7 @@ from mobe_gguf.core.atomic import check_output, destination
 from mobe_gguf.core.files import Unchanged, check_space, describe_size, parse_size
 from mobe_gguf.core.progress import bar
 from mobe_gguf.core.tensors import is_down, is_transform
+from mobe_gguf.export import rehearsal
 from mobe_gguf.export.card import Subject, write_card
 from mobe_gguf.export.encoder import Nearest, Rounding
 from mobe_gguf.export.fitted import default_types, mismatch
@@ -113,6 +114,11 @@ def write_model(request: ExportRequest) -> Report:
         parts.finished_files(),
         "Make room, write elsewhere, or choose a smaller --quant.",
     )
+    if report.data_bytes - begun > rehearsal.LONG:
+        conversion = model.conversion
+        rehearsal.ask_loader(
+            request.model, lambda i: conversion.header(shards, i), shards, conversion.alignment
+        )
     if options.dry_run:
         report.n_bytes = _size(model, shards)
         if isinstance(rounding, ByMoments):

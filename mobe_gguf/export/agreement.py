@@ -210,7 +210,7 @@ def _compare(
         _first_layers(checkpoint, n, small, whole.keys.get(f"{whole.arch}.expert_used_count"))
         options = ExportOptions(dense=True, allow_dense=True, quiet=True, tokenizer_pre="qwen2")
         write_model(ExportRequest(small, new, Recipe("f32"), options))
-        reference = logits(new, tokens)
+        reference = logits(new, tokens, of=checkpoint.path)
         result.graph[n] = _error(_transformers(small, tokens), reference)
         if not result.file:
             result.problems += _other_keys(whole, read_gguf(new))

@@ -25,7 +25,6 @@ import torch
 
 from mobe_gguf import runtime
 from mobe_gguf.core.errors import MobeError, one_line
-from mobe_gguf.core.names import transform_name
 from mobe_gguf.export import stacks, tiktoken, tokenizer
 from mobe_gguf.export.conversion import add_keys
 from mobe_gguf.export.origin import Origin
@@ -35,7 +34,6 @@ from mobe_gguf.formats.safetensors import INDEX_NAME, SINGLE_NAME, read_json
 from mobe_gguf.models.config_values import for_converter
 from mobe_gguf.models.factors import ModelDirectory
 from mobe_gguf.models.families import layer_in
-from mobe_gguf.models.original import Original
 from mobe_gguf.quant.mixture import ModelFacts, Spec
 from mobe_gguf.quant.recipe import Choice, Recipe, plan
 
@@ -450,42 +448,6 @@ def no_remote_code(path: Path) -> Iterator[None]:
 
 class NoVocabulary(MobeError):
     """The tokenizer cannot be converted; the model can."""
-
-
-def rehearse(checkpoint: Original) -> list[str]:
-    """Find out before the work whether its result can be exported: run llama.cpp's converter over a Hugging Face
-    model's headers.
-
-    MobeError if it refuses the tensors or config.json.  Returns a note if it refuses the tokenizer, which can be mended
-    later, or if there is no runtime yet.  A GGUF file is not checked.
-    """
-    model = checkpoint.directory
-    if model is None:
-        return []
-    try:
-        runtime.source_tree()
-    except MobeError:
-        return [
-            "llama.cpp is not built yet (mobe-gguf build), so it is not known whether its converter takes the model"
-        ]
-    conversion = convert(model, Path("model.gguf"))
-    for layer in model.moe_layers:
-        for projection in model.family.kinds:
-            name, shape = (
-                transform_name(layer, projection),
-                (model.n_expert, *model.expert_shape(layer, projection)),
-            )
-            made = conversion.tensors.get(name)
-            if made is None or tuple(made.source.shape) != shape:
-                got = "no such tensor" if made is None else f"shape {list(made.source.shape)}"
-                raise MobeError(
-                    f"{model.path}: llama.cpp's converter makes {got} of {name}, expected {list(shape)}"
-                )
-    try:
-        conversion.finish("MOSTLY_F16", Path("model.gguf"))
-    except NoVocabulary as e:
-        return [f"{e.message} Factors can be made; export needs the tokenizer"]
-    return []
 
 
 @contextlib.contextmanager

@@ -13,12 +13,17 @@ from mobe_gguf.core.errors import MobeError
 
 
 def run_apart(
-    module: str, path: Path, *arguments: object, out: Path, on_line: Callable[[str], None] = lambda line: None
+    module: str,
+    path: Path,
+    *arguments: object,
+    out: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+    of: object = None,
 ) -> None:
     """Run ``python -m module path arguments... out``, which writes ``out``; ``on_line`` gets what it prints, as it comes.
 
     The program ends with the caller: an exception (Ctrl-C) kills it.  MobeError, with the program's output, if the runtime fails to
-    run the model at ``path``.
+    run the model at ``path``; ``of``: what the message says that file is of.
     """
     runtime.lib_dir()  # raises an error that says what to do if there is no runtime
     command = [sys.executable, "-m", module, *map(str, (path, *arguments, out))]
@@ -31,6 +36,8 @@ def run_apart(
     lines = [line for line in said if "rror" in line or "ASSERT" in line]
     own = [line for line in lines if "raise " not in line and "ValueError" not in line]  # not Python's
     why = " ".join((own or lines)[:3]) or f"it ended with code {code}"
+    if of is not None:
+        raise MobeError(f"{of}: the runtime would not run a file of it: {why}")
     raise MobeError(f"{path}: the runtime does not run this file: {why}")
 
 

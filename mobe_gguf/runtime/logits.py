@@ -17,12 +17,13 @@ import numpy as np
 from mobe_gguf.runtime.apart import run_apart
 
 
-def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
-    """float32 ``[len(tokens), vocabulary]``; MobeError, with the program's output, if the runtime fails to run the file."""
+def logits(path: Path, tokens: np.ndarray, of: object = None) -> np.ndarray:
+    """float32 ``[len(tokens), vocabulary]``; MobeError, with the program's output, if the runtime fails to run the file, which the
+    message calls ``of``."""
     with tempfile.TemporaryDirectory(prefix="mobe-gguf-") as folder:
         given, out = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
         np.save(given, tokens)
-        run_apart(__name__, path, given, out=out)
+        run_apart(__name__, path, given, out=out, of=of)
         return np.load(out)
 
 

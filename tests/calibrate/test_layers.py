@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobe_gguf.calibrate import dense, experts, roots, workspace
 from mobe_gguf.calibrate import moments as module
+from mobe_gguf.calibrate.layers import Run
 from mobe_gguf.calibrate.dense import gguf_names
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.core.errors import MobeError, UsageError
@@ -261,8 +262,8 @@ def test_killed_anywhere(model, text, tmp_path, monkeypatch):
         replace(*args)
 
     layers, kills = [], 0
-    run = module.Run._layer
-    monkeypatch.setattr(module.Run, "_layer", lambda self, i, *a: (layers.append(i), run(self, i, *a)))
+    run = Run._layer
+    monkeypatch.setattr(Run, "_layer", lambda self, i, *a: (layers.append(i), run(self, i, *a)))
     monkeypatch.setattr(os, "replace", count)
     for after in (False, True):
         for at in range(1, 100):
@@ -321,9 +322,9 @@ def test_killed_for_good(model, text, tmp_path):
     """SIGKILL while a layer runs."""
     script = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from mobe_gguf.calibrate import moments as m\n"
-        "run = m.Run._layer\n"
-        "m.Run._layer = lambda self, i, *a: os.kill(os.getpid(), signal.SIGKILL) if i == 2 else run(self, i, *a)\n"
+        "from mobe_gguf.calibrate import layers, moments as m\n"
+        "run = layers.Run._layer\n"
+        "layers.Run._layer = lambda self, i, *a: os.kill(os.getpid(), signal.SIGKILL) if i == 2 else run(self, i, *a)\n"
         f"m.collect(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), ctx={CTX}, chunks={CHUNKS}, keep=1, quiet=True)"
     )
     path, out = model("qwen3_moe"), tmp_path / "m"
