@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mobe_gguf.calibrate import dense, experts, roots, workspace
 from mobe_gguf.calibrate import moments as module
-from mobe_gguf.calibrate.layers import Run
 from mobe_gguf.calibrate.dense import gguf_names
+from mobe_gguf.calibrate.layers import Run
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.metric import PRIOR
