@@ -89,7 +89,7 @@ def make(path: Path, shape: dict, fp8: bool) -> int:
                     p, d = family.n_ff_exp(config), family.n_embd(config)
                     rows = (d, p) if projection == "down" else (p, d)
                     shapes[family.expert_weight(layer, e, projection)] = rows
-        elif "experts.down_proj" not in name:
+        elif "mlp.experts.down_proj" not in name:
             shapes[name] = tuple(tensor.shape)
     noise = np.random.default_rng(0).standard_normal(16 << 20, dtype=np.float32)
     patterns = {

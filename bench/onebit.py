@@ -69,7 +69,7 @@ def gather(kind: str, arguments: argparse.Namespace, out: Path) -> Path:
         return path
     slope = ExpertForm.slope
     if kind == "moments":
-        ExpertForm.slope = lambda self, product, down: torch.ones(len(product))  # type: ignore[method-assign]
+        ExpertForm.slope = lambda self, product, squares: torch.ones(len(product))  # type: ignore[method-assign]
     try:
         collect(arguments.model, arguments.text, path, gradients=kind == "gradients")
     finally:

@@ -109,14 +109,15 @@ def families_page() -> str:
     ]
     for family in families.FAMILIES:
         remote = family.remote
-        moments = "no" if family.model_types[0] in remote else "yes" + "".join(f", not {t}" for t in remote)
+        only = family.model_types[0] in remote
+        moments = "as GGUF" if only else "yes" + "".join(f", {t} as GGUF" for t in remote)
         why = f"transformers has no class for {', '.join(remote)}" if remote else ""
         lines.append(
             f"| {', '.join(f'`{t}`' for t in family.model_types)} | yes | yes | {moments} | {', '.join(family.kinds)} | {why} |"
         )
     for model_type, (_, why) in families.OTHERS.items():
         known = model_type not in families.UNCONVERTED | families.OTHERWISE
-        row = ["no", "yes", "no", "gate, up, down"] if known else ["no", "no", "no", "no"]
+        row = ["no", "yes", "as GGUF", "gate, up, down"] if known else ["no", "no", "no", "no"]
         if model_type == "nemotron_h":
             row[3] = "up, down"
         if model_type in families.UNCONVERTED:

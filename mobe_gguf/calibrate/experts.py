@@ -178,12 +178,12 @@ class ExpertForm:
         found: torch.Tensor = self.module._apply_gate(product) if self.gated else self.module.act_fn(product)
         return found
 
-    def slope(self, product: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def slope(self, product: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """``[rows]``: how much small errors of ``product`` change the expert's output, root of the sum over its values.
 
-        down's columns times the slopes of :meth:`combined`, which is element by element; these by central differences.
+        ``squares`` ``[p]``: :func:`squares_of` the expert's down.  They multiply the slopes of :meth:`combined`, which is element by
+        element; these by central differences.
         """
-        squares = torch.linalg.vector_norm(down, dim=0, dtype=torch.float32).square()
         steps = [torch.zeros(product.shape[-1], device=product.device) for _ in self.kinds]
         for i, step in enumerate(steps):
             if len(steps) == 1 or getattr(self.module, "is_concatenated", True):
@@ -205,6 +205,11 @@ class ExpertForm:
         return getattr(self.module, f"{name}_bias")[e].to(like)
 
 
+def squares_of(down: torch.Tensor) -> torch.Tensor:
+    """``[p]`` float32: squared norms of the columns of ``down`` ``[d, p]``."""
+    return torch.linalg.vector_norm(down, dim=0, dtype=torch.float32).square()
+
+
 def fill(module: nn.Module, checkpoint: Runnable, layer: int, dtype: torch.dtype, device: str) -> None:
     """Load all experts' weights of a layer, one by one."""
     form = ExpertForm(module)
@@ -218,76 +223,21 @@ def fill(module: nn.Module, checkpoint: Runnable, layer: int, dtype: torch.dtype
     module._parameters["down_proj"] = nn.Parameter(down, requires_grad=False)
 
 
-class Experts:
-    """The experts of one MoE layer of ``checkpoint``: their answers, and the moments of their inputs ``fed``."""
+class ExpertSums:
+    """Sums of what a layer's experts are ``fed``, and of down's inputs.  ``kinds``: projections before down; ``sizes``: n, d and p."""
 
-    def __init__(self, checkpoint: Runnable, layer: int, module: nn.Module, fed: Fed, work: LayersWorkspace, dtype: torch.dtype, device: str):  # fmt: skip
-        self.checkpoint, self.layer, self.fed, self.work = checkpoint, layer, fed, work
-        self.form = ExpertForm(module)
-        self.dtype, self.device = dtype, device
-        self.n, self.d, self.p = checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
-        self.down_sums = work.new("sums", (self.n, self.p, self.p), torch.float32)
-
-    # running them
-
-    def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Outputs ``[T, d]`` for inputs x ``[T, d]``, from loaded weights, as transformers computes them; down's inputs are
-        summed."""
-        begin = self.fed.done * index.shape[1]
-        self.fed.add(x, index, weights)
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        form = self.form
-        first, last = (form.module._parameters[name] for name in (form.name, "down_proj"))
-        for e, places in enumerate(by_expert(index, self.n)):
-            if len(places):
-                tokens = places // index.shape[1]
-                both, down = form.stored(first[e]), form.stored(last[e])
-                # an expert has a token once
-                out[tokens] += self._expert(e, x[tokens], begin + places.cpu(), both, down)
-        return out.to(x.dtype)
-
-    def one_by_one(self, out: States) -> None:
-        """Read each expert, apply it to all its tokens, and add the outputs to ``out`` ``[T, d]``.  In float32: the products of
-        bf16 that oneDNN compiles take more memory than the expert."""
-        k = self.fed.index.shape[1]
-        for e, at in enumerate(by_expert(self.fed.index, self.n)):
-            if not len(at):
-                continue
-            both, down = self.form.joined([self._read(x, e) for x in self.form.kinds]), self._read("down", e)
-            for places in at.split(ROWS):
-                x = self.fed.x.tensor[places // k].to(self.device).float()
-                out.tensor[places // k] += self._expert(e, x, places, both, down).cpu()
-
-    def _read(self, kind: str, e: int) -> torch.Tensor:
-        """One expert's matrix: values in the model's type, as float32."""
-        return self.checkpoint.expert(self.layer, kind, e).to(self.device, self.dtype).float()
-
-    def _expert(
-        self, e: int, x: torch.Tensor, places: torch.Tensor, both: torch.Tensor, down: torch.Tensor
-    ) -> torch.Tensor:
-        """Weighted outputs of one expert, float32; adds what down is fed to its sum, and weighs the inputs for gate's and up's.
-
-        ``places``: of the inputs x among all, flattened.
-        """
-        rows, fed = len(x), self.fed
-        weight = fed.weights.view(-1)[places, None].to(x.device)
-        if self.form.scales_inputs:
-            x, weight = (x * weight).to(x.dtype), torch.ones_like(weight)
-        product = self.form.product(pad(x, (0, 0, 0, -rows % PADDED)), both, e)
-        hidden = self.form.combined(product)
-        slope = self.form.slope(product[:rows], down)
-        fed.metric.view(-1)[places] = fed.weights.view(-1)[places] * fed.emphasis(places, slope)
-        inputs = hidden[:rows].float() * (weight * fed.down_emphasis(places)[:, None].to(weight))
-        sums = self.down_sums.tensor[e]
-        if sums.device == x.device:
-            add_products(sums, inputs)
-        else:
-            part = torch.zeros(sums.shape, device=x.device)
-            add_products(part, inputs)
-            sums += part.cpu()
-        return self.form.output(hidden, down, e)[:rows].float() * weight
-
-    # their moments
+    def __init__(
+        self,
+        layer: int,
+        kinds: Sequence[str],
+        sizes: tuple[int, int, int],
+        fed: Fed,
+        work: LayersWorkspace,
+        device: str = "cpu",
+    ):
+        self.layer, self.kinds, self.fed, self.work, self.device = layer, kinds, fed, work, device
+        self.n, self.d, self.p = sizes
+        self.down_sums = work.new(f"sums-{layer}", (self.n, self.p, self.p), torch.float32)
 
     def moments(self, keep: float, rank: int | None) -> tuple[list[Entry], dict[str, str]]:
         """Return the tensors of the moments file (see docs/format.md) and the GGUF tensors that they weigh; call this once all
@@ -299,21 +249,21 @@ class Experts:
         counts = torch.tensor([len(p) for p in places], dtype=torch.int32)
         entries = []
         for stem, (roots, size) in (
-            (self.form.kinds[0], self._inputs(places, keep, rank)),
+            (self.kinds[0], self._inputs(places, keep, rank)),
             ("down", self._hidden(keep, rank)),
         ):
             name = f"blk.{self.layer}.ffn_{stem}_exps"
             entries += roots.entries(name)
             entries.append(Entry.of(f"{name}.scale", torch.tensor([size / (1 + PRIOR) / self.fed.done])))
             entries.append(Entry.of(f"{name}.tokens", counts))
-        gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in (self.form.kinds[0], "down"))
-        weighs = {names.transform_name(self.layer, x): gate_stem for x in self.form.kinds}
+        gate_stem, down_stem = (f"blk.{self.layer}.ffn_{x}_exps" for x in (self.kinds[0], "down"))
+        weighs = {names.transform_name(self.layer, x): gate_stem for x in self.kinds}
         return entries, weighs | {names.transform_name(self.layer, "down"): down_stem}
 
     def _inputs(self, places: list[torch.Tensor], keep: float, rank: int | None) -> tuple[StoredRoots, float]:
         """StoredRoots of gate's and up's inputs, and the size of their average."""
         mean = self._mean_of_inputs()
-        size = size_of(mean, f"blk.{self.layer}.ffn_{self.form.kinds[0]}_exps") * (1 + PRIOR)
+        size = size_of(mean, f"blk.{self.layer}.ffn_{self.kinds[0]}_exps") * (1 + PRIOR)
         if self.d > MOST:
             mean_diagonal, subspace = mean.diagonal().clone(), Subspace.of(mean, keep, rank)
             del mean
@@ -376,6 +326,75 @@ class Experts:
             x = self.fed.x.tensor[rows].to(self.device).float()
             add_products(sums, x * strength[rows, None].to(x))
         return mirror(sums).div_(self.n)
+
+
+class Experts(ExpertSums):
+    """The experts of one MoE layer of ``checkpoint``: their answers, and the moments of their inputs ``fed``."""
+
+    def __init__(self, checkpoint: Runnable, layer: int, module: nn.Module, fed: Fed, work: LayersWorkspace, dtype: torch.dtype, device: str):  # fmt: skip
+        self.checkpoint, self.form, self.dtype = checkpoint, ExpertForm(module), dtype
+        sizes = checkpoint.n_expert, checkpoint.n_embd, checkpoint.n_ff_exp
+        super().__init__(layer, self.form.kinds, sizes, fed, work, device)
+        self._squares: dict[int, torch.Tensor] = {}
+
+    def answer(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Outputs ``[T, d]`` for inputs x ``[T, d]``, from loaded weights, as transformers computes them; down's inputs are
+        summed."""
+        begin = self.fed.done * index.shape[1]
+        self.fed.add(x, index, weights)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        form = self.form
+        first, last = (form.module._parameters[name] for name in (form.name, "down_proj"))
+        for e, places in enumerate(by_expert(index, self.n)):
+            if len(places):
+                tokens = places // index.shape[1]
+                both, down = form.stored(first[e]), form.stored(last[e])
+                # an expert has a token once
+                out[tokens] += self._expert(e, x[tokens], begin + places.cpu(), both, down)
+        return out.to(x.dtype)
+
+    def one_by_one(self, out: States) -> None:
+        """Read each expert, apply it to all its tokens, and add the outputs to ``out`` ``[T, d]``.  In float32: the products of
+        bf16 that oneDNN compiles take more memory than the expert."""
+        k = self.fed.index.shape[1]
+        for e, at in enumerate(by_expert(self.fed.index, self.n)):
+            if not len(at):
+                continue
+            both, down = self.form.joined([self._read(x, e) for x in self.form.kinds]), self._read("down", e)
+            for places in at.split(ROWS):
+                x = self.fed.x.tensor[places // k].to(self.device).float()
+                out.tensor[places // k] += self._expert(e, x, places, both, down).cpu()
+
+    def _read(self, kind: str, e: int) -> torch.Tensor:
+        """One expert's matrix: values in the model's type, as float32."""
+        return self.checkpoint.expert(self.layer, kind, e).to(self.device, self.dtype).float()
+
+    def _expert(
+        self, e: int, x: torch.Tensor, places: torch.Tensor, both: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted outputs of one expert, float32; adds what down is fed to its sum, and weighs the inputs for gate's and up's.
+
+        ``places``: of the inputs x among all, flattened.
+        """
+        rows, fed = len(x), self.fed
+        weight = fed.weights.view(-1)[places, None].to(x.device)
+        if self.form.scales_inputs:
+            x, weight = (x * weight).to(x.dtype), torch.ones_like(weight)
+        product = self.form.product(pad(x, (0, 0, 0, -rows % PADDED)), both, e)
+        hidden = self.form.combined(product)
+        if e not in self._squares:
+            self._squares[e] = squares_of(down)
+        slope = self.form.slope(product[:rows], self._squares[e])
+        fed.metric.view(-1)[places] = fed.weights.view(-1)[places] * fed.emphasis(places, slope)
+        inputs = hidden[:rows].float() * (weight * fed.down_emphasis(places)[:, None].to(weight))
+        sums = self.down_sums.tensor[e]
+        if sums.device == x.device:
+            add_products(sums, inputs)
+        else:
+            part = torch.zeros(sums.shape, device=x.device)
+            add_products(part, inputs)
+            sums += part.cpu()
+        return self.form.output(hidden, down, e)[:rows].float() * weight
 
 
 class StoredRoots:

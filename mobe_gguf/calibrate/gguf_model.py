@@ -56,9 +56,8 @@ class GgufCheckpoint:
         self.model = GgufModel(path)
         if self.model.arch not in KNOWN:
             raise MobeError(
-                f"{path}: moments of a GGUF file are gathered for {', '.join(KNOWN)}, this is {self.model.arch}. Give the Hugging Face "
-                f"directory that it was made of, or let llama-imatrix count the channels:\n"
-                f"  llama-imatrix -m {path} -f TEXT -o imatrix.gguf\nwhich factorize and export take with --imatrix"
+                f"{path}: transformers' classes run GGUF files of {', '.join(KNOWN)} as they are stored, this is {self.model.arch}. Give "
+                "the Hugging Face directory that it was made of"
             )
         self.model_type = KNOWN[self.model.arch]
         self.family = family_of({"model_type": self.model_type})

@@ -23,7 +23,6 @@ from torch import nn
 
 from mobe_gguf.calibrate.experts import ExpertForm, PairGradients, by_expert, fill
 from mobe_gguf.calibrate.layers import BESIDE, LayerRun, Run
-from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.skeleton import Call
 from mobe_gguf.calibrate.workspace import States
 from mobe_gguf.core.atomic import rename
@@ -31,6 +30,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import describe_size
 from mobe_gguf.core.memory import own_memory
 from mobe_gguf.formats.safetensors import Entry
+from mobe_gguf.models.original import SourceModel
 
 #: Values of logits that are computed at once, but at least those of a chunk.
 LOGITS = 1 << 25
@@ -38,7 +38,7 @@ LOGITS = 1 << 25
 NEEDED = 60
 
 
-def experts_bytes(checkpoint: Runnable, itemsize: int) -> int:
+def experts_bytes(checkpoint: SourceModel, itemsize: int) -> int:
     """Memory of a layer's experts, all at once."""
     each = len(checkpoint.family.kinds) * checkpoint.n_ff_exp * checkpoint.n_embd
     return int(BESIDE * each * checkpoint.n_expert * itemsize)

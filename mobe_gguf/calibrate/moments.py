@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from mobe_gguf.calibrate.gradients import NEEDED, experts_bytes
+from mobe_gguf.calibrate.heard import GgufTokenizer, gather, heard_model
 from mobe_gguf.calibrate.layers import SHARE, MomentSettings
-from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.shares import Gathering, free, open_runnable, run_shares, shares_for
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
 from mobe_gguf.calibrate.text import default_texts, read_chunks
@@ -38,6 +38,8 @@ from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.core.progress import bar, say
 from mobe_gguf.formats.moments import KEY, KEY_SEEN, KEY_WEIGHS, VERSION
 from mobe_gguf.formats.safetensors import Entry, read_header, read_metadata, write_safetensors
+from mobe_gguf.models.gguf_source import GgufModel
+from mobe_gguf.models.original import SourceModel
 
 #: The report names experts with fewer tokens than this: their moments are mostly the layer's average.
 FEW = 128
@@ -67,35 +69,44 @@ def collect(
     """Write the moments of every matrix of ``model``, a Hugging Face directory or a GGUF file (see ``gguf_model``), to ``out``;
     returns the facts for :func:`report`.
 
-    transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.
-    ``text``: files, see :func:`text.read_chunks`; None: the text that ships with the project.  ``keep``: the kept directions
-    hold this share of the energy of a layer's average moments (default 0.999); or ``rank``: how many directions are kept.
-    ``device``: one, or several as ``cuda:0,cuda:1``, or with ``ray``, the address of a cluster, its kind: the text is then shared out
-    (see ``shares``).  ``memory``: bytes that may be used besides those that torch takes, by each of them.  ``gradients``: weigh experts' inputs by the loss's
-    gradients, see ``gradients``; not done, with a warning, if the average expert sees too few tokens.  Finished layers are kept in ``OUT.work`` until all are
-    done; ``resume`` continues from there.
+    transformers runs the model, one layer at a time (see ``layers``), in its own type; FP8 weights are dequantized.  A GGUF file of
+    another architecture is run by llama.cpp (see ``heard``).  ``text``: files, see :func:`text.read_chunks`; None: the text that ships
+    with the project.  ``keep``: the kept directions hold this share of the energy of a layer's average moments (default 0.999); or
+    ``rank``: how many directions are kept.  ``device``: one, or several as ``cuda:0,cuda:1``, or with ``ray``, the address of a cluster,
+    its kind: the text is then shared out (see ``shares``).  ``memory``: bytes that may be used besides those that torch takes, by each of
+    them.  ``gradients``: weigh experts' inputs by the loss's gradients, see ``gradients``; not done, with a warning, if the average expert
+    sees too few tokens.  Finished layers are kept in ``OUT.work`` until all are done; ``resume`` continues from there.
 
-    Raises MobeError or UsageError if model or text cannot be read, transformers does not know the model, there is too little
-    text, or no space for ``out``.  Code in a model's directory is never run.
+    Raises MobeError or UsageError if model or text cannot be read, neither transformers nor llama.cpp knows the model, there is too
+    little text, or no space for ``out``.  Code in a model's directory is never run.
     """
     texts = [text] if isinstance(text, Path) else list(text or default_texts())
     settings = _settings(ctx, chunks, rank, keep, memory)
     check_output(out, [model, *texts])
     unchanged = Unchanged(model)
-    place, checkpoint = Place.of(device, ray), open_runnable(model)
+    place, heard = Place.of(device, ray), heard_model(model)
+    checkpoint: Any = heard or open_runnable(model)  # a Runnable, or what llama.cpp runs
     if checkpoint.is_mobe:
         raise MobeError(f"{model} holds factors; expected the model that they were made of")
+    if heard is not None and (place != Place() or gradients):
+        raise UsageError(
+            f"{model}: llama.cpp runs a GGUF file of {heard.arch}, on the CPU and without gradients; leave out --device, --ray and "
+            "--gradients, or give the Hugging Face directory that it was made of"
+        )
     checkpoint.check_whole()
-    n_vocab = checkpoint.shape(checkpoint.family.embedding)[0]
     with silent(quiet):
-        parts = read_chunks(model, texts, ctx, chunks, n_vocab)
+        parts = _read(model, heard, checkpoint, texts, ctx, chunks)
         tokens = torch.cat(list(parts.values()))
-        skeleton = Skeleton(checkpoint, place.devices[0])
+        skeleton = None if heard else Skeleton(open_runnable(model), place.devices[0])
     about = {
         "version": VERSION,
         "model": str(model),
         "source_checksum": checkpoint.checksum,
-        "source": "gguf, dequantized" if model.is_file() else "safetensors",
+        "source": "safetensors"
+        if model.is_dir()
+        else "gguf, dequantized"
+        if heard is None
+        else "gguf, run by llama.cpp",
         "text": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "tokens": tokens.numel(),
         "ctx": ctx,
@@ -116,25 +127,41 @@ def collect(
             if n_shares > 1:
                 about["shares"] = n_shares
             budget = settings.memory or int(SHARE * free(place.devices[0]))
-            gradients = gradients and _enough_for_gradients(checkpoint, per_expert, budget, skeleton, quiet)
+            itemsize = 4 if skeleton is None else skeleton.dtype.itemsize
+            gradients = gradients and _enough_for_gradients(checkpoint, per_expert, budget, itemsize, quiet)
             about["gradients"] = gradients
-            _check_space(out, work, checkpoint, tokens, skeleton.dtype, gradients)
+            _check_space(out, work, checkpoint, tokens.numel(), itemsize, gradients)
             with work.open(about, resume):
-                job = Gathering(checkpoint, tuple(parts.values()), work, settings, gradients, n_shares)
-                if n_shares > 1:
-                    run_shares(job, place, len(skeleton.layers), quiet)
+                texts_tokens = tuple(parts.values())
+                if heard is not None or skeleton is None:
+                    assert heard is not None
+                    with bar("moments", heard.n_layer, quiet) as progress:
+                        gather(heard, texts_tokens, work, settings, budget, progress)
                 else:
-                    with bar("moments", job.steps(len(skeleton.layers)), quiet) as progress:
-                        job.run(skeleton, place.devices[0], progress)
+                    job = Gathering(skeleton.checkpoint, texts_tokens, work, settings, gradients, n_shares)
+                    if n_shares > 1:
+                        run_shares(job, place, checkpoint.n_layer, quiet)
+                    else:
+                        with bar("moments", job.steps(checkpoint.n_layer), quiet) as progress:
+                            job.run(skeleton, place.devices[0], progress)
                 unchanged.check(f"begin again:\n  rm -r {work.path}")
                 sizes = {str(path): part.numel() for path, part in parts.items()}
-                about |= _assemble(out, work, about, len(skeleton.layers), sizes)
+                about |= _assemble(out, work, about, checkpoint.n_layer, sizes)
         work.remove()
     except OSError as e:
         raise MobeError(
             f"{out}: cannot be written: {why_not_written(e)}. Finished layers are kept in {work.path}; go on with:\n  --resume"
         ) from e
     return about
+
+
+def _read(
+    model: Path, heard: GgufModel | None, checkpoint: Any, texts: Sequence[Path], ctx: int, chunks: int | None
+) -> dict[Path, torch.Tensor]:
+    if heard is None:
+        return read_chunks(model, texts, ctx, chunks, checkpoint.shape(checkpoint.family.embedding)[0])
+    n_vocab = heard.file.tensors["token_embd.weight"].shape[0]
+    return read_chunks(model, texts, ctx, chunks, n_vocab, GgufTokenizer(model))
 
 
 def _settings(
@@ -150,7 +177,7 @@ def _settings(
 
 
 def _enough_for_gradients(
-    checkpoint: Runnable, per_expert: int, budget: int, skeleton: Skeleton, quiet: bool
+    checkpoint: SourceModel, per_expert: int, budget: int, itemsize: int, quiet: bool
 ) -> bool:
     """Whether the average expert's tokens suffice for gradients, with a warning if not.  UsageError if a layer's experts do not fit
     in memory."""
@@ -162,7 +189,7 @@ def _enough_for_gradients(
                 f"with few; this text gives {per_expert} on average"
             )
         return False
-    experts = experts_bytes(checkpoint, skeleton.dtype.itemsize)
+    experts = experts_bytes(checkpoint, itemsize)
     if experts > budget:
         raise UsageError(
             f"--gradients needs a layer's experts in memory, {describe_size(experts)}, and may use {describe_size(budget)}; give more "
@@ -182,17 +209,18 @@ def _shares(work: LayersWorkspace, place: Place) -> int:
 def _check_space(
     out: Path,
     work: LayersWorkspace,
-    checkpoint: Runnable,
-    tokens: torch.Tensor,
-    dtype: torch.dtype,
+    checkpoint: SourceModel,
+    tokens: int,
+    itemsize: int,
     gradients: bool,
 ) -> None:
     """Check disk space for two sets of states and for a layer's expert inputs and sums, with ``gradients`` also for states and
     gradients of all layers.  The size of ``out`` is known only later."""
-    a_set = tokens.numel() * checkpoint.hidden_size * dtype.itemsize
+    width = getattr(checkpoint, "hidden_size", checkpoint.n_embd)
+    a_set = tokens * width * itemsize
     needed = 3 * a_set + 4 * checkpoint.n_expert * checkpoint.n_ff_exp**2
     if gradients:
-        needed = max(needed, (checkpoint.n_layer + 1) * a_set + 8 * tokens.numel() * checkpoint.hidden_size)
+        needed = max(needed, (checkpoint.n_layer + 1) * a_set + 8 * tokens * width)
     left = [f for f in work.path.rglob("*") if re.match("states|scratch|gradient-", f.name)]
     check_space(destination(out), needed, left, "Make room, write OUT elsewhere, or give fewer --chunks.")
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mobe_gguf.calibrate.experts import ROWS, ExpertForm, Fed, by_expert
+from mobe_gguf.calibrate.experts import ROWS, ExpertForm, Fed, by_expert, squares_of
 from mobe_gguf.calibrate.layers import LayerRun, MomentSettings, Run
 from mobe_gguf.calibrate.runnable import Runnable
 from mobe_gguf.calibrate.skeleton import Call, Skeleton
@@ -246,9 +246,9 @@ class PairedExperts:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Round the matrices of expert ``e``, put their bytes into ``stored``, and return the values that they stand for."""
         behind = len(self.places[1][e]) + PRIOR * self.k * self.tokens / self.n
-        kinds, sums = self.form.kinds, Sums(self.d, self.device)
+        kinds, sums, squares = self.form.kinds, Sums(self.d, self.device), squares_of(down)
         for places, x, weight in self._pairs(e):
-            slope = self.form.slope(self.form.product(x[0], joined, e), down)
+            slope = self.form.slope(self.form.product(x[0], joined, e), squares)
             factor = weight * self.fed[1].emphasis(places, slope)[:, None].to(weight)
             sums.add(x[0] * factor, x[1] * factor)
         fixed, s = sums.solve(torch.cat(first), self.codes.prior(kinds[0], e), self._weight(self.d))

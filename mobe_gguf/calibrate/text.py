@@ -37,13 +37,14 @@ def read_tokens(
 
 
 def read_chunks(
-    model: Path, texts: Sequence[Path], ctx: int, chunks: int | None, n_vocab: int
+    model: Path, texts: Sequence[Path], ctx: int, chunks: int | None, n_vocab: int, tokenizer: Any = None
 ) -> dict[Path, torch.Tensor]:
     """For each file, ``[chunks, ctx]`` token ids; an incomplete chunk at its end is dropped.
 
     With several files, the ``chunks`` are divided in proportion to the files' text.  Each line of a ``.jsonl`` file is a chat
     (``{"messages": [{"role": ..., "content": ...}]}``, or ``conversations`` with ``from`` and ``value``), to which the
-    model's chat template is applied, or a text (``{"text": ...}``).  All other files are plain text.
+    model's chat template is applied, or a text (``{"text": ...}``).  All other files are plain text.  ``tokenizer``: instead of
+    transformers' of the model.
     MobeError or UsageError if a file or the tokenizer cannot be read, the tokenizer is another model's, or there is too
     little text.
     """
@@ -53,7 +54,8 @@ def read_chunks(
     try:
         where = {"gguf_file": model.name} if model.is_file() else {}
         folder = model.parent if model.is_file() else model
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     except Exception as e:  # transformers raises all sorts of errors here
         raise unloadable(model, "its tokenizer", e) from e
     tokenizer.model_max_length = int(1e12)  # else it warns of a text longer than the model's context

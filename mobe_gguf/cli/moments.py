@@ -59,8 +59,8 @@ def command(
 ) -> None:
     """Run a text through MODEL and sum the second moments of every matrix's inputs, for `--moments` of factorize and export.
 
-    MODEL is a Hugging Face model directory, or a GGUF file of qwen3moe or qwen2moe. transformers (version 5) runs one layer at a
-    time, so the model need not fit into memory. One layer must. If its experts do not, they are read one after the other. FP8 and
+    MODEL is a Hugging Face model directory, or a GGUF file (llama.cpp runs it if it is not of qwen3moe or qwen2moe). transformers (version
+    5) runs one layer at a time, so the model need not fit into memory. One layer must. If its experts do not, they are read one after the other. FP8 and
     GGUF weights are dequantized. The router weighs the inputs of experts, with --gradients the loss does too. Finished layers stay in OUT.work, with the states of all
     tokens after the last of them (2 bytes a token and channel). --resume continues from there. docs/calibration.md has memory and
     time by model.

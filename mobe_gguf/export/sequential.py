@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from mobe_gguf.calibrate.experts import PairGradients
-from mobe_gguf.calibrate.gguf_model import GgufCheckpoint
 from mobe_gguf.calibrate.layers import SHARE, MomentSettings
 from mobe_gguf.calibrate.pairs import PairedRun
 from mobe_gguf.calibrate.runnable import Runnable
+from mobe_gguf.calibrate.shares import open_runnable
 from mobe_gguf.calibrate.skeleton import Skeleton, silent
 from mobe_gguf.calibrate.text import read_chunks
 from mobe_gguf.calibrate.workspace import LayersWorkspace
@@ -40,7 +40,6 @@ from mobe_gguf.export.source import Tensor, chunks
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.formats.safetensors import read_header
-from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.quant.recipe import Choice
 from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 from mobe_gguf.runtime import ggml
@@ -89,7 +88,10 @@ class Sequential:
         assert model.moments is not None
         self.request, self.moments = request, model.moments
         path = request.model
-        self.checkpoint: Runnable = GgufCheckpoint(path) if path.is_file() else Checkpoint(path)
+        try:
+            self.checkpoint: Runnable = open_runnable(path)
+        except MobeError as error:
+            raise Unsuited(f"--sequential: {error.message}; or leave the option out") from error
         if self.checkpoint.is_mobe:
             raise Unsuited("--sequential rounds ordinary experts; MODEL holds factors. Leave it out")
         self.work = LayersWorkspace(destination(request.out).with_name(f"{request.out.name}.rounding"))

@@ -19,6 +19,7 @@ from formats.test_imatrix import write as write_imatrix
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mobe_gguf.calibrate import layers
 from mobe_gguf.calibrate import moments as module
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.calibrate.roots import root, size_of
@@ -242,7 +243,7 @@ def test_no_place_for_the_file(model, text, tmp_path, monkeypatch):
     def loaded(*_):
         raise AssertionError("the model is not to be loaded")
 
-    monkeypatch.setattr(module.Run, "run", loaded)
+    monkeypatch.setattr(layers.Run, "run", loaded)
     arguments = [str(model("qwen3_moe")), "OUT", "--text", str(text), "--ctx", "64", "--chunks", "2"]
 
     def refused(out: Path) -> str:
@@ -260,7 +261,7 @@ def test_no_place_for_the_file(model, text, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module.Run, "run", lambda self: self.work.layer_file("000").touch())
+    monkeypatch.setattr(layers.Run, "run", lambda self: self.work.layer_file("000").touch())
     monkeypatch.setattr(module, "_assemble", full)
     said = refused(tmp_path / "m")
     assert (
