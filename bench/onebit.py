@@ -1,6 +1,6 @@
 """Files of one to two bits: what each idea is worth, on the shipped model, or another one.
 
-    python bench/onebit.py [--model DIR --text FILE --heldout FILE] [--out DIR] [--chunks N]
+    python bench/onebit.py [--model DIR --text FILE --heldout FILE] [--rows LIST] [--out DIR] [--chunks N]
 
 All files have the same bytes: gate and up of the experts in ``--type``, everything else iq4_xs.  Each row adds or takes away one
 idea.  The difference to the row that it is compared with is paired: the mean over chunks of the difference of their KL divergences,
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=models / "calibration.txt")
     parser.add_argument("--heldout", type=Path, default=models / "heldout.txt")
     parser.add_argument("--type", default="q1_0")
+    parser.add_argument("--rows", default=",".join(ROWS), help="without gradients where the text is short")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chunks", type=int, default=24)
     arguments = parser.parse_args()
@@ -165,7 +166,7 @@ def main() -> None:
         reference = out / "reference.gguf"
         if not reference.exists():
             export(arguments.model, reference, Recipe("bf16"), dense=True, quiet=True)
-        files = {row: make(row, arguments, out) for row in ROWS}
+        files = {row: make(row, arguments, out) for row in arguments.rows.split(",")}
         experts = ExpertsKept(reference, arguments.heldout, CTX, arguments.chunks, None)
         shares = {name: experts.shares(path).values() for name, path in files.items()}
         found = divergences(files, reference, arguments.heldout, arguments.chunks)
