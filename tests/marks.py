@@ -41,6 +41,7 @@ RUNTIME = (
     "models/test_gguf_source.py",
     "models/test_hub.py::test_export_by_id",
     "models/test_hub.py::test_gguf_files_by_name",
+    "models/test_inputs.py::test_a_token_beyond_the_vocabulary",
     "models/test_inputs.py::test_compressed_tensors_by_way_of_gguf",
     "models/test_inputs.py::test_converter_is_asked_before_work",
     "models/test_inputs.py::test_fused_experts_everywhere",

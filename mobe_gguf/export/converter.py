@@ -15,6 +15,7 @@ import logging
 import re
 import struct
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -462,7 +463,8 @@ def _explained(path: Path, what: str, kind: type[MobeError] = MobeError) -> Iter
     except Exception as e:
         if "StrictDataclass" in type(e).__name__:  # transformers reads config.json for a tokenizer, too
             raise MobeError(f"{path}/config.json: transformers refuses it: {one_line(e)}") from e
+        said = one_line(e) or traceback.extract_tb(e.__traceback__)[-1].line  # of an assertion without words
         raise kind(
-            f"{path}: llama.cpp's converter cannot take over {what}: {type(e).__name__}: {one_line(e)}. "
+            f"{path}: llama.cpp's converter cannot take over {what}: {type(e).__name__}: {said}. "
             "Run again with -v to see what it did."
         ) from e

@@ -36,6 +36,9 @@ from mobe_gguf.models.tensors import all_finite
 #: Types of an expert's matrix that can be factorized directly; F8_E4M3 as well, with its scales.
 PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+#: Types of weights outside experts, as safetensors calls them.
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
+
 #: Endings of files that hold weights in any format.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -188,6 +191,7 @@ class Checkpoint(ModelDirectory):
                     "output. Download it again, or set the key if its output is its embeddings"
                 )
             self.info(name)
+        self._check_kinds()
         for name in {self.family.embedding, self.family.output} & set(self._tensors):
             if type(self.config.get("vocab_size")) is int:
                 self.expect_shape(name, (self.config["vocab_size"], self.hidden_size), "from config.json")
@@ -197,6 +201,22 @@ class Checkpoint(ModelDirectory):
             )
             for projection in self.ordinary(layer):
                 self.check_experts(layer, projection)
+
+    def _check_kinds(self) -> None:
+        """MobeError names a weight that is no matrix of floats: whole numbers without scales, or nothing at all."""
+        for name in self.names:
+            if not name.endswith((".weight", ".bias")):
+                continue
+            info = self.info(name)
+            if info.dtype not in WEIGHT_TYPES:
+                raise MobeError(
+                    f"{self.path}: tensor {name} has type {info.dtype}; weights can be read from f32, f16, bf16 and block-scaled f8_e4m3. "
+                    "Convert the model to bf16 first."
+                )
+            if 0 in info.shape or not info.shape:
+                raise MobeError(
+                    f"{self.path}: tensor {name} has shape {list(info.shape)}, which holds no weights. Download it again."
+                )
 
     def _check_config(self) -> None:
         """Check values of config.json that are used only later, or only by other programs."""

@@ -355,6 +355,42 @@ def data_of(path: Path) -> dict[str, bytes]:
     return {name: raw[t.offset : t.offset + t.n_bytes] for name, t in read_gguf(path).tensors.items()}
 
 
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.mlp.gate.weight", "model.layers.0.self_attn.q_proj.weight"]
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.complex64, torch.float8_e5m2])
+def test_weights_that_are_no_floats(name: str, dtype: torch.dtype, own_model: Maker) -> None:
+    """Whole numbers are codes whose scales are missing; the router's gave other answers than transformers, and no word."""
+    path = own_model("qwen3_moe", num_hidden_layers=1)
+    edit_tensors(path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(MobeError, match=f"tensor {name} has type"):
+        whole(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.bias", "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (0, 64)])
+def test_weights_that_are_empty(name: str, shape: tuple[int, ...], own_model: Maker) -> None:
+    path = own_model("qwen3_moe", num_hidden_layers=1)
+    edit_tensors(path, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    with pytest.raises(MobeError, match=f"tensor {name} has shape .*, which holds no weights"):
+        whole(path)
+
+
+def test_a_token_beyond_the_vocabulary(own_model: Maker, tmp_path: Path) -> None:
+    """The converter asserts without words; its condition is shown."""
+    source = own_model("qwen3_moe", num_hidden_layers=1)
+    path = source / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    more = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"] = [{"id": 9999, "content": "<far>", "special": True, **more}]
+    path.write_text(json.dumps(tokenizer))
+    command = ["export", str(source), str(tmp_path / "out.gguf"), "--dense", "--quant", "f32"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1 and "< vocab_size" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("command", ["export", "factorize", "moments", "compress"])
 @pytest.mark.parametrize("gone", [False, True])
 def test_weights_that_change_while_they_are_read(
