@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -38,6 +39,9 @@ PLAIN_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: Types of weights outside experts, as safetensors calls them.
 WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3")
+
+#: Biases that are there if config.json says 'attention_bias'.
+_ATTENTION_BIAS = re.compile(r"\.self_attn\.[qkvo]_proj\.bias$")
 
 #: Endings of files that hold weights in any format.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -191,7 +195,6 @@ class Checkpoint(ModelDirectory):
                     "output. Download it again, or set the key if its output is its embeddings"
                 )
             self.info(name)
-        self._check_kinds()
         for name in {self.family.embedding, self.family.output} & set(self._tensors):
             if type(self.config.get("vocab_size")) is int:
                 self.expect_shape(name, (self.config["vocab_size"], self.hidden_size), "from config.json")
@@ -201,6 +204,7 @@ class Checkpoint(ModelDirectory):
             )
             for projection in self.ordinary(layer):
                 self.check_experts(layer, projection)
+        self._check_kinds()
 
     def _check_kinds(self) -> None:
         """MobeError names a weight that is no matrix of floats: whole numbers without scales, or nothing at all."""
@@ -216,6 +220,11 @@ class Checkpoint(ModelDirectory):
             if 0 in info.shape or not info.shape:
                 raise MobeError(
                     f"{self.path}: tensor {name} has shape {list(info.shape)}, which holds no weights. Download it again."
+                )
+            if _ATTENTION_BIAS.search(name) and self.config.get("attention_bias") is False:
+                raise MobeError(
+                    f"{self.path}: there is a tensor {name}, and config.json says 'attention_bias' false: transformers leaves it out, "
+                    "llama.cpp would add it. Set the key, or remove the tensor"
                 )
 
     def _check_config(self) -> None:

@@ -378,6 +378,14 @@ def test_weights_that_are_empty(name: str, shape: tuple[int, ...], own_model: Ma
         whole(path)
 
 
+def test_a_bias_that_transformers_leaves_out(own_model: Maker) -> None:
+    """llama.cpp added it in the layer that has it."""
+    path = own_model("qwen3_moe", num_hidden_layers=2)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    edit_tensors(path, lambda tensors: tensors.update({name: torch.ones(64)}))
+    refused(path, f"there is a tensor {name}, and config.json says 'attention_bias' false")
+
+
 def test_a_token_beyond_the_vocabulary(own_model: Maker, tmp_path: Path) -> None:
     """The converter asserts without words; its condition is shown."""
     source = own_model("qwen3_moe", num_hidden_layers=1)
