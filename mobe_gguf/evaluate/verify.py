@@ -21,7 +21,7 @@ from mobe_gguf.core.errors import MobeError, UsageError
 from mobe_gguf.core.files import CHUNK, sha256
 from mobe_gguf.core.progress import bar
 from mobe_gguf.evaluate.inspect import describe_gguf
-from mobe_gguf.formats.gguf import GgufFile, GgufTensor, join, padded, read_parts
+from mobe_gguf.formats.gguf import Array, GgufFile, GgufTensor, join, padded, read_parts
 from mobe_gguf.quant.small import LEAST, Squares, is_small, small_line
 from mobe_gguf.runtime import ggml
 
@@ -116,6 +116,12 @@ def _keys(model: GgufFile) -> Iterator[tuple[str, str]]:
     if n and not 1 <= model.arch_most("expert_used_count") <= n:
         found = model.arch_key("expert_used_count")
         yield f"{model.arch}.expert_used_count", f"it is {found}, expected 1 to {n}"
+    used = model.keys.get(f"{model.arch}.expert_used_count")
+    if isinstance(used, Array):  # llama.cpp divides by it where there are experts
+        experts = (re.match(r"blk\.(\d+)\.ffn_\w+_(exps|basis)\.", name) for name in model.tensors)
+        for layer in sorted({int(found[1]) for found in experts if found}):
+            if layer < len(used.head) and used.head[layer] == 0:
+                yield f"{model.arch}.expert_used_count", f"it is 0 in layer {layer}, which has experts"
     if any(re.fullmatch(r"blk\.\d+\.ffn_\w+_basis\.weight", name) for name in model.tensors):
         activation = model.keys.get(names.key_activation(model.arch))
         if activation not in names.ACTIVATIONS:

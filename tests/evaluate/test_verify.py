@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from export.test_gguf_kinds import by_layer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity.gguf_files import GgufFile, factorize, qwen3moe
@@ -278,3 +279,11 @@ def test_values_that_are_too_small_for_their_type(whole: Path, tmp_path: Path) -
     assert "ffn_down_exps.weight and 1 more tensors: values around 1.0e-05 are too small for f16" in note
     result = CliRunner().invoke(main, ["verify", str(path)])
     assert result.exit_code == 0 and note in result.stderr
+
+
+def test_no_experts_used_where_there_are_some(tmp_path: Path) -> None:
+    file = by_layer()
+    assert not verify(file.write(tmp_path / "whole.gguf"), quiet=True).problems
+    file.keys["nemotron_h_moe.expert_used_count"] = [0, 0, 0, 3]
+    (problem,) = verify(file.write(tmp_path / "none.gguf"), quiet=True).problems
+    assert problem == ("nemotron_h_moe.expert_used_count", "it is 0 in layer 2, which has experts")
