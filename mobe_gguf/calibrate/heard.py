@@ -89,6 +89,7 @@ def gather(
     left = [i for i in range(model.n_layer) if not work.layer_file(f"{i:03d}").is_file()]
     progress.found(model.n_layer - len(left))
     needed = {layer: _bytes(model, layer) for layer in left}
+    chunks = sum(len(text) for text in texts)
     while left or not work.layer_file("output").is_file():
         group = [
             layer for i, layer in enumerate(left) if not i or sum(needed[x] for x in left[: i + 1]) <= budget
@@ -102,11 +103,17 @@ def gather(
             "settings": asdict(settings),
         }
         (work.path / "group.json").write_text(json.dumps(about))
-        progress.update(f"layers {group[0]} to {group[-1]}" if group else "output")
-        run_apart(__name__, model.path, work.path / "group.json", out=work.path / "scratch-done")
+        what = f"layers {group[0]} to {group[-1]}" if group else "output"
+        _run_group(model.path, work, progress, what, chunks)
         left = left[len(group) :]
-        said = f"layers {group[0]} to {group[-1]} by llama.cpp" if group else "output by llama.cpp"
-        progress.advance(len(group), said)
+        progress.advance(len(group), f"{what} by llama.cpp")
+
+
+def _run_group(path: Path, work: LayersWorkspace, progress: Bar, what: str, chunks: int) -> None:
+    def tell(line: str) -> None:
+        progress.update(f"{what}: {line.strip()} of {chunks} chunks")
+
+    run_apart(__name__, path, work.path / "group.json", out=work.path / "scratch-done", on_line=tell)
 
 
 def _bytes(model: GgufModel, layer: int) -> int:
@@ -303,9 +310,10 @@ def main(path: str, settings: str, out: str) -> None:
         listener = _Listener(GgufModel(path), about, tokens.size)
         reader = Reader(Path(path), tokens.shape[1], listener.ask, listener.seen, torch.get_num_threads())
         try:
-            for chunk in tokens.tolist():
+            for number, chunk in enumerate(tokens.tolist(), 1):
                 listener.next_chunk()
                 reader.run(chunk)
+                print(number, flush=True)  # for the bar of the process that waits
             listener.write(MomentSettings(**about["settings"]), about["sizes"])
         except MobeError as error:
             raise SystemExit(f"Error: {error.message}") from error
