@@ -208,6 +208,7 @@ class Checkpoint(ModelDirectory):
 
     def _check_kinds(self) -> None:
         """MobeError names a weight that is no matrix of floats: whole numbers without scales, or nothing at all."""
+        text = self.router(self.moe_layers[0]).partition("layers.")[0] + "layers."  # not of a part that sees
         for name in self.names:
             if not name.endswith((".weight", ".bias")):
                 continue
@@ -221,7 +222,11 @@ class Checkpoint(ModelDirectory):
                 raise MobeError(
                     f"{self.path}: tensor {name} has shape {list(info.shape)}, which holds no weights. Download it again."
                 )
-            if _ATTENTION_BIAS.search(name) and self.config.get("attention_bias") is False:
+            if (
+                name.startswith(text)
+                and _ATTENTION_BIAS.search(name)
+                and self.config.get("attention_bias") is False
+            ):
                 raise MobeError(
                     f"{self.path}: there is a tensor {name}, and config.json says 'attention_bias' false: transformers leaves it out, "
                     "llama.cpp would add it. Set the key, or remove the tensor"

@@ -310,6 +310,8 @@ def test_experts_used_by_layer(tmp_path, model):
                 key, field.contents(), kind, of if kind == gguf.GGUFValueType.ARRAY else None
             )
     for tensor in reader.tensors:
+        if tensor.name.startswith("blk.0.") and "_exps" in tensor.name:
+            continue
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
