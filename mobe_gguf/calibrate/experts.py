@@ -135,8 +135,8 @@ class ExpertForm:
     ``kinds``: projections of the first of its two tensors, gate and up or up alone; ``down_proj`` is the other.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module: Any = module
+    def __init__(self, module: Any):
+        self.module = module
         self.gated = getattr(module, "has_gate", True)
         self.kinds = ("gate", "up") if self.gated else ("up",)
         self.name = "gate_up_proj" if self.gated else "up_proj"

@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional
 
 from mobe_gguf.calibrate.dense import Sum
-from mobe_gguf.calibrate.experts import PIECE, STEP, ExpertSums, Fed, by_expert, squares_of
+from mobe_gguf.calibrate.experts import ExpertForm, ExpertSums, Fed, by_expert, squares_of
 from mobe_gguf.calibrate.gguf_model import KNOWN
 from mobe_gguf.calibrate.layers import MomentSettings
 from mobe_gguf.calibrate.roots import add_products
@@ -37,7 +37,7 @@ from mobe_gguf.formats.moments import KEY_SEEN, KEY_WEIGHS
 from mobe_gguf.formats.safetensors import Entry, write_safetensors
 from mobe_gguf.models.gguf_source import GgufModel
 from mobe_gguf.runtime.apart import run_apart
-from mobe_gguf.runtime.graph import Node, Reader, tokenize
+from mobe_gguf.runtime.graph import Node, Reader
 
 #: What an expert's gate and up become, by ggml's name; where it is none of these, slopes are not known and the router alone weighs.
 GATES = {
@@ -69,10 +69,13 @@ class GgufTokenizer:
     chat_template = None
 
     def __init__(self, path: Path):
-        self.path = path
+        from llama_cpp import Llama
+
+        self._model = Llama(str(path), vocab_only=True, verbose=False)
 
     def __call__(self, text: str) -> Any:
-        return SimpleNamespace(input_ids=tokenize(self.path, text.encode()))
+        ids = self._model.tokenize(text.encode(), add_bos=True, special=False)
+        return SimpleNamespace(input_ids=list(ids))
 
 
 def gather(
@@ -222,13 +225,13 @@ class _Listener:
             u = torch.from_numpy(up.values()).float()[0]
         if g.shape[:2] != now["index"].shape:  # of another matrix with such a name
             return
-        squares, rows = self._experts(layer).squares[now["index"].flatten()], []
-        act = GATES[node.op]
-        for a, b, c in zip(*(part.flatten(0, -2).split(PIECE) for part in (g, u, squares)), strict=True):
-            by_g = act(a + STEP, b) - act(a - STEP, b)
-            by_u = act(a, b + STEP) - act(a, b - STEP)
-            rows.append(((by_g.square() + by_u.square()) * c).sum(-1).sqrt() / (2 * STEP))
-        now["slopes"] = torch.cat(rows).view(now["index"].shape)
+        experts, act = self._experts(layer), GATES[node.op]
+        form = ExpertForm(SimpleNamespace(_apply_gate=lambda joined: act(*joined.chunk(2, -1))))
+        product, slopes = torch.cat([g, u], -1).flatten(0, -2), torch.empty(now["index"].numel())
+        for e, places in enumerate(by_expert(now["index"], experts.n)):
+            if len(places):
+                slopes[places] = form.slope(product[places], experts.squares[e])
+        now["slopes"] = slopes.view(now["index"].shape)
 
     def _weighted(self, layer: int, node: Node) -> None:
         now, weights = self._now.setdefault(layer, {}), node.source(1)

@@ -97,7 +97,7 @@ def collect(
     with silent(quiet):
         parts = _read(model, heard, checkpoint, texts, ctx, chunks)
         tokens = torch.cat(list(parts.values()))
-        skeleton = None if heard else Skeleton(open_runnable(model), place.devices[0])
+        skeleton = None if heard else Skeleton(checkpoint, place.devices[0])
     about = {
         "version": VERSION,
         "model": str(model),

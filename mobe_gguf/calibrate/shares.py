@@ -9,6 +9,7 @@ A worker opens model and tokens by their paths: all machines see the same files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Mapping
@@ -234,14 +235,15 @@ class _Joined:
         shapes = [head[f"{stem}.root"].shape for head in self.heads]
         n, d, k = shapes[0][0], shapes[0][1], max(shape[2] for shape in shapes)
         roots = StoredRoots(self.job.work, stem.replace(".", "-"), n, d, k)
-        for e in range(n):
-            parts, rest = [], torch.zeros(d)
-            for file, head, weight in zip(self.files, self.heads, weights, strict=True):
-                with safe_open(file, framework="pt") as f:
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+            for e in range(n):
+                parts, rest = [], torch.zeros(d)
+                for f, head, weight in zip(opened, self.heads, weights, strict=True):
                     parts.append(f.get_slice(f"{stem}.root")[e].float() * (weight / total) ** 0.5)
                     if f"{stem}.rest" in head:
                         rest += f.get_slice(f"{stem}.rest")[e].float() * (weight / total)
-            roots.put(e, *_root(torch.cat(parts, 1), rest, k))
+                roots.put(e, *_root(torch.cat(parts, 1), rest, k))
         entries = roots.entries(stem)
         entries.append(Entry.of(f"{stem}.scale", torch.tensor([total])))
         entries.append(Entry.of(f"{stem}.tokens", torch.stack(counts).sum(0).int()))

@@ -176,7 +176,6 @@ def command(
 
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
-    from mobe_gguf.core.executors import Place
     from mobe_gguf.core.layers import parse_layers
     from mobe_gguf.core.progress import console
     from mobe_gguf.export.rehearsal import rehearse
@@ -207,10 +206,7 @@ def command(
         )
     if dry_run and _planned_bare(model, out, asked, None if ray else device, as_json, quiet):
         return
-    place = Place.of(device, ray)
-    if ray is None:
-        for name in place.devices:
-            check_device(name)
+    check_devices(device, ray)
     job = jobs.prepare(resolve(model, quiet), out, asked, resume=resume, predict=_predict, dry=dry_run)
     plan.check_saving(job.settings, job.checkpoint)
     notes = rehearse(job.checkpoint) if job.settings.how.is_factors else []
@@ -307,6 +303,15 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise UsageError(f"--device {device} cannot be used: {reason}. Expected cpu, cuda or cuda:N.") from e
+
+
+def check_devices(device: str, ray: str | None) -> None:
+    """UsageError unless ``device`` is valid and torch can compute on all of it; a cluster's workers have their own."""
+    from mobe_gguf.core.executors import Place
+
+    place = Place.of(device, ray)
+    for name in place.devices if ray is None else ():
+        check_device(name)
 
 
 def _predict(*args: Any, **form: Any) -> Any:

@@ -53,17 +53,18 @@ def command(
     texts: tuple[Path, ...],
     memory: str | None,
     device: str,
+    ray: str | None,
     quiet: bool,
     as_json: bool,
     **settings: object,
 ) -> None:
     """Run a text through MODEL and sum the second moments of every matrix's inputs, for `--moments` of factorize and export.
 
-    MODEL is a Hugging Face model directory, or a GGUF file (llama.cpp runs it if it is not of qwen3moe or qwen2moe). transformers (version
-    5) runs one layer at a time, so the model need not fit into memory. One layer must. If its experts do not, they are read one after the other. FP8 and
-    GGUF weights are dequantized. The router weighs the inputs of experts, with --gradients the loss does too. Finished layers stay in OUT.work, with the states of all
-    tokens after the last of them (2 bytes a token and channel). --resume continues from there. docs/calibration.md has memory and
-    time by model.
+    MODEL is a Hugging Face model directory, or a GGUF file (llama.cpp runs it if it is not of qwen3moe or qwen2moe). transformers
+    (version 5) runs one layer at a time, so the model need not fit into memory. One layer must. If its experts do not, they are read one
+    after the other. FP8 and GGUF weights are dequantized. The router weighs the inputs of experts, with --gradients the loss does too.
+    Finished layers stay in OUT.work, with the states of all tokens after the last of them (2 bytes a token and channel). --resume
+    continues from there. docs/calibration.md has memory and time by model.
 
     \b
     Example:
@@ -73,16 +74,13 @@ def command(
     Exit code 0: done; 1: it failed, and the message says why; 2: wrong usage; 130: stopped.
     """
     from mobe_gguf.calibrate.moments import collect, report
-    from mobe_gguf.cli.factorize import check_device
-    from mobe_gguf.core.executors import Place
+    from mobe_gguf.cli.factorize import check_devices
     from mobe_gguf.core.files import parse_size
 
-    if settings["ray"] is None:
-        for name in Place.of(device).devices:
-            check_device(name)
+    check_devices(device, ray)
     budget = None if memory is None else parse_size(memory, "--memory")
     try:
-        about = collect(model, texts, out, device=device, memory=budget, quiet=quiet, **settings)  # type: ignore[arg-type]
+        about = collect(model, texts, out, device=device, ray=ray, memory=budget, quiet=quiet, **settings)  # type: ignore[arg-type]
     except KeyboardInterrupt as e:
         raise Interrupted("stopped; finished layers are kept, --resume continues") from e
     if as_json:

@@ -148,14 +148,3 @@ class Reader:
             raise self.error
         if failed:
             raise SystemExit(f"Error: llama_decode fails ({failed})")
-
-
-def tokenize(path: Path, text: bytes) -> list[int]:
-    """Ids of ``text``, with those that the tokenizer adds at its begin, by the tokenizer of the GGUF file at ``path``."""
-    from llama_cpp import Llama
-
-    model = Llama(str(path), vocab_only=True, verbose=False)
-    try:
-        return list(model.tokenize(text, add_bos=True, special=False))
-    finally:
-        model.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from mobe_gguf.core.metric import PRIOR
 from mobe_gguf.formats.moments import Moments
 from mobe_gguf.models.checkpoint import Checkpoint
 
-from .test_layers import CHUNKS, CTX, Killed, inner
+from .test_layers import CHUNKS, CTX, Killed, Killer, inner
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h", "granitemoe", "olmoe")
 
@@ -137,34 +136,24 @@ def test_killed_anywhere(model, text, tmp_path, monkeypatch):
     """At each file that gets its name: the same bytes, and no layer is run again."""
     path, out = model("olmoe"), tmp_path / "m"
     expected = gathered(path, text, tmp_path / "whole").path.read_bytes()
-    replace, events, loads = os.replace, [], []
+    killer, loads = Killer(monkeypatch), []
     load = gradients.WholeLayer.answering
     monkeypatch.setattr(
         gradients.WholeLayer, "answering", lambda self: (loads.append(self.number), load(self))[1]
     )
 
-    def count(*args):
-        events.append(str(args[1]))
-        if len(events) == at:
-            if after:
-                replace(*args)
-            raise Killed
-        replace(*args)
-
-    monkeypatch.setattr(os, "replace", count)
     kills, layers = 0, Checkpoint(path).n_layer
-    for after in (False, True):  # noqa: B007, count() uses it
+    for after in (False, True):
         for at in range(1, 100):
-            events.clear()
+            killer.set(at, after)
             loads.clear()
             try:
                 gathered(path, text, out)
                 break
             except Killed:
                 kills += 1
-            saved, at = at, 0
+            killer.set(0)
             gathered(path, text, out, resume=True)
-            at = saved
             assert out.read_bytes() == expected and not (tmp_path / "m.work").exists()
             assert len(loads) <= 2 * layers + 1
             out.unlink()

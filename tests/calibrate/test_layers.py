@@ -246,40 +246,46 @@ class Killed(BaseException):
     pass
 
 
+class Killer:
+    """Raises Killed before, or with ``after`` after, the file number ``at`` gets its name; 0: never."""
+
+    def __init__(self, monkeypatch):
+        self.at, self.after, self.named, self._replace = 0, False, 0, os.replace
+        monkeypatch.setattr(os, "replace", self)
+
+    def __call__(self, *args):
+        self.named += 1
+        if self.named != self.at:
+            return self._replace(*args)
+        if self.after:
+            self._replace(*args)
+        raise Killed
+
+    def set(self, at, after=False):
+        self.at, self.after, self.named = at, after, 0
+
+
 def test_killed_anywhere(model, text, tmp_path, monkeypatch):
     """At each file that gets its name; and what was finished is not done again."""
     path = model("deepseek_v3")
     expected = gathered(path, text, tmp_path / "whole").path.read_bytes()
-    replace, events = os.replace, []
-    out = tmp_path / "m"
-
-    def count(*args):
-        events.append(str(args[1]))
-        if len(events) == at:
-            if after:
-                replace(*args)
-            raise Killed
-        replace(*args)
-
+    out, killer = tmp_path / "m", Killer(monkeypatch)
     layers, kills = [], 0
     run = Run._layer
     monkeypatch.setattr(Run, "_layer", lambda self, i, *a: (layers.append(i), run(self, i, *a)))
-    monkeypatch.setattr(os, "replace", count)
     for after in (False, True):
         for at in range(1, 100):
-            events.clear()
+            killer.set(at, after)
             try:
                 gathered(path, text, out)
                 break
             except Killed:
                 kills += 1
                 assert not out.exists() or after
-            events.clear()
+            killer.set(0)
             layers.clear()
             finished = [p.name for p in tmp_path.glob("m.work/layer-*")]
-            at_saved, at = at, 0
             gathered(path, text, out, resume=True)
-            at = at_saved
             assert out.read_bytes() == expected and not (tmp_path / "m.work").exists()
             assert len(layers) <= 3 - len([f for f in finished if "output" not in f]) + 1
             out.unlink()
