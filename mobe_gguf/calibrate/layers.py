@@ -292,14 +292,14 @@ class LayerRun:
         with self._replaced(self.expert_module(), self.stored):
             yield
 
-    def _complete(self, answers: States) -> None:
-        """Add the experts' outputs to those of a layer that ran without them.
+    def _complete(self, answers: States) -> bool:
+        """Add the experts' outputs to those of a layer that ran without them; whether the layer does no more with them.
 
-        That is right if the layer only adds them.  The first batch, which runs again, tells; if it is not so, all run again.
+        If it does, which the first batch tells, all batches run again.
         """
         if answers.shape[1] != self.checkpoint.hidden_size:  # latent experts: a matrix follows
             self._forward(self.after)
-            return
+            return False
         partial, added = self.after.tensor.view(answers.shape), answers.tensor
         rows = self.run.batches[0].numel()
         whole = (partial[:rows].float() + added[:rows]).to(partial.dtype)
@@ -307,10 +307,14 @@ class LayerRun:
         got, allowed = partial[:rows].float(), ROUNDING * float(added[:rows].norm())
         if float((got - whole.float()).norm()) > allowed + torch.finfo(partial.dtype).eps * float(got.norm()):
             self._forward(self.after)
-            return
+            return False
         for begin in range(rows, len(added), BATCH):
             part = partial[begin : begin + BATCH]
             part.copy_(part.float() + added[begin : begin + BATCH])
+        self._check_all()
+        return True
+
+    def _check_all(self) -> None:
         for number, _ in enumerate(self.calls):
             self._check(number, self.run.part(self.after, number))
 

@@ -210,7 +210,7 @@ class Sequential:
             a_set = tokens * c.n_embd * skeleton.dtype.itemsize
             check_space(
                 self.work.path,
-                experts + 6 * a_set + 8 * tokens * c.n_embd,
+                experts + 6 * a_set + 4 * tokens * (2 * c.n_embd + c.hidden_size),
                 list(self.work.path.glob("*")),
                 "Make room, or leave out --sequential.",
             )
@@ -269,9 +269,8 @@ class LayerCodes:
         return matrix(roots, expert).mul_(scale)
 
     def row_bytes(self, projection: str) -> int:
-        shape = self.moments.shape(self._name(projection))
-        assert shape is not None
-        return ggml.type_info(self.types[self._name(projection)]).tensor_bytes((1, shape[1]))
+        kind, n = self._type(projection)
+        return ggml.type_info(kind).tensor_bytes((1, n))
 
     def round(
         self, projection: str, expert: int, w: torch.Tensor, s: torch.Tensor, tokens: float
@@ -285,5 +284,16 @@ class LayerCodes:
             self.outcomes.setdefault(name, Outcome()).add(outcome)
         else:
             data = encode_rows(w.cpu(), kind, None, said)
-        decoded = torch.from_numpy(ggml.dequantize(data, kind, w.shape[-1]))
-        return torch.from_numpy(np.ascontiguousarray(data)).view(len(w), -1), decoded.view(w.shape)
+        found = torch.from_numpy(np.ascontiguousarray(data)).view(len(w), -1)
+        return found, self.decoded(projection, found)
+
+    def decoded(self, projection: str, data: torch.Tensor) -> torch.Tensor:
+        kind, n = self._type(projection)
+        return torch.from_numpy(ggml.dequantize(data.numpy(), kind, n)).view(len(data), n)
+
+    def _type(self, projection: str) -> tuple[str, int]:
+        """The type of its rows, and their length."""
+        name = self._name(projection)
+        shape = self.moments.shape(name)
+        assert shape is not None
+        return self.types[name], shape[1]
