@@ -9,9 +9,12 @@ with its standard error.
 - ``libggml``: codes by libggml's own encoder with llama-imatrix's importance matrix, as llama-quantize writes them;
 - ``moments``: codes by second moments (`export --moments`), the experts' inputs weighed by the router alone;
 - ``slopes``: gate's and up's inputs weighed by the slopes of the expert's outputs, too, which is what `moments` does;
-- ``sequence``: each layer for what the rounded layers before it put out (`--sequential`), the routers as they are;
+- ``sequence``: each layer for what the rounded layers before it put out (`--sequential`), the routers as they are, corrections in
+  full;
+- ``confirmed``: corrections as far as one half of the text confirms the other;
 - ``router``: the routers solved for again, too, which is what `--sequential` does;
-- ``gradients``: by the loss's gradients in place of the slopes (`moments --gradients`), where the text suffices.
+- ``gradients``: gate's and up's inputs weighed by the loss's gradients in place of the slopes (`moments --gradients`), where the text
+  suffices.
 
 With ``--out`` files are kept, and a second run resumes with them.
 """
@@ -32,6 +35,7 @@ from rich.table import Table
 
 from mobe_gguf.calibrate.experts import ExpertForm
 from mobe_gguf.calibrate.moments import collect
+from mobe_gguf.calibrate.pairs import Sums
 from mobe_gguf.core import resources
 from mobe_gguf.evaluate import tool
 from mobe_gguf.evaluate.experts import ExpertsKept
@@ -45,21 +49,24 @@ ROWS = {
     "moments": "libggml",
     "slopes": "moments",
     "sequence": "slopes",
-    "router": "sequence",
+    "confirmed": "sequence",
+    "router": "confirmed",
     "gradients": "router",
 }
 
 
 @contextmanager
-def own_routers(kept: bool) -> Iterator[None]:
-    """With ``kept`` no router is solved for again."""
-    before = Sequential._refitted
-    if kept:
+def without(*ideas: str) -> Iterator[None]:
+    """``router``: no router is solved for again; ``confirmed``: corrections are made in full."""
+    refitted, common = Sequential._refitted, Sums._common
+    if "router" in ideas:
         Sequential._refitted = lambda *_: []  # type: ignore[method-assign]
+    if "confirmed" in ideas:
+        Sums._common = lambda *_: 1.0  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Sequential._refitted = before  # type: ignore[method-assign]
+        Sequential._refitted, Sums._common = refitted, common  # type: ignore[method-assign]
 
 
 def gather(kind: str, arguments: argparse.Namespace, out: Path) -> Path:
@@ -91,10 +98,11 @@ def make(row: str, arguments: argparse.Namespace, out: Path) -> Path:
             given = ("-m", str(out / "reference.gguf"), "-f", str(arguments.text), "-o", str(squares))
             tool.run("llama-imatrix", *given)
         recipe = Recipe("iq4_xs", overrides=kinds, imatrix=(str(squares),))
-    with own_routers(row == "sequence"):
+    left_out = {"sequence": ("router", "confirmed"), "confirmed": ("router",)}.get(row, ())
+    with without(*left_out):
         export(
             arguments.model, path, recipe, dense=True, quiet=True,
-            sequential=(arguments.text,) if row in ("sequence", "router", "gradients") else (),
+            sequential=(arguments.text,) if row in ("sequence", "confirmed", "router", "gradients") else (),
         )  # fmt: skip
     return path
 

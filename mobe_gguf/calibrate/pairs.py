@@ -47,7 +47,19 @@ LOUD = 4
 
 
 class PairedCodes(Protocol):
-    """Rounds the experts of one layer: it has their types, the original's moments, and the search for codes."""
+    """Rounds the experts of one layer: it has their types, the original's moments, and the search for codes.
+
+    ``given``: projections that are not rounded, but are :meth:`matrix` in the rounded model.
+    """
+
+    @property
+    def given(self) -> Collection[str]: ...
+
+    def matrix(self, projection: str, expert: int) -> torch.Tensor:
+        """A given matrix, float32; the experts are asked for in order, several times."""
+
+    def entries(self) -> list[Entry]:
+        """What the layer's file has of the given projections."""
 
     def prior(self, projection: str, expert: int) -> torch.Tensor:
         """The original's moments of the expert's inputs, ``[d, d]`` float32, per token of a text."""
@@ -206,9 +218,12 @@ class PairedExperts:
         self.places = [by_expert(fed.index, self.n) for fed in self.fed]
         same = self.fed[0].index.sort(-1).values == self.fed[1].index.sort(-1).values
         self.kept = float(same.all(-1).float().mean())
+        self.projections = (*self.form.kinds, "down")
         rows = {**dict.fromkeys(self.form.kinds, self.p), "down": self.d}
         self.stored = {
-            x: self.work.new(f"codes-{x}", (self.n, rows[x], codes.row_bytes(x)), torch.uint8) for x in rows
+            x: self.work.new(f"codes-{x}", (self.n, rows[x], codes.row_bytes(x)), torch.uint8)
+            for x in self.projections
+            if x not in codes.given
         }
 
     def run(self) -> None:
@@ -218,7 +233,7 @@ class PairedExperts:
         """
         answers = [self.work.new(f"answers-{i}", (self.tokens, self.d), torch.float32) for i in (0, 1)]
         for e in range(self.n):
-            *first, down = (self._weights(e, x) for x in self.stored)
+            *first, down = (self._weights(e, x) for x in self.projections)
             before = self.form.joined(first)
             for model, joined in enumerate((before, self._round(e, first, before, down))):
                 for at, x, weight in self._tokens(model, e):
@@ -254,7 +269,8 @@ class PairedExperts:
 
     def entries(self) -> list[Entry]:
         """The tensors of the layer's file."""
-        entries = [
+        entries = self.codes.entries()
+        entries += [
             Entry.copy(x, "U8", part.shape, part.file, 0, part.file.stat().st_size)
             for x, part in self.stored.items()
         ]
@@ -263,6 +279,9 @@ class PairedExperts:
         return entries
 
     def _rounded(self, projection: str, e: int) -> torch.Tensor:
+        """Values in the rounded model."""
+        if projection not in self.stored:
+            return self.codes.matrix(projection, e).to(self.device)
         return self.codes.decoded(projection, self.stored[projection].tensor[e]).to(self.device)
 
     def _router(self) -> torch.Tensor:
@@ -287,6 +306,8 @@ class PairedExperts:
         self, e: int, first: list[torch.Tensor], joined: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
         """Round gate and up of expert ``e``, put their bytes into :attr:`stored`, and return the values that they stand for, joined."""
+        if not self.stored.keys() & self.form.kinds:
+            return self.form.joined([self._rounded(x, e) for x in self.form.kinds])
         kinds, squares, w = self.form.kinds, squares_of(down), torch.cat(first)
         sums = Sums(len(w), self.d, self.device)
         for places, x, weight in self._pairs(e):
@@ -295,7 +316,9 @@ class PairedExperts:
             sums.add((x[0] - x[1]) * factor @ w.T, x[1] * factor, self._second(places))
         more, s = sums.solve(self.codes.prior(kinds[0], e), self._weight(self.d))
         parts = zip(kinds, (w + more).split(self.p), strict=True)
-        return self.form.joined([self._put(name, e, part, s) for name, part in parts])
+        return self.form.joined(
+            [self._put(x, e, part, s) if x in self.stored else self._rounded(x, e) for x, part in parts]
+        )
 
     def _round_down(self, e: int, lacking: torch.Tensor, calm: torch.Tensor) -> None:
         """Round down of expert ``e`` so that it adds what the layer's outputs are ``lacking`` ``[T, d]``, as far as its inputs tell.
@@ -309,8 +332,11 @@ class PairedExperts:
             tokens, hidden = places // self.k, self.form.hidden(x, joined, e)
             factor = calm[tokens][:, None].to(hidden)
             sums.add(lacking[tokens].to(hidden) * factor, hidden * weight * factor, self._second(places))
-        more, s = sums.solve(self.codes.prior("down", e), self._weight(self.p))
-        change = self._put("down", e, down + more, s) - down
+        if "down" in self.stored:
+            more, s = sums.solve(self.codes.prior("down", e), self._weight(self.p))
+            change = self._put("down", e, down + more, s) - down
+        else:
+            change = self._rounded("down", e) - down
         for places, x, weight in self._own(e):
             added = (self.form.hidden(x, joined, e) * weight) @ change.T
             lacking[places // self.k] -= added.cpu()

@@ -97,9 +97,9 @@ TYPE_OPTIONS = {
     type=click.Path(path_type=Path),
     metavar="TEXT",
     multiple=True,
-    help="With --dense and --moments: run the model and its rounded copy over TEXT, layer by layer, and round each layer's experts for what "
-    "the rounded layers before it put out. Lowers the KL divergence at the same size. The text of the moments serves. Repeatable. A killed run "
-    "continues after its last finished layer.",
+    help="With --moments: run the original and its rounded copy over TEXT, layer by layer, and round each layer's experts for what the "
+    "rounded layers before it put out; down, which comes last, makes up for what factors or gate and up leave wrong. Lowers the KL divergence "
+    "at the same size. The text of the moments serves. Repeatable. A killed run continues after its last finished layer.",
 )
 @options.memory
 @options.refit

@@ -23,10 +23,11 @@ def seconds(layout: Layout, wishes: Wishes, factors: bool) -> dict[str, float]:
     tokens = (there if wishes.chunks is None else wishes.chunks * wishes.ctx) / 1000
     scored = (wishes.eval_chunks or 500) * wishes.ctx / 1000
     made = {"moments": GATHER * tokens * active}
+    sequence = SEQUENCE * tokens * active * wishes.sequential
     if wishes.form != "mobe":
-        made["plain"] = ROUND * n + SEQUENCE * tokens * active * wishes.sequential
+        made["plain"] = ROUND * n + sequence
     if factors:
-        made |= {"fit": FIT * n * min(1.0, (wishes.steps or STEPS) / STEPS), "write": WRITE * n}
+        made |= {"fit": FIT * n * min(1.0, (wishes.steps or STEPS) / STEPS), "write": WRITE * n + sequence}
     if not wishes.measure:
         return made
     made["original"] = STORE * n

@@ -143,7 +143,7 @@ class Compression:
         if form is not None:
             self._stage("fit", "factors", lambda path: self._fit(path, form))
             files[MOBE] = self._stage(
-                "write", f"mobe/{self.out.name}", lambda path: self._factorized(path, form)
+                "write", f"mobe/{self.out.name}", lambda path: self._factorized(path, form), 2
             )
         if not self.wishes.measure:
             kind = MOBE if MOBE in files else PLAIN
@@ -211,8 +211,12 @@ class Compression:
     def _plain(self, path: Path) -> None:
         """Write the plain candidate: rounded by moments, with types chosen for the size."""
         quant = self.wishes.quant or self._quant_for_size()
-        w, recipe = self.wishes, self._recipe(quant)
-        options = self._options(dense=True, allow_dense=True)
+        recipe = self._recipe(quant)
+        self._write(self.model, path, recipe, self._options(dense=True, allow_dense=True))
+
+    def _write(self, model: Path, path: Path, recipe: Recipe, options: ExportOptions) -> None:
+        """Write a candidate, its experts rounded in sequence where that can be done."""
+        w = self.wishes
         if w.sequential:
             sequential = dataclasses.replace(
                 options,
@@ -222,12 +226,12 @@ class Compression:
                 device=w.device.split(",")[0],
             )
             try:
-                write_model(ExportRequest(self.model, path, recipe, sequential))
+                write_model(ExportRequest(model, path, recipe, sequential))
                 return
             except Unsuited as error:
                 if not self.quiet:
                     say(f"note: each layer's experts are rounded on their own: {error.message}")
-        write_model(ExportRequest(self.model, path, recipe, options))
+        write_model(ExportRequest(model, path, recipe, options))
 
     def _options(self, **more: Any) -> ExportOptions:
         """Options of both candidates."""
@@ -307,7 +311,7 @@ class Compression:
             recipe = dataclasses.replace(recipe, rest=form.quant)
         source, original = (self.model, None) if self.model.is_file() else (None, self.model)
         options = self._options(source=source, original=original, rest_from=rest)
-        write_model(ExportRequest(self.work / "factors", path, recipe, options))
+        self._write(self.work / "factors", path, recipe, options)
 
     def _original_file(self) -> Path:
         """The file that the others are compared with; a GGUF source is used itself."""

@@ -68,7 +68,7 @@ def open_model(request: ExportRequest) -> Opened:
             "--original says what factors are solved for again, and none are written here; leave it out"
         )
     original, why = None, None
-    if factors is not None and (options.refit or recipe.target or options.original):
+    if factors is not None and (options.refit or recipe.target or options.original or options.sequential):
         original, why = find_original(factors, options.original or options.source)
     return Opened(checkpoint, conversion, imatrix, moments, origin, factors, original, why)
 

@@ -85,10 +85,8 @@ class ExportRequest:
 
     def check(self) -> None:
         """UsageError if a file's name cannot go into the metadata or the card, or options do not fit each other."""
-        if self.options.sequential and not (self.options.dense and self.recipe.moments):
-            raise UsageError(
-                "--sequential rounds ordinary experts by their moments: give --dense and --moments FILE, too"
-            )
+        if self.options.sequential and not self.recipe.moments:
+            raise UsageError("--sequential rounds experts by their moments: give --moments FILE, too")
         for path in (self.out, *self.recipe.imatrix, self.recipe.moments):
             if path is not None:
                 check_name(str(path))

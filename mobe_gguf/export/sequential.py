@@ -1,7 +1,8 @@
 """Rounding in sequence: each layer's experts for what the rounded layers before it put out (``calibrate.pairs``).
 
 Types are chosen first; then the model and its rounded copy run over a text, layer by layer, and the bytes of the experts are kept in
-``OUT.rounding`` until the file is written.  A killed run continues after its last finished layer.
+``OUT.rounding`` until the file is written.  A killed run continues after its last finished layer.  Factors are made as without it; the
+experts beside them, which are down's as a rule, are rounded for what the factors leave wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 
 from mobe_gguf.calibrate.experts import PairGradients
@@ -28,20 +28,17 @@ from mobe_gguf.calibrate.workspace import LayersWorkspace
 from mobe_gguf.core import names
 from mobe_gguf.core.atomic import destination
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.files import check_space
+from mobe_gguf.core.files import check_space, sha256
 from mobe_gguf.core.memory import free_memory
-from mobe_gguf.core.metric import Roots
 from mobe_gguf.core.progress import bar, say
-from mobe_gguf.export.encoder import encode_rows
+from mobe_gguf.export.layer_codes import Given, LayerCodes, Unchanged, WrittenFactors
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.request import ExportRequest
-from mobe_gguf.export.rounding import matrix, shrunk
 from mobe_gguf.export.source import Tensor, chunks
 from mobe_gguf.export.write import Encoded
-from mobe_gguf.formats.moments import Moments
 from mobe_gguf.formats.safetensors import read_header
 from mobe_gguf.quant.recipe import Choice
-from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
+from mobe_gguf.quant.rounding.rounder import Outcome
 from mobe_gguf.runtime import ggml
 
 ROUTER = "blk.{}.ffn_gate_inp.weight"
@@ -87,20 +84,33 @@ class Sequential:
     def __init__(self, request: ExportRequest, model: Opened, choices: Mapping[str, Choice]):
         assert model.moments is not None
         self.request, self.moments = request, model.moments
-        path = request.model
+        path = self._source(model)
         try:
             self.checkpoint: Runnable = open_runnable(path)
         except MobeError as error:
             raise Unsuited(f"--sequential: {error.message}; or leave the option out") from error
         if self.checkpoint.is_mobe:
-            raise Unsuited("--sequential rounds ordinary experts; MODEL holds factors. Leave it out")
+            raise Unsuited(
+                "--sequential with --dense rounds ordinary experts; MODEL holds factors. Leave out one of the two"
+            )
         self.work = LayersWorkspace(destination(request.out).with_name(f"{request.out.name}.rounding"))
+        layers, kinds = self.checkpoint.moe_layers, self.checkpoint.family.kinds
+        self.factors = {i: model.factors.layer(i) for i in layers} if model.factors is not None else {}
+        #: Where each layer's experts are rounded.
         self.places = {
-            names.transform_name(layer, x): (layer, x)
-            for layer in self.checkpoint.moe_layers
-            for x in self.checkpoint.family.kinds
+            name: (layer, x)
+            for layer in layers
+            for x in kinds
+            if (name := names.transform_name(layer, x)) in choices
+            and not model.conversion.is_copied(name, choices[name])
+            and not (layer in self.factors and x in self.factors[layer].projections)
         }
-        self.types = {name: choices[name].type for name in self.places if name in choices}
+        if not self.places:
+            raise Unsuited(
+                "--sequential: all experts are factors or copied, so none are rounded; leave the option out"
+            )
+        self.types = {name: choices[name].type for name in self.places}
+        self.parts: dict[str, Encoded] = {}
         self.outcomes: dict[str, Outcome] = {}
         for layer in self.checkpoint.moe_layers:
             self._check(model, layer)
@@ -122,7 +132,18 @@ class Sequential:
             "text": _sha256(torch.cat(self.texts)),
             "types": self.types,
             "routers": self.routers,
+            "factors": self._made_of(model, choices) if self.factors else None,
         }
+
+    def _source(self, model: Opened) -> Path:
+        """The model that is run beside its rounded copy: the one that is exported, or that the factors were made of."""
+        if model.factors is None:
+            return self.request.model
+        if model.original is None:
+            raise Unsuited(
+                f"--sequential runs the original model, and {model.why}; name it with --original, or leave the option out"
+            )
+        return model.original.path
 
     def _enough(self, texts: Mapping[Path, torch.Tensor]) -> list[torch.Tensor]:
         """The first chunks of each text, as many as give the average expert ENOUGH tokens for each of its inputs."""
@@ -153,9 +174,24 @@ class Sequential:
 
         return of
 
+    def _factor_names(self, layer: int) -> list[str]:
+        """The file's tensors of a layer's factors."""
+        of = self.factors.get(layer)
+        return [] if of is None else [n for x in of.projections for n in WrittenFactors.names_of(layer, x)]
+
+    def _made_of(self, model: Opened, choices: Mapping[str, Choice]) -> list[Any]:
+        """What decides on the factors' bytes, beside the moments."""
+        recipe, options = self.request.recipe, self.request.options
+        types = [(name, choices[name].type) for layer in self.factors for name in self._factor_names(layer)]
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.checkpoint.source_files()]
+        return [types, options.refit, sorted(files), [sha256(Path(file)) for file in recipe.imatrix]]
+
     def _check(self, model: Opened, layer: int) -> None:
         """MobeError if the file's experts are not those that transformers runs, as they are."""
+        factors = self.factors.get(layer)
         for x in self.checkpoint.family.kinds:
+            if factors is not None and x in factors.projections:
+                continue
             name = names.transform_name(layer, x)
             tensor: Tensor | None = model.conversion.tensors.get(name)
             if tensor is None or self.moments.scale(name) is None:
@@ -185,15 +221,18 @@ class Sequential:
         return "sequential", sorted(self.about.items(), key=str)
 
     def put(self, encoded: Sequence[Encoded]) -> list[Encoded]:
-        """``encoded`` with the experts' bytes from the work folder."""
-        there = set(self.places)
-        there |= {ROUTER.format(layer) for layer in self.routers}
-        return [self._ready(one) if one.tensor.name in there else one for one in encoded]
+        """``encoded`` with the bytes of experts, of their layers' factors, and of routers from the work folder."""
+        there = self.places | {ROUTER.format(layer): (layer, "router") for layer in self.routers}
+        factors = {name: (layer, name) for layer in self.factors for name in self._factor_names(layer)}
+        self.parts = {one.tensor.name: one for one in encoded if one.tensor.name in factors}
+        there |= factors
+        return [
+            self._ready(one, *there[one.tensor.name]) if one.tensor.name in there else one for one in encoded
+        ]
 
-    def _ready(self, one: Encoded) -> Encoded:
-        layer, projection = self.places.get(one.tensor.name) or (int(one.tensor.name.split(".")[1]), "router")
+    def _ready(self, one: Encoded, layer: int, stored: str) -> Encoded:
         file = self.work.layer_file(f"{layer:03d}")
-        return Ready(one.tensor, one.type, one.nbytes, one.importance, file=file, stored=projection)
+        return Ready(one.tensor, one.type, one.nbytes, one.importance, file=file, stored=stored)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -206,7 +245,7 @@ class Sequential:
             experts = sum(
                 ggml.type_info(t).tensor_bytes((c.n_expert, c.n_ff_exp, c.n_embd))
                 for t in self.types.values()
-            )
+            ) + sum(part.nbytes for part in self.parts.values())
             a_set = tokens * c.n_embd * skeleton.dtype.itemsize
             check_space(
                 self.work.path,
@@ -225,75 +264,16 @@ class Sequential:
         self.work.remove()
 
     def _codes(self, layer: int) -> LayerCodes:
-        return LayerCodes(self.moments, layer, self.types, self.outcomes, self.request.options.device)
+        given: list[Given] = []
+        parts = {name: self.parts[name] for name in self._factor_names(layer)}
+        if parts:
+            given.append(WrittenFactors(self.factors[layer], parts, self.work.path))
+        known = {x for one in given for x in one.projections}
+        rounded = {x for at, x in self.places.values() if at == layer}
+        if copied := [x for x in self.checkpoint.family.kinds if x not in known | rounded]:
+            given.append(Unchanged(self.checkpoint, layer, copied))
+        return LayerCodes(self.moments, layer, self.types, self.outcomes, self.request.options.device, given)
 
 
 def _sha256(tokens: torch.Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-
-
-class LayerCodes:
-    """The codes of one layer's experts, see ``calibrate.pairs.PairedCodes``."""
-
-    def __init__(
-        self,
-        moments: Moments,
-        layer: int,
-        types: Mapping[str, str],
-        outcomes: dict[str, Outcome],
-        device: str,
-    ):
-        self.moments, self.layer, self.types, self.outcomes, self.device = (
-            moments,
-            layer,
-            types,
-            outcomes,
-            device,
-        )
-        self._roots: dict[str, tuple[Roots, float]] = {}
-        self._made: tuple[torch.Tensor, Rounder] | None = None
-        self.columns: dict[str, int] = {}
-
-    def _name(self, projection: str) -> str:
-        return names.transform_name(self.layer, projection)
-
-    def prior(self, projection: str, expert: int) -> torch.Tensor:
-        name = self._name(projection)
-        stem = self.moments.stem(name)
-        assert stem is not None
-        if stem not in self._roots:
-            roots, scale = self.moments.find(name), self.moments.scale(name)
-            assert roots is not None and scale is not None
-            self._roots[stem] = roots, scale
-        roots, scale = self._roots[stem]
-        return matrix(roots, expert).mul_(scale)
-
-    def row_bytes(self, projection: str) -> int:
-        kind, n = self._type(projection)
-        return ggml.type_info(kind).tensor_bytes((1, n))
-
-    def round(
-        self, projection: str, expert: int, w: torch.Tensor, s: torch.Tensor, tokens: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        name = self._name(projection)
-        kind, said = self.types[name], f"tensor {name}, matrix {expert}"
-        if kind in ROUNDED:
-            if self._made is None or self._made[0] is not s:
-                self._made = s, Rounder(shrunk(s.clone(), tokens), self.device)
-            data, outcome = self._made[1].encode(w, kind, said)
-            self.outcomes.setdefault(name, Outcome()).add(outcome)
-        else:
-            data = encode_rows(w.cpu(), kind, None, said)
-        found = torch.from_numpy(np.ascontiguousarray(data)).view(len(w), -1)
-        return found, self.decoded(projection, found)
-
-    def decoded(self, projection: str, data: torch.Tensor) -> torch.Tensor:
-        kind, n = self._type(projection)
-        return torch.from_numpy(ggml.dequantize(data.numpy(), kind, n)).view(len(data), n)
-
-    def _type(self, projection: str) -> tuple[str, int]:
-        """The type of its rows, and their length."""
-        name = self._name(projection)
-        shape = self.moments.shape(name)
-        assert shape is not None
-        return self.types[name], shape[1]

@@ -252,8 +252,6 @@ def test_wrong_use(model: Maker, moments: Path, tmp_path: Path) -> None:
     path, out = model("qwen3_moe", **SIZE), tmp_path / "out.gguf"
     with pytest.raises(UsageError, match="--moments"):
         export(path, out, Recipe(parse_quant("q4_0")), dense=True, quiet=True, sequential=(TEXT,))
-    with pytest.raises(UsageError, match="--dense"):
-        export(path, out, Recipe(parse_quant("q4_0"), moments=str(moments)), quiet=True, sequential=(TEXT,))
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     with pytest.raises((UsageError, MobeError), match="short.txt"):
