@@ -223,7 +223,7 @@ class PairedExperts:
         self.stored = {
             x: self.work.new(f"codes-{x}", (self.n, rows[x], codes.row_bytes(x)), torch.uint8)
             for x in self.projections
-            if x not in codes.given
+            if not self._is_given(x)
         }
 
     def run(self) -> None:
@@ -278,9 +278,12 @@ class PairedExperts:
             entries.append(Entry.of("router", self.routers[1].cpu()))
         return entries
 
+    def _is_given(self, projection: str) -> bool:
+        return projection in self.codes.given
+
     def _rounded(self, projection: str, e: int) -> torch.Tensor:
         """Values in the rounded model."""
-        if projection not in self.stored:
+        if self._is_given(projection):
             return self.codes.matrix(projection, e).to(self.device)
         return self.codes.decoded(projection, self.stored[projection].tensor[e]).to(self.device)
 
@@ -306,7 +309,7 @@ class PairedExperts:
         self, e: int, first: list[torch.Tensor], joined: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
         """Round gate and up of expert ``e``, put their bytes into :attr:`stored`, and return the values that they stand for, joined."""
-        if not self.stored.keys() & self.form.kinds:
+        if all(map(self._is_given, self.form.kinds)):
             return self.form.joined([self._rounded(x, e) for x in self.form.kinds])
         kinds, squares, w = self.form.kinds, squares_of(down), torch.cat(first)
         sums = Sums(len(w), self.d, self.device)
@@ -317,7 +320,7 @@ class PairedExperts:
         more, s = sums.solve(self.codes.prior(kinds[0], e), self._weight(self.d))
         parts = zip(kinds, (w + more).split(self.p), strict=True)
         return self.form.joined(
-            [self._put(x, e, part, s) if x in self.stored else self._rounded(x, e) for x, part in parts]
+            [self._rounded(x, e) if self._is_given(x) else self._put(x, e, part, s) for x, part in parts]
         )
 
     def _round_down(self, e: int, lacking: torch.Tensor, calm: torch.Tensor) -> None:
@@ -332,11 +335,11 @@ class PairedExperts:
             tokens, hidden = places // self.k, self.form.hidden(x, joined, e)
             factor = calm[tokens][:, None].to(hidden)
             sums.add(lacking[tokens].to(hidden) * factor, hidden * weight * factor, self._second(places))
-        if "down" in self.stored:
+        if self._is_given("down"):
+            change = self._rounded("down", e) - down
+        else:
             more, s = sums.solve(self.codes.prior("down", e), self._weight(self.p))
             change = self._put("down", e, down + more, s) - down
-        else:
-            change = self._rounded("down", e) - down
         for places, x, weight in self._own(e):
             added = (self.form.hidden(x, joined, e) * weight) @ change.T
             lacking[places // self.k] -= added.cpu()

@@ -24,7 +24,7 @@ from mobe_gguf.quant.rounding.rounder import ROUNDED, Outcome, Rounder
 from mobe_gguf.runtime import ggml
 
 
-class Given(Protocol):
+class GivenMatrices(Protocol):
     """Projections of a layer that are as they are."""
 
     @property
@@ -37,7 +37,7 @@ class Given(Protocol):
 
 
 @dataclass(frozen=True)
-class Unchanged:
+class CopiedExperts:
     """Projections that are copied."""
 
     checkpoint: Runnable
@@ -124,7 +124,7 @@ class LayerCodes:
         types: Mapping[str, str],
         outcomes: dict[str, Outcome],
         device: str,
-        given: Sequence[Given] = (),
+        given: Sequence[GivenMatrices] = (),
     ):
         self.moments, self.layer, self.types, self.device = moments, layer, types, device
         self.outcomes, self._given = outcomes, given

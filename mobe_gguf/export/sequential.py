@@ -31,7 +31,7 @@ from mobe_gguf.core.errors import MobeError
 from mobe_gguf.core.files import check_space, sha256
 from mobe_gguf.core.memory import free_memory
 from mobe_gguf.core.progress import bar, say
-from mobe_gguf.export.layer_codes import Given, LayerCodes, Unchanged, WrittenFactors
+from mobe_gguf.export.layer_codes import CopiedExperts, GivenMatrices, LayerCodes, WrittenFactors
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.request import ExportRequest
 from mobe_gguf.export.source import Tensor, chunks
@@ -264,14 +264,14 @@ class Sequential:
         self.work.remove()
 
     def _codes(self, layer: int) -> LayerCodes:
-        given: list[Given] = []
+        given: list[GivenMatrices] = []
         parts = {name: self.parts[name] for name in self._factor_names(layer)}
         if parts:
             given.append(WrittenFactors(self.factors[layer], parts, self.work.path))
         known = {x for one in given for x in one.projections}
         rounded = {x for at, x in self.places.values() if at == layer}
         if copied := [x for x in self.checkpoint.family.kinds if x not in known | rounded]:
-            given.append(Unchanged(self.checkpoint, layer, copied))
+            given.append(CopiedExperts(self.checkpoint, layer, copied))
         return LayerCodes(self.moments, layer, self.types, self.outcomes, self.request.options.device, given)
 
 
