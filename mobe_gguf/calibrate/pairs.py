@@ -239,9 +239,8 @@ class PairedExperts:
                 for at, x, weight in self._tokens(model, e):
                     out = self.form.output(self.form.hidden(x, joined, e), down, e) * weight
                     answers[model].tensor[at] += out.cpu()  # a token has an expert once
-        both = list(zip(self.pair, self.routers, answers, strict=True))
         added = []
-        for one, matrix, sums in both:
+        for one, matrix, sums in zip(self.pair, self.routers, answers, strict=True):
             with one.routing(matrix):
                 added.append(one.give(sums))
         if all(added):  # down can make up for what any part of the layer, or a layer before, has left wrong
@@ -330,14 +329,14 @@ class PairedExperts:
         """
         down = self._weights(e, "down")
         joined = self.form.joined([self._rounded(x, e) for x in self.form.kinds])
-        sums = Sums(len(down), self.p, self.device)
-        for places, x, weight in self._own(e):
-            tokens, hidden = places // self.k, self.form.hidden(x, joined, e)
-            factor = calm[tokens][:, None].to(hidden)
-            sums.add(lacking[tokens].to(hidden) * factor, hidden * weight * factor, self._second(places))
         if self._is_given("down"):
             change = self._rounded("down", e) - down
         else:
+            sums = Sums(len(down), self.p, self.device)
+            for places, x, weight in self._own(e):
+                tokens, hidden = places // self.k, self.form.hidden(x, joined, e)
+                factor = calm[tokens][:, None].to(hidden)
+                sums.add(lacking[tokens].to(hidden) * factor, hidden * weight * factor, self._second(places))
             more, s = sums.solve(self.codes.prior("down", e), self._weight(self.p))
             change = self._put("down", e, down + more, s) - down
         for places, x, weight in self._own(e):
@@ -397,7 +396,8 @@ class Sums:
     def solve(self, prior: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrix ``[rows, d]`` that makes most of what is lost from the inputs, and the metric S, float32.
 
-        ``prior``, times ``weight``, is added to S as inputs of which nothing is lost.  The matrix is :attr:`common` times the solution.
+        ``prior``, times ``weight``, is added to S as inputs of which nothing is lost.  The matrix is the solution by least squares, times
+        the share of it that holds for other texts.  MobeError if all inputs are zero.
         """
         prior = prior.to(self.s).double() * weight
         s = self.s.sum(0, dtype=torch.float64).add_(prior)
