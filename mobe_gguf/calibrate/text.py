@@ -88,7 +88,7 @@ def _read(path: Path) -> Iterator[Any]:
     try:
         content = path.read_text(encoding="utf-8", errors="replace")
     except OSError as e:
-        raise MobeError(f"{path}: cannot be read: {e.strerror or e}; name a text with --text") from e
+        raise MobeError(f"{path}: cannot be read: {e.strerror or e}; give another text") from e
     if path.suffix != ".jsonl":
         yield content
         return

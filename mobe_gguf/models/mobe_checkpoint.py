@@ -39,7 +39,7 @@ class MobeCheckpoint(ModelWithFactors):
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path)
         if not self.is_mobe:
-            mend = f"Factorize it first:\n  mobe-gguf factorize {self.path} {str(self.path).rstrip('/')}-mobe"
+            mend = f"Factorize it first, or export it as it is (--dense):\n  mobe-gguf factorize {self.path} {str(self.path).rstrip('/')}-mobe"
             if method := recorded(self.config, "method"):
                 raise MobeError(
                     f"{self.path} is an ordinary model, the factors of --method {method} are multiplied out in it. As a GGUF file:\n"
