@@ -24,8 +24,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -55,18 +56,21 @@ ROWS = {
 }
 
 
+#: What stands in for an idea that is left out: class, method, replacement.
+LEFT_OUT = {
+    "slopes": (ExpertForm, "slope", lambda _, product, squares: torch.ones(len(product))),
+    "confirmed": (Sums, "_common", lambda *_: 1.0),
+    "router": (Sequential, "_refitted", lambda *_: []),
+}
+
+
 @contextmanager
 def without(*ideas: str) -> Iterator[None]:
-    """``router``: no router is solved for again; ``confirmed``: corrections are made in full."""
-    refitted, common = Sequential._refitted, Sums._common
-    if "router" in ideas:
-        Sequential._refitted = lambda *_: []  # type: ignore[method-assign]
-    if "confirmed" in ideas:
-        Sums._common = lambda *_: 1.0  # type: ignore[method-assign]
-    try:
+    """Inside, these ideas are left out."""
+    with ExitStack() as stack:
+        for idea in ideas:
+            stack.enter_context(mock.patch.object(*LEFT_OUT[idea]))
         yield
-    finally:
-        Sequential._refitted, Sums._common = refitted, common  # type: ignore[method-assign]
 
 
 def gather(kind: str, arguments: argparse.Namespace, out: Path) -> Path:
@@ -74,13 +78,8 @@ def gather(kind: str, arguments: argparse.Namespace, out: Path) -> Path:
     path = out / f"{kind}.safetensors"
     if path.exists():
         return path
-    slope = ExpertForm.slope
-    if kind == "moments":
-        ExpertForm.slope = lambda self, product, squares: torch.ones(len(product))  # type: ignore[method-assign]
-    try:
+    with without(*(("slopes",) if kind == "moments" else ())):
         collect(arguments.model, arguments.text, path, gradients=kind == "gradients")
-    finally:
-        ExpertForm.slope = slope  # type: ignore[method-assign]
     return path
 
 

@@ -87,7 +87,7 @@ def names_table() -> str:
     """GGUF keys and tensors, out of ``mobe_gguf/core/names.py`` with its docstrings."""
     lines = ["| key or tensor | |", "|---|---|"]
     for name, function in vars(names).items():
-        if not inspect.isfunction(function):
+        if not inspect.isfunction(function) or function is names.factor_names:  # three of the others
             continue
         spelled = function("{arch}") if name.startswith("key_") else function("L", "P")
         lines.append(f"| `{spelled}` | {inspect.getdoc(function)} |")

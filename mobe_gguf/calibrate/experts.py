@@ -413,7 +413,4 @@ class StoredRoots:
 
     def entries(self, stem: str) -> list[Entry]:
         parts = [("root", self.roots), *([("rest", self.rests)] if self.rests is not None else [])]
-        return [
-            Entry.copy(f"{stem}.{name}", "F16", part.shape, part.file, 0, part.file.stat().st_size)
-            for name, part in parts
-        ]
+        return [Entry.whole(f"{stem}.{name}", "F16", part.shape, part.file) for name, part in parts]

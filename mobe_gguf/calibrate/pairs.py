@@ -269,10 +269,7 @@ class PairedExperts:
     def entries(self) -> list[Entry]:
         """The tensors of the layer's file."""
         entries = self.codes.entries()
-        entries += [
-            Entry.copy(x, "U8", part.shape, part.file, 0, part.file.stat().st_size)
-            for x, part in self.stored.items()
-        ]
+        entries += [Entry.whole(x, "U8", part.shape, part.file) for x, part in self.stored.items()]
         if self.routers[1] is not None:
             entries.append(Entry.of("router", self.routers[1].cpu()))
         return entries

@@ -50,3 +50,8 @@ def basis_name(layer: int, projection: str) -> str:
 def mix_name(layer: int, projection: str) -> str:
     """alpha, F32; ggml shape [m/g, n_expert], or [r, m/g, n_expert] row by row (of down [d, m/g, n_expert])."""
     return f"blk.{layer}.ffn_{projection}_basis.mix"
+
+
+def factor_names(layer: int, projection: str) -> tuple[str, str, str]:
+    """The three tensors of a factorized projection: A, B and alpha."""
+    return transform_name(layer, projection), basis_name(layer, projection), mix_name(layer, projection)

@@ -58,11 +58,6 @@ class WrittenFactors:
     :class:`Reconstruction`; memory as there.
     """
 
-    @staticmethod
-    def names_of(layer: int, projection: str) -> list[str]:
-        """The tensors of a projection's factors."""
-        return [f(layer, projection) for f in (names.transform_name, names.basis_name, names.mix_name)]
-
     def __init__(self, layer: MobeLayer, parts: Mapping[str, Encoded], folder: Path):
         self.layer, self.parts, self.checkpoint = layer, parts, layer.checkpoint
         self.files = {name: folder / f"scratch-{name}" for name in parts}
@@ -79,10 +74,7 @@ class WrittenFactors:
         return self._read[projection](expert)
 
     def entries(self) -> list[Entry]:
-        sizes = {name: file.stat().st_size for name, file in self.files.items()}
-        return [
-            Entry.copy(name, "U8", (sizes[name],), file, 0, sizes[name]) for name, file in self.files.items()
-        ]
+        return [Entry.whole(n, "U8", (part.nbytes,), self.files[n]) for n, part in self.parts.items()]
 
     # what a Reconstruction asks of a layer
 
@@ -91,9 +83,7 @@ class WrittenFactors:
 
     def mix(self, projection: str) -> torch.Tensor:
         name = names.mix_name(self.layer.index, projection)
-        return self._stack(name, 0, self.parts[name].tensor.source.shape[0]).view(
-            self.parts[name].tensor.source.shape
-        )
+        return self._stack(name, 0, self.parts[name].tensor.source.shape[0])
 
     def group_basis(self, projection: str, group: int) -> torch.Tensor:
         name = names.basis_name(self.layer.index, projection)

@@ -80,10 +80,10 @@ def predict(
     for rank in ranks:
         for layer, projection in units:
             made = factor_shapes(*sizes, projection, groups, rank, groups, by_row)
-            factors |= zip(_names(layer, projection), made, strict=True)
+            factors |= zip(names.factor_names(layer, projection), made, strict=True)
         chosen = types_of(plain | factors, recipe, facts) | forced
         for layer, projection in units:
-            a, b, _ = _names(layer, projection)
+            a, b, _ = names.factor_names(layer, projection)
             types[layer, projection, rank] = chosen[a], chosen[b]
     # the types of all other tensors and the length of the table do not depend on the rank
     rest = sum(stored_bytes(shape, chosen[name]) for name, shape in plain.items() if name not in factors)
@@ -91,11 +91,6 @@ def predict(
     originally = types_of(plain, recipe, facts) | forced
     ordinary = sum(stored_bytes(shape, originally[name]) for name, shape in plain.items())
     return Prediction(fixed, _head(conversion, plain) + ordinary, types, sizes, groups, by_row)
-
-
-def _names(layer: int, projection: str) -> tuple[str, str, str]:
-    make = (names.transform_name, names.basis_name, names.mix_name)
-    return tuple(function(layer, projection) for function in make)  # type: ignore[return-value]
 
 
 def factor_shapes(

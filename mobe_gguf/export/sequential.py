@@ -28,12 +28,13 @@ from mobe_gguf.calibrate.workspace import LayersWorkspace
 from mobe_gguf.core import names
 from mobe_gguf.core.atomic import destination
 from mobe_gguf.core.errors import MobeError
-from mobe_gguf.core.files import check_space, sha256
+from mobe_gguf.core.files import check_space
 from mobe_gguf.core.memory import free_memory
 from mobe_gguf.core.progress import bar, say
 from mobe_gguf.export.layer_codes import CopiedExperts, GivenMatrices, LayerCodes, WrittenFactors
 from mobe_gguf.export.opened import Opened
 from mobe_gguf.export.request import ExportRequest
+from mobe_gguf.export.shards import fingerprint
 from mobe_gguf.export.source import Tensor, chunks
 from mobe_gguf.export.write import Encoded
 from mobe_gguf.formats.safetensors import read_header
@@ -103,7 +104,7 @@ class Sequential:
             for x in kinds
             if (name := names.transform_name(layer, x)) in choices
             and not model.conversion.is_copied(name, choices[name])
-            and not (layer in self.factors and x in self.factors[layer].projections)
+            and x not in self._factorized(layer)
         }
         if not self.places:
             raise Unsuited(
@@ -174,23 +175,25 @@ class Sequential:
 
         return of
 
+    def _factorized(self, layer: int) -> tuple[str, ...]:
+        """The projections of a layer that are factors."""
+        return self.factors[layer].projections if layer in self.factors else ()
+
     def _factor_names(self, layer: int) -> list[str]:
         """The file's tensors of a layer's factors."""
-        of = self.factors.get(layer)
-        return [] if of is None else [n for x in of.projections for n in WrittenFactors.names_of(layer, x)]
+        return [name for x in self._factorized(layer) for name in names.factor_names(layer, x)]
 
-    def _made_of(self, model: Opened, choices: Mapping[str, Choice]) -> list[Any]:
+    def _made_of(self, model: Opened, choices: Mapping[str, Choice]) -> str:
         """What decides on the factors' bytes, beside the moments."""
         recipe, options = self.request.recipe, self.request.options
         types = [(name, choices[name].type) for layer in self.factors for name in self._factor_names(layer)]
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in model.checkpoint.source_files()]
-        return [types, options.refit, sorted(files), [sha256(Path(file)) for file in recipe.imatrix]]
+        files = [*model.checkpoint.source_files(), *map(Path, recipe.imatrix)]
+        return fingerprint(files, types, options.refit)
 
     def _check(self, model: Opened, layer: int) -> None:
         """MobeError if the file's experts are not those that transformers runs, as they are."""
-        factors = self.factors.get(layer)
         for x in self.checkpoint.family.kinds:
-            if factors is not None and x in factors.projections:
+            if x in self._factorized(layer):
                 continue
             name = names.transform_name(layer, x)
             tensor: Tensor | None = model.conversion.tensors.get(name)
@@ -264,14 +267,11 @@ class Sequential:
         self.work.remove()
 
     def _codes(self, layer: int) -> LayerCodes:
-        given: list[GivenMatrices] = []
-        parts = {name: self.parts[name] for name in self._factor_names(layer)}
-        if parts:
-            given.append(WrittenFactors(self.factors[layer], parts, self.work.path))
-        known = {x for one in given for x in one.projections}
         rounded = {x for at, x in self.places.values() if at == layer}
-        if copied := [x for x in self.checkpoint.family.kinds if x not in known | rounded]:
-            given.append(CopiedExperts(self.checkpoint, layer, copied))
+        others = set(self.checkpoint.family.kinds) - rounded - set(self._factorized(layer))
+        given: list[GivenMatrices] = [CopiedExperts(self.checkpoint, layer, others)]
+        if parts := {name: self.parts[name] for name in self._factor_names(layer)}:
+            given.append(WrittenFactors(self.factors[layer], parts, self.work.path))
         return LayerCodes(self.moments, layer, self.types, self.outcomes, self.request.options.device, given)
 
 

@@ -229,6 +229,11 @@ class Entry:
         """A run of bytes of another file."""
         return cls(name, dtype, shape, end - begin, lambda: _chunks(file, begin, end))
 
+    @classmethod
+    def whole(cls, name: str, dtype: str, shape: tuple[int, ...], file: Path) -> Entry:
+        """All bytes of another file."""
+        return cls.copy(name, dtype, shape, file, 0, file.stat().st_size)
+
 
 def _chunks(file: Path, begin: int, end: int) -> Iterator[bytes]:
     with open(file, "rb") as f:

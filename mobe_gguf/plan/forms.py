@@ -162,10 +162,7 @@ def _with_factors(layout: Layout, bases: int, rank: int, given: Given) -> dict[s
             d = experts[side(projection).d_axis]
             sizes = experts[0], math.prod(experts[1:]) // d, d
             made = factor_shapes(*sizes, projection, bases, rank, given.groups, given.by_row)
-            for name, shape in zip(
-                (names.transform_name, names.basis_name, names.mix_name), made, strict=True
-            ):
-                shapes[name(layer, projection)] = shape
+            shapes |= zip(names.factor_names(layer, projection), made, strict=True)
     return shapes
 
 

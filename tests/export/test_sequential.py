@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +19,8 @@ from mobe_gguf.export import sequential as module
 from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.checkpoint import Checkpoint
 from mobe_gguf.runtime import ggml
+
+from .gguf_sources import raw
 
 Maker = Callable[..., Path]
 
@@ -50,7 +51,7 @@ def experts(file: Path, layer: int, projection: str) -> torch.Tensor:
 
 def tensor(file: Path, name: str) -> torch.Tensor:
     info = read_gguf(file).tensors[name]
-    data = np.fromfile(file, np.uint8, info.n_bytes, offset=info.offset).reshape(*info.shape[:-1], -1)
+    data = raw(info).reshape(*info.shape[:-1], -1)
     return torch.from_numpy(ggml.dequantize(data, info.type, info.shape[-1]))
 
 
@@ -73,6 +74,23 @@ def states(path: Path, *, file: Path | None = None, skip: int = 0) -> torch.Tens
     return found
 
 
+def kept_states(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The states ``[2, chunks, ctx, d]`` after the last layer of both models, of each run."""
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        pairs.PairedRun, "_output", lambda _, after: found.append(after.tensor.float().clone())
+    )
+    return found
+
+
+def check_states(path: Path, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """States that were run, before the last norm, are transformers' ``expected`` ones, after it."""
+    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        got = net.model.norm(got)
+    assert float((got - expected).norm() / expected.norm()) < 2e-5
+
+
 def test_the_whole_model_comes_nearer(model: Maker, moments: Path, tmp_path: Path) -> None:
     """On the text, and on one that neither moments nor run have seen."""
     path = model("qwen3_moe", **SIZE)
@@ -90,19 +108,10 @@ def test_what_is_run_is_what_is_stored(
     model: Maker, moments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The states of the two models are those of transformers with the original's and with the file's experts."""
-    path, found = model("qwen3_moe", **SIZE), {}
-
-    def keep(self: Any, states: Any) -> None:
-        found["states"] = states.tensor.float().clone()
-
-    monkeypatch.setattr(pairs.PairedRun, "_output", keep)
+    path, ran = model("qwen3_moe", **SIZE), kept_states(monkeypatch)
     ours = write(path, tmp_path / "ours.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
-    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    for got, file in zip(found["states"], (None, ours), strict=True):
-        expected = states(path, file=file)
-        with torch.no_grad():
-            got = net.model.norm(got)
-        assert float((got - expected).norm() / expected.norm()) < 2e-5
+    for got, file in zip(ran[0], (None, ours), strict=True):
+        check_states(path, got, states(path, file=file))
 
 
 def test_down_makes_up_for_the_rest(
@@ -128,20 +137,13 @@ def test_layers_that_do_more_than_add(
     """Where experts' outputs are changed before they are added, down makes up for other experts, and what is run is what is stored."""
     path, complete = model("qwen3_moe", **SIZE), pairs.OneModel._complete
     monkeypatch.setattr(pairs.OneModel, "_complete", lambda self, answers: complete(self, answers) and False)
-    found = {}
-    monkeypatch.setattr(
-        pairs.PairedRun, "_output", lambda self, states: found.update(states=states.tensor.clone())
-    )
+    ran = kept_states(monkeypatch)
     plain = write(path, tmp_path / "plain.gguf", moments)
     ours = write(path, tmp_path / "ours.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
     right = states(path)
     errors = [float((states(path, file=f) - right).square().sum()) for f in (plain, ours)]
     assert errors[1] < 0.9 * errors[0], errors
-    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        got = net.model.norm(found["states"][1].float())
-    expected = states(path, file=ours)
-    assert float((got - expected).norm() / expected.norm()) < 2e-5
+    check_states(path, ran[0][1], states(path, file=ours))
 
 
 def test_the_router_keeps_more_choices(
@@ -186,27 +188,33 @@ def test_many_levels_need_no_correction(model: Maker, moments: Path, tmp_path: P
             assert float((experts(ours, layer, x) - right).norm() / right.norm()) < 0.02
 
 
-def test_a_stopped_run_continues(
-    model: Maker, moments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = model("qwen3_moe", **SIZE)
-    whole = write(path, tmp_path / "whole.gguf", moments, sequential=(TEXT,), chunks=CHUNKS)
-    make, seen = module.Sequential._codes, []
+def check_continues(make: Callable[[Path], Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``make(out)``, stopped in its second layer and called again, writes the same file and does not run the first layer again."""
+    whole = make(folder / "whole.gguf")
+    codes, seen = module.Sequential._codes, []
 
     def stop(self: Any, layer: int) -> Any:
         seen.append(layer)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return make(self, layer)
+        return codes(self, layer)
 
     monkeypatch.setattr(module.Sequential, "_codes", stop)
-    again = tmp_path / "again.gguf"
+    again = folder / "again.gguf"
     with pytest.raises(KeyboardInterrupt):
-        write(path, again, moments, sequential=(TEXT,), chunks=CHUNKS)
-    assert not again.exists() and (tmp_path / "again.gguf.rounding" / "layer-000.safetensors").is_file()
-    write(path, again, moments, sequential=(TEXT,), chunks=CHUNKS)
+        make(again)
+    assert not again.exists() and (folder / "again.gguf.rounding" / "layer-000.safetensors").is_file()
+    make(again)
     assert seen[2] == seen[1] == 1, "the finished layer is not run again"
     assert again.read_bytes() == whole.read_bytes()
+
+
+def test_a_stopped_run_continues(
+    model: Maker, moments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model("qwen3_moe", **SIZE)
+    make = lambda out: write(path, out, moments, sequential=(TEXT,), chunks=CHUNKS)  # noqa: E731
+    check_continues(make, tmp_path, monkeypatch)
 
 
 def sums_of(lost: torch.Tensor, rounded: torch.Tensor) -> pairs.Sums:

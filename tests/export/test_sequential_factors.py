@@ -7,18 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from formula import combine_groups
-from transformers import AutoModelForCausalLM
 
-from mobe_gguf.calibrate import pairs
 from mobe_gguf.calibrate.moments import collect
 from mobe_gguf.core import names
 from mobe_gguf.core.formula import activate
 from mobe_gguf.export import Recipe, export, parse_quant
-from mobe_gguf.export import sequential as module
 from mobe_gguf.export.sequential import Unsuited
 from mobe_gguf.factorize.job import prepare, run
 from mobe_gguf.factorize.plan import Options
@@ -26,7 +22,8 @@ from mobe_gguf.formats.gguf import read_gguf
 from mobe_gguf.models.checkpoint import Checkpoint
 
 from . import test_sequential
-from .test_sequential import CHUNKS, SIZE, TEXT, states, tensor
+from .gguf_sources import raw
+from .test_sequential import CHUNKS, SIZE, TEXT, check_continues, check_states, kept_states, states, tensor
 
 Maker = Callable[..., Path]
 
@@ -55,11 +52,6 @@ def write(factors: Path, out: Path, moments: Path, sequential: bool = True, **op
     return out
 
 
-def raw(file: Path, name: str) -> bytes:
-    info = read_gguf(file).tensors[name]
-    return np.fromfile(file, np.uint8, info.n_bytes, offset=info.offset).tobytes()
-
-
 def matrices(file: Path, layer: int, projection: str) -> torch.Tensor:
     """All experts' matrices, as the file has them."""
     read, a = read_gguf(file), tensor(file, names.transform_name(layer, projection))
@@ -84,8 +76,9 @@ def test_down_makes_up_for_factors(made: tuple[Path, Path, Path], tmp_path: Path
     plain = write(factors, tmp_path / "plain.gguf", moments, sequential=False)
     ours = write(factors, tmp_path / "ours.gguf", moments)
     assert plain.stat().st_size == ours.stat().st_size
-    same = {name for name in read_gguf(ours).tensors if raw(ours, name) == raw(plain, name)}
-    assert {n for n in read_gguf(ours).tensors if "gate_exps" in n or "basis" in n} <= same
+    found, others = (read_gguf(file).tensors for file in (ours, plain))
+    same = {name for name in found if raw(found[name]).tobytes() == raw(others[name]).tobytes()}
+    assert {n for n in found if "gate_exps" in n or "basis" in n} <= same
     assert not any("down_exps" in name for name in same)
     for skip, gain in ((0, 0.85), (CHUNKS, 0.9)):
         right = outputs(path, None, skip)
@@ -110,18 +103,9 @@ def test_what_is_run_is_what_is_stored(
     """For every form of factors the rounded model's states are those of transformers with the file's experts."""
     path, moments, _ = made
     factors = factorize(path, tmp_path / "factors", **options)
-    found: dict[str, torch.Tensor] = {}
-
-    def keep(self: Any, after: Any) -> None:
-        found["states"] = after.tensor[1].float().clone()
-
-    monkeypatch.setattr(pairs.PairedRun, "_output", keep)
+    ran = kept_states(monkeypatch)
     ours = write(factors, tmp_path / "ours.gguf", moments)
-    net = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        got = net.model.norm(found["states"])
-    expected = outputs(path, ours)
-    assert float((got - expected).norm() / expected.norm()) < 2e-5
+    check_states(path, ran[0][1], outputs(path, ours))
 
 
 def test_a_stopped_run_continues(
@@ -129,23 +113,7 @@ def test_a_stopped_run_continues(
 ) -> None:
     """With the same bytes, factors too."""
     _, moments, factors = made
-    whole = write(factors, tmp_path / "whole.gguf", moments)
-    make, seen = module.Sequential._codes, []
-
-    def stop(self: Any, layer: int) -> Any:
-        seen.append(layer)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return make(self, layer)
-
-    monkeypatch.setattr(module.Sequential, "_codes", stop)
-    again = tmp_path / "again.gguf"
-    with pytest.raises(KeyboardInterrupt):
-        write(factors, again, moments)
-    assert not again.exists()
-    write(factors, again, moments)
-    assert seen[2] == seen[1] == 1, "the finished layer is not run again"
-    assert again.read_bytes() == whole.read_bytes()
+    check_continues(lambda out: write(factors, out, moments), tmp_path, monkeypatch)
 
 
 def test_factors_of_a_gguf_file(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -164,7 +132,7 @@ def test_factors_of_a_gguf_file(made: tuple[Path, Path, Path], tmp_path: Path) -
     assert errors[1] < 0.9 * errors[0], errors
 
 
-def test_the_original_is_needed(made: tuple[Path, Path, Path], model: Maker, tmp_path: Path) -> None:
+def test_the_original_is_needed(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     path, moments, _ = made
     moved = Path(shutil.copytree(path, tmp_path / "moved"))
     factors = factorize(moved, tmp_path / "factors")
